@@ -1,0 +1,52 @@
+"""condlr: low-rank neural networks that stay robust.
+
+    model = condlr.factorize(model, compression=0.5)     # Linear and Conv2d become U S V^T
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.3)
+    condlr.constrain(optimizer, model, tau=0.1)          # CondLR, whatever the optimiser
+    ...                                                  # any training loop
+    plain = condlr.export(model)                         # nn.Linear / nn.Conv2d only
+
+The names below are loaded when first used, so that the command line can check its arguments before
+it pays for importing torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from condlr.factorization import export, factorize, measure
+    from condlr.layers import LowRankConv2d, LowRankLinear
+    from condlr.methods.condlr import Constraint, constrain
+
+__version__ = "0.1.0"
+__all__ = [
+    "Constraint",
+    "LowRankConv2d",
+    "LowRankLinear",
+    "constrain",
+    "export",
+    "factorize",
+    "measure",
+]
+
+_HOME = {
+    "factorize": "condlr.factorization",
+    "export": "condlr.factorization",
+    "measure": "condlr.factorization",
+    "LowRankLinear": "condlr.layers",
+    "LowRankConv2d": "condlr.layers",
+    "constrain": "condlr.methods.condlr",
+    "Constraint": "condlr.methods.condlr",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'condlr' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,90 @@
+"""What the scripts share: Hydra's entry point, and mistakes that end in one line."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from condlr.config import CONF, check, one_line
+from condlr.errors import Interrupted, UserError
+
+log = logging.getLogger(__name__)
+
+Task = Callable[[DictConfig], None]
+
+OmegaConf.register_new_resolver("condlr.run_id", lambda *, _root_: check(_root_).run_id, replace=True)
+
+
+def command(config_name: str) -> Callable[[Task], Callable[[], NoReturn]]:
+    """Make `task` a program that is configured by `conf/<config_name>.yaml` and the command line.
+
+    A user's mistake ends in one line on stderr and exit status 1, in a sweep after the other runs;
+    a signal in 128 + its number. HYDRA_FULL_ERROR=1 shows tracebacks.
+    """
+    verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+    def decorate(task: Task) -> Callable[[], NoReturn]:
+        def guarded(config: DictConfig) -> None:
+            try:
+                task(config)
+            except Interrupted as stop:
+                sys.exit(128 + stop.signum)
+            except Exception as error:
+                line = explain(error)
+                if verbose or line is None:
+                    log.error("the run failed", exc_info=True)
+                else:
+                    print(f"error: {line}", file=sys.stderr)
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    raise  # the launcher goes on with the other runs, and Hydra reports at the end
+                sys.exit(1)
+
+        guarded.__name__, guarded.__doc__, guarded.__module__ = task.__name__, task.__doc__, task.__module__
+        main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)
+
+        def program() -> NoReturn:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to us
+            try:
+                main()
+            except Exception as error:
+                line = explain(error)
+                if verbose or line is None:
+                    raise
+                print(f"error: {line}", file=sys.stderr)
+                sys.exit(1)
+            sys.exit(0)
+
+        return program
+
+    return decorate
+
+
+def explain(error: BaseException) -> str | None:
+    """The one line that tells a user what went wrong, or None if it is not the user's affair."""
+    chain = list(_causes(error))
+    for link in chain:
+        if isinstance(link, UserError):
+            return " ".join(str(link).split())
+    for link in chain:
+        if isinstance(link, OSError):
+            where = f": {link.filename}" if link.filename else ""
+            return f"{link.strerror or link}{where}"
+    for link in chain:
+        if isinstance(link, HydraException | OmegaConfBaseException):
+            return one_line(link)
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+

@@ -1,0 +1,239 @@
+"""The typed schema of `conf/`, and every check of what a user asks for.
+
+A config names its things; `condlr.registry` finds their classes, whose fields are the options. What
+needs no torch is checked before torch is imported.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from condlr.errors import UserError, in_range, one_of
+from condlr.registry import find
+
+if TYPE_CHECKING:
+    from condlr.attacks.base import Attack
+    from condlr.data.base import Dataset
+    from condlr.factorization import Scheme
+    from condlr.methods.base import Method
+    from condlr.models.base import Architecture
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+DEVICES = ("auto", "cpu", "cuda")
+
+# What does not make a run another run: where things lie, what it runs on, and how it is attacked.
+_NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "attack")
+
+T = TypeVar("T")
+
+
+@dataclass
+class Protocol:
+    """What a table shares between its rows: the keys of `conf/protocol/*.yaml`.
+
+    Attributes:
+        name: `paper`, `released_code`, `demo` or a user's own.
+        epochs, batch_size: as usual; the last, smaller batch of an epoch is used.
+        lr, momentum: of SGD.
+        lr_milestones, lr_factor: from epoch m on (counted from 0) lr is multiplied by the factor,
+            for each m of the milestones.
+        held_out: fraction of the training images kept for validation.
+        rank_rule, classifier, init: see `condlr.factorization.Scheme`.
+        condlr: how CondLR is done under this protocol: what `conf/method/condlr.yaml` refers to.
+    """
+
+    name: str
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    lr_milestones: list[int]
+    lr_factor: float
+    held_out: float
+    rank_rule: str
+    classifier: str
+    init: str
+    condlr: dict[str, str]
+
+    def __post_init__(self) -> None:
+        in_range("epochs", self.epochs, 1, math.inf)
+        in_range("batch_size", self.batch_size, 1, math.inf)
+        in_range("lr", self.lr, 0, math.inf, half_open=True)
+        in_range("momentum", self.momentum, 0, 1, half_open=True)
+        in_range("lr_factor", self.lr_factor, 0, 1)
+        in_range("held_out", self.held_out, 0, 1, half_open=True)
+        if any(m < 1 for m in self.lr_milestones) or sorted(self.lr_milestones) != self.lr_milestones:
+            raise ValueError(f"lr_milestones must be epochs in ascending order; got {self.lr_milestones}")
+
+
+@dataclass
+class _Schema:
+    """The top level of a run's config; the groups whose keys depend on their choice are checked later."""
+
+    dataset: dict[str, Any]
+    model: dict[str, Any]
+    method: dict[str, Any]
+    protocol: Protocol
+    attack: dict[str, Any]
+    compression: float
+    seed: int
+    study: str
+    runs_dir: str
+    data_root: str
+    device: str
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run's config, checked, with its things found.
+
+    Attributes:
+        identity: what makes this run the run it is, as plain values: all that its result depends on.
+        attack: evaluated at the end, and not part of the identity: a finished run that is asked for
+            with another attack is only attacked, not trained again.
+    """
+
+    identity: dict[str, Any]
+    dataset: "Dataset"
+    model: "Architecture"
+    method: "Method"
+    scheme: "Scheme"
+    protocol: Protocol
+    attack: "Attack"
+    seed: int
+    study: str
+    runs_dir: Path
+    data_root: Path
+    device: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the identity: 8 hexadecimal digits."""
+        return fingerprint(self.identity)
+
+    @property
+    def run_id(self) -> str:
+        """For example `lenet5-mnist-condlr-tau0.1-c0.5-s0-3fa9c1d2`."""
+        names = [self.identity["model"]["name"], self.identity["dataset"]["name"], self.method.label()]
+        if self.scheme.compression is not None:
+            names.append(f"c{self.scheme.compression:g}")
+        return "-".join([*names, f"s{self.seed}", self.fingerprint])
+
+    @property
+    def directory(self) -> Path:
+        """Where the run lives."""
+        return self.runs_dir / self.study / self.run_id
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits that differ where two identities do."""
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
+    """Check a composed config of `scripts/train.py` and find its things.
+
+    Raises:
+        UserError: names the key, what is wrong with it and what it may be.
+    """
+    plain = _typed(_Schema, resolved(config))
+    values = {field.name: plain[field.name] for field in fields(_Schema)}
+    protocol = _made(Protocol, values["protocol"], "protocol")
+    try:
+        in_range("compression", values["compression"], 0, 1, half_open=True)
+        in_range("seed", values["seed"], 0, 2**32, half_open=True)
+        one_of("device", values["device"], DEVICES)
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", values["study"]):
+            raise ValueError(f"study must be a plain name of letters, digits, - _ .; got {values['study']!r}")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+    from condlr.attacks.base import Attack
+    from condlr.data.base import Dataset
+    from condlr.factorization import Scheme
+    from condlr.methods.base import Method
+    from condlr.models.base import Architecture
+
+    method, method_keys = choose("method", "methods", values["method"], Method)
+    model, model_keys = choose("model", "models", values["model"], Architecture)
+    dataset, dataset_keys = choose("dataset", "data", values["dataset"], Dataset)
+    attack, _ = choose("attack", "attacks", values["attack"], Attack)
+    compression = values["compression"] if method.compresses else None
+    try:
+        scheme = Scheme(compression, protocol.rank_rule, protocol.classifier, protocol.init)
+    except ValueError as error:
+        raise UserError(f"protocol.{error}") from None
+
+    identity = {key: value for key, value in values.items() if key not in _NOT_IDENTITY} | {
+        "method": method_keys,
+        "model": model_keys,
+        "dataset": {key: value for key, value in dataset_keys.items() if key != "download"},
+        "protocol": {key: value for key, value in values["protocol"].items() if key != "condlr"},
+        "compression": compression,
+    }
+    return RunConfig(
+        identity, dataset, model, method, scheme, protocol, attack, values["seed"], values["study"],
+        Path(values["runs_dir"]), Path(values["data_root"]), values["device"],
+    )  # fmt: skip
+
+
+def choose(group: str, room: str, keys: Mapping[str, Any], base: type[T]) -> tuple[T, dict[str, Any]]:
+    """The thing that a group of a config names, made from its other keys; and all its keys, complete."""
+    options = dict(keys)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise UserError(f"{group}.name is missing: it names a file of condlr/{room}/")
+    kind = find(room, name, base)
+    complete = _typed(kind, options, group)
+    return _made(kind, complete, group), {"name": name} | complete
+
+
+def resolved(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """A composed config as plain values, without Hydra's own part: what config.yaml holds."""
+    if not isinstance(config, DictConfig):
+        return dict(config)
+    ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    try:
+        return OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from error
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error of Hydra's or OmegaConf's, without the parts that help nobody."""
+    text = str(error).split("Config search path")[0]
+    lines = [line.strip() for line in text.splitlines()]
+    noise = ("full_key:", "reference_type=", "object_type=", "See https://")
+    key = next((line[len("full_key:") :].strip() for line in lines if line.startswith("full_key:")), "")
+    kept = " ".join(line for line in lines if line and not line.startswith(noise))
+    return f"{key}: {kept}" if key and key not in kept else kept
+
+
+def _typed(schema: type, values: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+    """`values` converted to the types of a dataclass's fields, defaults filled in, no other key."""
+    prefix = f"{group}." if group else ""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), dict(values))
+        plain = OmegaConf.to_container(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(prefix + one_line(error)) from error
+    assert isinstance(plain, dict)
+    if missing := [key for key, value in plain.items() if value == "???"]:
+        raise UserError(f"{prefix}{missing[0]} is missing")
+    return plain  # type: ignore[return-value]
+
+
+def _made(kind: type[T], values: Mapping[str, Any], group: str) -> T:
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"{group}.{error}") from None

@@ -1,0 +1,101 @@
+"""What a dataset is here: uint8 images and labels as whole tensors on the device."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images and labels that live together on one device.
+
+    Attributes:
+        pixels: (n, channels, height, width), uint8.
+        labels: (n,), int64.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor | slice) -> "Images":
+        """The images at `index`, in its order."""
+        return Images(self.pixels[index], self.labels[index])
+
+    def to(self, device: torch.device) -> "Images":
+        """The same images on `device`."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+    def batches(
+        self, size: int, order: Tensor | None = None, start: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of float images in [0, 1] and labels, from batch `start` on; the last may be smaller.
+
+        Args:
+            size: of a batch.
+            order: a permutation on the images' device; None keeps theirs.
+            start: index of the first batch to give.
+        """
+        for first in range(start * size, len(self), size):
+            chosen = slice(first, first + size)
+            batch = self.take(chosen if order is None else order[chosen])
+            yield batch.pixels.float().div_(255), batch.labels
+
+
+@dataclass(frozen=True)
+class Data:
+    """A dataset, split: `held_out` is None where nothing is held out of the training images."""
+
+    train: Images
+    test: Images
+    classes: int
+    held_out: Images | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image."""
+        channels, height, width = self.train.pixels.shape[1:]
+        return channels, height, width
+
+    def hold_out(self, fraction: float, seed: int) -> "Data":
+        """Move a random `fraction` of the training images, chosen by `seed`, to `held_out`."""
+        count = round(fraction * len(self.train))
+        if count == 0:
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.train), generator=generator)
+        return replace(
+            self,
+            train=self.train.take(order[count:].sort().values),
+            held_out=self.train.take(order[:count].sort().values),
+        )
+
+    def to(self, device: torch.device) -> "Data":
+        """The same data on `device`."""
+        held_out = None if self.held_out is None else self.held_out.to(device)
+        return replace(self, train=self.train.to(device), test=self.test.to(device), held_out=held_out)
+
+
+@dataclass
+class Dataset(ABC):
+    """A dataset's options, the keys of `conf/dataset/<name>.yaml`, and how it is loaded.
+
+    Attributes:
+        download: fetch missing files through torchvision.
+    """
+
+    download: bool = True
+
+    @abstractmethod
+    def load(self, root: Path) -> Data:
+        """Read the official files below `root`.
+
+        Raises:
+            UserError: a file is missing, damaged or another than it should be.
+        """

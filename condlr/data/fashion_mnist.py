@@ -1,0 +1,13 @@
+"""Fashion-MNIST from its official IDX files."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from condlr.data.mnist import Idx
+
+
+@dataclass
+class FashionMnist(Idx):
+    """Fashion-MNIST (Xiao et al., 2017), in the files and numbers of MNIST: `<root>/FashionMNIST/raw/`."""
+
+    folder: ClassVar[str] = "FashionMNIST"

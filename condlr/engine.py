@@ -1,0 +1,186 @@
+"""One step, one epoch, one run of training, the same for every method."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condlr.analysis.conditioning import layer_conditions
+from condlr.config import Protocol
+from condlr.data.base import Data
+from condlr.errors import Diverged
+from condlr.evaluation import accuracy
+from condlr.methods.base import Method
+
+HistoryRow = dict[str, float | int | None]
+
+
+def derive_seed(seed: int, *purpose: str | int) -> int:
+    """A seed for one purpose of a run: independent of the others, and the same on every machine."""
+    text = "/".join(map(str, (seed, *purpose)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+@dataclass
+class EpochTotals:
+    """Sums over the batches of the epoch under way; loss and correct stay on the device."""
+
+    loss: Tensor
+    correct: Tensor
+    images: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def zero(cls, device: torch.device) -> "EpochTotals":
+        """The totals before the first batch."""
+        return cls(torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), device=device))
+
+
+@dataclass
+class Trainer:
+    """A network in training, at a definite batch of a definite epoch.
+
+    Everything random in an epoch is drawn from (seed, epoch), so a state that is saved at any batch and
+    loaded elsewhere goes on as if it had not been interrupted; on the CPU bit for bit.
+
+    Attributes:
+        model: what `method.apply` returned, on its device.
+        data: on the same device.
+        epoch: epochs completed.
+        batch: batches completed of the epoch under way.
+        step: optimiser steps taken.
+        history: a row for each epoch completed, row 0 the initial network.
+    """
+
+    model: nn.Module
+    method: Method
+    data: Data
+    protocol: Protocol
+    seed: int
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    history: list[HistoryRow] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.optimizer = self.method.optimizer(self.model, self.protocol.lr, self.protocol.momentum)
+        self.device = self.data.train.pixels.device
+        self.totals = EpochTotals.zero(self.device)
+
+    @property
+    def batches(self) -> int:
+        """Batches in an epoch."""
+        return math.ceil(len(self.data.train) / self.protocol.batch_size)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the epoch under way."""
+        passed = sum(self.epoch >= milestone for milestone in self.protocol.lr_milestones)
+        return self.protocol.lr * self.protocol.lr_factor**passed
+
+    def fit(
+        self,
+        on_batch: Callable[["Trainer"], None] = lambda trainer: None,
+        on_epoch: Callable[["Trainer"], None] = lambda trainer: None,
+    ) -> None:
+        """Train to the end of the protocol's epochs.
+
+        Args:
+            on_batch: called after every batch; may raise to stop there.
+            on_epoch: called after every epoch, when its row is in the history.
+
+        Raises:
+            Diverged: the loss or a weight is not finite.
+            ConstraintBreach: the method's audit failed.
+        """
+        if not self.history:
+            self.history.append(self._row(None))
+        while self.epoch < self.protocol.epochs:
+            self._finish_epoch(on_batch)
+            on_epoch(self)
+
+    def _finish_epoch(self, on_batch: Callable[["Trainer"], None]) -> None:
+        order = self._begin_epoch()
+        self.model.train()
+        remaining = self.data.train.batches(self.protocol.batch_size, order, self.batch)
+        clock = time.perf_counter()
+        for images, labels in remaining:
+            loss, logits = self.method.step(self.model, self.optimizer, images, labels)
+            self.totals.loss += loss * len(labels)
+            self.totals.correct += (logits.argmax(1) == labels).sum()
+            self.totals.images += len(labels)
+            self.batch, self.step = self.batch + 1, self.step + 1
+            now = time.perf_counter()
+            self.totals.seconds, clock = self.totals.seconds + now - clock, now
+            if self.device.type == "cpu":  # elsewhere looking at the loss would stall the device
+                self._require_finite(self.totals.loss)
+            on_batch(self)
+            clock = time.perf_counter()
+        self._require_finite(self.totals.loss, *self.model.parameters())
+        row = self._row(self.totals)
+        self.epoch, self.batch, self.totals = self.epoch + 1, 0, EpochTotals.zero(self.device)
+        self.history.append(row | {"epoch": self.epoch})
+
+    def _begin_epoch(self) -> Tensor:
+        """Set the learning rate and the random state; return the order of the images."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        seed = derive_seed(self.seed, "epoch", self.epoch)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        if self.batch == 0:
+            torch.manual_seed(seed)
+        return torch.randperm(len(self.data.train), generator=generator, device=self.device)
+
+    def _require_finite(self, *tensors: Tensor) -> None:
+        if not all(torch.isfinite(tensor).all() for tensor in tensors):
+            where = f"epoch {self.epoch + 1}, batch {self.batch} of {self.batches}"
+            raise Diverged(f"diverged in {where}: the loss or a weight is not finite; try a smaller protocol.lr")
+
+    def _row(self, totals: EpochTotals | None) -> HistoryRow:
+        """The history's row for the network as it is."""
+        row: HistoryRow = {"epoch": self.epoch, "step": self.step, "lr": self.lr}
+        n = totals.images if totals else 0
+        row["train_loss"] = totals.loss.item() / n if totals else None
+        row["train_accuracy"] = totals.correct.item() / n if totals else None
+        held_out = self.data.held_out
+        row["held_out_accuracy"] = accuracy(self.model, held_out) if held_out else None
+        row["seconds"] = totals.seconds if totals else None
+        row["images_per_second"] = n / totals.seconds if totals else None
+        row |= {f"cond_{name}": value for name, value in layer_conditions(self.model).items()}
+        if totals:
+            row |= {f"audit_{name}": value for name, value in self.method.audit(self.model).items()}
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on, as tensors and plain values."""
+        cuda = self.device.type == "cuda"
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "totals": {name: getattr(self.totals, name) for name in EpochTotals.__dataclass_fields__},
+            "history": self.history,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was called."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+        self.totals = EpochTotals(**state["totals"])
+        self.totals.loss, self.totals.correct = (
+            tensor.to(self.device) for tensor in (self.totals.loss, self.totals.correct)
+        )
+        self.history = state["history"]
+        torch.set_rng_state(state["random"].cpu())
+        if self.device.type == "cuda" and state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)

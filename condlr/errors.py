@@ -1,0 +1,38 @@
+"""The mistakes a user can make, told apart from the mistakes of this program."""
+
+
+class UserError(Exception):
+    """Something the user can put right: one line that says what is wrong and what to do.
+
+    The command line prints the message alone and exits with status 1; a traceback is kept for
+    bugs. Library functions raise `ValueError` or `TypeError` for bad arguments, as PyTorch does.
+    """
+
+
+class Diverged(UserError):
+    """Training met a loss that is not finite."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop by a signal, and has written its checkpoint."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"interrupted by signal {signum}")
+        self.signum = signum
+
+
+class ConstraintBreach(UserError):
+    """The factors left the set they are held to: a bug or a broken machine, never a bad setting."""
+
+
+def one_of(name: str, value: object, choices: "tuple[object, ...]") -> None:
+    """Raise `ValueError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+
+
+def in_range(name: str, value: float, low: float, high: float, *, half_open: bool = False) -> None:
+    """Raise `ValueError` unless low <= value <= high (< high when `half_open`). NaN is refused."""
+    if not low <= value <= high or (half_open and value == high):
+        bracket = ")" if half_open or high == float("inf") else "]"
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}{bracket}; got {value:g}")

@@ -1,0 +1,232 @@
+"""Layers whose weight is a product of thin factors: U S V^T, or U V^T."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LowRank(nn.Module):
+    """What `LowRankLinear` and `LowRankConv2d` share: the factors of an n x m matrix W.
+
+    Parameters:
+        U: (n, r).
+        S: (r, r), or None for the pair W = U V^T.
+        V: (m, r).
+        bias: (n,), or None.
+
+    n is the number of outputs; m the number of inputs times the area of the kernel. The factors
+    are ordinary parameters: whether U and V have orthonormal columns is the affair of the method
+    that trains them (`condlr.constrain`).
+    """
+
+    U: nn.Parameter
+    S: nn.Parameter | None
+    V: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, n: int, m: int, rank: int, bias: bool, core: bool, device=None, dtype=None):
+        super().__init__()
+        if not 1 <= rank <= min(n, m):
+            raise ValueError(f"the rank of a {n} x {m} matrix is 1 to {min(n, m)}; got {rank}")
+        kind = {"device": device, "dtype": dtype}
+        self.U = nn.Parameter(torch.empty(n, rank, **kind))
+        self.V = nn.Parameter(torch.empty(m, rank, **kind))
+        self.register_parameter("S", nn.Parameter(torch.empty(rank, rank, **kind)) if core else None)
+        self.register_parameter("bias", nn.Parameter(torch.empty(n, **kind)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """W becomes the best rank-r approximation of a matrix with PyTorch's default init."""
+        n, m = len(self.U), len(self.V)
+        dense = self.U.new_empty(n, m)
+        nn.init.kaiming_uniform_(dense, a=5**0.5)
+        self.set_matrix(dense)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -(m**-0.5), m**-0.5)
+
+    @property
+    def rank(self) -> int:
+        """r, the number of columns of U and V."""
+        return self.U.shape[1]
+
+    @property
+    def left(self) -> Tensor:
+        """U S, or U for the pair: (n, r)."""
+        return self.U if self.S is None else self.U @ self.S
+
+    @property
+    def matrix(self) -> Tensor:
+        """W = U S V^T, or U V^T: (n, m), differentiable."""
+        return self.left @ self.V.mT
+
+    @torch.no_grad()
+    def set_matrix(self, W: Tensor) -> None:
+        """Set the factors to the truncated SVD of W, (n, m): the nearest matrix of rank r.
+
+        The triple gets orthonormal U, V and S = diag(sigma), descending; the pair shares the singular
+        values between its factors, U sqrt(Sigma) and V sqrt(Sigma) (spectral initialisation,
+        Khodak et al., ICLR 2021). Computed in float64.
+        """
+        P, sigma, Qh = torch.linalg.svd(W.double(), full_matrices=False)
+        P, sigma, Q = P[:, : self.rank], sigma[: self.rank], Qh[: self.rank].mT
+        if self.S is None:
+            P, Q = P * sigma.sqrt(), Q * sigma.sqrt()
+        else:
+            self.S.copy_(torch.diag(sigma))
+        self.U.copy_(P)
+        self.V.copy_(Q)
+
+    @torch.no_grad()
+    def singular_values(self) -> Tensor:
+        """The r singular values of W in float64, descending, from r x r matrices.
+
+        With the QR factorisations U = Q_U R_U and V = Q_V R_V they are those of R_U S R_V^T; nothing
+        is assumed of U and V.
+        """
+        left = torch.linalg.qr(self.U.double(), mode="r").R
+        right = torch.linalg.qr(self.V.double(), mode="r").R
+        core = left if self.S is None else left @ self.S.double()
+        return torch.linalg.svdvals(core @ right.mT)
+
+
+class LowRankLinear(LowRank):
+    """y = U S V^T x + b, or U V^T x + b with `core=False`. In place of `nn.Linear`.
+
+    Args:
+        in_features, out_features: m and n.
+        rank: r <= min(n, m).
+        bias: add b.
+        core: keep the r x r factor S.
+
+    Shapes:
+        x: (..., in_features); y: (..., out_features).
+
+    Example:
+        >>> layer = LowRankLinear(800, 500, rank=58)
+        >>> layer(torch.zeros(4, 800)).shape
+        torch.Size([4, 500])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        core: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(out_features, in_features, rank, bias, core, device, dtype)
+        self.in_features, self.out_features = in_features, out_features
+
+    @classmethod
+    def like(cls, dense: nn.Linear, rank: int, core: bool = True) -> "LowRankLinear":
+        """The layer of this rank nearest to `dense`, with its bias, device and dtype."""
+        has_bias = dense.bias is not None
+        shape = dense.in_features, dense.out_features
+        layer = cls(*shape, rank, has_bias, core, device="meta", dtype=dense.weight.dtype)
+        _take_over(layer, dense)
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """W, as `nn.Linear` has it: (out_features, in_features)."""
+        return self.matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.V.mT), self.left, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}" + _options(self)
+
+
+class LowRankConv2d(LowRank):
+    """Convolution whose kernel, viewed as out x (in kh kw), is U S V^T, or U V^T with `core=False`.
+
+    Computed as a kh x kw convolution with the r filters V^T, then a 1 x 1 convolution with U S: never
+    by unfolding the images. Takes the arguments of `nn.Conv2d` but `groups`.
+
+    Shapes:
+        x: (N, in_channels, H, W) or (in_channels, H, W); y as `nn.Conv2d`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        rank: int,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        core: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        # A dense twin on no device checks and normalises the arguments as PyTorch does.
+        twin = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation,
+            padding_mode=padding_mode, device="meta",
+        )  # fmt: skip
+        kh, kw = twin.kernel_size
+        super().__init__(out_channels, in_channels * kh * kw, rank, bias, core, device, dtype)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, self.dilation = twin.kernel_size, twin.stride, twin.dilation
+        self.padding, self.padding_mode = twin.padding, padding_mode
+        self._pad = list(twin._reversed_padding_repeated_twice)
+
+    @classmethod
+    def like(cls, dense: nn.Conv2d, rank: int, core: bool = True) -> "LowRankConv2d":
+        """The layer of this rank nearest to `dense` (Frobenius norm of the kernel), with its bias."""
+        if dense.groups != 1:
+            raise ValueError(f"a grouped convolution (groups={dense.groups}) stays dense")
+        layer = cls(
+            dense.in_channels, dense.out_channels, dense.kernel_size, rank,  # type: ignore[arg-type]
+            dense.stride, dense.padding, dense.dilation,  # type: ignore[arg-type]
+            bias=dense.bias is not None, padding_mode=dense.padding_mode, core=core,
+            device="meta", dtype=dense.weight.dtype,
+        )  # fmt: skip
+        _take_over(layer, dense)
+        return layer
+
+    @property
+    def filters(self) -> Tensor:
+        """V^T as r filters: (r, in_channels, kh, kw)."""
+        return self.V.mT.reshape(self.rank, self.in_channels, *self.kernel_size)
+
+    @property
+    def weight(self) -> Tensor:
+        """The kernel, as `nn.Conv2d` has it: (out_channels, in_channels, kh, kw)."""
+        return self.matrix.view(self.out_channels, self.in_channels, *self.kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._pad, mode=self.padding_mode), 0
+        z = F.conv2d(x, self.filters, None, self.stride, padding, self.dilation)
+        return F.conv2d(z, self.left[:, :, None, None], self.bias)
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
+        return f"{text}, rank={self.rank}, stride={self.stride}" + _options(self)
+
+
+def _options(layer: LowRank) -> str:
+    return f", bias={layer.bias is not None}" + ("" if layer.S is not None else ", core=False")
+
+
+def _take_over(layer: LowRank, dense: nn.Linear | nn.Conv2d) -> None:
+    """Give `layer`, which was made on the meta device, the weights and the state of `dense`."""
+    layer.to_empty(device=dense.weight.device)
+    layer.set_matrix(dense.weight.detach().flatten(1))
+    for parameter in (layer.U, layer.S, layer.V):
+        if parameter is not None:
+            parameter.requires_grad_(dense.weight.requires_grad)
+    if layer.bias is not None and dense.bias is not None:
+        with torch.no_grad():
+            layer.bias.copy_(dense.bias)
+        layer.bias.requires_grad_(dense.bias.requires_grad)
+    layer.train(dense.training)

@@ -1,0 +1,94 @@
+"""Matrices whose singular values lie in a band: Sigma_s(eps) of CondLR (arXiv 2306.01485, sec. 4.2)."""
+
+import torch
+from torch import Tensor
+
+CENTRES = ("rms", "mean", "one")
+
+
+def svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD A = P diag(sigma) Q^T as (P, sigma, Q^T), which never raises.
+
+    LAPACK's divide and conquer may fail to converge on repeated singular values, which is the
+    normal case for a matrix that was just projected: it is then tried again in float64. An input
+    that is not finite gives factors of NaN, so that a diverging run is seen in its loss.
+    """
+    if not torch.isfinite(A).all():
+        r = min(A.shape[-2:])
+        nan = torch.full_like(A, torch.nan)
+        return nan[..., :, :r], nan[..., 0, :r], nan[..., :r, :]
+    try:
+        return torch.linalg.svd(A, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        P, sigma, Qh = torch.linalg.svd(A.double(), full_matrices=False)
+        return P.to(A), sigma.to(A), Qh.to(A)
+
+
+def centre(sigma: Tensor, kind: str = "rms") -> Tensor:
+    """The centre s of the band, for singular values `sigma` of shape (..., r).
+
+    `rms`: sqrt(sum sigma_j^2 / r), the minimiser of ||S^T S - s^2 I||_F and the paper's choice;
+    `mean`: the arithmetic mean, the choice of the authors' code; `one`: 1, the modified method
+    of the row "mean" of the paper's tables.
+    """
+    if kind == "rms":
+        return sigma.square().mean(-1).sqrt()
+    if kind == "mean":
+        return sigma.mean(-1)
+    if kind == "one":
+        return torch.ones_like(sigma[..., 0])
+    raise ValueError(f"centre must be one of {', '.join(CENTRES)}; got {kind!r}")
+
+
+def band(s: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """[s - eps, s + eps] with eps = tau s / (2 + tau), so that (s + eps) / (s - eps) = 1 + tau."""
+    eps = tau * s / (2 + tau)
+    return s - eps, s + eps
+
+
+def project(S: Tensor, tau: float, kind: str = "rms") -> tuple[Tensor, Tensor]:
+    """The nearest matrix to S whose singular values lie in the band around their centre.
+
+    With S = P diag(sigma) Q^T it is P diag(clip(sigma, s - eps, s + eps)) Q^T (Algorithm 1, line 9),
+    and cond(S) <= 1 + tau; for tau = 0 it is s P Q^T, s times the polar factor of S.
+
+    Args:
+        S: (..., r, r), floating. For a singular S the directions of its null space are those that
+            LAPACK returns.
+        tau: conditioning tolerance >= 0.
+        kind: the centre of the band, see `centre`.
+
+    Returns:
+        The projected matrix, and its singular values, (..., r), descending.
+    """
+    P, sigma, Qh = svd(S)
+    low, high = band(centre(sigma, kind), tau)
+    clipped = torch.minimum(torch.maximum(sigma, low.unsqueeze(-1)), high.unsqueeze(-1))
+    return (P * clipped.unsqueeze(-2)) @ Qh, clipped
+
+
+def condition_number(A: Tensor) -> Tensor:
+    """sigma_max / sigma_min over all min(n, m) singular values, in float64; inf if A is singular."""
+    sigma = svd(A.double())[1]
+    return sigma[..., 0] / sigma[..., -1]
+
+
+def gram_solve(G: Tensor, S: Tensor) -> Tensor:
+    """G (S S^T)^{-1}, the preconditioned gradient of equation (5).
+
+    Solved as two systems with S, because S S^T has the square of its condition number: with
+    grad_U = grad_W V S^T the first solve gives back grad_W V whatever the conditioning. An exactly
+    singular S is taken by its pseudo-inverse.
+
+    Args:
+        G: (..., n, r).
+        S: (..., r, r).
+    """
+    LU, pivots, info = torch.linalg.lu_factor_ex(S)
+    if bool((info > 0).any()):
+        P, sigma, _ = svd(S)
+        kept = sigma > sigma[..., :1] * S.shape[-1] * torch.finfo(S.dtype).eps
+        weight = torch.where(kept, sigma.square().reciprocal(), 0.0).unsqueeze(-2)
+        return ((G @ P) * weight) @ P.mT
+    left = torch.linalg.lu_solve(LU, pivots, G.mT)  # S^{-1} G^T
+    return torch.linalg.lu_solve(LU, pivots, left, adjoint=True).mT  # (S^{-T} S^{-1} G^T)^T

@@ -1,0 +1,63 @@
+"""What a method is: all that makes two rows of a table differ."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from condlr.factorization import Scheme, factorize
+
+
+@dataclass
+class Method:
+    """A way to train a network. The engine calls it and never asks which one it is.
+
+    A subclass is a dataclass in a file of its name; its fields are its options, the keys of
+    `conf/method/<name>.yaml`. They are plain numbers and strings, checked in `__post_init__`.
+
+    Attributes:
+        compresses: whether the key `compression` means anything to this method.
+    """
+
+    compresses: ClassVar[bool] = True
+
+    def label(self) -> str:
+        """How run names and tables call it: the name, and what tells its rows apart."""
+        return type(self).__module__.rpartition(".")[-1]
+
+    def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
+        """The network this method trains, made from the dense one. Here: U S V^T layers."""
+        return self.factored(model, scheme)
+
+    def factored(self, model: nn.Module, scheme: Scheme, core: bool = True) -> nn.Module:
+        """`model` with low-rank layers as `scheme` says; `model` itself if it asks for none."""
+        ranks = scheme.ranks(model)
+        return factorize(model, ranks=ranks, init=scheme.init, core=core) if ranks else model
+
+    def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
+        """A plain optimiser; constraints hang on it as step hooks. Here: SGD with momentum."""
+        return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        """The term added to the loss. Here: none."""
+        return 0.0
+
+    def step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One optimiser step on a batch; returns the loss (mean cross-entropy + penalty) and logits."""
+        optimizer.zero_grad()
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels) + self.penalty(model)
+        loss.backward()
+        optimizer.step()
+        return loss.detach(), logits.detach()
+
+    def audit(self, model: nn.Module) -> dict[str, float]:
+        """What the method promises of its weights, measured in float64 at an epoch's end.
+
+        The figures go into the history; a broken promise raises `ConstraintBreach`.
+        """
+        return {}

@@ -1,0 +1,24 @@
+"""The dense network, as it comes."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from condlr.factorization import Scheme
+from condlr.methods.base import Method
+
+
+@dataclass
+class Baseline(Method):
+    """Dense weights and plain SGD: the row the others are measured against.
+
+    With `classifier=full_rank` its last layer is a product of three unconstrained factors, as in
+    the authors' code.
+    """
+
+    compresses: ClassVar[bool] = False
+
+    def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
+        assert scheme.compression is None, "a method that does not compress is given no compression"
+        return self.factored(model, scheme)

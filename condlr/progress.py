@@ -1,0 +1,69 @@
+"""What a person sees while a run trains: one live line in a terminal, a few lines in a log file."""
+
+import logging
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from condlr.engine import Trainer
+
+log = logging.getLogger(__name__)
+
+_REFRESH = 0.25  # seconds: reading the loss waits for the device, so it is not done every batch
+_LOG_LINES = 10
+
+
+class LiveLine:
+    """A context whose `batch` and `epoch` are the callbacks of `Trainer.fit`."""
+
+    def __init__(self, title: str):
+        self._console = Console(stderr=True)
+        self._live = self._console.is_terminal
+        self._title = title
+        self._next = 0.0
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(), console=self._console, disable=not self._live, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task(title, figures="", total=None)
+
+    def __enter__(self) -> "LiveLine":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def batch(self, trainer: Trainer) -> None:
+        """Redraw the live line, a few times a second."""
+        now = time.monotonic()
+        if not self._live or now < self._next:
+            return
+        self._next = now + _REFRESH
+        totals = trainer.totals
+        self._bar.update(
+            self._task,
+            total=trainer.protocol.epochs * trainer.batches,
+            completed=trainer.epoch * trainer.batches + trainer.batch,
+            figures=_figures(
+                trainer.epoch + 1, trainer.protocol.epochs, totals.loss.item() / totals.images,
+                totals.correct.item() / totals.images, totals.images / totals.seconds,
+            ),
+        )  # fmt: skip
+
+    def epoch(self, trainer: Trainer) -> None:
+        """In a log file: a line for every tenth of the epochs."""
+        epochs = trainer.protocol.epochs
+        if self._live or trainer.epoch * _LOG_LINES // epochs == (trainer.epoch - 1) * _LOG_LINES // epochs:
+            return
+        row = trainer.history[-1]
+        figures = (row["train_loss"], row["train_accuracy"], row["images_per_second"])
+        log.info("%s  %s", self._title, _figures(trainer.epoch, epochs, *map(float, figures)))  # type: ignore[arg-type]
+
+
+def _figures(epoch: int, epochs: int, loss: float, accuracy: float, speed: float) -> str:
+    return f"epoch {epoch}/{epochs}  loss {loss:.4f}  accuracy {accuracy:.2%}  {speed:,.0f} images/s"

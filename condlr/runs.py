@@ -1,0 +1,269 @@
+"""The run store: what touches the disk of a run, and nothing else does."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from condlr.errors import Diverged, Interrupted, UserError
+
+FINAL = ("done", "diverged")
+
+_PARTIAL = ".partial-"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's directory. Every file in it is written whole or not at all."""
+
+    directory: Path
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What run.json says; empty where there is no run yet."""
+        path = self.directory / "run.json"
+        try:
+            info = json.loads(path.read_text())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}): remove it to start the run again") from error
+        if not isinstance(info, dict):
+            raise UserError(f"{path} is not a run's record: remove it to start the run again")
+        return info
+
+    @property
+    def status(self) -> str | None:
+        """running, done, diverged, failed, interrupted; None where there is no run yet."""
+        return self.info.get("status")
+
+    def note(self, **facts: Any) -> None:
+        """Add to run.json."""
+        write(self.directory / "run.json", json.dumps(self.info | facts, indent=2).encode() + b"\n")
+
+    @contextmanager
+    def recording(self, **facts: Any) -> Iterator[None]:
+        """Keep run.json true while the body trains: running, and then how it ended.
+
+        What an earlier attempt left half written is removed.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.glob(f"*{_PARTIAL}*"):
+            leftover.unlink(missing_ok=True)
+        earlier = self.info
+        attempts = earlier.get("attempts", 0) + 1
+        first = earlier.get("started", _now())
+        self.note(status="running", started=first, ended=None, reason=None, attempts=attempts, **facts)
+        try:
+            yield
+        except BaseException as error:
+            status = {Diverged: "diverged", Interrupted: "interrupted", KeyboardInterrupt: "interrupted"}
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self._note_end(status.get(type(error), "failed"), f"{type(error).__name__}: {reason}")
+            raise
+        self._note_end("done", None)
+
+    def _note_end(self, status: str, reason: str | None) -> None:
+        try:
+            self.note(status=status, ended=_now(), reason=reason)
+        except OSError:
+            if status == "done":  # otherwise the first error, on its way, says more
+                raise
+
+    def save_checkpoint(self, state: Mapping[str, Any], fingerprint: str) -> None:
+        """Write checkpoint.pt; the one before stays until the new one is whole."""
+        import torch
+
+        content = {"fingerprint": fingerprint, "digest": _digest(state), "state": dict(state)}
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write(self.directory / "checkpoint.pt", buffer.getbuffer())
+
+    def load_checkpoint(self, fingerprint: str) -> dict[str, Any] | None:
+        """What `save_checkpoint` saved, or None.
+
+        Raises:
+            UserError: the file is damaged, or belongs to another configuration.
+        """
+        import torch
+
+        path = self.directory / "checkpoint.pt"
+        if not path.exists():
+            return None
+        advice = "remove it to train this run from its start"
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            own, digest, state = content["fingerprint"], content["digest"], content["state"]
+            intact = digest == _digest(state)
+        except Exception as error:  # torch raises what it likes for a file that is not its own
+            raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}): {advice}") from error
+        if not intact:
+            raise UserError(f"{path} is damaged (its content does not match its digest): {advice}")
+        if own != fingerprint:
+            raise UserError(f"{path} is of another configuration ({own}; this run is {fingerprint}): {advice}")
+        return state
+
+    def save_model(self, state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Write model.safetensors: the weights, and the identity that rebuilds the network."""
+        from safetensors.torch import save
+
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        metadata = {"config": json.dumps(config, sort_keys=True)}
+        write(self.directory / "model.safetensors", save(tensors, metadata))
+
+    def load_model(self) -> dict[str, Any]:
+        """The weights in model.safetensors."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self.directory / "model.safetensors"
+        if not path.exists():
+            raise UserError(f"{path} is missing: the run has not finished training; start it again")
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}): train the run again") from error
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write config.yaml."""
+        from omegaconf import OmegaConf
+
+        write(self.directory / "config.yaml", OmegaConf.to_yaml(dict(config)).encode())
+
+    def read_config(self) -> dict[str, Any]:
+        """The resolved config of the run."""
+        from omegaconf import OmegaConf
+
+        path = self.directory / "config.yaml"
+        try:
+            config = OmegaConf.to_container(OmegaConf.load(path))
+        except FileNotFoundError:
+            raise UserError(f"{self.directory} is not a run: it has no config.yaml") from None
+        except Exception as error:  # a YAML parser's errors share no base with OmegaConf's
+            raise UserError(f"{path} cannot be read ({type(error).__name__})") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{path} is not a run's config")
+        return config  # type: ignore[return-value]
+
+    def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write history.csv or evaluation.csv; None is an empty field."""
+        write_csv(self.directory / name, rows)
+
+    def read_table(self, name: str) -> list[dict[str, str]]:
+        """The rows of history.csv or evaluation.csv as text; none where there is no file."""
+        return read_csv(self.directory / name)
+
+    def add_evaluation(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows to evaluation.csv, in place of those of the same attack and eps."""
+
+        def key(row: Mapping[str, Any]) -> tuple[str, float]:
+            return row["attack"], float(row["eps"])
+
+        merged = {key(row): row for row in (*self.read_table("evaluation.csv"), *rows)}
+        self.write_table("evaluation.csv", [merged[k] for k in sorted(merged)])
+
+
+def write(path: Path, content: bytes | memoryview) -> None:
+    """Write a file so that a crash or a full disk leaves the old one or the new one, never a part."""
+    partial = path.with_name(f"{path.name}{_PARTIAL}{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV: the columns are all their keys, in order of appearance; None is empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, buffer.getvalue().encode())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file as text; none where there is no file."""
+    try:
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        return []
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV file ({error})") from error
+
+
+def environment() -> dict[str, Any]:
+    """Versions and commit, for run.json."""
+    import condlr
+
+    versions = {"python": platform.python_version(), "condlr": condlr.__version__}
+    for name in ("torch", "torchvision", "numpy", "hydra-core"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {
+        "versions": versions,
+        "commit": _commit(),
+        "host": {"machine": platform.machine(), "cores": os.cpu_count()},
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, with + where it has uncommitted changes; None outside of git."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def _digest(value: Any) -> str:
+    """SHA-256 of nested dicts and lists of tensors and plain values."""
+    import torch
+
+    digest = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, torch.Tensor):
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(part, Mapping):
+            for key, item in part.items():
+                digest.update(repr(key).encode())
+                add(item)
+        elif isinstance(part, list | tuple):
+            for item in part:
+                add(item)
+        else:
+            digest.update(repr(part).encode())
+
+    add(value)
+    return digest.hexdigest()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
