@@ -77,10 +77,9 @@ def explain(error: BaseException) -> str | None:
         if isinstance(link, OSError):
             where = f": {link.filename}" if link.filename else ""
             return f"{link.strerror or link}{where}"
-    for link in chain:
-        if isinstance(link, HydraException | OmegaConfBaseException):
-            return one_line(link)
-    return None
+    if all(isinstance(link, HydraException | OmegaConfBaseException) for link in chain):
+        return one_line(chain[0])
+    return None  # a bug of ours, perhaps dressed as an interpolation that failed
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

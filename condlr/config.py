@@ -128,6 +128,22 @@ class RunConfig:
         return "-".join([*names, f"s{self.seed}", self.fingerprint])
 
     @property
+    def row(self) -> dict[str, Any]:
+        """What tables say of this run; runs that differ in their seed alone have one `row_id`."""
+        return {
+            "dataset": self.identity["dataset"]["name"],
+            "model": self.identity["model"]["name"],
+            "method": self.identity["method"]["name"],
+            "label": self.method.label(),
+            "tau": self.identity["method"].get("tau"),
+            "compression": self.scheme.compression or 0.0,
+            "protocol": self.protocol.name,
+            "epochs": self.protocol.epochs,
+            "seed": self.seed,
+            "row_id": fingerprint({key: v for key, v in self.identity.items() if key != "seed"}),
+        }
+
+    @property
     def directory(self) -> Path:
         """Where the run lives."""
         return self.runs_dir / self.study / self.run_id

@@ -173,6 +173,47 @@ class Run:
         self.write_table("evaluation.csv", [merged[k] for k in sorted(merged)])
 
 
+def collect(study: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Two tidy tables of the runs in a study's directory.
+
+    Returns:
+        Cells: a line for each run and attack strength (and one without an attack for a run that
+        did not get so far), with what tables show of the run. Histories: a line for each run and
+        epoch. In both, `cond` is the largest condition number of the layers the run has factored
+        (of all layers, if none), `cond_all` the largest of all layers.
+    """
+    cells: list[dict[str, Any]] = []
+    histories: list[dict[str, Any]] = []
+    for path in sorted(study.glob("*/run.json")):
+        run = Run(path.parent)
+        info = run.info
+        who = {"study": info["study"], "run_id": info["run_id"]} | info["row"]
+        factored = [f"cond_{name}" for name in info.get("ranks", {})]
+        history = [who | row | _largest(row, factored) for row in run.read_table("history.csv")]
+        weights = info.get("weights", {})
+        facts = {
+            "status": info["status"],
+            "train_compression": weights.get("train_compression"),
+            "deploy_compression": weights.get("deploy_compression"),
+            "cond": history[-1]["cond"] if history else None,
+            "cond_all": history[-1]["cond_all"] if history else None,
+            "seconds": info.get("train_seconds"),
+        }
+        attacks = run.read_table("evaluation.csv") or [{}]
+        for row in attacks:
+            renamed = {("attack_seconds" if key == "seconds" else key): row[key] for key in row}
+            cells.append(who | facts | renamed)
+        histories += history
+    return cells, histories
+
+
+def _largest(row: Mapping[str, str], factored: Sequence[str]) -> dict[str, float | None]:
+    """The largest condition number in a row of history.csv, of the layers named and of all."""
+    conditions = {key: float(value) for key, value in row.items() if key.startswith("cond_") and value}
+    chosen = [conditions[key] for key in factored if key in conditions] or list(conditions.values())
+    return {"cond": max(chosen, default=None), "cond_all": max(conditions.values(), default=None)}
+
+
 def write(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that a crash or a full disk leaves the old one or the new one, never a part."""
     partial = path.with_name(f"{path.name}{_PARTIAL}{os.getpid()}")

@@ -41,7 +41,7 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
             evaluate_run(run, config)
         return
     device = pick_device(config.device)
-    facts = {"run_id": config.run_id, "fingerprint": config.fingerprint, "study": config.study}
+    facts = {"run_id": config.run_id, "study": config.study, "row": config.row}
     with run.recording(**facts, **environment(), device=_describe(device)):
         run.write_config(written)
         data = load_data(config, device)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from condlr.data.mnist import Idx
+from condlr.data._idx import Idx
 
 
 @dataclass

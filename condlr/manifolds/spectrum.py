@@ -76,19 +76,17 @@ def condition_number(A: Tensor) -> Tensor:
 def gram_solve(G: Tensor, S: Tensor) -> Tensor:
     """G (S S^T)^{-1}, the preconditioned gradient of equation (5).
 
-    Solved as two systems with S, because S S^T has the square of its condition number: with
-    grad_U = grad_W V S^T the first solve gives back grad_W V whatever the conditioning. An exactly
-    singular S is taken by its pseudo-inverse.
+    Multiplied by S^{-T} and then by S^{-1}, because S S^T has the square of the condition number of S:
+    with grad_U = grad_W V S^T the first product gives back grad_W V. An exactly singular S is taken
+    by its pseudo-inverse.
 
     Args:
         G: (..., n, r).
         S: (..., r, r).
     """
-    LU, pivots, info = torch.linalg.lu_factor_ex(S)
+    inverse, info = torch.linalg.inv_ex(S)
     if bool((info > 0).any()):
-        P, sigma, _ = svd(S)
+        P, sigma, Qh = svd(S)
         kept = sigma > sigma[..., :1] * S.shape[-1] * torch.finfo(S.dtype).eps
-        weight = torch.where(kept, sigma.square().reciprocal(), 0.0).unsqueeze(-2)
-        return ((G @ P) * weight) @ P.mT
-    left = torch.linalg.lu_solve(LU, pivots, G.mT)  # S^{-1} G^T
-    return torch.linalg.lu_solve(LU, pivots, left, adjoint=True).mT  # (S^{-T} S^{-1} G^T)^T
+        inverse = (Qh.mT * torch.where(kept, 1 / sigma, 0.0).unsqueeze(-2)) @ P.mT
+    return G @ inverse.mT @ inverse

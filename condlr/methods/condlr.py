@@ -214,7 +214,9 @@ class CondLR(Method):
         return Options(self.tau, self.centre, self.preconditioner, self.momentum, self.retraction)
 
     def label(self) -> str:
-        return f"condlr-tau{self.tau:g}" + ("-unit" if self.centre == "one" else "")
+        if self.centre == "one" and self.tau == 0:
+            return "condlr-unit"
+        return f"condlr-tau{self.tau:g}"
 
     def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
         optimizer = super().optimizer(model, lr, momentum)

@@ -1,0 +1,137 @@
+"""IDX files, the format of MNIST and of the datasets made in its image."""
+
+import gzip
+import hashlib
+import logging
+import socket
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from condlr.data.base import Data, Dataset, Images
+from condlr.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+# SHA-256 of the unpacked official files, in the order of FILES.
+OFFICIAL = {
+    "MNIST": (
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ),
+    "FashionMNIST": (
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    ),
+}
+
+_KINDS = {3: "images", 1: "labels"}
+
+
+@dataclass
+class Idx(Dataset):
+    """28 x 28 grey images of ten classes in four IDX files, `<root>/<folder>/raw/`, plain or .gz."""
+
+    folder: ClassVar[str]
+
+    def load(self, root: Path) -> Data:
+        raw = root / self.folder / "raw"
+        if missing := [name for name in FILES if _find(raw, name) is None]:
+            self._fetch(root, raw, missing)
+        arrays = [self._read(raw, index) for index in range(len(FILES))]
+        train, test = (_pair(raw, arrays[i], arrays[i + 1], FILES[i]) for i in (0, 2))
+        return Data(train, test, classes=10)
+
+    def _fetch(self, root: Path, raw: Path, missing: list[str]) -> None:
+        advice = f"put {', '.join(missing)} (plain or .gz) into {raw}, or set data_root"
+        if not self.download:
+            raise UserError(f"{self.folder} is not at hand and dataset.download=false: {advice}")
+        log.info("fetching %s into %s", self.folder, raw)
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)
+        try:
+            import torchvision.datasets
+
+            getattr(torchvision.datasets, self.folder)(root, download=True)
+        except (OSError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise UserError(f"{self.folder} could not be fetched ({reason}): {advice}") from error
+        finally:
+            socket.setdefaulttimeout(before)
+
+    def _read(self, raw: Path, index: int) -> Tensor:
+        path = _find(raw, FILES[index])
+        assert path is not None
+        content = _unpack(path)
+        digest = hashlib.sha256(content).hexdigest()
+        for folder, digests in OFFICIAL.items():
+            for name, known in zip(FILES, digests, strict=True):
+                if digest == known and (folder, name) != (self.folder, FILES[index]):
+                    raise UserError(f"{path} is {folder}'s {name}; expected {self.folder}'s {FILES[index]}")
+        array = _parse(path, content, dimensions=3 if index % 2 == 0 else 1)
+        if digest != OFFICIAL[self.folder][index]:
+            log.warning(
+                "%s is not the official file (SHA-256 %s..., expected %s...): "
+                "results are not comparable with published ones",
+                path, digest[:12], OFFICIAL[self.folder][index][:12],
+            )  # fmt: skip
+        return array
+
+
+def _find(raw: Path, name: str) -> Path | None:
+    return next((p for p in (raw / name, raw / f"{name}.gz") if p.is_file()), None)
+
+
+def _unpack(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.suffix != ".gz":
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is damaged or truncated: {error}; fetch it again") from error
+
+
+def _parse(path: Path, content: bytes, dimensions: int) -> Tensor:
+    """The array of an IDX file: magic number 0x0800 + dimensions, sizes as big-endian int32, bytes."""
+    expected = f"{_KINDS[dimensions]} (magic number {0x800 + dimensions})"
+    header = 4 * (1 + dimensions)
+    if len(content) < header:
+        raise UserError(f"{path} is truncated: {len(content)} bytes, expected an IDX file of {expected}")
+    magic = int.from_bytes(content[:4], "big")
+    if magic != 0x800 + dimensions:
+        kind = _KINDS.get(magic - 0x800, "no IDX bytes")
+        raise UserError(f"{path} holds {kind} (magic number {magic}); expected {expected}")
+    sizes = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
+    if dimensions == 3 and sizes[1:] != [28, 28]:
+        raise UserError(f"{path} holds images of {sizes[1]} x {sizes[2]}; expected 28 x 28")
+    size = header + int(np.prod(sizes))
+    if len(content) != size:
+        state = "truncated" if len(content) < size else "too long"
+        raise UserError(f"{path} is {state}: {len(content)} bytes; expected {size} for {sizes[0]} items")
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(sizes).copy())
+
+
+def _pair(raw: Path, pixels: Tensor, labels: Tensor, name: str) -> Images:
+    if len(pixels) != len(labels) or len(labels) == 0:
+        stem = name.split("-")[0]
+        raise UserError(f"{raw}: {stem} has {len(pixels)} images and {len(labels)} labels; expected as many, and some")
+    if labels.max() > 9:
+        raise UserError(f"{raw}: a label beside {name} is {labels.max()}; expected 0 to 9")
+    return Images(pixels.unsqueeze(1), labels.long())

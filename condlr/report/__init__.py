@@ -1,0 +1,1 @@
+"""From collected results to what a person looks at. Needs pandas; figures need matplotlib."""
