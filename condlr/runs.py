@@ -187,6 +187,8 @@ def collect(study: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     for path in sorted(study.glob("*/run.json")):
         run = Run(path.parent)
         info = run.info
+        if missing := {"study", "run_id", "row", "status"} - info.keys():
+            raise UserError(f"{path} lacks {', '.join(sorted(missing))}: remove this run, or train it again")
         who = {"study": info["study"], "run_id": info["run_id"]} | info["row"]
         factored = [f"cond_{name}" for name in info.get("ranks", {})]
         history = [who | row | _largest(row, factored) for row in run.read_table("history.csv")]

@@ -1,0 +1,32 @@
+#!/usr/bin/env python3
+"""Collect the runs of a study into two tidy tables, cells.csv and history.csv."""
+
+from collections import Counter
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from condlr.cli import command
+from condlr.config import resolved
+from condlr.errors import UserError
+from condlr.runs import collect, write_csv
+
+
+@command("collect")
+def main(config: DictConfig) -> None:
+    """Read <runs_dir>/<study>/*, write <results_dir>/<study>/."""
+    asked = resolved(config)
+    source = Path(asked["runs_dir"]) / asked["study"]
+    cells, histories = collect(source)
+    if not cells:
+        raise UserError(f"there is no run in {source}")
+    target = Path(asked["results_dir"]) / asked["study"]
+    target.mkdir(parents=True, exist_ok=True)
+    write_csv(target / "cells.csv", cells)
+    write_csv(target / "history.csv", histories)
+    runs = Counter({cell["run_id"]: cell["status"] for cell in cells}.values())
+    print(f"{target}: {len(cells)} cells of {', '.join(f'{n} {status}' for status, n in runs.items())} runs")
+
+
+if __name__ == "__main__":
+    main()

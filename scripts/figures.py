@@ -1,0 +1,25 @@
+#!/usr/bin/env python3
+"""Draw the figures of a study as PNG and PDF."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from condlr.cli import command
+from condlr.config import resolved
+
+
+@command("figures")
+def main(config: DictConfig) -> None:
+    """Read <results_dir>/<study>/*.csv, write robustness.png and robustness.pdf beside them."""
+    from condlr.report import figures, results
+
+    asked = resolved(config)
+    directory = Path(asked["results_dir"]) / asked["study"]
+    cells, history = results.read(directory), results.read(directory, "history")
+    for path in figures.robustness(cells, history, Path(asked["paper"]), directory):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

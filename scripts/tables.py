@@ -1,0 +1,33 @@
+#!/usr/bin/env python3
+"""Print the tables of a study, and write them as Markdown, LaTeX and CSV."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from condlr.cli import command
+from condlr.config import resolved
+
+
+@command("tables")
+def main(config: DictConfig) -> None:
+    """Read <results_dir>/<study>/cells.csv, write table.md, table.tex and table.csv beside it."""
+    import pandas as pd
+    from rich.console import Console
+
+    from condlr.report import results, tables
+    from condlr.runs import write
+
+    asked = resolved(config)
+    directory = Path(asked["results_dir"]) / asked["study"]
+    made = list(tables.tables(results.read(directory), Path(asked["paper"])))
+    console = Console()
+    for table in made:
+        tables.print_table(table, console if console.is_terminal else Console(width=160))
+    write(directory / "table.md", "\n".join(map(tables.markdown, made)).encode())
+    write(directory / "table.tex", "\n".join(map(tables.latex, made)).encode())
+    write(directory / "table.csv", pd.concat(map(tables.frame, made)).to_csv(index=False).encode())
+
+
+if __name__ == "__main__":
+    main()
