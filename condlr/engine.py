@@ -139,7 +139,9 @@ class Trainer:
     def _require_finite(self, *tensors: Tensor) -> None:
         if not all(torch.isfinite(tensor).all() for tensor in tensors):
             where = f"epoch {self.epoch + 1}, batch {self.batch} of {self.batches}"
-            raise Diverged(f"diverged in {where}: the loss or a weight is not finite; try a smaller protocol.lr")
+            raise Diverged(
+                f"diverged in {where}: the loss or a weight is not finite; try a smaller protocol.lr"
+            )
 
     def _row(self, totals: EpochTotals | None) -> HistoryRow:
         """The history's row for the network as it is."""

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,7 +62,8 @@ def accuracy(model: nn.Module, images: Images, batch_size: int = 1000) -> float:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     training = model.training
     wanted = [(p, p.requires_grad) for p in model.parameters()]
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
     tf32 = matmul.allow_tf32, cudnn.allow_tf32
     try:
         model.eval()

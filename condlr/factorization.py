@@ -102,7 +102,9 @@ def factorize(
     names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     for pattern in (*exclude, *(ranks or ())):
         if not any(fnmatch(name, pattern) for name in names):
-            raise ValueError(f"no linear or convolution layer is named {pattern!r}; there are {sorted(names)}")
+            raise ValueError(
+                f"no linear or convolution layer is named {pattern!r}; there are {sorted(names)}"
+            )
     if ranks is None:
         ranks = Scheme(compression, rank_rule, classifier, init).ranks(model, exclude)
     one_of("init", init, INITS)
@@ -183,9 +185,7 @@ def measure(model: nn.Module) -> Size:
             trained += r * (n + m + (r if layer.S is not None else 0))
             deployed += min(n * m, r * (n + m))
         elif isinstance(layer, nn.Linear | nn.Conv2d):
-            dense, trained, deployed = (
-                count + layer.weight.numel() for count in (dense, trained, deployed)
-            )
+            dense, trained, deployed = (count + layer.weight.numel() for count in (dense, trained, deployed))
     return Size(dense, trained, deployed)
 
 
@@ -223,7 +223,7 @@ def _replace(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module
         return made[model]
     for parent in model.modules():
         for name, child in parent._modules.items():
-            if child in made:
+            if child is not None and child in made:
                 parent._modules[name] = made[child]
     return model
 
@@ -276,5 +276,3 @@ def _plain(layer: LowRank, form: str) -> nn.Module:
             parts[-1].bias.copy_(layer.bias)
     plain = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
     return plain.train(layer.training)
-
-

@@ -1,8 +1,11 @@
 """Layers whose weight is a product of thin factors: U S V^T, or U V^T."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 
 class LowRank(nn.Module):
@@ -134,9 +137,11 @@ class LowRankLinear(LowRank):
         """W, as `nn.Linear` has it: (out_features, in_features)."""
         return self.matrix
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.V.mT), self.left, self.bias)
 
+    @override
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}" + _options(self)
 
@@ -161,7 +166,7 @@ class LowRankConv2d(LowRank):
         padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         core: bool = True,
         device=None,
         dtype=None,
@@ -202,6 +207,7 @@ class LowRankConv2d(LowRank):
         """The kernel, as `nn.Conv2d` has it: (out_channels, in_channels, kh, kw)."""
         return self.matrix.view(self.out_channels, self.in_channels, *self.kernel_size)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
@@ -209,6 +215,7 @@ class LowRankConv2d(LowRank):
         z = F.conv2d(x, self.filters, None, self.stride, padding, self.dilation)
         return F.conv2d(z, self.left[:, :, None, None], self.bias)
 
+    @override
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
         return f"{text}, rank={self.rank}, stride={self.stride}" + _options(self)

@@ -106,11 +106,15 @@ class Run:
             own, digest, state = content["fingerprint"], content["digest"], content["state"]
             intact = digest == _digest(state)
         except Exception as error:  # torch raises what it likes for a file that is not its own
-            raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}): {advice}") from error
+            raise UserError(
+                f"{path} is damaged or no checkpoint ({type(error).__name__}): {advice}"
+            ) from error
         if not intact:
             raise UserError(f"{path} is damaged (its content does not match its digest): {advice}")
         if own != fingerprint:
-            raise UserError(f"{path} is of another configuration ({own}; this run is {fingerprint}): {advice}")
+            raise UserError(
+                f"{path} is of another configuration ({own}; this run is {fingerprint}): {advice}"
+            )
         return state
 
     def save_model(self, state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -293,7 +297,7 @@ def _digest(value: Any) -> str:
     def add(part: Any) -> None:
         if isinstance(part, torch.Tensor):
             digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(part, Mapping):
             for key, item in part.items():
                 digest.update(repr(key).encode())

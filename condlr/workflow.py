@@ -64,7 +64,9 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
 def evaluate_run(run: Run, config: RunConfig) -> list[Row]:
     """Attack a finished run's weights with `config.attack`, and add the result to its evaluation."""
     if run.status != "done":
-        raise UserError(f"{run.directory} is {run.status or 'not a run'}: only a run that is done is evaluated")
+        raise UserError(
+            f"{run.directory} is {run.status or 'not a run'}: only a run that is done is evaluated"
+        )
     data = load_data(config, pick_device(config.device))
     model = load_network(run, config, data)
     rows = evaluate(model, data.test, config.attack)
@@ -178,7 +180,11 @@ def _covers(run: Run, attack: Attack) -> bool:
 
 
 def _describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
 
 
 def _summary(rows: list[Row]) -> str:

@@ -54,7 +54,7 @@ class Reference:
         self.X, self.T = X.double().numpy(), T.double().numpy()
         self.first_sigma = scipy.linalg.svdvals(self.S)
         self.scale = None
-        self.buffers = {name: 0.0 for name in "USV"}
+        self.buffers = dict.fromkeys("USV", 0.0)
 
     def gradients(self):
         W = self.U @ self.S @ self.V.T
@@ -107,7 +107,9 @@ def test_twenty_steps_are_algorithm_one(tau, centre, preconditioner, momentum, m
 
 def test_the_direction_is_equation_five_for_a_network():
     """The gradients that the optimiser sees, for a convolution and a linear layer inside a network."""
-    net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(54, 8), nn.Tanh(), nn.Linear(8, 3))
+    net = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(54, 8), nn.Tanh(), nn.Linear(8, 3)
+    )
     net = condlr.factorize(net.double(), 0.3)
     before = copy.deepcopy(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
@@ -159,7 +161,9 @@ def test_the_promise_holds_in_float32_at_any_learning_rate(lr, tau, retraction):
     if tau == 0:
         S = layer.S.detach().double()
         s = S.norm() / R**0.5
-        torch.testing.assert_close(S @ S.mT, s**2 * torch.eye(R, dtype=torch.float64), rtol=1e-5, atol=1e-5 * s.item() ** 2)
+        torch.testing.assert_close(
+            S @ S.mT, s**2 * torch.eye(R, dtype=torch.float64), rtol=1e-5, atol=1e-5 * s.item() ** 2
+        )
 
 
 @pytest.mark.parametrize(
@@ -182,7 +186,9 @@ def test_it_works_with_any_optimizer(make):
 
 
 @pytest.mark.parametrize("momentum", ["after_projection", "before_projection"])
-@pytest.mark.parametrize(("preconditioner", "tau"), [("exact", 0.1), ("released_code", 0.0), ("released_code", 0.5)])
+@pytest.mark.parametrize(
+    ("preconditioner", "tau"), [("exact", 0.1), ("released_code", 0.0), ("released_code", 0.5)]
+)
 def test_state_dicts_carry_all_that_is_remembered(preconditioner, tau, momentum):
     """Ten steps are five, saved, loaded elsewhere, and five more."""
     options = {"preconditioner": preconditioner, "momentum": momentum}

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from condlr.attacks.base import Attack
 
@@ -21,6 +22,7 @@ class Fgsm(Attack):
 
     norm: ClassVar[str] = "linf"
 
+    @override
     def perturb(
         self, model: nn.Module, images: Tensor, labels: Tensor
     ) -> Iterator[tuple[float, Tensor, Tensor]]:

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from condlr.data.base import Data, Dataset, Images
 from condlr.errors import UserError
@@ -50,6 +51,7 @@ class Idx(Dataset):
 
     folder: ClassVar[str]
 
+    @override
     def load(self, root: Path) -> Data:
         raw = root / self.folder / "raw"
         if missing := [name for name in FILES if _find(raw, name) is None]:
@@ -131,7 +133,9 @@ def _parse(path: Path, content: bytes, dimensions: int) -> Tensor:
 def _pair(raw: Path, pixels: Tensor, labels: Tensor, name: str) -> Images:
     if len(pixels) != len(labels) or len(labels) == 0:
         stem = name.split("-")[0]
-        raise UserError(f"{raw}: {stem} has {len(pixels)} images and {len(labels)} labels; expected as many, and some")
+        raise UserError(
+            f"{raw}: {stem} has {len(pixels)} images and {len(labels)} labels; expected as many, and some"
+        )
     if labels.max() > 9:
         raise UserError(f"{raw}: a label beside {name} is {labels.max()}; expected 0 to 9")
     return Images(pixels.unsqueeze(1), labels.long())

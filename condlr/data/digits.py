@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from typing_extensions import override
 
 from condlr.data.base import Data, Dataset, Images
 from condlr.errors import UserError
@@ -19,14 +20,15 @@ class Digits(Dataset):
     A fixed fifth (360 images) is the test set, the same for every seed.
     """
 
+    @override
     def load(self, root: Path) -> Data:
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise UserError("dataset=digits needs scikit-learn: pip install 'condlr[digits]'") from error
-        digits = load_digits()
-        small = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
+        pixels, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
+        small = pixels.float().view(-1, 1, 8, 8) / 16
         large = F.interpolate(small, size=(28, 28), mode="bilinear", align_corners=False)
-        images = Images((large * 255).round().to(torch.uint8), torch.from_numpy(digits.target).long())
+        images = Images((large * 255).round().to(torch.uint8), labels.long())
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         return Data(images.take(order[_TEST:]), images.take(order[:_TEST]), classes=10)

@@ -19,7 +19,7 @@ def svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return nan[..., :, :r], nan[..., 0, :r], nan[..., :r, :]
     try:
         return torch.linalg.svd(A, full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         P, sigma, Qh = torch.linalg.svd(A.double(), full_matrices=False)
         return P.to(A), sigma.to(A), Qh.to(A)
 

@@ -59,7 +59,7 @@ def horizontal(X: Tensor, G: Tensor) -> Tensor:
 
 
 def orthonormality_error(X: Tensor) -> Tensor:
-    """max |X^T X - I|, evaluated in float64; shape (...)."""
+    """The largest entry of |X^T X - I|, evaluated in float64; shape (...)."""
     X = X.double()
     gram = X.mT @ X
     return (gram - torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)).abs().amax((-2, -1))

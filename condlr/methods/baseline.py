@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
+from typing_extensions import override
 
 from condlr.factorization import Scheme
 from condlr.methods.base import Method
@@ -19,6 +20,7 @@ class Baseline(Method):
 
     compresses: ClassVar[bool] = False
 
+    @override
     def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
         assert scheme.compression is None, "a method that does not compress is given no compression"
         return self.factored(model, scheme)

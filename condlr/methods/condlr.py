@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from condlr.errors import ConstraintBreach, in_range, one_of
 from condlr.factorization import low_rank_layers
@@ -121,9 +122,7 @@ class Constraint:
             for layer in self.layers.values()
             for factor in (layer.U, layer.V)
         ]
-        conditions = [
-            spectrum.condition_number(_core(layer)).item() for layer in self.layers.values()
-        ]
+        conditions = [spectrum.condition_number(_core(layer)).item() for layer in self.layers.values()]
         return {"orthonormality_error": _worst(errors), "cond_S": _worst(conditions)}
 
     def check(self) -> dict[str, float]:
@@ -135,7 +134,9 @@ class Constraint:
         }
         for name, limit in limits.items():
             if found[name] > limit:
-                raise ConstraintBreach(f"CondLR's constraint is broken: {name} {found[name]:.3g} > {limit:.3g}")
+                raise ConstraintBreach(
+                    f"CondLR's constraint is broken: {name} {found[name]:.3g} > {limit:.3g}"
+                )
         return found
 
     @property
@@ -213,16 +214,19 @@ class CondLR(Method):
     def _options(self) -> Options:
         return Options(self.tau, self.centre, self.preconditioner, self.momentum, self.retraction)
 
+    @override
     def label(self) -> str:
         if self.centre == "one" and self.tau == 0:
             return "condlr-unit"
         return f"condlr-tau{self.tau:g}"
 
+    @override
     def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
         optimizer = super().optimizer(model, lr, momentum)
         self._constraint = Constraint(optimizer, model, self._options())
         return optimizer
 
+    @override
     def audit(self, model: nn.Module) -> dict[str, float]:
         assert self._constraint is not None, "audit follows optimizer"
         return self._constraint.check()
@@ -281,5 +285,3 @@ def _has_gradient(layer: LowRank) -> bool:
 
 def _worst(values: list[float]) -> float:
     return math.nan if any(map(math.isnan, values)) else max(values)
-
-

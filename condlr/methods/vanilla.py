@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from condlr.errors import one_of
 from condlr.factorization import Scheme, low_rank_layers
@@ -27,6 +28,7 @@ class Vanilla(Method):
     def __post_init__(self) -> None:
         one_of("init", self.init, ("spectral", "gaussian"))
 
+    @override
     def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
         model = self.factored(model, scheme, core=False)
         if self.init == "gaussian":

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from condlr.errors import in_range
 from condlr.models.base import Architecture
@@ -31,6 +32,7 @@ class LeNet5(nn.Module):
         self.fc2 = nn.Linear(500, classes)
         self.slope = slope
 
+    @override
     def forward(self, images: Tensor) -> Tensor:
         z = images
         for convolution in (self.conv1, self.conv2):
@@ -48,6 +50,7 @@ class LeNet5Options(Architecture):
     def __post_init__(self) -> None:
         in_range("slope", self.slope, 0, 1)
 
+    @override
     def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
         if shape != (1, 28, 28):
             raise ValueError(f"lenet5 takes images of 1 x 28 x 28; these are {' x '.join(map(str, shape))}")

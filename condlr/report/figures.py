@@ -8,9 +8,9 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
-from condlr.report.results import CONTEXT, ROW, published, summarize, title
+from condlr.report.results import CONTEXT, ROW, published, setting, summarize, title
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {
@@ -47,9 +47,7 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
             left.set_xlabel(f"perturbation ε ({known['norm'].replace('linf', 'ℓ∞')}, pixels in [0, 1])")
             left.set_ylabel(f"accuracy under {str(known['attack']).upper()}")
             _conditions(right, history[history["row_id"].isin(frame["row_id"])])
-            figure.suptitle(
-                f"{known['model']} on {known['dataset']}, protocol {known['protocol']}, {known['epochs']} epochs"
-            )
+            figure.suptitle(setting(known))
             handles = _legend(frame, bool(compare))
             figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
             suffix = "" if number == 1 else f"-{number}"
@@ -71,13 +69,16 @@ def _accuracies(axes: Axes, frame: pd.DataFrame, compare: dict[tuple[str, float,
         known = [(eps, value) for eps, value in points if value is not None]
         if known:
             axes.plot(*zip(*known, strict=True), linestyle=":", linewidth=0.8, color=style["color"])
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
 
 def _conditions(axes: Axes, history: pd.DataFrame) -> None:
     for (label, compression, _, _), run in history.groupby([*ROW, "seed"], sort=False):
         axes.plot(run["step"], run["cond"], **_style(label, compression))
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if history["cond"].max() < 100 else (1,)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("largest layer condition number")
 

@@ -1,5 +1,6 @@
 """Collected cells as a frame of rows: means over seeds, beside what was published."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -23,7 +24,9 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
         raise UserError(f"{path} is missing: collect the study's runs first (scripts/collect.py)") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a table of results ({error})") from error
-    wanted = {*ROW, "study", "seed"} | ({"eps", "accuracy", "status"} if name == "cells" else {"step", "cond"})
+    wanted = {*ROW, "study", "seed"} | (
+        {"eps", "accuracy", "status"} if name == "cells" else {"step", "cond"}
+    )
     if missing := sorted(wanted - {*frame.columns}):
         raise UserError(f"{path} lacks the columns {', '.join(missing)}: collect the runs again")
     return frame
@@ -66,6 +69,13 @@ def published(directory: Path, dataset: str, model: str) -> dict[tuple[str, floa
                     eps = float(str(column).removeprefix("eps_"))
                     values[label, row["compression_percent"] / 100, eps] = float(value)
     return values
+
+
+def setting(context: Mapping[str, object]) -> str:
+    """What a table's rows share, for its caption: `LeNet5 on MNIST, protocol paper, 10 epochs`."""
+    names = {"lenet5": "LeNet5", "mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
+    model, dataset = (names.get(str(context[key]), context[key]) for key in ("model", "dataset"))
+    return f"{model} on {dataset}, protocol {context['protocol']}, {context['epochs']} epochs"
 
 
 def title(label: str) -> str:

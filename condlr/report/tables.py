@@ -8,7 +8,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from condlr.report.results import CONTEXT, ROW, published, summarize, title
+from condlr.report.results import CONTEXT, ROW, published, setting, summarize, title
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,8 @@ class Table:
     @property
     def caption(self) -> str:
         """What the rows share."""
-        c = self.context
-        return (
-            f"{c['model']} on {c['dataset']}, protocol {c['protocol']}, {c['epochs']} epochs: "
-            f"accuracy (%) under {c['attack']} ({c['norm']})"
-        )
+        attack = f"{str(self.context['attack']).upper()} ({str(self.context['norm']).replace('linf', 'ℓ∞')})"
+        return f"{setting(self.context)}: accuracy (%) under {attack}"
 
     @property
     def has_published(self) -> bool:
@@ -156,7 +153,8 @@ def latex(table: Table) -> str:
     header, _ = _flat(table, bold)
     lines = [
         r"\begin{table}", r"\centering\small", rf"\caption{{{_tex(table.caption)}.}}",
-        rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", " & ".join(map(_tex, header)) + r" \\",
+        rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule",
+        " & ".join(map(_tex, header)) + r" \\",
     ]  # fmt: skip
     for group in table.groups:
         lines.append(r"\midrule")
@@ -195,7 +193,10 @@ def _pipe(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+_TEX = {"%": r"\%", "_": r"\_", "ε": r"$\varepsilon$", "τ": r"$\tau$", "ℓ∞": r"$\ell_\infty$"}
+
+
 def _tex(text: str) -> str:
-    for plain, escaped in (("%", r"\%"), ("_", r"\_"), ("ε", r"$\varepsilon$"), ("τ", r"$\tau$")):
+    for plain, escaped in _TEX.items():
         text = text.replace(plain, escaped)
     return text

@@ -1,0 +1,38 @@
+# On a machine with Python >= 3.11 and make, `make demo` and `make test` each do their own set-up.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STUDY ?= default
+
+.PHONY: help demo test tables figures clean
+.DEFAULT_GOAL := help
+
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+# The stamp is newer than what it was made from, so a second call installs nothing.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("condlr needs Python >= 3.11, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed  ## Train four rows on real digits, attack them, print the table, draw the figure
+	$(RUN) scripts/train.py experiment=demo
+	$(MAKE) --no-print-directory tables figures STUDY=demo
+
+test: $(VENV)/.installed  ## Lint, type check and test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m basedpyright
+	$(RUN) -m pytest
+
+tables: $(VENV)/.installed  ## Collect the runs of STUDY, print and write its tables
+	$(RUN) scripts/collect.py study=$(STUDY)
+	$(RUN) scripts/tables.py study=$(STUDY)
+
+figures: $(VENV)/.installed  ## Draw the figures of STUDY from its collected results
+	$(RUN) scripts/figures.py study=$(STUDY)
+
+clean:  ## Remove the environment and caches; runs and results stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,99 @@
+"""FGSM and the counting around it."""
+
+import pytest
+import torch
+from torch import nn
+
+from condlr.attacks.fgsm import Fgsm
+from condlr.data.base import Images
+from condlr.evaluation import accuracy, evaluate
+
+
+@pytest.fixture
+def linear():
+    """A linear classifier, whose gradient is known in closed form."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
+
+
+def images(n, dtype=torch.uint8):
+    return Images(torch.randint(0, 256, (n, 1, 3, 4), dtype=dtype), torch.randint(0, 3, (n,)))
+
+
+def test_fgsm_is_its_formula(linear):
+    x, y = torch.rand(7, 1, 3, 4, dtype=torch.float64), torch.randint(0, 3, (7,))
+    W = linear[1].weight.detach()
+    error = linear(x).softmax(1).detach() - nn.functional.one_hot(y, 3)  # d loss / d logits
+    gradient = (error @ W).view_as(x)
+    for eps, adversarial, without in Fgsm([0, 0.1, 0.7]).perturb(linear, x, y):
+        torch.testing.assert_close(adversarial, (x + eps * gradient.sign()).clamp(0, 1))
+        assert not without.any()
+
+
+def test_eps_zero_is_no_attack_and_the_result_is_in_range(linear):
+    x, y = torch.rand(5, 1, 3, 4, dtype=torch.float64), torch.zeros(5, dtype=torch.long)
+    for eps, adversarial, _ in Fgsm([0, 1.0]).perturb(linear, x, y):
+        assert adversarial.min() >= 0
+        assert adversarial.max() <= 1
+        assert (adversarial - x).abs().max() <= eps
+        if eps == 0:
+            assert torch.equal(adversarial, x)
+
+
+def test_one_backward_pass_serves_every_eps(linear):
+    calls = []
+    linear.register_full_backward_hook(lambda *a: calls.append(1))
+    list(Fgsm([0.1, 0.2, 0.3, 0.4]).perturb(linear, torch.rand(2, 1, 3, 4).double(), torch.tensor([0, 1])))
+    assert len(calls) == 1
+
+
+def test_images_without_a_gradient_are_counted(linear):
+    """A confident model gives exactly zero gradients in float32: that must show."""
+    model = linear.float()
+    with torch.no_grad():
+        model[1].weight.mul_(1e4)
+    data = images(40)
+    rows = evaluate(model, data, Fgsm([0.05]))
+    x = data.pixels.float() / 255
+    x.requires_grad_()
+    nn.functional.cross_entropy(model(x), data.labels, reduction="sum").backward()
+    assert x.grad is not None
+    expected = (x.grad == 0).flatten(1).all(1).float().mean().item()
+    assert 0 < rows[0]["zero_gradient"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_accuracy_has_the_true_denominator(linear, batch_size):
+    model, data = linear.float(), images(50)
+    x = data.pixels.float() / 255
+    expected = (model(x).argmax(1) == data.labels).float().mean().item()
+    (row,) = evaluate(model, data, Fgsm([0]), batch_size)
+    assert row["accuracy"] == pytest.approx(expected)
+    assert row["n"] == 50
+    assert accuracy(model, data, batch_size) == pytest.approx(expected)
+
+
+def test_evaluation_is_in_eval_mode_and_restores_everything():
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, 3))
+    model[3].bias.requires_grad_(False)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    first, second = (evaluate(model, images(20), Fgsm([0.1])) for _ in range(2))
+    del first, second
+    assert model.training
+    assert [p.requires_grad for p in model.parameters()] == [True, True, True, False]
+    assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_stronger_attacks_leave_less_accuracy_on_a_linear_model(linear):
+    model, data = linear.float(), images(300)
+    data = Images(data.pixels, model(data.pixels.float() / 255).argmax(1))
+    values = [row["accuracy"] for row in evaluate(model, data, Fgsm([0, 0.05, 0.1, 0.2, 0.5]))]
+    assert values[0] == 1.0
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < 0.5
+
+
+@pytest.mark.parametrize("eps", [[], [-0.1], [1.5], [float("nan")]])
+def test_bad_strengths_are_refused(eps):
+    with pytest.raises(ValueError, match="eps"):
+        Fgsm(eps)

@@ -1,0 +1,272 @@
+"""The layers against the dense ones they stand for, and factorize on networks of many shapes."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import condlr
+from condlr.factorization import Scheme, low_rank_layers
+from condlr.manifolds import stiefel
+from condlr.models.lenet5 import LeNet5
+
+CONVOLUTIONS = [
+    {},
+    {"stride": 2},
+    {"padding": 1},
+    {"padding": "same"},
+    {"dilation": 2, "padding": 2},
+    {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)},
+    {"padding": 2, "padding_mode": "circular"},
+    {"padding": (1, 2), "padding_mode": "reflect"},
+    {"bias": False},
+]
+
+
+@pytest.mark.parametrize("core", [True, False])
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+def test_a_convolution_of_full_rank_is_the_dense_one(options, core):
+    dense = nn.Conv2d(**{"in_channels": 3, "out_channels": 8, "kernel_size": 3} | options).double()
+    rank = min(dense.weight.flatten(1).shape)
+    layer = condlr.LowRankConv2d.like(dense, rank, core)
+    images = torch.randn(2, 3, 9, 10, dtype=torch.float64)
+    torch.testing.assert_close(layer(images), dense(images))
+    torch.testing.assert_close(layer.weight, dense.weight)
+    torch.testing.assert_close(layer(images[0]), dense(images[0]))
+
+
+@pytest.mark.parametrize("core", [True, False])
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+def test_a_convolution_is_the_dense_one_with_the_weight_it_says(options, core):
+    dense = nn.Conv2d(**{"in_channels": 3, "out_channels": 8, "kernel_size": 3} | options).double()
+    layer = condlr.LowRankConv2d.like(dense, 2, core)
+    images = torch.randn(2, 3, 9, 10, dtype=torch.float64)
+    with torch.no_grad():
+        dense.weight.copy_(layer.weight)
+    torch.testing.assert_close(layer(images), dense(images))
+
+
+@pytest.mark.parametrize("core", [True, False])
+@pytest.mark.parametrize("shape", [(4, 7), (2, 3, 7), (7,)])
+def test_linear(shape, core):
+    layer = condlr.LowRankLinear(7, 5, rank=3, core=core).double()
+    x = torch.randn(*shape, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert layer.weight.shape == (5, 7)
+
+
+@pytest.mark.parametrize("core", [True, False])
+def test_the_start_is_the_best_approximation(core):
+    dense = nn.Linear(9, 6).double()
+    layer = condlr.LowRankLinear.like(dense, 4, core)
+    P, s, Qh = torch.linalg.svd(dense.weight)
+    torch.testing.assert_close(layer.matrix, P[:, :4] @ torch.diag(s[:4]) @ Qh[:4])
+    torch.testing.assert_close(layer.singular_values(), s[:4])
+    if core:
+        assert stiefel.orthonormality_error(layer.U) < 1e-12 > stiefel.orthonormality_error(layer.V)
+        torch.testing.assert_close(layer.S, torch.diag(s[:4]))
+    else:
+        torch.testing.assert_close(layer.U.norm(dim=0), layer.V.norm(dim=0))
+
+
+def test_singular_values_assume_nothing_of_the_factors():
+    layer = condlr.LowRankLinear(9, 6, 3).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    torch.testing.assert_close(layer.singular_values(), torch.linalg.svdvals(layer.matrix)[:3])
+
+
+@pytest.mark.parametrize("rank", [0, 6, -1])
+def test_a_rank_that_cannot_be_is_refused(rank):
+    with pytest.raises(ValueError, match="the rank of a 5 x 7 matrix is 1 to 5"):
+        condlr.LowRankLinear(7, 5, rank)
+
+
+class Block(nn.Module):
+    """A residual block with a shortcut, as in a WideResNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(4, 8, 3, stride=2, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.shortcut = nn.Conv2d(4, 8, 1, stride=2)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu()) + self.shortcut(x)
+
+
+def test_a_residual_network_keeps_its_wiring():
+    block = Block().double()
+    full = {"first": 8, "second": 8, "shortcut": 4}
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    factored = condlr.factorize(block, ranks=full)
+    assert len(low_rank_layers(factored)) == 3
+    torch.testing.assert_close(factored(x), block(x))
+    factored(x).sum().backward()
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in factored.parameters())
+
+
+def test_the_model_itself_is_not_changed():
+    net = LeNet5()
+    before = {name: p.clone() for name, p in net.state_dict().items()}
+    condlr.factorize(net, 0.5)
+    assert all(torch.equal(before[name], p) for name, p in net.state_dict().items())
+    assert not low_rank_layers(net)
+
+
+def test_a_layer_alone_and_a_layer_used_twice():
+    assert isinstance(condlr.factorize(nn.Linear(8, 8), 0.5), condlr.LowRankLinear)
+    layer = nn.Linear(8, 8)
+    net = condlr.factorize(nn.Sequential(layer, nn.ReLU(), layer), 0.5)
+    assert isinstance(net, nn.Sequential)
+    assert net[0] is net[2]
+    assert isinstance(net[0], condlr.LowRankLinear)
+
+
+def test_what_cannot_be_factored_stays_dense_and_is_named():
+    tied = nn.Linear(6, 6)
+    other = nn.Linear(6, 6)
+    other.weight = tied.weight
+    net = nn.ModuleDict(
+        {
+            "grouped": nn.Conv2d(4, 8, 3, groups=2),
+            "tied": tied,
+            "other": other,
+            "attention": nn.MultiheadAttention(8, 2),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),
+            "plain": nn.Linear(6, 6),
+        }
+    )
+    with pytest.warns(UserWarning, match=r"grouped \(groups=2\)") as caught:
+        factored = condlr.factorize(net, 0.3)
+    assert set(low_rank_layers(factored)) == {"plain"}
+    text = str(caught[0].message)
+    assert all(name in text for name in ("tied", "other", "attention.out_proj", "normed"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        condlr.factorize(net, 0.3, exclude=["grouped", "tied", "other", "attention.*", "normed"])
+    with pytest.raises(ValueError, match="grouped cannot be factored: groups=2"):
+        condlr.factorize(net, ranks={"grouped": 2})
+
+
+def test_frozen_layers_devices_and_modes_are_kept():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double().eval()
+    net[0].requires_grad_(False)
+    factored = condlr.factorize(net, 0.3)
+    assert isinstance(factored, nn.Sequential)
+    assert [p.requires_grad for p in factored[0].parameters()] == [False] * 4
+    assert all(p.requires_grad for p in factored[1].parameters())
+    assert not factored[0].training
+    assert {p.dtype for p in factored.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize(
+    ("classifier", "expected"),
+    [("dense", [5, 21, 138]), ("full_rank", [5, 21, 138, 10]), ("compressed", [5, 21, 138, 4])],
+)
+def test_the_classifier(classifier, expected):
+    net = condlr.factorize(LeNet5(), 0.5, classifier=classifier)
+    assert [layer.rank for layer in low_rank_layers(net).values()] == expected
+
+
+def test_only_the_classifier_of_a_dense_row_is_factored():
+    assert Scheme(None, classifier="full_rank").ranks(LeNet5()) == {"fc2": 10}
+    assert Scheme(None, classifier="dense").ranks(LeNet5()) == {}
+
+
+@pytest.mark.parametrize(
+    ("rule", "classifier", "compression", "train", "deploy"),
+    [
+        # reference figures of the released code's ranks, and r (n + m + r) summed by hand
+        ("released_code", "full_rank", 0.5, 0.053, 0.2005),
+        ("released_code", "full_rank", 0.8, 0.649, 0.673),
+        ("params", "dense", 0.5, 1 - 215685 / 430500, 1 - 196175 / 430500),
+        ("params", "dense", 0.8, 1 - 88322 / 430500, 1 - 84890 / 430500),
+    ],
+)
+def test_measured_compression(rule, classifier, compression, train, deploy):
+    net = condlr.factorize(LeNet5(), compression, rank_rule=rule, classifier=classifier)
+    size = condlr.measure(net)
+    assert size.dense == 430_500
+    assert size.train_compression == pytest.approx(train, abs=5e-4)
+    assert size.deploy_compression == pytest.approx(deploy, abs=5e-4)
+    assert condlr.measure(LeNet5()).as_dict()["train_compression"] == 0
+    exported = condlr.export(net)
+    assert condlr.measure(exported).trained == size.deployed
+
+
+@pytest.mark.parametrize("form", ["smallest", "dense", "factored"])
+@pytest.mark.parametrize("core", [True, False])
+def test_export_computes_the_same_with_plain_layers(form, core):
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=2, bias=False), nn.Flatten(), nn.Linear(72, 10),
+    ).double()  # fmt: skip
+    factored = condlr.factorize(net, 0.3, core=core)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    plain = condlr.export(factored, form)
+    torch.testing.assert_close(plain(x), factored(x))
+    kinds = {type(module) for module in plain.modules()}
+    assert kinds <= {nn.Sequential, nn.Conv2d, nn.Linear, nn.ReLU, nn.Flatten}
+    assert all(isinstance(m, nn.Module) for m in plain.modules())
+
+
+def test_the_released_start_has_a_gaussian_spectrum_for_convolutions():
+    net = condlr.factorize(LeNet5(), 0.5, rank_rule="released_code", init="released_code")
+    layers = low_rank_layers(net)
+    for name in ("conv1", "conv2"):
+        layer = layers[name]
+        assert layer.S is not None
+        sigma = layer.S.diagonal()
+        assert torch.equal(layer.S, torch.diag(sigma))
+        assert torch.equal(sigma, sigma.sort(descending=True).values)
+        assert stiefel.orthonormality_error(layer.U) < 1e-5 > stiefel.orthonormality_error(layer.V)
+    reference = condlr.factorize(LeNet5(), 0.5, rank_rule="released_code")
+    assert len(reference.get_submodule("fc1").U) == len(layers["fc1"].U)
+
+
+def test_a_gaussian_start_is_half_normal():
+    net = nn.Sequential(nn.Conv2d(64, 128, 3))
+    factored = condlr.factorize(net, ranks={"0": 128}, init="released_code")
+    sigma = low_rank_layers(factored)["0"].singular_values()
+    assert sigma.mean().item() == pytest.approx((2 / torch.pi) ** 0.5, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda net: condlr.factorize(net), "either a compression or the ranks"),
+        (lambda net: condlr.factorize(net, 0.5, ranks={"fc1": 2}), "either a compression or the ranks"),
+        (lambda net: condlr.factorize(net, 1.0), "compression must be in"),
+        (lambda net: condlr.factorize(net, 0.5, rank_rule="half"), "rank_rule must be one of"),
+        (lambda net: condlr.factorize(net, 0.5, classifier="big"), "classifier must be one of"),
+        (lambda net: condlr.factorize(net, 0.5, init="zeros"), "init must be one of"),
+        (lambda net: condlr.factorize(net, 0.5, exclude=["head"]), "no linear or convolution layer is named"),
+        (lambda net: condlr.factorize(net, ranks={"fc9": 2}), "no linear or convolution layer is named"),
+        (lambda net: condlr.factorize(net, ranks={"fc1": 501}), "the rank of a 500 x 800 matrix"),
+        (lambda net: condlr.export(net, "onnx"), "form must be one of"),
+    ],
+)
+def test_misuse_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(LeNet5())
+
+
+def test_the_practitioners_loop():
+    """The two calls of the README, on a network and an optimiser of their own."""
+    net = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 3))
+    net = condlr.factorize(net, compression=0.5, exclude=["4"])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.3)
+    constraint = condlr.constrain(optimizer, net, tau=0.1)
+    x = torch.randn(200, 20)
+    labels = x[:, :3].argmax(1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), labels).backward()
+        optimizer.step()
+    assert constraint.audit()["cond_S"] <= 1.1 * (1 + 1e-4)
+    plain = condlr.export(net)
+    assert (plain(x).argmax(1) == labels).float().mean() > 0.9
