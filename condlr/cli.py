@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from condlr.config import CONF, check, one_line
 from condlr.errors import Interrupted, UserError
@@ -60,6 +60,9 @@ def command(config_name: str) -> Callable[[Task], Callable[[], NoReturn]]:
                     raise
                 print(f"error: {line}", file=sys.stderr)
                 sys.exit(1)
+            finally:
+                if not verbose:
+                    del os.environ["HYDRA_FULL_ERROR"]
             sys.exit(0)
 
         return program
@@ -74,12 +77,12 @@ def explain(error: BaseException) -> str | None:
         if isinstance(link, UserError):
             return " ".join(str(link).split())
     for link in chain:
-        if isinstance(link, OSError):
+        if isinstance(link, OSError) and not isinstance(link, HydraException):
             where = f": {link.filename}" if link.filename else ""
             return f"{link.strerror or link}{where}"
-    if all(isinstance(link, HydraException | OmegaConfBaseException) for link in chain):
-        return one_line(chain[0])
-    return None  # a bug of ours, perhaps dressed as an interpolation that failed
+    if isinstance(error, InterpolationResolutionError) and not isinstance(chain[-1], OmegaConfBaseException):
+        return None  # a bug of ours in a resolver
+    return one_line(error) if isinstance(error, HydraException | OmegaConfBaseException) else None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

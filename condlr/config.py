@@ -68,7 +68,7 @@ class Protocol:
         in_range("batch_size", self.batch_size, 1, math.inf)
         in_range("lr", self.lr, 0, math.inf, half_open=True)
         in_range("momentum", self.momentum, 0, 1, half_open=True)
-        in_range("lr_factor", self.lr_factor, 0, 1)
+        in_range("lr_factor", self.lr_factor, 0, math.inf, half_open=True)
         in_range("held_out", self.held_out, 0, 1, half_open=True)
         if any(m < 1 for m in self.lr_milestones) or sorted(self.lr_milestones) != self.lr_milestones:
             raise ValueError(f"lr_milestones must be epochs in ascending order; got {self.lr_milestones}")
@@ -237,6 +237,10 @@ def one_line(error: BaseException) -> str:
 def _typed(schema: type, values: Mapping[str, Any], group: str = "") -> dict[str, Any]:
     """`values` converted to the types of a dataclass's fields, defaults filled in, no other key."""
     prefix = f"{group}." if group else ""
+    known = [field.name for field in fields(schema)]
+    if unknown := [key for key in values if key not in known]:
+        choices = f"the keys of {group} are {', '.join(known)}" if known else f"{group} has no other keys"
+        raise UserError(f"{prefix}{unknown[0]}: there is no such key; {choices if group else 'see --help'}")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), dict(values))
         plain = OmegaConf.to_container(merged)

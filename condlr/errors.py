@@ -35,4 +35,4 @@ def in_range(name: str, value: float, low: float, high: float, *, half_open: boo
     """Raise `ValueError` unless low <= value <= high (< high when `half_open`). NaN is refused."""
     if not low <= value <= high or (half_open and value == high):
         bracket = ")" if half_open or high == float("inf") else "]"
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}{bracket}; got {value:g}")
+        raise ValueError(f"{name} must be in [{low:.10g}, {high:.10g}{bracket}; got {value:.10g}")

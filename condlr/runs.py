@@ -204,6 +204,9 @@ def collect(study: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             "cond": history[-1]["cond"] if history else None,
             "cond_all": history[-1]["cond_all"] if history else None,
             "seconds": info.get("train_seconds"),
+            "device": info.get("device"),
+            "commit": info.get("commit"),
+            "torch": info.get("versions", {}).get("torch"),
         }
         attacks = run.read_table("evaluation.csv") or [{}]
         for row in attacks:

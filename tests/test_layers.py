@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import condlr
 from condlr.factorization import Scheme, low_rank_layers
 from condlr.manifolds import stiefel
+from condlr.methods.vanilla import Vanilla
 from condlr.models.lenet5 import LeNet5
 
 CONVOLUTIONS = [
@@ -270,3 +271,12 @@ def test_the_practitioners_loop():
     assert constraint.audit()["cond_S"] <= 1.1 * (1 + 1e-4)
     plain = condlr.export(net)
     assert (plain(x).argmax(1) == labels).float().mean() > 0.9
+
+
+def test_vanillas_gaussian_start_has_the_dense_starts_variance():
+    dense = nn.Sequential(nn.Conv2d(16, 200, 5))
+    net = Vanilla("gaussian").apply(dense, Scheme(0.5))
+    W = low_rank_layers(net)["0"].matrix
+    assert W.var().item() == pytest.approx(dense[0].weight.var().item(), rel=0.1)
+    spectral = Vanilla().apply(dense, Scheme(0.5))
+    assert low_rank_layers(spectral)["0"].S is None

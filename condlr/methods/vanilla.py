@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from typing_extensions import override
 
@@ -20,7 +19,8 @@ class Vanilla(Method):
 
     Attributes:
         init: `spectral`: U sqrt(Sigma), V sqrt(Sigma) from the truncated SVD of the dense initial
-            weight; `gaussian`: kaiming_normal for each factor, U ~ N(0, 2/r), V ~ N(0, 2/m).
+            weight; `gaussian`: entries of U and V ~ N(0, s / sqrt(r)), with s^2 the mean square of the
+            dense initial weight, which the entries of U V^T then have as their variance.
     """
 
     init: str = "spectral"
@@ -30,10 +30,11 @@ class Vanilla(Method):
 
     @override
     def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
-        model = self.factored(model, scheme, core=False)
+        factored = self.factored(model, scheme, core=False)
         if self.init == "gaussian":
-            with torch.no_grad():
-                for layer in low_rank_layers(model).values():
-                    layer.U.normal_(0, (2 / layer.rank) ** 0.5)
-                    layer.V.normal_(0, (2 / len(layer.V)) ** 0.5)
-        return model
+            for name, layer in low_rank_layers(factored).items():
+                dense = model.get_parameter(f"{name}.weight")
+                variance = dense.detach().square().mean().div(layer.rank).sqrt().item()
+                for factor in (layer.U, layer.V):
+                    nn.init.normal_(factor, std=variance**0.5)
+        return factored

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from condlr.report.results import CONTEXT, ROW, published, setting, summarize, title
 
@@ -49,7 +49,9 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
             _conditions(right, history[history["row_id"].isin(frame["row_id"])])
             figure.suptitle(setting(known))
             handles = _legend(frame, bool(compare))
-            figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+            figure.legend(
+                handles=handles, loc="outside lower center", ncols=len(handles) if len(handles) <= 4 else 3
+            )
             suffix = "" if number == 1 else f"-{number}"
             for kind in ("png", "pdf"):
                 path = out / f"robustness{suffix}.{kind}"
@@ -69,7 +71,7 @@ def _accuracies(axes: Axes, frame: pd.DataFrame, compare: dict[tuple[str, float,
         known = [(eps, value) for eps, value in points if value is not None]
         if known:
             axes.plot(*zip(*known, strict=True), linestyle=":", linewidth=0.8, color=style["color"])
-    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
 
 
 def _conditions(axes: Axes, history: pd.DataFrame) -> None:
@@ -78,9 +80,9 @@ def _conditions(axes: Axes, history: pd.DataFrame) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if history["cond"].max() < 100 else (1,)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("optimiser step")
-    axes.set_ylabel("largest layer condition number")
+    axes.set_ylabel("largest cond(W) of the layers")
 
 
 def _style(label: str, compression: float) -> dict[str, object]:

@@ -19,7 +19,7 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
     """`cells.csv` or `history.csv` of a study's results."""
     path = study / f"{name}.csv"
     try:
-        frame = pd.read_csv(path, float_precision="round_trip", dtype={"row_id": str, "run_id": str})
+        frame = pd.read_csv(path, dtype={"row_id": str, "run_id": str})
     except FileNotFoundError:
         raise UserError(f"{path} is missing: collect the study's runs first (scripts/collect.py)") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:

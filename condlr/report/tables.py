@@ -144,7 +144,7 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """As LaTeX: a `tabular` in a `table`, for the package booktabs."""
+    """As LaTeX: a `tabular` in a `table`, for the packages booktabs and graphicx."""
 
     def bold(cell: Cell) -> str:
         text = cell.ours.replace("±", r"$\pm$")
@@ -153,6 +153,7 @@ def latex(table: Table) -> str:
     header, _ = _flat(table, bold)
     lines = [
         r"\begin{table}", r"\centering\small", rf"\caption{{{_tex(table.caption)}.}}",
+        r"\resizebox{\textwidth}{!}{%",
         rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule",
         " & ".join(map(_tex, header)) + r" \\",
     ]  # fmt: skip
@@ -160,7 +161,7 @@ def latex(table: Table) -> str:
         lines.append(r"\midrule")
         for row in _flat(Table(table.context, group), bold, table.has_published)[1]:
             lines.append(" & ".join([_tex(row[0]), *row[1:]]) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]) + "\n"
 
 
 def frame(table: Table) -> pd.DataFrame:

@@ -1,0 +1,384 @@
+"""The scripts, run as a user runs them. Wrong input ends in one clear line and exit status 1."""
+
+import csv
+import gzip
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["dataset=digits", "protocol=demo", "protocol.epochs=1", "attack.eps=[0,0.1]"]
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capfd):
+    """Run a script in this process, in an empty directory: (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CONDLR_DATA", raising=False)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+        return stop.value.code, *capfd.readouterr()
+
+    return run
+
+
+def run_of(tmp_path, study="default"):
+    (path,) = (tmp_path / "runs" / study).glob("lenet5-*")
+    return path
+
+
+def complains(result, pattern):
+    """Exit status 1, nothing that looks like a traceback, and one line on stderr that matches."""
+    status, out, err = result
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert status == 1, (out, err)
+    assert "Traceback" not in out + err
+    assert len(lines) == 1, err
+    assert re.search(pattern, lines[0]), lines[0]
+    assert lines[0].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (["metod=condlr"], "Could not override 'metod'"),
+        (["+metod=condlr"], "metod: there is no such key"),
+        (["method=dropout"], "Could not find 'method/dropout'.*condlr"),
+        (["model=vgg99"], "Could not find 'model/vgg99'"),
+        (["dataset=imagenet"], "Could not find 'dataset/imagenet'"),
+        (["protocol=best"], "Could not find 'protocol/best'"),
+        (["attack=pray"], "Could not find 'attack/pray'"),
+        (["row=big"], "Could not find 'row/big'"),
+        (["method.name=dropout"], "methods: there is no 'dropout'; choose from baseline, condlr, vanilla"),
+        (["+method.rank=3"], "method.rank: there is no such key; the keys of method are tau"),
+        (["compression=1.5"], r"compression must be in \[0, 1\); got 1.5"),
+        (["compression=-0.5"], r"compression must be in \[0, 1\)"),
+        (["compression=half"], "compression: Value 'half'.*Float"),
+        (["compression=["], "no viable alternative at input"),
+        (["method.tau=-1"], r"method.tau must be in \[0, inf\); got -1"),
+        (["method.tau=nan"], "method.tau must be in"),
+        (["method.centre=median"], "method.centre must be one of rms, mean, one"),
+        (["method.preconditioner=no"], "method.preconditioner must be one of exact"),
+        (["method=vanilla", "method.init=zero"], "method.init must be one of spectral, gaussian"),
+        (["protocol.epochs=0"], "protocol.epochs must be in"),
+        (["protocol.epochs=2.5"], "protocol.epochs: Value '2.5'.*Integer"),
+        (["protocol.lr=-0.1"], "protocol.lr must be in"),
+        (["protocol.momentum=1"], "protocol.momentum must be in"),
+        (["protocol.batch_size=0"], "protocol.batch_size must be in"),
+        (["protocol.held_out=1"], "protocol.held_out must be in"),
+        (["protocol.lr_milestones=[9,4]"], "protocol.lr_milestones must be epochs in ascending order"),
+        (["protocol.rank_rule=half"], "protocol.rank_rule must be one of params, released_code"),
+        (["protocol.classifier=thin"], "protocol.classifier must be one of dense, full_rank, compressed"),
+        (["protocol.init=zero"], "protocol.init must be one of spectral, released_code"),
+        (["protocol.typo=3"], "Could not override 'protocol.typo'"),
+        (["attack.eps=[]"], "attack.eps is empty"),
+        (["attack.eps=[0,2]"], "attack.eps must be in"),
+        (["model.slope=-1"], "model.slope must be in"),
+        (["seed=-1"], "seed must be in"),
+        (["seed=one"], "seed: Value 'one'.*Integer"),
+        (["study=../elsewhere"], "study must be a plain name"),
+        (["device=tpu"], "device must be one of auto, cpu, cuda"),
+        (["runs_dir=file/runs"], "Not a directory: .*file"),
+        (["dataset=mnist", "dataset.download=false"], "MNIST is not at hand.*put train-images-idx3-ubyte"),
+        (["dataset=fashion_mnist", "dataset.download=false"], "put .* into data/FashionMNIST/raw"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_line(script, tmp_path, arguments, pattern):
+    (tmp_path / "file").touch()
+    complains(script("train", *SMALL, *arguments), pattern)
+    assert not list(tmp_path.rglob("model.safetensors"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_gpu_is_one_line(script):
+    complains(script("train", *SMALL, "device=cuda"), "finds no CUDA device")
+
+
+def test_a_config_that_is_refused_leaves_no_directory(script, tmp_path):
+    script("train", *SMALL, "compression=1.5")
+    assert not list(tmp_path.iterdir())
+
+
+def write_idx(path, array):
+    header = (0x800 + array.ndim).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+@pytest.fixture
+def small_mnist(tmp_path):
+    """Files in MNIST's layout with scikit-learn's digits in them."""
+    from condlr.data.digits import Digits
+
+    data = Digits().load(tmp_path)
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    for stem, part in (("train", data.train.take(slice(300))), ("t10k", data.test.take(slice(100)))):
+        write_idx(raw / f"{stem}-images-idx3-ubyte", part.pixels.squeeze(1).numpy())
+        write_idx(raw / f"{stem}-labels-idx1-ubyte", part.labels.numpy())
+    return raw
+
+
+def damage_truncate(raw):
+    path = raw / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def damage_empty(raw):
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(b"")
+
+
+def damage_swap(raw):
+    images, labels = raw / "train-images-idx3-ubyte", raw / "train-labels-idx1-ubyte"
+    images.rename(raw / "x")
+    labels.rename(images)
+    (raw / "x").rename(labels)
+
+
+def damage_counts(raw):
+    write_idx(raw / "t10k-labels-idx1-ubyte", np.zeros(7))
+
+
+def damage_labels(raw):
+    write_idx(raw / "t10k-labels-idx1-ubyte", np.full(100, 11))
+
+
+def damage_size(raw):
+    write_idx(raw / "t10k-images-idx3-ubyte", np.zeros((100, 32, 32)))
+
+
+def damage_gzip(raw):
+    path = raw / "train-images-idx3-ubyte"
+    packed = gzip.compress(path.read_bytes())
+    path.unlink()
+    path.with_suffix(".gz").write_bytes(packed[: len(packed) // 2])
+
+
+def damage_missing(raw):
+    (raw / "t10k-images-idx3-ubyte").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "pattern"),
+    [
+        (damage_truncate, r"train-images-idx3-ubyte is truncated: \d+ bytes; expected 235216 for 300 items"),
+        (damage_empty, "t10k-labels-idx1-ubyte is truncated: 0 bytes, expected an IDX file of labels"),
+        (damage_swap, "train-images-idx3-ubyte holds labels .*expected images"),
+        (damage_counts, "t10k has 100 images.* 7 labels"),
+        (damage_labels, "a label beside t10k-images-idx3-ubyte is 11; expected 0 to 9"),
+        (damage_size, "images of 32 x 32; expected 28 x 28"),
+        (damage_gzip, "train-images-idx3-ubyte.gz is damaged or truncated"),
+        (damage_missing, "put t10k-images-idx3-ubyte .plain or .gz. into"),
+    ],
+)
+def test_damaged_data_is_named(script, small_mnist, damage, pattern):
+    damage(small_mnist)
+    arguments = ["dataset=mnist", "dataset.download=false", "protocol.epochs=1"]
+    status, out, err = script("train", *arguments)
+    complains((status, out, err), pattern)
+    assert json.loads(next(Path("runs").rglob("run.json")).read_text())["status"] == "failed"
+
+
+def test_the_contract(script, small_mnist):
+    """The call that others may rely on; small files in the place of MNIST."""
+    arguments = [
+        "dataset=mnist", "model=lenet5", "method=condlr", "method.tau=0.1", "compression=0.5",
+        "protocol=paper", "protocol.epochs=2", "seed=0", "study=first",
+    ]  # fmt: skip
+    status, out, _ = script("train", *arguments)
+    assert status == 0
+    assert "is not the official file" in out
+    run = run_of(small_mnist.parent.parent.parent, "first")
+    assert re.fullmatch(r"lenet5-mnist-condlr-tau0\.1-c0\.5-s0-[0-9a-f]{8}", run.name)
+    assert {path.name for path in run.iterdir()} >= {
+        "config.yaml", "run.json", "history.csv", "checkpoint.pt", "model.safetensors", "evaluation.csv",
+    }  # fmt: skip
+    info = json.loads((run / "run.json").read_text())
+    assert info["status"] == "done"
+    assert info["ranks"] == {"conv1": 5, "conv2": 21, "fc1": 138}
+    assert info["images"] == {"train": 300, "held_out": 0, "test": 100}
+    assert info["weights"]["train_compression"] == pytest.approx(0.499, abs=1e-3)
+    rows = list(csv.DictReader((run / "evaluation.csv").open()))
+    assert [float(row["eps"]) for row in rows] == [0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06]
+    assert {row["n"] for row in rows} == {"100"}
+    history = list(csv.DictReader((run / "history.csv").open()))
+    assert [row["epoch"] for row in history] == ["0", "1", "2"]
+    for row in history[1:]:
+        assert float(row["audit_cond_S"]) <= 1.1 * (1 + 1e-4)
+        assert all(float(row[f"cond_{layer}"]) <= 1.1 * (1 + 1e-4) for layer in info["ranks"])
+    again, out, _ = script("train", *arguments)
+    assert again == 0
+    assert "is done already" in out
+
+
+def test_a_sweep_runs_a_method_without_compression_once_and_goes_on_after_a_failure(script, tmp_path):
+    sweep = ["-m", *SMALL, "method=baseline,vanilla,condlr", "compression=0.5,0.8", "study=sweep"]
+    status, out, _ = script("train", *sweep)
+    assert status == 0
+    names = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "runs" / "sweep").glob("lenet5-*"))
+    assert names == [
+        "lenet5-digits-baseline-s0",
+        "lenet5-digits-condlr-tau0.1-c0.5-s0", "lenet5-digits-condlr-tau0.1-c0.8-s0",
+        "lenet5-digits-vanilla-c0.5-s0", "lenet5-digits-vanilla-c0.8-s0",
+    ]  # fmt: skip
+    assert out.count("is done already") == 1
+    broken = next((tmp_path / "runs" / "sweep").glob("*baseline*"))
+    (broken / "run.json").write_text("{")
+    (next((tmp_path / "runs" / "sweep").glob("*condlr*c0.8*")) / "run.json").unlink()
+    status, out, err = script("train", *sweep)
+    assert status == 1
+    assert "run.json cannot be read" in err
+    assert "Traceback" not in err
+    assert out.count("is done already") == 3, "the runs after the broken one were looked at"
+    assert "fgsm 0" in out, "and the missing one was done"
+
+
+def test_another_attack_on_a_finished_run_trains_nothing(script, tmp_path):
+    script("train", *SMALL)
+    run = run_of(tmp_path)
+    weights = (run / "model.safetensors").stat().st_mtime_ns
+    status, _, _ = script("train", *SMALL, "attack.eps=[0.2]")
+    assert status == 0
+    assert (run / "model.safetensors").stat().st_mtime_ns == weights
+    status, out, _ = script("evaluate", f"run={run}", "attack.eps=[0.1,0.3]")
+    assert status == 0
+    rows = list(csv.DictReader((run / "evaluation.csv").open()))
+    assert [float(row["eps"]) for row in rows] == [0, 0.1, 0.2, 0.3]
+    assert "fgsm 0.3" in out
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def undone(run):
+    """As if the run had been killed after its last epoch."""
+    info = json.loads((run / "run.json").read_text()) | {"status": "running"}
+    (run / "run.json").write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "pattern"),
+    [
+        ("checkpoint.pt", truncate, "checkpoint.pt is damaged or no checkpoint.*remove it"),
+        ("checkpoint.pt", flip, "checkpoint.pt is damaged .*remove it"),
+        ("checkpoint.pt", lambda path: path.write_text("hello"), "checkpoint.pt is damaged or no checkpoint"),
+        ("run.json", truncate, "run.json cannot be read"),
+        ("run.json", lambda path: path.write_text("[]"), "run.json is not a run's record"),
+    ],
+)
+def test_damaged_runs_are_named_and_left_alone(script, tmp_path, name, damage, pattern):
+    script("train", *SMALL)
+    run = run_of(tmp_path)
+    undone(run)
+    damage(run / name)
+    before = (run / name).read_bytes()
+    complains(script("train", *SMALL), pattern)
+    assert (run / name).read_bytes() == before
+    (run / name).unlink()
+    assert script("train", *SMALL)[0] == 0, "the advice works"
+
+
+def test_a_checkpoint_that_runs_code_is_refused(script, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path("pwned").touch, ()
+
+    script("train", *SMALL)
+    run = run_of(tmp_path)
+    undone(run)
+    torch.save({"fingerprint": "x", "digest": "y", "state": Evil()}, run / "checkpoint.pt")
+    complains(script("train", *SMALL), "checkpoint.pt is damaged or no checkpoint")
+    assert not Path("pwned").exists()
+
+
+def test_a_checkpoint_of_another_config_is_refused(script, tmp_path):
+    script("train", *SMALL, "study=one")
+    script("train", *SMALL, "study=two", "seed=1")
+    one, two = run_of(tmp_path, "one"), run_of(tmp_path, "two")
+    (two / "checkpoint.pt").write_bytes((one / "checkpoint.pt").read_bytes())
+    undone(two)
+    complains(script("train", *SMALL, "study=two", "seed=1"), "checkpoint.pt is of another config")
+
+
+def test_evaluate_says_what_it_cannot_evaluate(script, tmp_path):
+    complains(script("evaluate", "run=nowhere"), "nowhere is not a run: it has no config.yaml")
+    complains(script("evaluate"), "run")
+    script("train", *SMALL)
+    run = run_of(tmp_path)
+    complains(script("evaluate", f"run={run}", "attack.eps=[7]"), "attack.eps must be in")
+    truncate(run / "model.safetensors")
+    complains(script("evaluate", f"run={run}"), "model.safetensors is damaged")
+    (run / "model.safetensors").unlink()
+    complains(script("evaluate", f"run={run}"), "model.safetensors is missing")
+    undone(run)
+    complains(script("evaluate", f"run={run}"), "is running: only a run that is done")
+    (run / "config.yaml").write_text("a: [")
+    complains(script("evaluate", f"run={run}"), "config.yaml cannot be read")
+
+
+def test_collect_tables_and_figures_end_to_end(script, tmp_path):
+    complains(script("collect", "study=none"), "there is no run in runs/none")
+    complains(script("tables", "study=none"), "cells.csv is missing: collect the study's runs first")
+    complains(script("figures", "study=none"), "cells.csv is missing")
+    script("train", "-m", *SMALL, "method=baseline,condlr", "seed=0,1", "study=two")
+    status, out, _ = script("collect", "study=two")
+    assert status == 0
+    assert "8 cells of 4 done runs" in out
+    status, out, _ = script("tables", "study=two")
+    assert status == 0
+    assert "LeNet5 on digits, protocol demo, 1 epochs" in out
+    assert "±" in out
+    assert script("figures", "study=two")[0] == 0
+    results = tmp_path / "results" / "two"
+    assert {path.name for path in results.iterdir()} == {
+        "cells.csv", "history.csv", "table.csv", "table.md", "table.tex", "robustness.png", "robustness.pdf",
+    }  # fmt: skip
+    (results / "cells.csv").write_text("a,b\n1,2\n")
+    complains(script("tables", "study=two"), "cells.csv lacks the columns")
+    (results / "cells.csv").write_bytes(bytes(range(256)))
+    complains(script("tables", "study=two"), "cells.csv")
+
+
+def test_help_and_mistakes_answer_without_torch():
+    code = (
+        "import sys, runpy; sys.argv = ['train.py', 'compression=1.5']\n"
+        "try: runpy.run_path('scripts/train.py', run_name='__main__')\n"
+        "except SystemExit as stop: status = stop.code\n"
+        "sys.exit(10 if 'torch' in sys.modules else status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == "error: compression must be in [0, 1); got 1.5\n"
+
+
+def test_the_library_imports_without_hydra_pandas_and_matplotlib():
+    code = (
+        "import sys, condlr; condlr.factorize, condlr.constrain, condlr.export, condlr.LowRankConv2d\n"
+        "unwanted = 'hydra', 'omegaconf', 'pandas', 'matplotlib', 'rich'\n"
+        "print([name for name in unwanted if name in sys.modules])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"

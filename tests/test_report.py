@@ -1,0 +1,139 @@
+"""From cells to tables: means, marks, and published values beside ours."""
+
+import io
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from condlr.errors import UserError
+from condlr.report import figures, results, tables
+
+PAPER = Path(__file__).resolve().parent.parent / "results" / "paper"
+
+
+def cells(**changes):
+    """Two seeds of two rows at 50 % and one of the baseline, under two strengths."""
+    rows = []
+    for label, compression, seed, values in [
+        ("baseline", 0.0, 0, (0.99, 0.90)),
+        ("condlr-tau0.1", 0.5, 0, (0.98, 0.94)),
+        ("condlr-tau0.1", 0.5, 1, (0.96, 0.92)),
+        ("vanilla", 0.5, 0, (0.99, 0.91)),
+        ("vanilla", 0.5, 1, (0.97, 0.93)),
+    ]:
+        for eps, accuracy in zip((0.0, 0.06), values, strict=True):
+            rows.append(
+                {
+                    "study": "s", "run_id": f"{label}-{compression}-{seed}", "dataset": "mnist",
+                    "model": "lenet5", "method": label.split("-")[0], "label": label, "tau": None,
+                    "compression": compression, "protocol": "paper", "epochs": 3, "seed": seed,
+                    "row_id": f"{label}{compression}", "status": "done", "train_compression": compression,
+                    "deploy_compression": compression, "cond": 2.0, "cond_all": 12.3, "seconds": 10 + seed,
+                    "attack": "fgsm", "norm": "linf", "eps": eps, "accuracy": accuracy, "n": 100,
+                }
+                | changes
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def only_table(frame):
+    (table,) = tables.tables(frame, PAPER)
+    return table
+
+
+def test_means_and_sample_standard_deviations():
+    frame = results.summarize(cells()).set_index(["label", "eps"])
+    assert frame.loc[("condlr-tau0.1", 0.06), "accuracy"] == pytest.approx(0.93)
+    assert frame.loc[("condlr-tau0.1", 0.06), "std"] == pytest.approx(0.02 / 2**0.5)
+    assert frame.loc[("condlr-tau0.1", 0.06), "seeds"] == 2
+    assert pd.isna(frame.loc[("baseline", 0.06), "std"])
+    assert frame.loc[("vanilla", 0.0), "seconds"] == pytest.approx(10.5)
+
+
+def test_rows_that_differ_in_anything_but_the_seed_are_not_averaged():
+    two = pd.concat([cells(), cells(row_id="other", accuracy=0.1)])
+    assert len(results.summarize(two)) > len(results.summarize(cells()))
+
+
+def test_runs_that_are_not_done_do_not_count():
+    frame = cells()
+    frame.loc[frame["seed"] == 1, "status"] = "running"
+    assert results.summarize(frame)["seeds"].eq(1).all()
+    with pytest.raises(UserError, match="no run of this study is done"):
+        results.summarize(cells(status="failed"))
+
+
+def test_the_best_of_each_compression_is_marked():
+    table = only_table(cells())
+    best = {(line.label, cell.eps) for line in table.lines for cell in line.cells if cell.best}
+    assert best == {("Baseline", 0.0), ("Baseline", 0.06), ("Vanilla", 0.0), ("CondLR τ=0.1", 0.06)}
+
+
+def test_published_values_stand_beside_ours():
+    """As printed in Table 2 of the paper."""
+    table = only_table(cells())
+    paper = {line.label: [cell.published for cell in line.cells] for line in table.lines}
+    assert paper == {
+        "Baseline": [0.9908, 0.9328], "CondLR τ=0.1": [0.9873, 0.9668], "Vanilla": [0.9870, 0.9094],
+    }  # fmt: skip
+    known = results.published(PAPER, "mnist", "lenet5")
+    assert known["condlr-unit", 0.5, 0.06] == 0.9614
+    assert known["condlr-tau0", 0.8, 0.0] == 0.9881
+    assert len(known) == 17 * 7
+    assert not results.published(PAPER, "digits", "lenet5")
+    assert len(results.published(PAPER, "cifar10", "vgg16")) == 17 * 7
+
+
+def test_nothing_is_compared_where_nothing_was_published():
+    assert not only_table(cells(dataset="digits")).has_published
+    assert not only_table(cells(attack="pgd")).has_published
+
+
+def test_markdown():
+    lines = tables.markdown(only_table(cells())).splitlines()
+    assert lines[0] == "**LeNet5 on MNIST, protocol paper, 3 epochs: accuracy (%) under FGSM (ℓ∞)**"
+    assert "| clean | paper | ε=0.06 | paper |" in lines[2]
+    assert {line.count("|") for line in lines[2:7]} == {lines[2].count("|")}
+    assert "| **93.00 ±1.41** | 96.68 |" in lines[5]
+    assert "| 12.3 |" in lines[5]
+
+
+def test_latex_is_escaped_and_balanced():
+    text = tables.latex(only_table(cells()))
+    assert r"CondLR $\tau$=0.1" in text
+    assert r"\textbf{93.00 $\pm$1.41}" in text
+    assert text.count(r"\begin") == text.count(r"\end")
+    assert text.count("{") == text.count("}")
+    assert all(ord(letter) < 128 for letter in text)
+    columns = text.split(r"\begin{tabular}{")[1].split("}")[0]
+    for line in text.splitlines():
+        if line.endswith(r"\\"):
+            assert line.count("&") == len(columns) - 1
+
+
+def test_the_terminal_shows_every_row():
+    console = Console(file=io.StringIO(), width=160)
+    tables.print_table(only_table(cells()), console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for word in ("Baseline", "CondLR τ=0.1", "Vanilla", "published", "96.68", "93.00 ±1.41", "ε=0.06"):
+        assert word in text
+
+
+def test_csv_has_a_line_for_each_cell():
+    frame = tables.frame(only_table(cells()))
+    assert len(frame) == 6
+    assert frame["accuracy"].between(0, 1).all()
+
+
+def test_the_figure_is_drawn(tmp_path):
+    history = cells().drop_duplicates("run_id").assign(step=1)
+    history = pd.concat([history.assign(step=step, cond=2.0**step) for step in range(4)])
+    paths = list(figures.robustness(cells(), history, PAPER, tmp_path))
+    assert [path.name for path in paths] == ["robustness.png", "robustness.pdf"]
+    assert paths[0].read_bytes().startswith(b"\x89PNG")
+    assert paths[1].read_bytes().startswith(b"%PDF")
+    first = paths[1].read_bytes()
+    list(figures.robustness(cells(), history, PAPER, tmp_path))
+    assert paths[1].read_bytes() == first, "the same results give the same file"
