@@ -12,7 +12,7 @@ from condlr.engine import Trainer
 log = logging.getLogger(__name__)
 
 _REFRESH = 0.25  # seconds: reading the loss waits for the device, so it is not done every batch
-_LOG_LINES = 10
+_LOG_LINES = 4
 
 
 class LiveLine:
@@ -56,7 +56,7 @@ class LiveLine:
         )  # fmt: skip
 
     def epoch(self, trainer: Trainer) -> None:
-        """In a log file: a line for every tenth of the epochs."""
+        """In a log file: a line for every quarter of the epochs."""
         epochs = trainer.protocol.epochs
         if self._live or trainer.epoch * _LOG_LINES // epochs == (trainer.epoch - 1) * _LOG_LINES // epochs:
             return

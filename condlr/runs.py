@@ -184,7 +184,7 @@ def collect(study: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         Cells: a line for each run and attack strength (and one without an attack for a run that
         did not get so far), with what tables show of the run. Histories: a line for each run and
         epoch. In both, `cond` is the largest condition number of the layers the run has factored
-        (of all layers, if none), `cond_all` the largest of all layers.
+        (of all layers for a method that does not compress), `cond_all` the largest of all layers.
     """
     cells: list[dict[str, Any]] = []
     histories: list[dict[str, Any]] = []
@@ -194,7 +194,8 @@ def collect(study: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         if missing := {"study", "run_id", "row", "status"} - info.keys():
             raise UserError(f"{path} lacks {', '.join(sorted(missing))}: remove this run, or train it again")
         who = {"study": info["study"], "run_id": info["run_id"]} | info["row"]
-        factored = [f"cond_{name}" for name in info.get("ranks", {})]
+        compressed = info["row"].get("compression")
+        factored = [f"cond_{name}" for name in info.get("ranks", {})] if compressed else []
         history = [who | row | _largest(row, factored) for row in run.read_table("history.csv")]
         weights = info.get("weights", {})
         facts = {

@@ -139,6 +139,7 @@ def _trained(run: Run, config: RunConfig, model: nn.Module, data: Data) -> Train
             line.epoch(trainer)
 
         trainer.fit(on_batch, on_epoch)
+    run.write_table("history.csv", trainer.history)  # a kill may have come between checkpoint and history
     return trainer
 
 

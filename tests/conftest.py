@@ -2,6 +2,10 @@ import pytest
 import torch
 
 
+# The tests' matrices are small: a second thread would only wait, and fight other processes for cores.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -248,6 +248,27 @@ def test_layers_without_a_gradient_and_other_parameters_are_left_alone():
     torch.testing.assert_close(net[1].bias.detach(), bias)
 
 
+def test_a_frozen_factor_stays_and_the_others_are_held():
+    layer, X, T = problem()
+    layer.U.requires_grad_(False)
+    before = layer.U.detach().clone()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=LR)
+    constraint = condlr.constrain(optimizer, layer, tau=0.2)
+    descend(layer, optimizer, X, T, 5)
+    assert torch.equal(layer.U, before)
+    constraint.check()
+
+
+def test_a_layer_is_constrained_once():
+    layer, _, _ = problem()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=LR)
+    first = condlr.constrain(optimizer, layer)
+    with pytest.raises(ValueError, match="constrained already"):
+        condlr.constrain(optimizer, layer, tau=0.5)
+    first.remove()
+    condlr.constrain(optimizer, layer, tau=0.5)
+
+
 def test_an_audit_finds_a_breach():
     layer, X, T = problem(dtype=torch.float32)
     optimizer = torch.optim.SGD(layer.parameters(), lr=LR)

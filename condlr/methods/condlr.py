@@ -98,7 +98,8 @@ class Constraint:
         self.options = options
         self.optimizer = optimizer
         self.layers = _constrained(model, optimizer)
-        self._active: list[LowRank] = []
+        self._moved: set[nn.Parameter] = set()
+        self._require_alone()
         if options.momentum == "before_projection":
             _require_plain_sgd(optimizer)
         for layer in self.layers.values():
@@ -139,6 +140,15 @@ class Constraint:
                 )
         return found
 
+    def _require_alone(self) -> None:
+        """Two constraints on one layer would precondition its gradients twice."""
+        for hook in self.optimizer._optimizer_step_pre_hooks.values():
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, Constraint) and not {*other.layers.values()}.isdisjoint(
+                self.layers.values()
+            ):
+                raise ValueError("these layers are constrained already: remove() that constraint first")
+
     @property
     def _scales(self) -> dict[str, float]:
         """The scalar of `released_code` for each layer's next step; saved with the optimiser."""
@@ -157,11 +167,12 @@ class Constraint:
     def _before_step(self, optimizer, args, kwargs) -> None:
         if any(callable(argument) for argument in (*args, *kwargs.values())):
             raise ValueError("a constrained optimizer takes no closure: call backward() before step()")
-        self._active = [layer for layer in self.layers.values() if _has_gradient(layer)]
+        self._moved.clear()
         for name, layer in self.layers.items():
-            if _has_gradient(layer):
-                S = _core(layer)
-                for factor, core in ((layer.U, S), (layer.V, S.mT)):
+            S = _core(layer)
+            self._moved |= {factor for factor in (layer.U, S, layer.V) if factor.grad is not None}
+            for factor, core in ((layer.U, S), (layer.V, S.mT)):
+                if factor in self._moved:
                     factor.grad = self._direction(name, factor, core)
 
     def _direction(self, name: str, X: nn.Parameter, core: Tensor) -> Tensor:
@@ -185,16 +196,13 @@ class Constraint:
     def _after_step(self, optimizer, args, kwargs) -> None:
         retract = stiefel.RETRACTIONS[self.options.retraction]
         for name, layer in self.layers.items():
-            if layer not in self._active:
-                continue
-            layer.U.copy_(retract(layer.U))
-            layer.V.copy_(retract(layer.V))
-            if math.isinf(self.options.tau):
-                continue
-            S, sigma = spectrum.project(_core(layer), self.options.tau, self.options.centre)
-            _core(layer).copy_(S)
-            if self.options.preconditioner == "released_code" and self.options.tau > 0:
-                self._scales[name] = (sigma[-1] / sigma[0]).square().item()
+            for factor in self._moved & {layer.U, layer.V}:
+                factor.copy_(retract(factor))
+            if _core(layer) in self._moved and math.isfinite(self.options.tau):
+                S, sigma = spectrum.project(_core(layer), self.options.tau, self.options.centre)
+                _core(layer).copy_(S)
+                if self.options.preconditioner == "released_code" and self.options.tau > 0:
+                    self._scales[name] = (sigma[-1] / sigma[0]).square().item()
 
 
 @dataclass
@@ -277,10 +285,6 @@ def _orthonormalize(layer: LowRank) -> None:
 def _core(layer: LowRank) -> nn.Parameter:
     assert layer.S is not None
     return layer.S
-
-
-def _has_gradient(layer: LowRank) -> bool:
-    return all(factor is not None and factor.grad is not None for factor in (layer.U, layer.S, layer.V))
 
 
 def _worst(values: list[float]) -> float:
