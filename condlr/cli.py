@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -21,21 +23,24 @@ log = logging.getLogger(__name__)
 Task = Callable[[DictConfig], None]
 
 OmegaConf.register_new_resolver("condlr.run_id", lambda *, _root_: check(_root_).run_id, replace=True)
+OmegaConf.register_new_resolver("condlr.scratch", lambda: f"{tempfile.gettempdir()}/condlr", replace=True)
 
 
 def command(config_name: str) -> Callable[[Task], Callable[[], NoReturn]]:
     """Make `task` a program that is configured by `conf/<config_name>.yaml` and the command line.
 
-    A user's mistake ends in one line on stderr and exit status 1, in a sweep after the other runs;
-    a signal in 128 + its number. HYDRA_FULL_ERROR=1 shows tracebacks.
+    A user's mistake ends in one line on stderr and exit status 1; in a sweep after the other runs, but
+    for a config that cannot be. A signal ends in 128 + its number. HYDRA_FULL_ERROR=1 shows tracebacks.
     """
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
     def decorate(task: Task) -> Callable[[], NoReturn]:
         def guarded(config: DictConfig) -> None:
+            os.chdir(HydraConfig.get().runtime.cwd)  # paths are relative to where the command was given
             try:
                 task(config)
             except Interrupted as stop:
+                print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
                 sys.exit(128 + stop.signum)
             except Exception as error:
                 line = explain(error)
@@ -54,6 +59,11 @@ def command(config_name: str) -> Callable[[Task], Callable[[], NoReturn]]:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to us
             try:
                 main()
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                sys.exit(128 + signal.SIGINT)
+            except BrokenPipeError:  # the reader of a pipe had enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             except Exception as error:
                 line = explain(error)
                 if verbose or line is None:
@@ -82,7 +92,19 @@ def explain(error: BaseException) -> str | None:
             return f"{link.strerror or link}{where}"
     if isinstance(error, InterpolationResolutionError) and not isinstance(chain[-1], OmegaConfBaseException):
         return None  # a bug of ours in a resolver
-    return one_line(error) if isinstance(error, HydraException | OmegaConfBaseException) else None
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return one_line(error)
+    if _raised_in(error).startswith("hydra."):  # which trips over `method=null` or `method=[1]`
+        return f"the command line makes no config ({type(error).__name__}: {one_line(error)}); see --help"
+    return None
+
+
+def _raised_in(error: BaseException) -> str:
+    """The name of the module that raised the error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -91,17 +91,52 @@ class _Schema:
     device: str
 
 
+@dataclass
+class Evaluation:
+    """Keys of `scripts/evaluate.py`."""
+
+    run: str
+    attack: dict[str, Any]
+    data_root: str | None
+    device: str
+
+
+@dataclass
+class Collection:
+    """Keys of `scripts/collect.py`."""
+
+    study: str
+    runs_dir: str
+    results_dir: str
+
+
+@dataclass
+class Report:
+    """Keys of `scripts/tables.py` and `scripts/figures.py`."""
+
+    study: str
+    results_dir: str
+    paper: str
+
+    @property
+    def directory(self) -> Path:
+        """Where the study's results lie."""
+        return Path(self.results_dir) / self.study
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """A run's config, checked, with its things found.
 
     Attributes:
         identity: what makes this run the run it is, as plain values: all that its result depends on.
+        label: the method's, with every option that is not the usual one under the protocol.
         attack: evaluated at the end, and not part of the identity: a finished run that is asked for
             with another attack is only attacked, not trained again.
     """
 
     identity: dict[str, Any]
+    label: str
     dataset: "Dataset"
     model: "Architecture"
     method: "Method"
@@ -122,7 +157,7 @@ class RunConfig:
     @property
     def run_id(self) -> str:
         """For example `lenet5-mnist-condlr-tau0.1-c0.5-s0-3fa9c1d2`."""
-        names = [self.identity["model"]["name"], self.identity["dataset"]["name"], self.method.label()]
+        names = [self.identity["model"]["name"], self.identity["dataset"]["name"], self.label]
         if self.scheme.compression is not None:
             names.append(f"c{self.scheme.compression:g}")
         return "-".join([*names, f"s{self.seed}", self.fingerprint])
@@ -130,15 +165,19 @@ class RunConfig:
     @property
     def row(self) -> dict[str, Any]:
         """What tables say of this run; runs that differ in their seed alone have one `row_id`."""
+        options = self.identity["model"] | self.identity["method"]
         return {
             "dataset": self.identity["dataset"]["name"],
             "model": self.identity["model"]["name"],
             "method": self.identity["method"]["name"],
-            "label": self.method.label(),
+            "label": self.label,
             "tau": self.identity["method"].get("tau"),
             "compression": self.scheme.compression or 0.0,
+            "compresses": self.method.compresses,
             "protocol": self.protocol.name,
             "epochs": self.protocol.epochs,
+            "settings": _as_text(self.identity["protocol"], without=("name", "epochs")),
+            "options": _as_text(options, without=("name",)),
             "seed": self.seed,
             "row_id": fingerprint({key: v for key, v in self.identity.items() if key != "seed"}),
         }
@@ -197,9 +236,23 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         "compression": compression,
     }
     return RunConfig(
-        identity, dataset, model, method, scheme, protocol, attack, values["seed"], values["study"],
+        identity, _label(method, method_keys, protocol),
+        dataset, model, method, scheme, protocol, attack, values["seed"], values["study"],
         Path(values["runs_dir"]), Path(values["data_root"]), values["device"],
     )  # fmt: skip
+
+
+def _label(method: "Method", keys: Mapping[str, Any], protocol: Protocol) -> str:
+    """`condlr-tau0.1`; an option that is not the protocol's or the default is added: `-retraction=polar`."""
+    usual = {field.name: field.default for field in fields(method)} | {"name": keys["name"]}
+    usual |= getattr(protocol, keys["name"], {})
+    unusual = [key for key in keys if keys[key] != usual.get(key) and key not in method.in_label]
+    return "-".join([method.label(), *(f"{key}={keys[key]}" for key in unusual)])
+
+
+def typed(schema: type[T], config: DictConfig) -> T:
+    """A script's config as an instance of its schema."""
+    return _made(schema, _typed(schema, resolved(config)), "config")
 
 
 def choose(group: str, room: str, keys: Mapping[str, Any], base: type[T]) -> tuple[T, dict[str, Any]]:
@@ -227,11 +280,18 @@ def resolved(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 def one_line(error: BaseException) -> str:
     """The message of an error of Hydra's or OmegaConf's, without the parts that help nobody."""
     text = str(error).split("Config search path")[0]
+    text = re.sub(r"To append to your config use \S+", "There is no such key, see --help.", text)
     lines = [line.strip() for line in text.splitlines()]
     noise = ("full_key:", "reference_type=", "object_type=", "See https://")
     key = next((line[len("full_key:") :].strip() for line in lines if line.startswith("full_key:")), "")
     kept = " ".join(line for line in lines if line and not line.startswith(noise))
     return f"{key}: {kept}" if key and key not in kept else kept
+
+
+def _as_text(keys: Mapping[str, Any], without: tuple[str, ...]) -> str:
+    """`lr=0.1 lr_milestones=[70,100]`: keys as they are written on the command line."""
+    parts = ((key, json.dumps(value, separators=(",", ":"))) for key, value in keys.items())
+    return " ".join(f"{key}={value.strip(chr(34))}" for key, value in parts if key not in without)
 
 
 def _typed(schema: type, values: Mapping[str, Any], group: str = "") -> dict[str, Any]:

@@ -117,11 +117,11 @@ class Trainer:
             self.batch, self.step = self.batch + 1, self.step + 1
             now = time.perf_counter()
             self.totals.seconds, clock = self.totals.seconds + now - clock, now
-            if self.device.type == "cpu":  # elsewhere looking at the loss would stall the device
-                self._require_finite(self.totals.loss)
+            if self.device.type == "cpu" and not self.totals.loss.isfinite():
+                self.require_finite()  # elsewhere looking at the loss would stall the device
             on_batch(self)
             clock = time.perf_counter()
-        self._require_finite(self.totals.loss, *self.model.parameters())
+        self.require_finite()
         row = self._row(self.totals)
         self.epoch, self.batch, self.totals = self.epoch + 1, 0, EpochTotals.zero(self.device)
         self.history.append(row | {"epoch": self.epoch})
@@ -136,7 +136,9 @@ class Trainer:
             torch.manual_seed(seed)
         return torch.randperm(len(self.data.train), generator=generator, device=self.device)
 
-    def _require_finite(self, *tensors: Tensor) -> None:
+    def require_finite(self) -> None:
+        """Raise `Diverged` if the loss or a weight is not finite."""
+        tensors = self.totals.loss, *self.model.parameters()
         if not all(torch.isfinite(tensor).all() for tensor in tensors):
             where = f"epoch {self.epoch + 1}, batch {self.batch} of {self.batches}"
             raise Diverged(

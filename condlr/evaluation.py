@@ -60,21 +60,24 @@ def accuracy(model: nn.Module, images: Images, batch_size: int = 1000) -> float:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     wanted = [(p, p.requires_grad) for p in model.parameters()]
-    matmul: Any = torch.backends.cuda.matmul
-    cudnn: Any = torch.backends.cudnn
-    tf32 = matmul.allow_tf32, cudnn.allow_tf32
+    backends: Any = torch.backends
+    kinds = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
+    precisions = [kind.fp32_precision for kind in kinds]
     try:
         model.eval()
         for parameter, _ in wanted:
             parameter.requires_grad_(False)
-        matmul.allow_tf32 = cudnn.allow_tf32 = False
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
         device = wanted[0][0].device.type if wanted else "cpu"
         with torch.autocast(device, enabled=False):
             yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = tf32
+        for kind, precision in zip(kinds, precisions, strict=True):
+            kind.fp32_precision = precision
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
-        model.train(training)
+        for module, training in modes:
+            module.training = training

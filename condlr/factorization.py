@@ -46,11 +46,13 @@ class Scheme:
 
     def ranks(self, model: nn.Module, exclude: Collection[str] = ()) -> dict[str, int]:
         """The rank of each layer of `model` that is to be factored, by name."""
-        layers = {name: layer for name, layer in _candidates(model) if _excluded(name, exclude) is None}
+        layers = dict(_candidates(model))
         linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
         head = linear[-1] if linear and self.classifier != "compressed" else None
         ranks = {}
         for name, layer in layers.items():
+            if _excluded(name, exclude):
+                continue
             n, m = layer.weight.flatten(1).shape
             if name == head:
                 if self.classifier == "full_rank":
@@ -65,7 +67,7 @@ def factorize(
     compression: float | None = None,
     *,
     ranks: Mapping[str, int] | None = None,
-    exclude: Collection[str] = (),
+    exclude: Collection[str] | str = (),
     rank_rule: str = "params",
     classifier: str = "compressed",
     init: str = "spectral",
@@ -74,8 +76,9 @@ def factorize(
     """A copy of `model` whose `nn.Linear` and `nn.Conv2d` layers are low-rank.
 
     Layers are replaced where they stand, so a residual or branching network keeps its wiring.
-    What cannot be factored stays dense and is named in a warning: grouped convolutions, subclasses
-    and parametrised layers, layers whose weight is shared.
+    Of these layers, what cannot be factored stays dense and is named in a warning: grouped
+    convolutions, subclasses and parametrised layers, layers whose weight is shared. Layers of other
+    kinds (1-d and transposed convolutions, recurrent layers, attention's own weights) are left alone.
 
     Args:
         model: any network; it is not changed.
@@ -97,17 +100,20 @@ def factorize(
         >>> small[0].rank
         5
     """
+    exclude = [exclude] if isinstance(exclude, str) else exclude
     if (compression is None) == (ranks is None):
         raise ValueError("give either a compression or the ranks of the layers")
     names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     for pattern in (*exclude, *(ranks or ())):
-        if not any(fnmatch(name, pattern) for name in names):
+        if pattern not in names and not (pattern in exclude and any(fnmatch(n, pattern) for n in names)):
             raise ValueError(
                 f"no linear or convolution layer is named {pattern!r}; there are {sorted(names)}"
             )
     if ranks is None:
         ranks = Scheme(compression, rank_rule, classifier, init).ranks(model, exclude)
     one_of("init", init, INITS)
+    if not ranks:
+        raise ValueError("this network has no linear or convolution layer that can be factored")
 
     model = copy.deepcopy(model)
     candidates = dict(_candidates(model))
@@ -126,7 +132,8 @@ def factorize(
         if (reason := _obstacle(model.get_submodule(name), model)) and not _excluded(name, exclude)
     ]
     if left:
-        warnings.warn(f"left dense: {', '.join(left)}", stacklevel=2)
+        more = f" and {len(left) - 6} more" if len(left) > 6 else ""
+        warnings.warn(f"left dense: {', '.join(left[:6])}{more}", stacklevel=2)
     return _replace(model, made)
 
 

@@ -6,6 +6,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from condlr.engine import Trainer
 
@@ -24,8 +25,10 @@ class LiveLine:
         self._title = title
         self._next = 0.0
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(), console=self._console, disable=not self._live, transient=True,
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
+            console=self._console, disable=not self._live, transient=True, expand=True,
         )  # fmt: skip
         self._task = self._bar.add_task(title, figures="", total=None)
 

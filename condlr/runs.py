@@ -17,8 +17,6 @@ from typing import Any
 
 from condlr.errors import Diverged, Interrupted, UserError
 
-FINAL = ("done", "diverged")
-
 _PARTIAL = ".partial-"
 
 
@@ -69,7 +67,7 @@ class Run:
         except BaseException as error:
             status = {Diverged: "diverged", Interrupted: "interrupted", KeyboardInterrupt: "interrupted"}
             reason = " ".join(str(error).split()) or type(error).__name__
-            self._note_end(status.get(type(error), "failed"), f"{type(error).__name__}: {reason}")
+            self._note_end(status.get(type(error), "failed"), reason)
             raise
         self._note_end("done", None)
 
@@ -123,20 +121,27 @@ class Run:
 
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         metadata = {"config": json.dumps(config, sort_keys=True)}
-        write(self.directory / "model.safetensors", save(tensors, metadata))
+        content = save(tensors, metadata)
+        write(self.directory / "model.safetensors", content)
+        self.note(model_sha256=hashlib.sha256(content).hexdigest())
 
     def load_model(self) -> dict[str, Any]:
-        """The weights in model.safetensors."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        """The weights in model.safetensors, which must be the file that `save_model` wrote."""
+        from safetensors.torch import load
 
         path = self.directory / "model.safetensors"
+        advice = "remove run.json beside it and start the run again, which goes on from its checkpoint"
         if not path.exists():
-            raise UserError(f"{path} is missing: the run has not finished training; start it again")
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged ({error}): train the run again") from error
+            raise UserError(f"{path} is missing: {advice}")
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.info.get("model_sha256"):
+            raise UserError(f"{path} is damaged or of another run: {advice}")
+        return load(content)
+
+    def forget_results(self) -> None:
+        """Remove what an earlier training left, before one that starts afresh."""
+        for name in ("model.safetensors", "history.csv", "evaluation.csv"):
+            (self.directory / name).unlink(missing_ok=True)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write config.yaml."""
@@ -169,12 +174,18 @@ class Run:
 
     def add_evaluation(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows to evaluation.csv, in place of those of the same attack and eps."""
+        merged = self.evaluated | {(row["attack"], float(row["eps"])): row for row in rows}
+        self.write_table("evaluation.csv", [merged[key] for key in sorted(merged)])
 
-        def key(row: Mapping[str, Any]) -> tuple[str, float]:
-            return row["attack"], float(row["eps"])
-
-        merged = {key(row): row for row in (*self.read_table("evaluation.csv"), *rows)}
-        self.write_table("evaluation.csv", [merged[k] for k in sorted(merged)])
+    @property
+    def evaluated(self) -> dict[tuple[str, float], Mapping[str, Any]]:
+        """The rows of evaluation.csv by attack and eps."""
+        rows = self.read_table("evaluation.csv")
+        try:
+            return {(row["attack"], float(row["eps"])): row for row in rows}
+        except (KeyError, ValueError) as error:
+            path = self.directory / "evaluation.csv"
+            raise UserError(f"{path} is damaged ({error!r}): remove it and evaluate the run again") from error
 
 
 def collect(study: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -191,12 +202,18 @@ def collect(study: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     for path in sorted(study.glob("*/run.json")):
         run = Run(path.parent)
         info = run.info
-        if missing := {"study", "run_id", "row", "status"} - info.keys():
-            raise UserError(f"{path} lacks {', '.join(sorted(missing))}: remove this run, or train it again")
-        who = {"study": info["study"], "run_id": info["run_id"]} | info["row"]
-        compressed = info["row"].get("compression")
-        factored = [f"cond_{name}" for name in info.get("ranks", {})] if compressed else []
-        history = [who | row | _largest(row, factored) for row in run.read_table("history.csv")]
+        if missing := {"run_id", "row", "status"} - info.keys() or not isinstance(info["row"], dict):
+            raise UserError(f"{path} is not a whole record ({missing}): remove this run, or train it again")
+        if info["run_id"] != path.parent.name:
+            raise UserError(f"{path} is of the run {info['run_id']}: a copy would count twice, move it away")
+        who = {"study": study.name, "run_id": info["run_id"]} | info["row"]
+        compresses = info["row"].get("compresses")
+        factored = [f"cond_{name}" for name in info.get("ranks", {})] if compresses else []
+        try:
+            history = [who | row | _largest(row, factored) for row in run.read_table("history.csv")]
+        except (TypeError, ValueError) as error:
+            where = path.with_name("history.csv")
+            raise UserError(f"{where} is damaged ({error}): remove this run, or train it again") from error
         weights = info.get("weights", {})
         facts = {
             "status": info["status"],
@@ -205,12 +222,12 @@ def collect(study: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             "cond": history[-1]["cond"] if history else None,
             "cond_all": history[-1]["cond_all"] if history else None,
             "seconds": info.get("train_seconds"),
+            "official_data": info.get("images", {}).get("official"),
             "device": info.get("device"),
             "commit": info.get("commit"),
             "torch": info.get("versions", {}).get("torch"),
         }
-        attacks = run.read_table("evaluation.csv") or [{}]
-        for row in attacks:
+        for row in run.evaluated.values() or [{}]:
             renamed = {("attack_seconds" if key == "seconds" else key): row[key] for key in row}
             cells.append(who | facts | renamed)
         histories += history
@@ -257,11 +274,14 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file as text; none where there is no file."""
     try:
         with open(path, newline="") as file:
-            return list(csv.DictReader(file))
+            rows = list(csv.DictReader(file))
     except FileNotFoundError:
         return []
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV file ({error})") from error
+        raise UserError(f"{path} is damaged ({error})") from error
+    if any(None in row or None in row.values() for row in rows):
+        raise UserError(f"{path} is damaged: its lines have not as many fields as its header")
+    return rows
 
 
 def environment() -> dict[str, Any]:
@@ -274,22 +294,25 @@ def environment() -> dict[str, Any]:
             versions[name] = version(name)
     return {
         "versions": versions,
-        "commit": _commit(),
+        "commit": commit(),
         "host": {"machine": platform.machine(), "cores": os.cpu_count()},
     }
 
 
-def _commit() -> str | None:
-    """The commit of the source tree, with + where it has uncommitted changes; None outside of git."""
-    here = Path(__file__).parent
+def commit() -> str | None:
+    """The commit of the source tree, with + where it was changed since; None outside of git."""
+    root = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+        changed = git("status", "--porcelain", "--", "condlr", "conf", "scripts")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return described.stdout.strip()
 
 
 def _digest(value: Any) -> str:

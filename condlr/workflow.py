@@ -3,22 +3,20 @@
 import logging
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
-from condlr.attacks.base import Attack
 from condlr.config import RunConfig
 from condlr.data.base import Data
 from condlr.engine import Trainer, derive_seed
-from condlr.errors import Interrupted, UserError
+from condlr.errors import Diverged, Interrupted, UserError
 from condlr.evaluation import Row, evaluate
 from condlr.factorization import low_rank_layers, measure
 from condlr.progress import LiveLine
-from condlr.runs import FINAL, Run, environment
+from condlr.runs import Run, commit, environment
 
 log = logging.getLogger(__name__)
 
@@ -35,24 +33,28 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
         Interrupted: after SIGINT or SIGTERM, with a checkpoint written.
     """
     run = Run(config.directory)
-    if run.status in FINAL:
-        log.info("%s is %s already", run.directory, run.status)
-        if run.status == "done" and not _covers(run, config.attack):
+    info = run.info
+    if info.get("status") == "diverged":
+        again = f"remove {run.directory} to train it again"
+        raise Diverged(f"{config.run_id} has {info.get('reason')} ({again})")
+    if info.get("status") == "done":
+        other = "" if info.get("commit") == commit() else f" with the code of {info.get('commit')}"
+        log.info("%s is done already%s; remove it to train it again", run.directory, other)
+        if not {(config.attack.label(), eps) for eps in config.attack.eps} <= run.evaluated.keys():
             evaluate_run(run, config)
         return
     device = pick_device(config.device)
     facts = {"run_id": config.run_id, "study": config.study, "row": config.row}
-    with run.recording(**facts, **environment(), device=_describe(device)):
+    with run.recording(**facts, **environment(), device=_describe(device)), _Signals() as signals:
         run.write_config(written)
         data = load_data(config, device)
         model = build(config, data).to(device)
-        held_out = len(data.held_out) if data.held_out else 0
         run.note(
             ranks={name: layer.rank for name, layer in low_rank_layers(model).items()},
             weights=measure(model).as_dict(),
-            images={"train": len(data.train), "held_out": held_out, "test": len(data.test)},
+            images=_images(data),
         )
-        trainer = _trained(run, config, model, data)
+        trainer = _trained(run, config, model, data, signals)
         run.save_model(model.state_dict(), config.identity)
         rows = evaluate(model, data.test, config.attack)
         run.add_evaluation(rows)
@@ -67,7 +69,11 @@ def evaluate_run(run: Run, config: RunConfig) -> list[Row]:
         raise UserError(
             f"{run.directory} is {run.status or 'not a run'}: only a run that is done is evaluated"
         )
+    if config.run_id != run.info.get("run_id"):
+        raise UserError(f"{run.directory / 'config.yaml'} was changed: it is of the run {config.run_id}")
     data = load_data(config, pick_device(config.device))
+    if data.digest != run.info.get("images", {}).get("digest"):
+        raise UserError(f"{config.data_root} holds other images than the run was trained on")
     model = load_network(run, config, data)
     rows = evaluate(model, data.test, config.attack)
     run.add_evaluation(rows)
@@ -112,29 +118,31 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def _trained(run: Run, config: RunConfig, model: nn.Module, data: Data) -> Trainer:
+def _trained(run: Run, config: RunConfig, model: nn.Module, data: Data, signals: "_Signals") -> Trainer:
     """Train to the end, from the checkpoint if there is one, keeping the run's files up to date."""
     try:
         trainer = Trainer(model, config.method, data, config.protocol, config.seed)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if state := run.load_checkpoint(config.fingerprint):
+    fingerprint = f"{config.fingerprint}-{data.digest}"
+    if state := run.load_checkpoint(fingerprint):
         trainer.load_state_dict(state)
         log.info("%s goes on from epoch %d, batch %d", run.directory, trainer.epoch, trainer.batch)
+    else:
+        run.forget_results()
+    row = config.row
 
-    def save() -> None:
-        run.save_checkpoint(trainer.state_dict(), config.fingerprint)
-
-    with _signals() as received, LiveLine(config.run_id) as line:
+    with LiveLine(f"{row['label']} {row['compression']:g} s{row['seed']}") as line, signals.deferred():
 
         def on_batch(trainer: Trainer) -> None:
             line.batch(trainer)
-            if received.signum:
-                save()
-                raise Interrupted(received.signum)
+            if signals.received:
+                trainer.require_finite()
+                run.save_checkpoint(trainer.state_dict(), fingerprint)
+                raise Interrupted(signals.received)
 
         def on_epoch(trainer: Trainer) -> None:
-            save()
+            run.save_checkpoint(trainer.state_dict(), fingerprint)
             run.write_table("history.csv", trainer.history)
             line.epoch(trainer)
 
@@ -143,41 +151,52 @@ def _trained(run: Run, config: RunConfig, model: nn.Module, data: Data) -> Train
     return trainer
 
 
-@dataclass
-class _Received:
-    signum: int = 0
+class _Signals:
+    """Turns the first SIGINT or SIGTERM into `Interrupted`; a second one acts as without us.
 
+    Attributes:
+        received: the signal, while it is `deferred`: whoever defers looks at it and raises.
+    """
 
-@contextmanager
-def _signals() -> Iterator[_Received]:
-    """Note the first SIGINT or SIGTERM; a second one acts at once, as without us."""
-    received = _Received()
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    def __init__(self) -> None:
+        self.received = 0
+        self._deferring = False
+        self._before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
-    def restore() -> None:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    def __enter__(self) -> "_Signals":
+        with suppress(ValueError):  # not the main thread: whoever runs us handles signals
+            for signum in self._before:
+                signal.signal(signum, self._handle)
+        return self
 
-    def note(signum: int, frame: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        with suppress(ValueError):
+            for signum, handler in self._before.items():
+                signal.signal(signum, handler)
+
+    def _handle(self, signum: int, frame: object) -> None:
+        self.__exit__()
+        if not self._deferring:
+            raise Interrupted(signum)
         log.warning("%s: stopping after this batch", signal.Signals(signum).name)
-        received.signum = signum
-        restore()
+        self.received = signum
 
-    try:
-        for signum in before:
-            signal.signal(signum, note)
-    except ValueError:  # not the main thread: whoever runs us handles signals
-        pass
-    try:
-        yield received
-    finally:
-        restore()
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let the body finish what it is at; a signal that it did not see is raised at its end."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+        if self.received:
+            raise Interrupted(self.received)
 
 
-def _covers(run: Run, attack: Attack) -> bool:
-    """Whether the run's evaluation holds every strength of the attack."""
-    known = {(row["attack"], float(row["eps"])) for row in run.read_table("evaluation.csv")}
-    return all((attack.label(), eps) in known for eps in attack.eps)
+def _images(data: Data) -> dict[str, Any]:
+    """What run.json says of the data."""
+    counts = {"train": len(data.train), "held_out": len(data.held_out or ()), "test": len(data.test)}
+    return counts | {"digest": data.digest, "official": data.official}
 
 
 def _describe(device: torch.device) -> str:

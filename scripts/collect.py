@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from condlr.cli import command
-from condlr.config import resolved
+from condlr.config import Collection, typed
 from condlr.errors import UserError
 from condlr.runs import collect, write_csv
 
@@ -15,12 +15,12 @@ from condlr.runs import collect, write_csv
 @command("collect")
 def main(config: DictConfig) -> None:
     """Read <runs_dir>/<study>/*, write <results_dir>/<study>/."""
-    asked = resolved(config)
-    source = Path(asked["runs_dir"]) / asked["study"]
+    asked = typed(Collection, config)
+    source = Path(asked.runs_dir) / asked.study
     cells, histories = collect(source)
     if not cells:
         raise UserError(f"there is no run in {source}")
-    target = Path(asked["results_dir"]) / asked["study"]
+    target = Path(asked.results_dir) / asked.study
     target.mkdir(parents=True, exist_ok=True)
     write_csv(target / "cells.csv", cells)
     write_csv(target / "history.csv", histories)

@@ -6,18 +6,18 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from condlr.cli import command
-from condlr.config import check, resolved
+from condlr.config import Evaluation, check, typed
 from condlr.runs import Run
 
 
 @command("evaluate")
 def main(config: DictConfig) -> None:
     """One run; several with `-m run=A,B`."""
-    asked = resolved(config)
-    run = Run(Path(asked["run"]))
-    again = run.read_config() | {"attack": asked["attack"], "device": asked["device"]}
-    if asked["data_root"]:
-        again["data_root"] = asked["data_root"]
+    asked = typed(Evaluation, config)
+    run = Run(Path(asked.run))
+    again = run.read_config() | {"attack": asked.attack, "device": asked.device}
+    if asked.data_root:
+        again["data_root"] = asked.data_root
     checked = check(again)
 
     from condlr.workflow import evaluate_run

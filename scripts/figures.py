@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from condlr.cli import command
-from condlr.config import resolved
+from condlr.config import Report, typed
 
 
 @command("figures")
@@ -14,10 +14,9 @@ def main(config: DictConfig) -> None:
     """Read <results_dir>/<study>/*.csv, write robustness.png and robustness.pdf beside them."""
     from condlr.report import figures, results
 
-    asked = resolved(config)
-    directory = Path(asked["results_dir"]) / asked["study"]
-    cells, history = results.read(directory), results.read(directory, "history")
-    for path in figures.robustness(cells, history, Path(asked["paper"]), directory):
+    asked = typed(Report, config)
+    cells, history = results.read(asked.directory), results.read(asked.directory, "history")
+    for path in figures.robustness(cells, history, Path(asked.paper), asked.directory):
         print(path)
 
 

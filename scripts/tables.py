@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from condlr.cli import command
-from condlr.config import resolved
+from condlr.config import Report, typed
 
 
 @command("tables")
@@ -18,13 +18,16 @@ def main(config: DictConfig) -> None:
     from condlr.report import results, tables
     from condlr.runs import write
 
-    asked = resolved(config)
-    directory = Path(asked["results_dir"]) / asked["study"]
-    made = list(tables.tables(results.read(directory), Path(asked["paper"])))
+    asked = typed(Report, config)
+    cells, directory = results.read(asked.directory), asked.directory
+    made = list(tables.tables(cells, Path(asked.paper)))
     console = Console()
     for table in made:
         tables.print_table(table, console if console.is_terminal else Console(width=160))
-    write(directory / "table.md", "\n".join(map(tables.markdown, made)).encode())
+    absent = results.left_out(cells)
+    absent = f"Not in the tables: {absent}.\n" if absent else ""
+    console.print(absent, end="", highlight=False)
+    write(directory / "table.md", "\n".join([*map(tables.markdown, made), absent]).encode())
     write(directory / "table.tex", "\n".join(map(tables.latex, made)).encode())
     write(directory / "table.csv", pd.concat(map(tables.frame, made)).to_csv(index=False).encode())
 

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-
 # The tests' matrices are small: a second thread would only wait, and fight other processes for cores.
 torch.set_num_threads(1)
 

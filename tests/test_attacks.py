@@ -75,13 +75,41 @@ def test_accuracy_has_the_true_denominator(linear, batch_size):
 def test_evaluation_is_in_eval_mode_and_restores_everything():
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, 3))
     model[3].bias.requires_grad_(False)
+    model[1].eval()  # as a user freezes its statistics
     state = {name: t.clone() for name, t in model.state_dict().items()}
     first, second = (evaluate(model, images(20), Fgsm([0.1])) for _ in range(2))
     del first, second
-    assert model.training
+    assert [module.training for module in model] == [True, False, True, True]
     assert [p.requires_grad for p in model.parameters()] == [True, True, True, False]
     assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_only_float32_is_measured_whatever_surrounds_it():
+    """TF32 and bfloat16 have no room for a small eps."""
+    seen = []
+
+    class Spy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(12, 3)
+
+        def forward(self, x):
+            kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul
+            logits = self.linear(x.flatten(1))
+            seen.append((logits.dtype, *(kind.fp32_precision for kind in kinds)))
+            return logits
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        precision = torch.backends.mkldnn.matmul.fp32_precision
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            evaluate(Spy(), images(5), Fgsm([0, 0.1]))
+        assert torch.backends.mkldnn.matmul.fp32_precision == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {(torch.float32, "ieee", "ieee", "ieee")}
 
 
 def test_stronger_attacks_leave_less_accuracy_on_a_linear_model(linear):

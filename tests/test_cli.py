@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,7 @@ def complains(result, pattern):
         (["compression=["], "no viable alternative at input"),
         (["method.tau=-1"], r"method.tau must be in \[0, inf\); got -1"),
         (["method.tau=nan"], "method.tau must be in"),
+        (["method.tua=1"], "Could not override 'method.tua'. There is no such key, see --help."),
         (["method.centre=median"], "method.centre must be one of rms, mean, one"),
         (["method.preconditioner=no"], "method.preconditioner must be one of exact"),
         (["method=vanilla", "method.init=zero"], "method.init must be one of spectral, gaussian"),
@@ -83,6 +85,8 @@ def complains(result, pattern):
         (["protocol.rank_rule=half"], "protocol.rank_rule must be one of params, released_code"),
         (["protocol.classifier=thin"], "protocol.classifier must be one of dense, full_rank, compressed"),
         (["protocol.init=zero"], "protocol.init must be one of spectral, released_code"),
+        (["protocol=[1]"], "the command line makes no config"),
+        (["method=null"], "the command line makes no config .*Config group override must be a string"),
         (["protocol.typo=3"], "Could not override 'protocol.typo'"),
         (["attack.eps=[]"], "attack.eps is empty"),
         (["attack.eps=[0,2]"], "attack.eps must be in"),
@@ -209,7 +213,9 @@ def test_the_contract(script, small_mnist):
     info = json.loads((run / "run.json").read_text())
     assert info["status"] == "done"
     assert info["ranks"] == {"conv1": 5, "conv2": 21, "fc1": 138}
-    assert info["images"] == {"train": 300, "held_out": 0, "test": 100}
+    assert info["images"] | {"digest": ""} == {
+        "train": 300, "held_out": 0, "test": 100, "official": False, "digest": "",
+    }  # fmt: skip
     assert info["weights"]["train_compression"] == pytest.approx(0.499, abs=1e-3)
     rows = list(csv.DictReader((run / "evaluation.csv").open()))
     assert [float(row["eps"]) for row in rows] == [0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06]
@@ -326,14 +332,78 @@ def test_evaluate_says_what_it_cannot_evaluate(script, tmp_path):
     script("train", *SMALL)
     run = run_of(tmp_path)
     complains(script("evaluate", f"run={run}", "attack.eps=[7]"), "attack.eps must be in")
-    truncate(run / "model.safetensors")
-    complains(script("evaluate", f"run={run}"), "model.safetensors is damaged")
-    (run / "model.safetensors").unlink()
-    complains(script("evaluate", f"run={run}"), "model.safetensors is missing")
+    complains(script("evaluate", "run=null"), "run: ")
+    complains(script("evaluate", f"run={run}", "attack=null"), "Config group override must be a string")
+    script("train", *SMALL, "seed=1", "study=other")
+    weights = run / "model.safetensors"
+    for damage in (
+        truncate, flip, lambda path: path.write_bytes((run_of(tmp_path, "other") / path.name).read_bytes()),
+    ):  # fmt: skip
+        intact = weights.read_bytes()
+        damage(weights)
+        complains(script("evaluate", f"run={run}"), "model.safetensors is damaged or of another run")
+        weights.write_bytes(intact)
+    weights.unlink()
+    complains(script("evaluate", f"run={run}"), "model.safetensors is missing: remove run.json")
+    (run / "run.json").unlink()
+    assert "goes on from epoch 1" in script("train", *SMALL)[1], "the advice works"
+    assert weights.read_bytes() == intact
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("slope: 0.01", "slope: 0.9"))
+    complains(script("evaluate", f"run={run}"), "config.yaml was changed")
+    (run / "config.yaml").write_text(config)
     undone(run)
     complains(script("evaluate", f"run={run}"), "is running: only a run that is done")
     (run / "config.yaml").write_text("a: [")
     complains(script("evaluate", f"run={run}"), "config.yaml cannot be read")
+
+
+def test_evaluation_wants_the_images_of_the_training(script, small_mnist):
+    arguments = ["dataset=mnist", "dataset.download=false", "protocol.epochs=1"]
+    script("train", *arguments)
+    run = run_of(Path.cwd())
+    pixels = small_mnist / "t10k-images-idx3-ubyte"
+    content = pixels.read_bytes()
+    pixels.write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
+    complains(script("evaluate", f"run={run}"), "holds other images than the run was trained on")
+
+
+def test_training_afresh_forgets_the_old_evaluation(script, tmp_path):
+    script("train", *SMALL)
+    run = run_of(tmp_path)
+    script("evaluate", f"run={run}", "attack.eps=[0.3]")
+    for name in ("run.json", "checkpoint.pt"):
+        (run / name).unlink()
+    script("train", *SMALL)
+    assert [float(row["eps"]) for row in csv.DictReader((run / "evaluation.csv").open())] == [0, 0.1]
+
+
+def test_rows_with_unusual_options_have_names_of_their_own(script, tmp_path):
+    script("train", "-m", *SMALL, "method.retraction=qr,polar", "study=variants")
+    names = sorted(path.name.split("-s0-")[0] for path in (tmp_path / "runs" / "variants").glob("lenet5-*"))
+    assert names == ["lenet5-digits-condlr-tau0.1-c0.5", "lenet5-digits-condlr-tau0.1-retraction=polar-c0.5"]
+
+
+def test_collect_refuses_what_would_count_twice_or_cannot_be_read(script, tmp_path):
+    script("train", *SMALL)
+    run = run_of(tmp_path)
+    shutil.copytree(run, run.parent / "backup")
+    complains(script("collect", "study=default"), "backup/run.json is of the run .* count twice")
+    shutil.rmtree(run.parent / "backup")
+    for name, text in (("history.csv", "epoch,cond_a\n1,2,3\n"), ("history.csv", "epoch,cond_a\n1,x\n")):
+        intact = (run / name).read_bytes()
+        (run / name).write_text(text)
+        complains(script("collect", "study=default"), "history.csv is damaged")
+        (run / name).write_bytes(intact)
+    (run / "evaluation.csv").write_text("x,y\n1,2\n")
+    complains(script("collect", "study=default"), "evaluation.csv is damaged")
+    complains(script("collect", "study=null"), "study: ")
+    complains(script("tables", "study=[a]"), "study: ")
+
+
+def test_a_run_lies_where_it_should_even_if_hydra_changes_directory(script, tmp_path):
+    assert script("train", *SMALL, "hydra.job.chdir=true")[0] == 0
+    assert (run_of(tmp_path) / "model.safetensors").exists()
 
 
 def test_collect_tables_and_figures_end_to_end(script, tmp_path):
@@ -346,15 +416,18 @@ def test_collect_tables_and_figures_end_to_end(script, tmp_path):
     assert "8 cells of 4 done runs" in out
     status, out, _ = script("tables", "study=two")
     assert status == 0
-    assert "LeNet5 on digits, protocol demo, 1 epochs" in out
+    assert "LeNet5 on digits, protocol demo, 1 epoch" in out
     assert "±" in out
     assert script("figures", "study=two")[0] == 0
     results = tmp_path / "results" / "two"
     assert {path.name for path in results.iterdir()} == {
         "cells.csv", "history.csv", "table.csv", "table.md", "table.tex", "robustness.png", "robustness.pdf",
     }  # fmt: skip
+    cells = (results / "cells.csv").read_text()
     (results / "cells.csv").write_text("a,b\n1,2\n")
     complains(script("tables", "study=two"), "cells.csv lacks the columns")
+    (results / "cells.csv").write_text(cells.replace(",0.0,360,", ",zero,360,").replace("0.1", "x"))
+    complains(script("tables", "study=two"), "cells.csv has something else than numbers")
     (results / "cells.csv").write_bytes(bytes(range(256)))
     complains(script("tables", "study=two"), "cells.csv")
 

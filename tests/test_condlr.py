@@ -144,7 +144,7 @@ def test_an_infinite_tau_leaves_the_spectrum_free():
     np.testing.assert_allclose(layer.matrix.detach(), reference.U @ reference.S @ reference.V.T, atol=1e-10)
 
 
-@pytest.mark.parametrize("lr", [1e-3, 0.1, 10.0, 1e4])
+@pytest.mark.parametrize("lr", [1e-3, 0.1, 10.0, 1e4, 1e18])
 @pytest.mark.parametrize("tau", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("retraction", ["qr", "polar"])
 def test_the_promise_holds_in_float32_at_any_learning_rate(lr, tau, retraction):
@@ -227,6 +227,26 @@ def test_factors_that_are_not_orthonormal_are_made_so_without_changing_the_weigh
     assert stiefel.orthonormality_error(layer.U) < 1e-12 > stiefel.orthonormality_error(layer.V)
 
 
+@pytest.mark.parametrize("preconditioner", ["exact", "scalar", "released_code"])
+def test_a_layer_that_starts_at_zero_trains(preconditioner):
+    """As the last layer of a residual branch often does."""
+    dense = nn.Linear(M, N, bias=False)
+    nn.init.zeros_(dense.weight)
+    layer = condlr.LowRankLinear.like(dense, R)
+    _, X, T = problem(dtype=torch.float32)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=LR)
+    constraint = condlr.constrain(optimizer, layer, tau=0.2, preconditioner=preconditioner)
+    first = (layer(X) - T).square().mean().item()
+    descend(layer, optimizer, X, T, 30)
+    constraint.check()
+    assert (layer(X) - T).square().mean().item() < first
+    nn.init.zeros_(dense.weight)
+    with pytest.raises(ValueError, match="S, which is zero"):
+        zero = condlr.LowRankLinear.like(dense, R)
+        sgd = torch.optim.SGD(zero.parameters(), lr=LR)
+        condlr.constrain(sgd, zero, tau=0.0, preconditioner="released_code")
+
+
 def test_removed_hooks_constrain_no_longer():
     layer, X, T = problem()
     optimizer = torch.optim.SGD(layer.parameters(), lr=LR)
@@ -252,7 +272,7 @@ def test_a_frozen_factor_stays_and_the_others_are_held():
     layer, X, T = problem()
     layer.U.requires_grad_(False)
     before = layer.U.detach().clone()
-    optimizer = torch.optim.SGD(layer.parameters(), lr=LR)
+    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=LR)
     constraint = condlr.constrain(optimizer, layer, tau=0.2)
     descend(layer, optimizer, X, T, 5)
     assert torch.equal(layer.U, before)
@@ -275,9 +295,15 @@ def test_an_audit_finds_a_breach():
     constraint = condlr.constrain(optimizer, layer, tau=0.1)
     descend(layer, optimizer, X, T, 1)
     constraint.check()
+    for value, name in ((1e-3, "orthonormality_error"), (torch.nan, "orthonormality_error")):
+        with torch.no_grad():
+            layer.U[0, 0] += value
+        with pytest.raises(ConstraintBreach, match=name):
+            constraint.check()
     with torch.no_grad():
-        layer.U[0, 0] += 1e-3
-    with pytest.raises(ConstraintBreach, match="orthonormality_error"):
+        layer.U.copy_(torch.eye(N, R))
+        layer.S.zero_()
+    with pytest.raises(ConstraintBreach, match="cond_S"):
         constraint.check()
 
 
@@ -290,6 +316,7 @@ def test_an_audit_finds_a_breach():
         ({"preconditioner": "none"}, "preconditioner must be one of"),
         ({"momentum": "no"}, "momentum must be one of"),
         ({"retraction": "cayley"}, "retraction must be one of"),
+        ({"preconditioner": "released_code", "tau": math.inf}, "needs a finite tau"),
     ],
 )
 def test_bad_settings_are_refused(options, message):
@@ -305,6 +332,10 @@ def test_misuse_is_refused():
         condlr.constrain(torch.optim.SGD(dense.parameters(), lr=0.1), dense)
     with pytest.raises(ValueError, match="needs torch.optim.SGD"):
         condlr.constrain(torch.optim.Adam(layer.parameters()), layer, momentum="before_projection")
+    for option in ({"nesterov": True}, {"maximize": True}, {"dampening": 0.1}):
+        sgd = torch.optim.SGD(layer.parameters(), lr=0.1, **({"momentum": 0.5} | option))
+        with pytest.raises(ValueError, match="SGD without dampening"):
+            condlr.constrain(sgd, layer, momentum="before_projection")
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     condlr.constrain(optimizer, layer)
     with pytest.raises(ValueError, match="takes no closure"):
@@ -321,4 +352,5 @@ def test_the_method_attaches_the_constraint_and_audits():
     descend(layer, optimizer, X, T, 3)
     assert method.audit(layer)["cond_S"] <= 1.2 * (1 + 1e-4)
     assert method.label() == "condlr-tau0.2"
+    assert CondLR(0.1000001).label() != CondLR(0.1).label()
     assert isinstance(method._constraint, Constraint)

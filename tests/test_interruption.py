@@ -88,7 +88,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(undisturbed, tmp_path):
 def test_a_stopped_run_writes_a_checkpoint_and_ends_the_same(undisturbed, tmp_path, number):
     out, status = kill_in_the_middle(tmp_path, number)
     assert status == 128 + number, out
-    assert "stopping after this batch" in out
+    assert "interrupted: the same command goes on from the last checkpoint" in out
     assert "Traceback" not in out
     assert info(tmp_path)["status"] == "interrupted"
     out = finish(tmp_path)
@@ -109,7 +109,11 @@ def test_a_diverged_run_says_so_keeps_its_checkpoint_and_is_not_run_again(tmp_pa
     checkpoint = torch.load(run_of(tmp_path) / "checkpoint.pt", weights_only=True)
     assert checkpoint["state"]["epoch"] == 2
     assert all(torch.isfinite(t).all() for t in checkpoint["state"]["model"].values())
-    assert "is diverged already" in finish(tmp_path, *arguments)
+    process = start(tmp_path, *arguments)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "has diverged in epoch 3" in out
+    assert "to train it again" in out
 
 
 @pytest.mark.skipif(not shutil.which("mount"), reason="needs a small file system")

@@ -173,6 +173,12 @@ def test_the_classifier(classifier, expected):
     assert [layer.rank for layer in low_rank_layers(net).values()] == expected
 
 
+def test_the_classifier_is_the_last_linear_layer_also_where_it_is_excluded():
+    net = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9), nn.Linear(9, 9))
+    factored = condlr.factorize(net, 0.5, classifier="dense", exclude="2")
+    assert set(low_rank_layers(factored)) == {"0", "1"}
+
+
 def test_only_the_classifier_of_a_dense_row_is_factored():
     assert Scheme(None, classifier="full_rank").ranks(LeNet5()) == {"fc2": 10}
     assert Scheme(None, classifier="dense").ranks(LeNet5()) == {}
@@ -247,6 +253,8 @@ def test_a_gaussian_start_is_half_normal():
         (lambda net: condlr.factorize(net, 0.5, init="zeros"), "init must be one of"),
         (lambda net: condlr.factorize(net, 0.5, exclude=["head"]), "no linear or convolution layer is named"),
         (lambda net: condlr.factorize(net, ranks={"fc9": 2}), "no linear or convolution layer is named"),
+        (lambda net: condlr.factorize(net, ranks={"*": 2}), "no linear or convolution layer is named"),
+        (lambda net: condlr.factorize(nn.ReLU(), 0.5), "no linear or convolution layer that can be"),
         (lambda net: condlr.factorize(net, ranks={"fc1": 501}), "the rank of a 500 x 800 matrix"),
         (lambda net: condlr.export(net, "onnx"), "form must be one of"),
     ],

@@ -126,6 +126,18 @@ def test_projecting_twice_with_centre_one_changes_nothing_more():
     torch.testing.assert_close(once, twice)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-24, 1e-5, 1e5, 3e19, 1e30])
+@pytest.mark.parametrize("tau", [0.0, 0.3])
+def test_squares_neither_overflow_nor_vanish_in_float32(scale, tau):
+    S = with_spectrum(5, 5, np.linspace(0.5, 2, 5))
+    expected, _ = spectrum.project(S, tau)
+    found, _ = spectrum.project((S * scale).float(), tau)
+    torch.testing.assert_close(found.double() / scale, expected, rtol=1e-4, atol=1e-4)
+    assert spectrum.rms((S * scale).float()).item() == pytest.approx(
+        scale * S.norm().item() / 5**0.5, rel=1e-5
+    )
+
+
 def test_rms_is_the_minimiser_the_paper_states():
     """s = argmin_a ||S^T S - a^2 I||_F."""
     S = torch.randn(6, 6, dtype=torch.float64)

@@ -4,7 +4,11 @@ import re
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
+
+from condlr.factorization import Scheme
+from condlr.methods.base import Method
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
@@ -28,3 +32,25 @@ def test_every_target_and_script_it_names_exists():
             assert re.search(rf"^{target}:", makefile, re.M), target
     for path in re.findall(r"\]\(([\w/.]+)\)", README) + re.findall(r"python (scripts/\w+\.py)", README):
         assert (root / path).exists(), path
+
+
+def test_the_methods_example_is_a_method(tmp_path, monkeypatch):
+    """Put where the README says, it is found, built from its config, and trains."""
+    import condlr.methods
+    from condlr import config, registry
+
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "(Method)" in block)
+    (options,) = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    (tmp_path / "spectral_decay.py").write_text(code)
+    monkeypatch.setattr(condlr.methods, "__path__", [*condlr.methods.__path__, str(tmp_path)])
+    assert "spectral_decay" in registry.available("methods")
+    keys = OmegaConf.to_container(OmegaConf.create(options))
+    assert isinstance(keys, dict)
+    method, _ = config.choose("method", "methods", keys, Method)  # type: ignore[arg-type]
+    net = method.apply(nn.Sequential(nn.Linear(8, 8)), Scheme(0.3))
+    optimizer = method.optimizer(net, lr=0.1, momentum=0.0)
+    assert method.label() == "spectral_decay"
+    before = net(torch.ones(1, 8)).norm()
+    for _ in range(3):
+        method.step(net, optimizer, torch.ones(4, 8), torch.zeros(4, dtype=torch.long))
+    assert net(torch.ones(1, 8)).norm() != before

@@ -29,8 +29,10 @@ def cells(**changes):
                     "study": "s", "run_id": f"{label}-{compression}-{seed}", "dataset": "mnist",
                     "model": "lenet5", "method": label.split("-")[0], "label": label, "tau": None,
                     "compression": compression, "protocol": "paper", "epochs": 3, "seed": seed,
-                    "row_id": f"{label}{compression}", "status": "done", "train_compression": compression,
-                    "deploy_compression": compression, "cond": 2.0, "cond_all": 12.3, "seconds": 10 + seed,
+                    "row_id": f"{label}{compression}", "status": "done", "official_data": True,
+                    "train_compression": compression,
+                    "deploy_compression": compression, "settings": "lr=0.1 lr_milestones=[7,9]",
+                    "options": "slope=0.01 tau=0.1", "cond": 2.0, "cond_all": 12.3, "seconds": 10 + seed,
                     "attack": "fgsm", "norm": "linf", "eps": eps, "accuracy": accuracy, "n": 100,
                 }
                 | changes
@@ -52,9 +54,38 @@ def test_means_and_sample_standard_deviations():
     assert frame.loc[("vanilla", 0.0), "seconds"] == pytest.approx(10.5)
 
 
-def test_rows_that_differ_in_anything_but_the_seed_are_not_averaged():
-    two = pd.concat([cells(), cells(row_id="other", accuracy=0.1)])
-    assert len(results.summarize(two)) > len(results.summarize(cells()))
+def test_rows_that_differ_in_an_option_are_not_averaged_and_say_in_which():
+    other = cells(options="slope=0.01 tau=0.1 init=gaussian")
+    other["row_id"] += "other"
+    table = only_table(pd.concat([cells(), other]))
+    names = [line.label for line in table.lines]
+    assert len(names) == 6
+    assert {"Vanilla", "Vanilla init=gaussian", "Baseline", "Baseline init=gaussian"} <= set(names)
+    assert "slope" not in " ".join(names)
+
+
+def test_runs_of_different_settings_are_in_tables_of_their_own():
+    other = cells(settings="lr=0.2 lr_milestones=[7,9]")
+    other["row_id"] += "other"
+    captions = [
+        tables.markdown(table).splitlines()[2] for table in tables.tables(pd.concat([cells(), other]), PAPER)
+    ]
+    assert captions == ["`lr=0.1 lr_milestones=[7,9]`", "`lr=0.2 lr_milestones=[7,9]`"]
+
+
+def test_a_strength_that_one_row_lacks_shifts_nothing():
+    extra = cells()
+    extra = extra[extra["label"].eq("condlr-tau0.1") & extra["seed"].eq(0) & extra["eps"].eq(0)]
+    table = only_table(pd.concat([cells(), extra.assign(eps=0.03, accuracy=0.5)]))
+    assert table.strengths == [0.0, 0.03, 0.06]
+    rows = {line.split("|")[1].strip(): line.split("|") for line in tables.markdown(table).splitlines()[6:9]}
+    header = tables.markdown(table).splitlines()[4].split("|")
+    column = header.index(" ε=0.03 ")
+    assert rows["Baseline"][column] == " – "
+    assert rows["CondLR τ=0.1"][column] == " 50.00 ", "and what has no rival is not the best"
+    assert rows["CondLR τ=0.1"][header.index(" ε=0.06 ")] == " **93.00 ±1.41** "
+    assert rows["CondLR τ=0.1"][header.index(" seeds ")] == " 1-2 "
+    assert tables.latex(table).count("--") >= 2
 
 
 def test_runs_that_are_not_done_do_not_count():
@@ -67,19 +98,19 @@ def test_runs_that_are_not_done_do_not_count():
 
 def test_the_best_of_each_compression_is_marked():
     table = only_table(cells())
-    best = {(line.label, cell.eps) for line in table.lines for cell in line.cells if cell.best}
-    assert best == {("Baseline", 0.0), ("Baseline", 0.06), ("Vanilla", 0.0), ("CondLR τ=0.1", 0.06)}
+    best = {(line.label, eps) for line in table.lines for eps, cell in line.cells.items() if cell.best}
+    assert best == {("Vanilla", 0.0), ("CondLR τ=0.1", 0.06)}, "a row alone is the best of nothing"
 
 
 def test_published_values_stand_beside_ours():
     """As printed in Table 2 of the paper."""
     table = only_table(cells())
-    paper = {line.label: [cell.published for cell in line.cells] for line in table.lines}
+    paper = {line.label: [cell.published for cell in line.cells.values()] for line in table.lines}
     assert paper == {
         "Baseline": [0.9908, 0.9328], "CondLR τ=0.1": [0.9873, 0.9668], "Vanilla": [0.9870, 0.9094],
     }  # fmt: skip
     known = results.published(PAPER, "mnist", "lenet5")
-    assert known["condlr-unit", 0.5, 0.06] == 0.9614
+    assert known["condlr-tau0-centre=one", 0.5, 0.06] == 0.9614
     assert known["condlr-tau0", 0.8, 0.0] == 0.9881
     assert len(known) == 17 * 7
     assert not results.published(PAPER, "digits", "lenet5")
@@ -89,15 +120,17 @@ def test_published_values_stand_beside_ours():
 def test_nothing_is_compared_where_nothing_was_published():
     assert not only_table(cells(dataset="digits")).has_published
     assert not only_table(cells(attack="pgd")).has_published
+    assert not only_table(cells(official_data=False)).has_published
 
 
 def test_markdown():
     lines = tables.markdown(only_table(cells())).splitlines()
     assert lines[0] == "**LeNet5 on MNIST, protocol paper, 3 epochs: accuracy (%) under FGSM (ℓ∞)**"
-    assert "| clean | paper | ε=0.06 | paper |" in lines[2]
-    assert {line.count("|") for line in lines[2:7]} == {lines[2].count("|")}
-    assert "| **93.00 ±1.41** | 96.68 |" in lines[5]
-    assert "| 12.3 |" in lines[5]
+    assert lines[2] == "`lr=0.1 lr_milestones=[7,9]`"
+    assert "| clean | paper | ε=0.06 | paper |" in lines[4]
+    assert {line.count("|") for line in lines[4:9]} == {lines[4].count("|")}
+    assert "| **93.00 ±1.41** | 96.68 |" in lines[7]
+    assert "| 12.3 |" in lines[7]
 
 
 def test_latex_is_escaped_and_balanced():
@@ -113,10 +146,26 @@ def test_latex_is_escaped_and_balanced():
             assert line.count("&") == len(columns) - 1
 
 
+def printed(table, width):
+    console = Console(file=io.StringIO(), width=width)
+    tables.print_table(table, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 100, 160, 250])
+def test_a_narrow_terminal_cuts_no_number(width):
+    many = pd.concat([cells().assign(eps=lambda f, e=e: f["eps"] + e) for e in (0, 0.01, 0.02, 0.03)])
+    table = only_table(many.drop_duplicates(["run_id", "eps"]))
+    text = printed(table, width)
+    assert "…" not in text
+    for word in ("CondLR τ=0.1", "93.00 ±1.41", "clean", "ε=0.09"):
+        assert word in text
+    assert ("Not shown for want of width" in text) == (width < 250)
+    assert width < 60 or all(len(line) <= width for line in text.splitlines())
+
+
 def test_the_terminal_shows_every_row():
-    console = Console(file=io.StringIO(), width=160)
-    tables.print_table(only_table(cells()), console)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = printed(only_table(cells()), 160)
     for word in ("Baseline", "CondLR τ=0.1", "Vanilla", "published", "96.68", "93.00 ±1.41", "ε=0.06"):
         assert word in text
 
@@ -125,6 +174,21 @@ def test_csv_has_a_line_for_each_cell():
     frame = tables.frame(only_table(cells()))
     assert len(frame) == 6
     assert frame["accuracy"].between(0, 1).all()
+
+
+def test_what_is_left_out_is_counted():
+    frame = cells()
+    frame.loc[frame["seed"] == 1, "status"] = "diverged"
+    expected = "CondLR τ=0.1 50 % seed 1 (diverged), Vanilla 50 % seed 1 (diverged)"
+    assert results.left_out(frame) == expected
+    assert not results.left_out(cells())
+
+
+def test_variants_have_colours_of_their_own():
+    other = cells(options="slope=0.5 tau=0.1")
+    other["row_id"] += "other"
+    styles = figures._styles(results.summarize(pd.concat([cells(), other])))
+    assert len({(str(s["color"]), str(s["linestyle"])) for s in styles.values()}) == 6
 
 
 def test_the_figure_is_drawn(tmp_path):

@@ -56,9 +56,9 @@ class Idx(Dataset):
         raw = root / self.folder / "raw"
         if missing := [name for name in FILES if _find(raw, name) is None]:
             self._fetch(root, raw, missing)
-        arrays = [self._read(raw, index) for index in range(len(FILES))]
+        arrays, official = zip(*(self._read(raw, index) for index in range(len(FILES))), strict=True)
         train, test = (_pair(raw, arrays[i], arrays[i + 1], FILES[i]) for i in (0, 2))
-        return Data(train, test, classes=10)
+        return Data(train, test, classes=10, official=all(official))
 
     def _fetch(self, root: Path, raw: Path, missing: list[str]) -> None:
         advice = f"put {', '.join(missing)} (plain or .gz) into {raw}, or set data_root"
@@ -77,7 +77,8 @@ class Idx(Dataset):
         finally:
             socket.setdefaulttimeout(before)
 
-    def _read(self, raw: Path, index: int) -> Tensor:
+    def _read(self, raw: Path, index: int) -> tuple[Tensor, bool]:
+        """The array of one file, and whether it is the official one."""
         path = _find(raw, FILES[index])
         assert path is not None
         content = _unpack(path)
@@ -87,13 +88,14 @@ class Idx(Dataset):
                 if digest == known and (folder, name) != (self.folder, FILES[index]):
                     raise UserError(f"{path} is {folder}'s {name}; expected {self.folder}'s {FILES[index]}")
         array = _parse(path, content, dimensions=3 if index % 2 == 0 else 1)
-        if digest != OFFICIAL[self.folder][index]:
+        official = digest == OFFICIAL[self.folder][index]
+        if not official:
             log.warning(
                 "%s is not the official file (SHA-256 %s..., expected %s...): "
                 "results are not comparable with published ones",
                 path, digest[:12], OFFICIAL[self.folder][index][:12],
             )  # fmt: skip
-        return array
+        return array, official
 
 
 def _find(raw: Path, name: str) -> Path | None:

@@ -32,7 +32,7 @@ def centre(sigma: Tensor, kind: str = "rms") -> Tensor:
     of the row "mean" of the paper's tables.
     """
     if kind == "rms":
-        return sigma.square().mean(-1).sqrt()
+        return _rms(sigma.unsqueeze(-2)).squeeze(-1)
     if kind == "mean":
         return sigma.mean(-1)
     if kind == "one":
@@ -71,6 +71,18 @@ def condition_number(A: Tensor) -> Tensor:
     """sigma_max / sigma_min over all min(n, m) singular values, in float64; inf if A is singular."""
     sigma = svd(A.double())[1]
     return sigma[..., 0] / sigma[..., -1]
+
+
+def rms(S: Tensor) -> Tensor:
+    """The s = sqrt(tr(S^T S) / r) of a matrix S of shape (..., r, r), without its singular values."""
+    return _rms(S).squeeze(-1) * S.shape[-1] ** 0.5
+
+
+def _rms(A: Tensor) -> Tensor:
+    """Root mean square of each matrix's entries, shape (..., 1); squares neither overflow nor vanish."""
+    largest = A.abs().amax((-2, -1), keepdim=True)
+    scale = torch.where(largest > 0, largest, 1.0)
+    return (A / scale).square().mean((-2, -1)).sqrt().unsqueeze(-1) * scale.squeeze(-1)
 
 
 def gram_solve(G: Tensor, S: Tensor) -> Tensor:

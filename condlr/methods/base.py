@@ -19,12 +19,14 @@ class Method:
 
     Attributes:
         compresses: whether the key `compression` means anything to this method.
+        in_label: the options that `label` states; any other is added to it where it is unusual.
     """
 
     compresses: ClassVar[bool] = True
+    in_label: ClassVar[tuple[str, ...]] = ()
 
     def label(self) -> str:
-        """How run names and tables call it: the name, and what tells its rows apart."""
+        """How run names and tables call it: the name, and the options that define its rows."""
         return type(self).__module__.rpartition(".")[-1]
 
     def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +46,15 @@ def constrain(
 
     and after it U and V are put back on the Stiefel manifold and the singular values of S are clipped
     into [s - eps, s + eps], eps = tau s / (2 + tau), so that cond(U S V^T) <= 1 + tau. From the first
-    step on, at any learning rate, max |U^T U - I| <= 1e-5 (V alike) and cond(S) <= (1 + tau)(1 + 1e-4).
+    step on, at any learning rate for which S stays finite and does not vanish,
+    max |U^T U - I| <= 1e-5 (V alike) and cond(S) <= (1 + tau)(1 + 1e-4), in float32.
 
     Args:
         optimizer: holds the factors among its parameters; its step must be called without a closure.
             Its weight decay has no effect on U and V, which the retraction normalises.
         model: a network with U S V^T layers (`condlr.factorize`). Factors U, V that are not orthonormal
             yet are made so here, without a change to W = U S V^T. S is left as it is until the
-            first step.
+            first step. A factor that is not in the optimiser, or has no gradient, is left alone.
         tau: conditioning tolerance, >= 0; infinity leaves S free.
         centre: s is the `rms` of the singular values (paper), their `mean` (authors' code) or `one`.
         preconditioner: `exact` as above; `scalar` takes 1/s^2, s^2 = tr(S^T S)/r, for both inverses;
@@ -65,7 +67,8 @@ def constrain(
 
     Returns:
         The `Constraint`, to audit the layers or remove the hooks. What it must remember between
-        steps is kept in the optimiser's parameter groups, and so in its `state_dict`.
+        steps is kept in the optimiser's parameter groups, and so in its `state_dict`. A copy of
+        the optimiser (deepcopy, pickle) has no hooks, as PyTorch has it: constrain it again.
 
     Raises:
         ValueError: a bad setting; no U S V^T layer of the model is in the optimiser.
@@ -89,6 +92,8 @@ class Options:
         one_of("preconditioner", self.preconditioner, PRECONDITIONERS)
         one_of("momentum", self.momentum, MOMENTA)
         one_of("retraction", self.retraction, tuple(stiefel.RETRACTIONS))
+        if self.preconditioner == "released_code" and math.isinf(self.tau):
+            raise ValueError("preconditioner=released_code is a function of the band: it needs a finite tau")
 
 
 class Constraint:
@@ -98,6 +103,7 @@ class Constraint:
         self.options = options
         self.optimizer = optimizer
         self.layers = _constrained(model, optimizer)
+        self._held = {p for group in optimizer.param_groups for p in group["params"]}
         self._moved: set[nn.Parameter] = set()
         self._require_alone()
         if options.momentum == "before_projection":
@@ -134,7 +140,7 @@ class Constraint:
             "cond_S": (1 + self.options.tau) * (1 + CONDITION_TOLERANCE),
         }
         for name, limit in limits.items():
-            if found[name] > limit:
+            if not found[name] <= limit:
                 raise ConstraintBreach(
                     f"CondLR's constraint is broken: {name} {found[name]:.3g} > {limit:.3g}"
                 )
@@ -161,7 +167,12 @@ class Constraint:
     def _first_scale(self, layer: LowRank) -> float:
         if self.options.tau > 0:
             return 1.0
-        return 1 / torch.linalg.svdvals(_core(layer).detach()).mean().item()
+        mean = torch.linalg.svdvals(_core(layer).detach()).mean().item()
+        if mean == 0:
+            raise ValueError(
+                "preconditioner=released_code with tau=0 divides by the initial S, which is zero"
+            )
+        return 1 / mean
 
     @torch.no_grad()
     def _before_step(self, optimizer, args, kwargs) -> None:
@@ -170,7 +181,8 @@ class Constraint:
         self._moved.clear()
         for name, layer in self.layers.items():
             S = _core(layer)
-            self._moved |= {factor for factor in (layer.U, S, layer.V) if factor.grad is not None}
+            held = {f for f in (layer.U, S, layer.V) if f in self._held and f.grad is not None}
+            self._moved |= held
             for factor, core in ((layer.U, S), (layer.V, S.mT)):
                 if factor in self._moved:
                     factor.grad = self._direction(name, factor, core)
@@ -189,8 +201,9 @@ class Constraint:
         if self.options.preconditioner == "exact":
             return spectrum.gram_solve(G, core)
         if self.options.preconditioner == "scalar":
-            return G / core.square().sum().div(core.shape[-1])
-        return G * self._scales[name]
+            s = spectrum.rms(core)
+            return torch.where(s > 0, G / s / s, 0.0)  # S = 0 by its pseudo-inverse
+        return G * self._scales.setdefault(name, self._first_scale(self.layers[name]))
 
     @torch.no_grad()
     def _after_step(self, optimizer, args, kwargs) -> None:
@@ -209,6 +222,8 @@ class Constraint:
 class CondLR(Method):
     """The rows CondLR of the tables, and with `centre=one` the row "mean". See `constrain`."""
 
+    in_label: ClassVar[tuple[str, ...]] = ("tau",)
+
     tau: float = 0.1
     centre: str = "rms"
     preconditioner: str = "exact"
@@ -224,9 +239,7 @@ class CondLR(Method):
 
     @override
     def label(self) -> str:
-        if self.centre == "one" and self.tau == 0:
-            return "condlr-unit"
-        return f"condlr-tau{self.tau:g}"
+        return f"condlr-tau{self.tau:.10g}"
 
     @override
     def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
@@ -245,7 +258,7 @@ def _constrained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
     layers = {
         name: layer
         for name, layer in low_rank_layers(model).items()
-        if layer.S is not None and held.issuperset(map(id, (layer.U, layer.S, layer.V)))
+        if layer.S is not None and not held.isdisjoint(map(id, (layer.U, layer.S, layer.V)))
     }
     if not layers:
         raise ValueError(
@@ -266,8 +279,10 @@ def _require_plain_sgd(optimizer: torch.optim.Optimizer) -> None:
     if not isinstance(optimizer, torch.optim.SGD):
         raise ValueError("momentum=before_projection needs torch.optim.SGD; use after_projection")
     for group in optimizer.param_groups:
-        if group["dampening"] or group["nesterov"]:
-            raise ValueError("momentum=before_projection needs SGD without dampening and Nesterov")
+        if any(group.get(option) for option in ("dampening", "nesterov", "maximize", "fused")):
+            raise ValueError(
+                "momentum=before_projection needs SGD without dampening, nesterov, maximize, fused"
+            )
 
 
 @torch.no_grad()

@@ -8,27 +8,37 @@ import pandas as pd
 from condlr.errors import UserError
 
 # The columns that runs of one table share; each combination is a table of its own.
-CONTEXT = ["dataset", "model", "protocol", "epochs", "attack", "norm"]
+CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm"]
 # The columns that tell the rows of a table apart.
-ROW = ["label", "compression", "row_id"]
+ROW = ["label", "compression", "row_id", "variant"]
 
+_MEANS = ("cond", "cond_all", "seconds", "train_compression", "deploy_compression")
 _ORDER = ("baseline", "condlr", "vanilla")
+_NEEDED = {
+    "cells": {*CONTEXT, *_MEANS, *ROW, "options", "official_data", "seed", "eps", "accuracy", "status"}
+    - {"variant"},
+    "history": {"label", "compression", "row_id", "seed", "step", "cond"},
+}
+
+
+_NUMBERS = {"eps", "accuracy", "compression", "cond", "cond_all", "seconds", "step", "seed", "epochs"}
 
 
 def read(study: Path, name: str = "cells") -> pd.DataFrame:
     """`cells.csv` or `history.csv` of a study's results."""
     path = study / f"{name}.csv"
+    text = dict.fromkeys(("row_id", "run_id", "options", "settings"), str)
     try:
-        frame = pd.read_csv(path, dtype={"row_id": str, "run_id": str})
+        frame = pd.read_csv(path, dtype=text, keep_default_na=True)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: collect the study's runs first (scripts/collect.py)") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a table of results ({error})") from error
-    wanted = {*ROW, "study", "seed"} | (
-        {"eps", "accuracy", "status"} if name == "cells" else {"step", "cond"}
-    )
-    if missing := sorted(wanted - {*frame.columns}):
+    if missing := sorted(_NEEDED[name] - {*frame.columns}):
         raise UserError(f"{path} lacks the columns {', '.join(missing)}: collect the runs again")
+    for column in _NUMBERS & {*frame.columns}:
+        if not pd.api.types.is_numeric_dtype(frame[column]):
+            raise UserError(f"{path} has something else than numbers in the column {column}")
     return frame
 
 
@@ -36,24 +46,53 @@ def summarize(cells: pd.DataFrame) -> pd.DataFrame:
     """Mean, sample standard deviation and number of seeds of each cell of each table.
 
     Returns:
-        Indexed by nothing, with the columns of CONTEXT and ROW, eps, accuracy, std (NaN for one seed),
-        seeds, and means of cond, cond_all, seconds, train_compression, deploy_compression.
+        A line for each cell, with the columns of CONTEXT and ROW, eps, accuracy, std (NaN for one
+        seed), seeds, and the means of cond, cond_all, seconds, train_compression, deploy_compression.
+        `variant` tells rows of one label apart: the options in which they differ.
     """
     done = cells[cells["status"].eq("done") & cells["eps"].notna()]
     if done.empty:
         raise UserError("no run of this study is done and evaluated yet")
-    grouped = done.groupby([*CONTEXT, *ROW, "eps"], dropna=False, sort=False)
+    done = done.fillna({"options": "", "settings": ""}).reset_index(drop=True)
+    done = done.assign(variant=_variants(done))
     means = {name: (name, "mean") for name in _MEANS}
-    frame = grouped.agg(
-        accuracy=("accuracy", "mean"), std=("accuracy", "std"), seeds=("seed", "nunique"), **means
-    ).reset_index()  # fmt: skip
+    frame = (
+        done.groupby([*CONTEXT, *ROW, "eps"], dropna=False, sort=False)
+        .agg(accuracy=("accuracy", "mean"), std=("accuracy", "std"), seeds=("seed", "nunique"), **means)
+        .reset_index()
+    )
     rank = frame["label"].str.partition("-")[0].map({name: i for i, name in enumerate(_ORDER)})
     frame = frame.assign(_rank=rank.fillna(len(_ORDER)))
-    keys = ["compression", "_rank", "label", "row_id", "eps"]
+    keys = ["compression", "_rank", "label", "variant", "row_id", "eps"]
     return frame.sort_values(keys, kind="stable").drop(columns="_rank").reset_index(drop=True)
 
 
-_MEANS = ("cond", "cond_all", "seconds", "train_compression", "deploy_compression")
+def _variants(done: pd.DataFrame) -> pd.Series:
+    """For each line, the options in which its row differs from others of its table and label."""
+    variants = pd.Series("", index=done.index)
+    for _, group in done.groupby([*CONTEXT, "label", "compression"], dropna=False):
+        options = {
+            text: dict(part.split("=", 1) for part in text.split()) for text in group["options"].unique()
+        }
+        differing = {
+            key for known in options.values() for key in known
+            if len({other.get(key) for other in options.values()}) > 1
+        }  # fmt: skip
+        text = {
+            whole: " ".join(f"{key}={value}" for key, value in known.items() if key in differing)
+            for whole, known in options.items()
+        }
+        variants[group.index] = group["options"].map(text)
+    return variants
+
+
+def left_out(cells: pd.DataFrame) -> str:
+    """What of a study its tables do not show: `CondLR τ=0.1 50 % seed 1 (diverged)`; empty if nothing."""
+    unfinished = cells[cells["status"].ne("done")].drop_duplicates("run_id")
+    return ", ".join(
+        f"{title(run.label)} {100 * run.compression:g} % seed {run.seed} ({run.status})"
+        for run in unfinished.itertuples()
+    )
 
 
 def published(directory: Path, dataset: str, model: str) -> dict[tuple[str, float, float], float]:
@@ -61,7 +100,7 @@ def published(directory: Path, dataset: str, model: str) -> dict[tuple[str, floa
     values = {}
     for path in sorted(directory.glob(f"table*_{model}_{dataset}.csv")):
         for row in pd.read_csv(path).to_dict("records"):
-            label = {"condlr_mean": "condlr-unit"}.get(row["method"], row["method"])
+            label = {"condlr_mean": "condlr-tau0-centre=one"}.get(row["method"], row["method"])
             if label == "condlr":
                 label = f"condlr-tau{row['tau']:g}"
             for column, value in row.items():
@@ -71,16 +110,27 @@ def published(directory: Path, dataset: str, model: str) -> dict[tuple[str, floa
     return values
 
 
+def comparison(
+    context: Mapping[str, object], cells: pd.DataFrame, paper: Path
+) -> dict[tuple[str, float, float], float]:
+    """The published values to set beside a table: those of FGSM, if the images were the official ones."""
+    if context["attack"] != "fgsm" or not cells["official_data"].dropna().astype(bool).all():
+        return {}
+    return published(paper, str(context["dataset"]), str(context["model"]))
+
+
 def setting(context: Mapping[str, object]) -> str:
     """What a table's rows share, for its caption: `LeNet5 on MNIST, protocol paper, 10 epochs`."""
     names = {"lenet5": "LeNet5", "mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
     model, dataset = (names.get(str(context[key]), context[key]) for key in ("model", "dataset"))
-    return f"{model} on {dataset}, protocol {context['protocol']}, {context['epochs']} epochs"
+    epochs = "1 epoch" if context["epochs"] == 1 else f"{context['epochs']} epochs"
+    return f"{model} on {dataset}, protocol {context['protocol']}, {epochs}"
 
 
-def title(label: str) -> str:
-    """A label as tables and legends print it: `CondLR tau=0.1`."""
-    names = {"baseline": "Baseline", "vanilla": "Vanilla", "condlr-unit": "CondLR s=1"}
-    if label.startswith("condlr-tau"):
-        return "CondLR τ=" + label.removeprefix("condlr-tau")
-    return names.get(label, label)
+def title(label: str, variant: str = "") -> str:
+    """A row as tables and legends print it: `CondLR τ=0.1`, and its variant if there is one."""
+    names = {"baseline": "Baseline", "vanilla": "Vanilla"}
+    name, *options = label.split("-")
+    if name == "condlr":
+        name, options[0] = "CondLR", options[0].replace("tau", "τ=")
+    return " ".join([names.get(name, name), *options, variant]).rstrip()

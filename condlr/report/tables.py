@@ -1,6 +1,6 @@
 """Tables of accuracy under attack: for the terminal, Markdown, LaTeX and CSV."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,16 +8,26 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from condlr.report.results import CONTEXT, ROW, published, setting, summarize, title
+from condlr.report.results import CONTEXT, ROW, comparison, setting, summarize, title
+
+LEGEND = (
+    "requested, measured, deployed: compression (%) asked for, of the weights trained, and of the exported "
+    "network. cond: largest condition number of the factored layers (of all layers where none is); "
+    "cond all: of all layers, the dense classifier among them. s: seconds of training. "
+    "Bold: best of the rows of its compression."
+)
+
+# What a narrow terminal does without, first to last.
+_SPARE = ("cond all", "deployed", "s", "seeds", "measured", "requested")
 
 
 @dataclass(frozen=True)
 class Cell:
     """An accuracy: ours, its spread over seeds, and the published one."""
 
-    eps: float
     accuracy: float
     std: float
+    seeds: int
     published: float | None
     best: bool
 
@@ -35,12 +45,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table."""
+    """A row of a table; not every row was attacked at every strength."""
 
     label: str
+    compression: float
     facts: dict[str, str]
-    cells: list[Cell]
-    compression: float = 0.0
+    cells: dict[float, Cell]
 
 
 @dataclass(frozen=True)
@@ -57,9 +67,14 @@ class Table:
         return f"{setting(self.context)}: accuracy (%) under {attack}"
 
     @property
+    def strengths(self) -> list[float]:
+        """Every eps that any row has."""
+        return sorted({eps for line in self.lines for eps in line.cells})
+
+    @property
     def has_published(self) -> bool:
         """Whether any cell has a published value."""
-        return any(cell.published is not None for line in self.lines for cell in line.cells)
+        return any(cell.published is not None for line in self.lines for cell in line.cells.values())
 
     @property
     def groups(self) -> list[list[Line]]:
@@ -71,7 +86,7 @@ class Table:
 
 
 def tables(cells: pd.DataFrame, paper: Path) -> Iterator[Table]:
-    """A table for each combination of dataset, model, protocol, epochs and attack in a study.
+    """A table for each combination of dataset, model, protocol with its settings, and attack in a study.
 
     Args:
         cells: see `condlr.report.results.read`.
@@ -79,27 +94,29 @@ def tables(cells: pd.DataFrame, paper: Path) -> Iterator[Table]:
     """
     for context, frame in summarize(cells).groupby(CONTEXT, sort=False, dropna=False):
         known = dict(zip(CONTEXT, context, strict=True))
-        compare = published(paper, known["dataset"], known["model"]) if known["attack"] == "fgsm" else {}
-        best = frame.groupby(["compression", "eps"])["accuracy"].transform("max").eq(frame["accuracy"])
+        compare = comparison(known, cells, paper)
+        rivals = frame.groupby(["compression", "eps"])["accuracy"]
+        best = rivals.transform("max").eq(frame["accuracy"]) & rivals.transform("size").gt(1)
         lines = []
-        for (label, compression, _), row in frame.assign(best=best).groupby(ROW, sort=False):
-            row_cells = [
-                Cell(c.eps, c.accuracy, c.std, compare.get((label, compression, c.eps)), c.best)
+        for (label, compression, _, variant), row in frame.assign(best=best).groupby(ROW, sort=False):
+            row_cells = {
+                c.eps: Cell(c.accuracy, c.std, c.seeds, compare.get((label, compression, c.eps)), c.best)
                 for c in row.itertuples()
-            ]
-            lines.append(Line(title(label), _facts(row.iloc[0], compression), row_cells, compression))
+            }
+            lines.append(Line(title(label, variant), compression, _facts(row, compression), row_cells))
         yield Table(known, lines)
 
 
-def _facts(row: pd.Series, compression: float) -> dict[str, str]:
+def _facts(row: pd.DataFrame, compression: float) -> dict[str, str]:
+    first, fewest, most = row.iloc[0], row["seeds"].min(), row["seeds"].max()
     return {
         "requested": f"{100 * compression:g}",
-        "measured": f"{100 * row['train_compression']:.1f}",
-        "deployed": f"{100 * row['deploy_compression']:.1f}",
-        "cond": _number(row["cond"]),
-        "cond all": _number(row["cond_all"]),
-        "seeds": f"{row['seeds']}",
-        "s": f"{row['seconds']:.0f}",
+        "measured": f"{100 * first['train_compression']:.1f}",
+        "deployed": f"{100 * first['deploy_compression']:.1f}",
+        "cond": _number(first["cond"]),
+        "cond all": _number(first["cond_all"]),
+        "seeds": f"{most}" if fewest == most else f"{fewest}-{most}",
+        "s": f"{first['seconds']:.0f}",
     }
 
 
@@ -108,59 +125,88 @@ def _number(value: float) -> str:
 
 
 def print_table(table: Table, console: Console) -> None:
-    """To a terminal: the published value stands below ours."""
-    view = RichTable(title=table.caption, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    """To a terminal: the published value stands below ours.
+
+    No number is ever cut: a narrow terminal gets fewer columns, and is told so.
+    """
+    facts, strengths = list(table.lines[0].facts), table.strengths
+    for spare in _SPARE:
+        if _width(table, facts, strengths) > console.width:
+            facts.remove(spare)
+    while _width(table, facts, strengths) > console.width and len(strengths) > 2:
+        strengths = [*strengths[:-1:2], strengths[-1]]
+    view = RichTable(box=None, pad_edge=False, header_style="bold")
     view.add_column("row", no_wrap=True)
-    for name in table.lines[0].facts:
-        view.add_column(name, justify="right")
-    for cell in table.lines[0].cells:
-        view.add_column(f"ε={cell.eps:g}" if cell.eps else "clean", justify="right", no_wrap=True)
+    for name in facts:
+        view.add_column(name, justify="right", no_wrap=True)
+    for eps in strengths:
+        view.add_column(_strength(eps), justify="right", no_wrap=True)
     for group in table.groups:
         for line in group:
-            ours = [f"[bold]{cell.ours}[/]" if cell.best else cell.ours for cell in line.cells]
-            view.add_row(line.label, *line.facts.values(), *ours)
-            if any(cell.published is not None for cell in line.cells):
-                paper = [f"[dim]{cell.paper}[/]" for cell in line.cells]
-                view.add_row("[dim]  published[/]", *[""] * len(line.facts), *paper)
-        view.add_section()
+            ours = [_shown(line, eps, lambda cell: f"[bold]{cell.ours}[/]") for eps in strengths]
+            view.add_row(line.label, *(line.facts[name] for name in facts), *ours)
+            if any(cell.published is not None for cell in line.cells.values()):
+                paper = [f"[dim]{line.cells[eps].paper if eps in line.cells else ''}[/]" for eps in strengths]
+                view.add_row("[dim]  published[/]", *[""] * len(facts), *paper)
         view.add_row()
-    console.print(view)
-    console.print(LEGEND, style="dim", highlight=False)
+    console.print(f"[bold]{table.caption}[/]\n[dim]{table.context['settings']}[/]\n", highlight=False)
+    # Where even the narrowest table is too wide, lines run on rather than lose digits.
+    width, console.width = console.width, max(console.width, _width(table, facts, strengths))
+    console.print(view, highlight=False)
+    console.width = width
+    hidden = [
+        *(set(table.lines[0].facts) - {*facts}),
+        *(_strength(e) for e in table.strengths if e not in strengths),
+    ]
+    if hidden:
+        console.print(f"Not shown for want of width: {', '.join(hidden)}.", style="dim", highlight=False)
+    console.print(LEGEND + "\n", style="dim", highlight=False)
 
 
-LEGEND = (
-    "requested, measured, deployed: compression (%) asked for, of the weights trained, and of the exported "
-    "network. cond: largest condition number of the factored layers (of all layers where none is); "
-    "cond all: of all layers, the dense classifier among them. s: seconds of training. "
-    "Bold: best of its compression."
-)
+def _width(table: Table, facts: list[str], strengths: list[float]) -> int:
+    """Characters that a terminal needs for these columns, two between each."""
+    columns = [[line.label for line in table.lines] + ["  published"]]
+    columns += [[name, *(line.facts[name] for line in table.lines)] for name in facts]
+    columns += [
+        [_strength(eps), *(_shown(line, eps, lambda cell: cell.ours) for line in table.lines)]
+        for eps in strengths
+    ]
+    return sum(max(map(len, column)) + 2 for column in columns)
+
+
+def _strength(eps: float) -> str:
+    return f"ε={eps:g}" if eps else "clean"
+
+
+def _shown(line: Line, eps: float, emphasise: Callable[[Cell], str]) -> str:
+    """A cell's text, emphasised if it is the best; a dash where the row was not attacked so."""
+    if eps not in line.cells:
+        return "–"
+    cell = line.cells[eps]
+    return emphasise(cell) if cell.best else cell.ours
 
 
 def markdown(table: Table) -> str:
     """As Markdown: a column of published values beside ours."""
-    header, rows = _flat(table, lambda cell: f"**{cell.ours}**" if cell.best else cell.ours)
-    lines = [f"**{table.caption}**", "", _pipe(header), _pipe(["---", *["---:"] * (len(header) - 1)])]
+    header, rows = _flat(table, lambda cell: f"**{cell.ours}**")
+    lines = [f"**{table.caption}**", "", f"`{table.context['settings']}`", ""]
+    lines += [_pipe(header), _pipe(["---", *["---:"] * (len(header) - 1)])]
     return "\n".join([*lines, *map(_pipe, rows), "", LEGEND]) + "\n"
 
 
 def latex(table: Table) -> str:
     """As LaTeX: a `tabular` in a `table`, for the packages booktabs and graphicx."""
-
-    def bold(cell: Cell) -> str:
-        text = cell.ours.replace("±", r"$\pm$")
-        return rf"\textbf{{{text}}}" if cell.best else text
-
-    header, _ = _flat(table, bold)
+    header, rows = _flat(table, lambda cell: rf"\textbf{{{cell.ours}}}")
     lines = [
         r"\begin{table}", r"\centering\small", rf"\caption{{{_tex(table.caption)}.}}",
         r"\resizebox{\textwidth}{!}{%",
         rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule",
         " & ".join(map(_tex, header)) + r" \\",
     ]  # fmt: skip
+    remaining = iter(rows)
     for group in table.groups:
         lines.append(r"\midrule")
-        for row in _flat(Table(table.context, group), bold, table.has_published)[1]:
-            lines.append(" & ".join([_tex(row[0]), *row[1:]]) + r" \\")
+        lines += [" & ".join(map(_tex, next(remaining))) + r" \\" for _ in group]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]) + "\n"
 
 
@@ -168,24 +214,24 @@ def frame(table: Table) -> pd.DataFrame:
     """As data: a line for each cell, fractions and not percent."""
     return pd.DataFrame(
         table.context
-        | {"row": line.label, "compression": line.compression, "eps": cell.eps}
-        | {"accuracy": cell.accuracy, "std": cell.std, "published": cell.published, "best": cell.best}
+        | {"row": line.label, "compression": line.compression, "eps": eps, "accuracy": cell.accuracy}
+        | {"std": cell.std, "seeds": cell.seeds, "published": cell.published, "best": cell.best}
         for line in table.lines
-        for cell in line.cells
+        for eps, cell in line.cells.items()
     )
 
 
-def _flat(table: Table, show, paper: bool | None = None) -> tuple[list[str], list[list[str]]]:
+def _flat(table: Table, emphasise: Callable[[Cell], str]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of text, with a `paper` column beside each eps where anything was published."""
-    paper = table.has_published if paper is None else paper
     header = ["row", *table.lines[0].facts]
-    for cell in table.lines[0].cells:
-        header += [f"ε={cell.eps:g}" if cell.eps else "clean", *(["paper"] if paper else [])]
+    for eps in table.strengths:
+        header += [_strength(eps), *(["paper"] if table.has_published else [])]
     rows = []
     for line in table.lines:
         row = [line.label, *line.facts.values()]
-        for cell in line.cells:
-            row += [show(cell), *([cell.paper] if paper else [])]
+        for eps in table.strengths:
+            paper = line.cells[eps].paper if eps in line.cells else ""
+            row += [_shown(line, eps, emphasise), *([paper] if table.has_published else [])]
         rows.append(row)
     return header, rows
 
@@ -194,7 +240,10 @@ def _pipe(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-_TEX = {"%": r"\%", "_": r"\_", "ε": r"$\varepsilon$", "τ": r"$\tau$", "ℓ∞": r"$\ell_\infty$"}
+_TEX = {
+    "%": r"\%", "_": r"\_", "ε": r"$\varepsilon$", "τ": r"$\tau$", "ℓ∞": r"$\ell_\infty$", "±": r"$\pm$",
+    "–": "--",
+}  # fmt: skip
 
 
 def _tex(text: str) -> str:
