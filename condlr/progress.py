@@ -27,7 +27,8 @@ class LiveLine:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
-            TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TextColumn("{task.fields[figures]}"),
             console=self._console, disable=not self._live, transient=True, expand=True,
         )  # fmt: skip
         self._task = self._bar.add_task(title, figures="", total=None)
@@ -54,7 +55,8 @@ class LiveLine:
             completed=trainer.epoch * trainer.batches + trainer.batch,
             figures=_figures(
                 trainer.epoch + 1, trainer.protocol.epochs, totals.loss.item() / totals.images,
-                totals.correct.item() / totals.images, totals.images / totals.seconds,
+                totals.correct.item() / totals.images,
+                totals.images / totals.seconds if self._console.width >= 100 else None,
             ),
         )  # fmt: skip
 
@@ -68,5 +70,6 @@ class LiveLine:
         log.info("%s  %s", self._title, _figures(trainer.epoch, epochs, *map(float, figures)))  # type: ignore[arg-type]
 
 
-def _figures(epoch: int, epochs: int, loss: float, accuracy: float, speed: float) -> str:
-    return f"epoch {epoch}/{epochs}  loss {loss:.4f}  accuracy {accuracy:.2%}  {speed:,.0f} images/s"
+def _figures(epoch: int, epochs: int, loss: float, accuracy: float, speed: float | None) -> str:
+    figures = f"epoch {epoch}/{epochs}  loss {loss:.4f}  accuracy {accuracy:.2%}"
+    return figures if speed is None else f"{figures}  {speed:,.0f} images/s"

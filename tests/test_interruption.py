@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from condlr.errors import Interrupted
+from condlr.workflow import _Signals
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [
@@ -138,3 +142,27 @@ def test_a_full_disk_is_one_line_and_loses_nothing(undisturbed, tmp_path):
         assert outcome(tmp_path) == outcome(undisturbed)
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_stopped_sweep_stops(tmp_path):
+    process = start(tmp_path, "seed=0,1", "--multirun")
+    wait_for(lambda: list(tmp_path.glob("runs/default/*/checkpoint.pt")))
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, out
+    assert "Traceback" not in out
+    assert info(tmp_path)["status"] == "interrupted", "and the second run was not begun"
+
+
+def test_a_signal_is_never_lost():
+    """One that comes while nobody looks is raised as soon as it may be; elsewhere at once."""
+    before = signal.getsignal(signal.SIGINT)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        with pytest.raises(Interrupted) as stop, _Signals() as signals, signals.deferred():
+            os.kill(os.getpid(), signum)
+            assert signals.received == signum
+        assert stop.value.signum == signum
+        with pytest.raises(Interrupted), _Signals():
+            os.kill(os.getpid(), signum)
+            pytest.fail("went on after a signal")
+    assert signal.getsignal(signal.SIGINT) is before
