@@ -19,7 +19,7 @@ from condlr.workflow import _Signals
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [
     sys.executable, str(ROOT / "scripts" / "train.py"), "dataset=digits", "protocol=demo", "method=condlr",
-    "protocol.epochs=6", "attack.eps=[0,0.1]", "device=cpu",
+    "protocol.epochs=10", "attack.eps=[0,0.1]", "device=cpu",
 ]  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def undisturbed(tmp_path_factory):
 def kill_in_the_middle(directory, number):
     process = start(directory)
     wait_for(lambda: list(directory.glob("runs/default/*/checkpoint.pt")))
-    time.sleep(0.3)
+    time.sleep(0.1)
     process.send_signal(number)
     return process.communicate(timeout=60)[0], process.returncode
 

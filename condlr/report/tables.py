@@ -111,13 +111,17 @@ def _facts(row: pd.DataFrame, compression: float) -> dict[str, str]:
     first, fewest, most = row.iloc[0], row["seeds"].min(), row["seeds"].max()
     return {
         "requested": f"{100 * compression:g}",
-        "measured": f"{100 * first['train_compression']:.1f}",
-        "deployed": f"{100 * first['deploy_compression']:.1f}",
+        "measured": _percent(first["train_compression"]),
+        "deployed": _percent(first["deploy_compression"]),
         "cond": _number(first["cond"]),
         "cond all": _number(first["cond_all"]),
         "seeds": f"{most}" if fewest == most else f"{fewest}-{most}",
         "s": f"{first['seconds']:.0f}",
     }
+
+
+def _percent(fraction: float) -> str:
+    return f"{round(100 * fraction, 1) + 0.0:.1f}"  # + 0.0 makes -0.0 plain
 
 
 def _number(value: float) -> str:
