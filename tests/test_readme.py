@@ -10,7 +10,8 @@ from torch import nn
 from condlr.factorization import Scheme
 from condlr.methods.base import Method
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_library_example(capsys):
@@ -25,13 +26,12 @@ def test_the_library_example(capsys):
 
 
 def test_every_target_and_script_it_names_exists():
-    root = Path(__file__).resolve().parent.parent
-    makefile = (root / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     for targets in re.findall(r"^make ([a-z ]+)", README, re.M):
         for target in targets.split():
             assert re.search(rf"^{target}:", makefile, re.M), target
     for path in re.findall(r"\]\(([\w/.]+)\)", README) + re.findall(r"python (scripts/\w+\.py)", README):
-        assert (root / path).exists(), path
+        assert (ROOT / path).exists(), path
 
 
 def test_the_methods_example_is_a_method(tmp_path, monkeypatch):
@@ -54,3 +54,14 @@ def test_the_methods_example_is_a_method(tmp_path, monkeypatch):
     for _ in range(3):
         method.step(net, optimizer, torch.ones(4, 8), torch.zeros(4, dtype=torch.long))
     assert net(torch.ones(1, 8)).norm() != before
+
+
+def test_the_numbers_are_those_of_the_results():
+    """Each row of the table is in the Markdown that scripts/tables.py made of the committed results."""
+    made = (ROOT / "results" / "mnist_first" / "table.md").read_text().replace("**", "")
+    lines = {tuple(part.strip() for part in line.split("|")[1:3]): line for line in made.splitlines()}
+    shown = re.findall(r"^\| (\w.*?) \| (\d+) % \| (.*) \|$", README, re.M)
+    assert len(shown) == 5
+    for name, compression, numbers in shown:
+        line = lines[name, compression].split("|")
+        assert {number.strip() for number in numbers.split("|")} <= {part.strip() for part in line}, name
