@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 import torch
 from torch import Tensor, nn
 
-from condlr.errors import one_of
+from condlr.errors import in_range, one_of
 from condlr.layers import LowRank, LowRankConv2d, LowRankLinear
 from condlr.ranks import RANK_RULES, rank_for
 
@@ -41,8 +41,8 @@ class Scheme:
         one_of("rank_rule", self.rank_rule, RANK_RULES)
         one_of("classifier", self.classifier, CLASSIFIERS)
         one_of("init", self.init, INITS)
-        if self.compression is not None and not 0 <= self.compression < 1:
-            raise ValueError(f"compression must be in [0, 1); got {self.compression:g}")
+        if self.compression is not None:
+            in_range("compression", self.compression, 0, 1, half_open=True)
 
     def ranks(self, model: nn.Module, exclude: Collection[str] = ()) -> dict[str, int]:
         """The rank of each layer of `model` that is to be factored, by name."""

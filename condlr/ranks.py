@@ -2,6 +2,8 @@
 
 import math
 
+from condlr.errors import in_range, one_of
+
 RANK_RULES = ("params", "released_code")
 
 # 1 - 0.8 is 0.19999999999999996: what a rule would round must not turn on the last bit.
@@ -21,14 +23,12 @@ def rank_for(rule: str, compression: float, n: int, m: int) -> int:
         compression: the fraction of weights to remove, in [0, 1).
         n, m: rows and columns of the matrix.
     """
-    if not 0 <= compression < 1:
-        raise ValueError(f"compression must be in [0, 1); got {compression:g}")
+    one_of("rank_rule", rule, RANK_RULES)
+    in_range("compression", compression, 0, 1, half_open=True)
     keep = 1 - compression
     if rule == "params":
         exact = (math.sqrt((n + m) ** 2 + 4 * keep * n * m) - (n + m)) / 2
         rank = math.floor(exact + _SLACK)
-    elif rule == "released_code":
-        rank = math.ceil(keep * min(n, m) - _SLACK)
     else:
-        raise ValueError(f"rank_rule must be one of {', '.join(RANK_RULES)}; got {rule!r}")
+        rank = math.ceil(keep * min(n, m) - _SLACK)
     return min(max(rank, 1), min(n, m))

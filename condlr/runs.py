@@ -202,8 +202,8 @@ def collect(study: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     for path in sorted(study.glob("*/run.json")):
         run = Run(path.parent)
         info = run.info
-        if missing := {"run_id", "row", "status"} - info.keys() or not isinstance(info["row"], dict):
-            raise UserError(f"{path} is not a whole record ({missing}): remove this run, or train it again")
+        if not {"run_id", "status"} <= info.keys() or not isinstance(info.get("row"), dict):
+            raise UserError(f"{path} is not a whole record of a run: remove this run, or train it again")
         if info["run_id"] != path.parent.name:
             raise UserError(f"{path} is of the run {info['run_id']}: a copy would count twice, move it away")
         who = {"study": study.name, "run_id": info["run_id"]} | info["row"]

@@ -77,8 +77,7 @@ def test_evaluation_is_in_eval_mode_and_restores_everything():
     model[3].bias.requires_grad_(False)
     model[1].eval()  # as a user freezes its statistics
     state = {name: t.clone() for name, t in model.state_dict().items()}
-    first, second = (evaluate(model, images(20), Fgsm([0.1])) for _ in range(2))
-    del first, second
+    evaluate(model, images(20), Fgsm([0.1]))
     assert [module.training for module in model] == [True, False, True, True]
     assert [p.requires_grad for p in model.parameters()] == [True, True, True, False]
     assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())

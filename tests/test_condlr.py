@@ -192,7 +192,7 @@ def test_it_works_with_any_optimizer(make):
 def test_state_dicts_carry_all_that_is_remembered(preconditioner, tau, momentum):
     """Ten steps are five, saved, loaded elsewhere, and five more."""
     options = {"preconditioner": preconditioner, "momentum": momentum}
-    layer, X, T = problem()
+    _, X, T = problem()
 
     def ready():
         fresh = problem(seed=9)[0]
@@ -213,7 +213,20 @@ def test_state_dicts_carry_all_that_is_remembered(preconditioner, tau, momentum)
     descend(second, optimizer, X, T, 5)
     for name in "USV":
         assert torch.equal(getattr(whole, name), getattr(second, name))
-    del layer
+
+
+def test_a_state_from_before_the_constraint_can_be_loaded():
+    layer, X, T = problem()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=LR)
+    plain = copy.deepcopy(optimizer.state_dict())
+    constraint = condlr.constrain(optimizer, layer, 0.0, preconditioner="released_code")
+    optimizer.load_state_dict(plain)
+    reference = Reference(layer, X, T)
+    descend(layer, optimizer, X, T, 3)
+    for _ in range(3):
+        reference.step(LR, 0.0, 0.0, "rms", "released_code", "after_projection")
+    np.testing.assert_allclose(layer.S.detach(), reference.S, atol=1e-10)
+    constraint.check()
 
 
 def test_factors_that_are_not_orthonormal_are_made_so_without_changing_the_weight():

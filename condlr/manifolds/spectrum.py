@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from condlr.errors import one_of
+
 CENTRES = ("rms", "mean", "one")
 
 
@@ -31,13 +33,12 @@ def centre(sigma: Tensor, kind: str = "rms") -> Tensor:
     `mean`: the arithmetic mean, the choice of the authors' code; `one`: 1, the modified method
     of the row "mean" of the paper's tables.
     """
+    one_of("centre", kind, CENTRES)
     if kind == "rms":
         return _rms(sigma.unsqueeze(-2)).squeeze(-1)
     if kind == "mean":
         return sigma.mean(-1)
-    if kind == "one":
-        return torch.ones_like(sigma[..., 0])
-    raise ValueError(f"centre must be one of {', '.join(CENTRES)}; got {kind!r}")
+    return torch.ones_like(sigma[..., 0])
 
 
 def band(s: Tensor, tau: float) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ def constrain(
             the last step for tau > 0 (1 in the first), 1/mean(sigma(S_0)) for tau = 0.
         momentum: `after_projection`: the optimiser's momentum runs over G1, G2 (paper), any optimiser;
             `before_projection`: over Euclidean gradients, and the sum is projected, scaled and kept
-            as the buffer (authors' code); needs SGD without dampening and Nesterov.
+            as the buffer (authors' code); needs SGD without dampening, nesterov, maximize, fused.
         retraction: `qr` with positive diagonal (paper), or `polar`.
 
     Returns:
@@ -102,8 +102,8 @@ class Constraint:
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, options: Options):
         self.options = options
         self.optimizer = optimizer
-        self.layers = _constrained(model, optimizer)
         self._held = {p for group in optimizer.param_groups for p in group["params"]}
+        self.layers = _constrained(model, self._held)
         self._moved: set[nn.Parameter] = set()
         self._require_alone()
         if options.momentum == "before_projection":
@@ -111,7 +111,8 @@ class Constraint:
         for layer in self.layers.values():
             _orthonormalize(layer)
         if options.preconditioner == "released_code":
-            self._scales |= {name: self._first_scale(layer) for name, layer in self.layers.items()}
+            for name, layer in self.layers.items():
+                self._scales[name] = self._first_scale(layer)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -160,10 +161,6 @@ class Constraint:
         """The scalar of `released_code` for each layer's next step; saved with the optimiser."""
         return self.optimizer.param_groups[0].setdefault(_SCALES, {})
 
-    @_scales.setter
-    def _scales(self, scales: dict[str, float]) -> None:
-        self.optimizer.param_groups[0][_SCALES] = scales
-
     def _first_scale(self, layer: LowRank) -> float:
         if self.options.tau > 0:
             return 1.0
@@ -181,8 +178,7 @@ class Constraint:
         self._moved.clear()
         for name, layer in self.layers.items():
             S = _core(layer)
-            held = {f for f in (layer.U, S, layer.V) if f in self._held and f.grad is not None}
-            self._moved |= held
+            self._moved |= {f for f in self._held & {layer.U, S, layer.V} if f.grad is not None}
             for factor, core in ((layer.U, S), (layer.V, S.mT)):
                 if factor in self._moved:
                     factor.grad = self._direction(name, factor, core)
@@ -203,7 +199,9 @@ class Constraint:
         if self.options.preconditioner == "scalar":
             s = spectrum.rms(core)
             return torch.where(s > 0, G / s / s, 0.0)  # S = 0 by its pseudo-inverse
-        return G * self._scales.setdefault(name, self._first_scale(self.layers[name]))
+        if name not in self._scales:  # the optimiser's state was loaded from one without a constraint
+            self._scales[name] = self._first_scale(self.layers[name])
+        return G * self._scales[name]
 
     @torch.no_grad()
     def _after_step(self, optimizer, args, kwargs) -> None:
@@ -253,12 +251,11 @@ class CondLR(Method):
         return self._constraint.check()
 
 
-def _constrained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, LowRank]:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+def _constrained(model: nn.Module, held: set[nn.Parameter]) -> dict[str, LowRank]:
     layers = {
         name: layer
         for name, layer in low_rank_layers(model).items()
-        if layer.S is not None and not held.isdisjoint(map(id, (layer.U, layer.S, layer.V)))
+        if layer.S is not None and held & {layer.U, layer.S, layer.V}
     }
     if not layers:
         raise ValueError(
