@@ -71,7 +71,7 @@ def factorize(
     rank_rule: str = "params",
     classifier: str = "compressed",
     init: str = "spectral",
-    core: bool = True,
+    core: str = "full",
 ) -> nn.Module:
     """A copy of `model` whose `nn.Linear` and `nn.Conv2d` layers are low-rank.
 
@@ -89,7 +89,7 @@ def factorize(
         classifier: what becomes of the last linear layer: `compressed` like any other, `dense`, or
             factored at `full_rank`. A classifier of few classes loses accuracy at a small rank.
         init: see `Scheme`.
-        core: make triples U S V^T; False makes pairs U V^T.
+        core: `full` makes triples U S V^T; `diagonal` U diag(s) V^T; `none` pairs U V^T.
 
     Raises:
         ValueError: a bad setting, or a name in `ranks` or `exclude` that no layer has.
@@ -158,7 +158,7 @@ class Size:
 
     Attributes:
         dense: what the dense network has.
-        trained: what is trained: r (n + m + r) for a triple, r (n + m) for a pair.
+        trained: what is trained: r (n + m + r) for a triple, r (n + m) for a pair, r more for a diagonal.
         deployed: what an exported network keeps: min(n m, r (n + m)) for a low-rank layer.
     """
 
@@ -189,7 +189,7 @@ def measure(model: nn.Module) -> Size:
         if isinstance(layer, LowRank):
             n, m, r = len(layer.U), len(layer.V), layer.rank
             dense += n * m
-            trained += r * (n + m + (r if layer.S is not None else 0))
+            trained += r * (n + m) + (0 if layer.S is None else layer.S.numel())
             deployed += min(n * m, r * (n + m))
         elif isinstance(layer, nn.Linear | nn.Conv2d):
             dense, trained, deployed = (count + layer.weight.numel() for count in (dense, trained, deployed))
@@ -244,7 +244,7 @@ def _gaussian_spectrum(layer: LowRankConv2d) -> None:
     if layer.S is None:
         U, V = U * sigma.sqrt(), V * sigma.sqrt()
     else:
-        layer.S.copy_(torch.diag(sigma))
+        layer.S.copy_(torch.diag(sigma) if layer.S.ndim == 2 else sigma)
     layer.U.copy_(U)
     layer.V.copy_(V)
 
@@ -255,8 +255,8 @@ def _random_orthonormal(like: Tensor) -> Tensor:
 
 def _plain(layer: LowRank, form: str) -> nn.Module:
     n, m, r = len(layer.U), len(layer.V), layer.rank
-    left = layer.U.double() if layer.S is None else layer.U.double() @ layer.S.double()
-    right = layer.V.double().mT
+    double = copy.deepcopy(layer).double()
+    left, right = double.left, double.V.mT
     factored = form == "factored" or (form == "smallest" and r * (n + m) < n * m)
     has_bias = layer.bias is not None
     kind = {"device": layer.U.device, "dtype": layer.U.dtype}

@@ -1,11 +1,15 @@
-"""Layers whose weight is a product of thin factors: U S V^T, or U V^T."""
+"""Layers whose weight is a product of thin factors: U S V^T, U diag(s) V^T, or U V^T."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
+
+from condlr.errors import one_of
+
+CORES = ("full", "diagonal", "none")
 
 
 class LowRank(nn.Module):
@@ -13,13 +17,14 @@ class LowRank(nn.Module):
 
     Parameters:
         U: (n, r).
-        S: (r, r), or None for the pair W = U V^T.
+        S: (r, r) for the core `full`; (r,) for `diagonal`, W = U diag(S) V^T; None for `none`, W = U V^T.
         V: (m, r).
         bias: (n,), or None.
 
     n is the number of outputs; m the number of inputs times the area of the kernel. The factors
     are ordinary parameters: whether U and V have orthonormal columns is the affair of the method
-    that trains them (`condlr.constrain`).
+    that trains them (`condlr.constrain`). A layer takes the rank of the factors that `load_state_dict`
+    brings: methods may change it while they train.
     """
 
     U: nn.Parameter
@@ -27,14 +32,16 @@ class LowRank(nn.Module):
     V: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, n: int, m: int, rank: int, bias: bool, core: bool, device=None, dtype=None):
+    def __init__(self, n: int, m: int, rank: int, bias: bool, core: str, device=None, dtype=None):
         super().__init__()
+        one_of("core", core, CORES)
         if not 1 <= rank <= min(n, m):
             raise ValueError(f"the rank of a {n} x {m} matrix is 1 to {min(n, m)}; got {rank}")
         kind = {"device": device, "dtype": dtype}
         self.U = nn.Parameter(torch.empty(n, rank, **kind))
         self.V = nn.Parameter(torch.empty(m, rank, **kind))
-        self.register_parameter("S", nn.Parameter(torch.empty(rank, rank, **kind)) if core else None)
+        shape = {"full": (rank, rank), "diagonal": (rank,)}.get(core)
+        self.register_parameter("S", nn.Parameter(torch.empty(shape, **kind)) if shape else None)
         self.register_parameter("bias", nn.Parameter(torch.empty(n, **kind)) if bias else None)
         self.reset_parameters()
 
@@ -55,12 +62,24 @@ class LowRank(nn.Module):
     @property
     def left(self) -> Tensor:
         """U S, or U for the pair: (n, r)."""
-        return self.U if self.S is None else self.U @ self.S
+        return _times(self.U, self.S)
 
     @property
     def matrix(self) -> Tensor:
-        """W = U S V^T, or U V^T: (n, m), differentiable."""
+        """W, (n, m), differentiable."""
         return self.left @ self.V.mT
+
+    @torch.no_grad()
+    def set_factors(self, U: Tensor, S: Tensor | None, V: Tensor) -> None:
+        """Copy the factors, of another rank if need be; gradients of another shape are dropped."""
+        for parameter, value in ((self.U, U), (self.S, S), (self.V, V)):
+            if parameter is None or value is None:
+                assert parameter is None and value is None, "S is given where the layer has one"
+            elif parameter.shape == value.shape:
+                parameter.copy_(value)
+            else:
+                parameter.grad = None
+                parameter.data = value.to(parameter).clone(memory_format=torch.contiguous_format)
 
     @torch.no_grad()
     def set_matrix(self, W: Tensor) -> None:
@@ -75,7 +94,7 @@ class LowRank(nn.Module):
         if self.S is None:
             P, Q = P * sigma.sqrt(), Q * sigma.sqrt()
         else:
-            self.S.copy_(torch.diag(sigma))
+            self.S.copy_(torch.diag(sigma) if self.S.ndim == 2 else sigma)
         self.U.copy_(P)
         self.V.copy_(Q)
 
@@ -88,18 +107,34 @@ class LowRank(nn.Module):
         """
         left = torch.linalg.qr(self.U.double(), mode="r").R
         right = torch.linalg.qr(self.V.double(), mode="r").R
-        core = left if self.S is None else left @ self.S.double()
+        core = _times(left, None if self.S is None else self.S.double())
         return torch.linalg.svdvals(core @ right.mT)
+
+    @override
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        U, V = state_dict.get(prefix + "U"), state_dict.get(prefix + "V")
+        if isinstance(U, Tensor) and isinstance(V, Tensor) and U.ndim == V.ndim == 2:
+            self._take_rank(U.shape, V.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _take_rank(self, left: torch.Size, right: torch.Size) -> None:
+        """Make room for factors of these shapes, if they are factors of a matrix like W at all."""
+        n, m, rank = len(self.U), len(self.V), left[-1]
+        if rank != self.rank and (*left, *right) == (n, rank, m, rank) and 1 <= rank <= min(n, m):
+            S = None if self.S is None else self.S.new_empty([rank] * self.S.ndim)
+            self.set_factors(self.U.new_empty(n, rank), S, self.V.new_empty(m, rank))
 
 
 class LowRankLinear(LowRank):
-    """y = U S V^T x + b, or U V^T x + b with `core=False`. In place of `nn.Linear`.
+    """y = W x + b with W = U S V^T. In place of `nn.Linear`.
 
     Args:
         in_features, out_features: m and n.
         rank: r <= min(n, m).
         bias: add b.
-        core: keep the r x r factor S.
+        core: `full`, `diagonal` or `none`: which S stands between U and V^T, see `LowRank`.
 
     Shapes:
         x: (..., in_features); y: (..., out_features).
@@ -116,7 +151,7 @@ class LowRankLinear(LowRank):
         out_features: int,
         rank: int,
         bias: bool = True,
-        core: bool = True,
+        core: str = "full",
         device=None,
         dtype=None,
     ):
@@ -124,7 +159,7 @@ class LowRankLinear(LowRank):
         self.in_features, self.out_features = in_features, out_features
 
     @classmethod
-    def like(cls, dense: nn.Linear, rank: int, core: bool = True) -> "LowRankLinear":
+    def like(cls, dense: nn.Linear, rank: int, core: str = "full") -> "LowRankLinear":
         """The layer of this rank nearest to `dense`, with its bias, device and dtype."""
         has_bias = dense.bias is not None
         shape = dense.in_features, dense.out_features
@@ -147,7 +182,7 @@ class LowRankLinear(LowRank):
 
 
 class LowRankConv2d(LowRank):
-    """Convolution whose kernel, viewed as out x (in kh kw), is U S V^T, or U V^T with `core=False`.
+    """Convolution whose kernel, viewed as out x (in kh kw), is U S V^T (see `LowRank` for other cores).
 
     Computed as a kh x kw convolution with the r filters V^T, then a 1 x 1 convolution with U S: never
     by unfolding the images. Takes the arguments of `nn.Conv2d` but `groups`.
@@ -167,7 +202,7 @@ class LowRankConv2d(LowRank):
         dilation: int | tuple[int, int] = 1,
         bias: bool = True,
         padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
-        core: bool = True,
+        core: str = "full",
         device=None,
         dtype=None,
     ):
@@ -184,7 +219,7 @@ class LowRankConv2d(LowRank):
         self._pad = list(twin._reversed_padding_repeated_twice)
 
     @classmethod
-    def like(cls, dense: nn.Conv2d, rank: int, core: bool = True) -> "LowRankConv2d":
+    def like(cls, dense: nn.Conv2d, rank: int, core: str = "full") -> "LowRankConv2d":
         """The layer of this rank nearest to `dense` (Frobenius norm of the kernel), with its bias."""
         if dense.groups != 1:
             raise ValueError(f"a grouped convolution (groups={dense.groups}) stays dense")
@@ -222,7 +257,15 @@ class LowRankConv2d(LowRank):
 
 
 def _options(layer: LowRank) -> str:
-    return f", bias={layer.bias is not None}" + ("" if layer.S is not None else ", core=False")
+    core = {None: ", core=none", 1: ", core=diagonal"}.get(None if layer.S is None else layer.S.ndim, "")
+    return f", bias={layer.bias is not None}{core}"
+
+
+def _times(U: Tensor, S: Tensor | None) -> Tensor:
+    """U S for a full, diagonal or missing S."""
+    if S is None:
+        return U
+    return U @ S if S.ndim == 2 else U * S
 
 
 def _take_over(layer: LowRank, dense: nn.Linear | nn.Conv2d) -> None:

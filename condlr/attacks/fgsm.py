@@ -18,9 +18,19 @@ class Fgsm(Attack):
 
     The loss is summed over the batch, not averaged: an average only makes small gradients underflow.
     sign(0) = 0, so a pixel without gradient is not touched. One backward pass serves every eps.
+
+    Attributes:
+        clamp: to [0, 1]; without it images leave the range of pixels, as the CondLR authors' code has it
+            for CIFAR-10 (a step of eps sign / std on standardised images is the same one).
     """
 
     norm: ClassVar[str] = "linf"
+
+    clamp: bool = True
+
+    @override
+    def label(self) -> str:
+        return "fgsm" if self.clamp else "fgsm-unclamped"
 
     @override
     def perturb(
@@ -33,4 +43,5 @@ class Fgsm(Attack):
         images, sign = images.detach(), gradient.sign()
         without = (gradient == 0).flatten(1).all(1)
         for eps in self.eps:
-            yield eps, (images + eps * sign).clamp_(0, 1), without
+            moved = images + eps * sign
+            yield eps, moved.clamp_(0, 1) if self.clamp else moved, without

@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import logging
-import socket
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from condlr.data._fetch import fetch
 from condlr.data.base import Data, Dataset, Images
 from condlr.errors import UserError
 
@@ -55,27 +55,11 @@ class Idx(Dataset):
     def load(self, root: Path) -> Data:
         raw = root / self.folder / "raw"
         if missing := [name for name in FILES if _find(raw, name) is None]:
-            self._fetch(root, raw, missing)
+            advice = f"put {', '.join(missing)} (plain or .gz) into {raw}, or set data_root"
+            fetch(self.folder, root, self.download, advice)
         arrays, official = zip(*(self._read(raw, index) for index in range(len(FILES))), strict=True)
         train, test = (_pair(raw, arrays[i], arrays[i + 1], FILES[i]) for i in (0, 2))
         return Data(train, test, classes=10, official=all(official))
-
-    def _fetch(self, root: Path, raw: Path, missing: list[str]) -> None:
-        advice = f"put {', '.join(missing)} (plain or .gz) into {raw}, or set data_root"
-        if not self.download:
-            raise UserError(f"{self.folder} is not at hand and dataset.download=false: {advice}")
-        log.info("fetching %s into %s", self.folder, raw)
-        before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(30)
-        try:
-            import torchvision.datasets
-
-            getattr(torchvision.datasets, self.folder)(root, download=True)
-        except (OSError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"{self.folder} could not be fetched ({reason}): {advice}") from error
-        finally:
-            socket.setdefaulttimeout(before)
 
     def _read(self, raw: Path, index: int) -> tuple[Tensor, bool]:
         """The array of one file, and whether it is the official one."""

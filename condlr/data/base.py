@@ -1,14 +1,17 @@
 """What a dataset is here: uint8 images and labels as whole tensors on the device."""
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from condlr.errors import in_range
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,11 @@ class Images:
         return Images(self.pixels.to(device), self.labels.to(device))
 
     def batches(
-        self, size: int, order: Tensor | None = None, start: int = 0
+        self,
+        size: int,
+        order: Tensor | None = None,
+        start: int = 0,
+        change: Callable[[Tensor, int], Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of float images in [0, 1] and labels, from batch `start` on; the last may be smaller.
 
@@ -45,11 +52,13 @@ class Images:
             size: of a batch.
             order: a permutation on the images' device; None keeps theirs.
             start: index of the first batch to give.
+            change: makes of a batch's uint8 pixels and its index what is given instead.
         """
-        for first in range(start * size, len(self), size):
-            chosen = slice(first, first + size)
+        for number in range(start, -(-len(self) // size)):
+            chosen = slice(number * size, (number + 1) * size)
             batch = self.take(chosen if order is None else order[chosen])
-            yield _channels_last(batch.pixels.float().div_(255)), batch.labels
+            pixels = batch.pixels if change is None else change(batch.pixels, number)
+            yield _channels_last(pixels.float().div_(255)), batch.labels
 
 
 def _channels_last(images: Tensor) -> Tensor:
@@ -72,6 +81,8 @@ class Data:
         classes: number of classes.
         held_out: None where nothing is held out of the training images.
         official: whether the files are known to be those that everybody else uses.
+        standard: mean and standard deviation of each channel, for pixels in [0, 1], by which a
+            network standardises its input; None where it takes images as they are.
     """
 
     train: Images
@@ -79,6 +90,7 @@ class Data:
     classes: int
     held_out: Images | None = None
     official: bool = True
+    standard: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -109,6 +121,16 @@ class Data:
             held_out=self.train.take(order[:count].sort().values),
         )
 
+    def first(self, train: int | None, test: int | None) -> "Data":
+        """The first `train` and `test` images alone (None: all); such data are not `official`."""
+        whole = train is None and test is None
+        return replace(
+            self,
+            train=self.train.take(slice(train)),
+            test=self.test.take(slice(test)),
+            official=self.official and whole,
+        )
+
     def to(self, device: torch.device) -> "Data":
         """The same data on `device`."""
         held_out = None if self.held_out is None else self.held_out.to(device)
@@ -121,9 +143,17 @@ class Dataset(ABC):
 
     Attributes:
         download: fetch missing files through torchvision.
+        train_images, test_images: use only the first so many, for a quick trial; None is all.
     """
 
     download: bool = True
+    train_images: int | None = None
+    test_images: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("train_images", "test_images"):
+            if (count := getattr(self, name)) is not None:
+                in_range(name, count, 1, math.inf)
 
     @abstractmethod
     def load(self, root: Path) -> Data:

@@ -4,26 +4,10 @@ import torch
 from torch import Tensor
 
 from condlr.errors import one_of
+from condlr.manifolds._lapack import svd
+from condlr.manifolds.stiefel import qr
 
 CENTRES = ("rms", "mean", "one")
-
-
-def svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD A = P diag(sigma) Q^T as (P, sigma, Q^T), which never raises.
-
-    LAPACK's divide and conquer may fail to converge on repeated singular values, which is the
-    normal case for a matrix that was just projected: it is then tried again in float64. An input
-    that is not finite gives factors of NaN, so that a diverging run is seen in its loss.
-    """
-    if not torch.isfinite(A).all():
-        r = min(A.shape[-2:])
-        nan = torch.full_like(A, torch.nan)
-        return nan[..., :, :r], nan[..., 0, :r], nan[..., :r, :]
-    try:
-        return torch.linalg.svd(A, full_matrices=False)
-    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-        P, sigma, Qh = torch.linalg.svd(A.double(), full_matrices=False)
-        return P.to(A), sigma.to(A), Qh.to(A)
 
 
 def centre(sigma: Tensor, kind: str = "rms") -> Tensor:
@@ -66,6 +50,21 @@ def project(S: Tensor, tau: float, kind: str = "rms") -> tuple[Tensor, Tensor]:
     low, high = band(centre(sigma, kind), tau)
     clipped = torch.minimum(torch.maximum(sigma, low.unsqueeze(-1)), high.unsqueeze(-1))
     return (P * clipped.unsqueeze(-2)) @ Qh, clipped
+
+
+def scaled_orthogonal(S: Tensor, kind: str = "rms") -> Tensor:
+    """S Q of the factorisation S = Q R with diag(R) > 0: the shortcut for tau = 0, without an SVD.
+
+    Algorithm 1 allows any projection on the multiples of orthogonal matrices; `project` takes the
+    nearest one. For an invertible S. Without singular values s is their root mean square,
+    sqrt(tr(S S^T) / r), also where `kind` is `mean`; `one` fixes it to 1.
+
+    Args:
+        S: (..., r, r).
+        kind: the centre, see `centre`.
+    """
+    one_of("centre", kind, CENTRES)
+    return qr(S) if kind == "one" else qr(S) * rms(S)[..., None, None]
 
 
 def condition_number(A: Tensor) -> Tensor:

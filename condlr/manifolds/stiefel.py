@@ -1,11 +1,17 @@
-"""The Stiefel manifold St(n, r) = {X in R^{n x r} : X^T X = I}, n >= r."""
+"""The Stiefel manifold St(n, r) = {X in R^{n x r} : X^T X = I}, n >= r.
+
+The maps of Cayley SGD follow Li, Fuxin and Todorovic (ICLR 2020, arXiv 2002.01113). There an n x n
+skew-symmetric matrix moves X; here it is always kept as W = A X^T - X A^T with an n x r matrix A.
+"""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from condlr.manifolds.spectrum import svd
+from condlr.errors import one_of
+from condlr.manifolds._lapack import svd
 
 
 def qr(Y: Tensor) -> Tensor:
@@ -63,3 +69,119 @@ def orthonormality_error(X: Tensor) -> Tensor:
     X = X.double()
     gram = X.mT @ X
     return (gram - torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)).abs().amax((-2, -1))
+
+
+class Skew(NamedTuple):
+    """The skew-symmetric W = A X^T - X A^T that belongs to a point X and a direction M, see `skew`.
+
+    Attributes:
+        X, A: (..., n, r).
+        XM, XX, XA, AA: the r x r products X^T M, X^T X, X^T A and A^T A.
+    """
+
+    X: Tensor
+    A: Tensor
+    XM: Tensor
+    XX: Tensor
+    XA: Tensor
+    AA: Tensor
+
+
+def skew(X: Tensor, M: Tensor) -> Skew:
+    """W = What - What^T with What = M X^T - X (X^T M X^T) / 2 (Li et al., Algorithm 1), as a `Skew`.
+
+    That is A = M - X (X^T M) / 2. Of order n r^2; nothing of size n x n is formed.
+
+    Args:
+        X: (..., n, r).
+        M: (..., n, r), a Euclidean gradient or momentum.
+    """
+    XM, XX = X.mT @ M, X.mT @ X
+    A = M - X @ XM / 2
+    return Skew(X, A, XM, XX, XM - XX @ XM / 2, A.mT @ A)
+
+
+def tangent(W: Skew) -> Tensor:
+    """W X, (..., n, r): for orthonormal X the projection of M on the tangent space, M - X sym(X^T M).
+
+    The Riemannian gradient of the embedded metric (Absil and Malick, 2012), if M is the gradient.
+    """
+    return W.A @ W.XX - W.X @ W.XA.mT
+
+
+def skew_norm(W: Skew, kind: str) -> Tensor:
+    """A norm of W that is no less than its spectral norm; shape (...).
+
+    Args:
+        W: see `skew`.
+        kind: `frobenius`, from r x r matrices; `one`, the largest column sum of |W| as the code of
+            Li et al. has it, from n x n entries, r columns of which are formed at a time.
+    """
+    one_of("norm", kind, ("frobenius", "one"))
+    X, A = W.X, W.A
+    if kind == "frobenius":
+        square = 2 * (W.AA * W.XX - W.XA * W.XA.mT).sum((-2, -1))
+        return square.clamp_min(0).sqrt()
+    sums = [
+        (A @ X[..., rows, :].mT - X @ A[..., rows, :].mT).abs().sum(-2).amax(-1)
+        for rows in (slice(i, i + X.shape[-1]) for i in range(0, X.shape[-2], X.shape[-1]))
+    ]
+    return torch.stack(sums).amax(0)
+
+
+def cayley(W: Skew, step: Tensor | float) -> Tensor:
+    """The Cayley transform (I + step/2 W)^{-1} (I - step/2 W) X: a descent from X along W X.
+
+    W = P Q^T with P = [A, X] and Q = [X, -A], so by the Woodbury identity it is X - step P
+    (I + step/2 Q^T P)^{-1} Q^T X, a system of 2 r equations (Wen and Yin, Math. Program. 2013).
+    An orthogonal matrix times X: X^T X is what it was, up to rounding.
+
+    Args:
+        W: see `skew`.
+        step: >= 0, a number or a tensor of shape (...).
+    """
+    step = _column(step, W.X)
+    small = torch.cat([torch.cat([W.XA, W.XX], -1), torch.cat([-W.AA, -W.XA.mT], -1)], -2)
+    right = torch.cat([W.XX, -W.XA.mT], -2)
+    identity = torch.eye(small.shape[-1], dtype=small.dtype, device=small.device)
+    moved = torch.linalg.solve(identity + step / 2 * small, right)
+    r = W.X.shape[-1]
+    return W.X - step * (W.A @ moved[..., :r, :] + W.X @ moved[..., r:, :])
+
+
+def cayley_iterate(W: Skew, step: Tensor | float, iterations: int, first: str = "tangent") -> Tensor:
+    """The fixed-point iteration Y <- X - step/2 W (X + Y) of Li et al. for `cayley`.
+
+    Every iterate is X C + A D, and r x r matrices C and D are all that is iterated. With z = step |W|
+    in the spectral norm, s iterations from the tangent err by at most 2 (z/2)^{s+2} / (1 - z/2); the
+    squared norms of columns shrink by z^4 / 4 + O(z^6) for s = 2.
+
+    Args:
+        W, step: see `cayley`. The iteration contracts for z < 2.
+        iterations: s >= 0.
+        first: Y = X - step W X (`tangent`), or X - step M (`momentum`), which is not tangent.
+    """
+    one_of("first", first, ("tangent", "momentum"))
+    step = _column(step, W.X)
+    identity = torch.eye(W.X.shape[-1], dtype=W.X.dtype, device=W.X.device)
+    if first == "tangent":
+        C, D = identity + step * W.XA.mT, -step * W.XX
+    else:
+        C, D = identity - step / 2 * W.XM, -step * identity
+    for _ in range(iterations):
+        C = identity + C  # of X + Y, to which W is applied
+        C, D = (
+            identity + step / 2 * (W.XA.mT @ C + W.AA @ D),
+            -step / 2 * (W.XX @ C + W.XA @ D),
+        )
+    return W.X @ C + W.A @ D
+
+
+def newton_schulz(X: Tensor) -> Tensor:
+    """X (3 I - X^T X) / 2: one step towards the polar factor, squaring a small error of X^T X = I."""
+    return (3 * X - X @ (X.mT @ X)) / 2
+
+
+def _column(step: Tensor | float, X: Tensor) -> Tensor:
+    """A step for each matrix of a batch, ready to be multiplied with the matrices."""
+    return torch.as_tensor(step, dtype=X.dtype, device=X.device)[..., None, None]

@@ -1,9 +1,40 @@
 """What the networks of the tables have in common."""
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+
+class Standardize(nn.Module):
+    """(x - mean) / deviation for each channel: the first layer of a network whose images are in [0, 1].
+
+    Inside the network, so that attacks see images in [0, 1] and their eps is in pixels.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, mean: tuple[float, ...], deviation: tuple[float, ...]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("deviation", torch.tensor(deviation).view(-1, 1, 1))
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.deviation
+
+
+def standardized(
+    network: nn.Module, standard: tuple[tuple[float, ...], tuple[float, ...]] | None
+) -> nn.Module:
+    """`network` behind a `Standardize` of this mean and deviation; itself for None."""
+    if standard is None:
+        return network
+    return nn.Sequential(OrderedDict(standardize=Standardize(*standard), network=network))
 
 
 @dataclass

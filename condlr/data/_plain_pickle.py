@@ -1,0 +1,92 @@
+"""Reads pickles of plain values and numpy arrays of bytes, and can run no code from them."""
+
+import io
+import pickle
+from typing import Any
+
+import numpy as np
+from typing_extensions import override
+
+
+def load(content: bytes) -> Any:
+    """What a pickle of Python 2 or 3 holds; arrays must be of uint8 or of integers.
+
+    Whatever a pickle calls for is answered by a stand-in of this module, so that nothing that it
+    names is ever imported or called.
+
+    Raises:
+        ValueError: it is damaged, or holds something else.
+    """
+    try:
+        return _plain(_Unpickler(io.BytesIO(content), encoding="bytes").load())
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, OverflowError,
+            AttributeError, MemoryError) as error:  # fmt: skip
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+class _Dtype:
+    def __init__(self, code: Any, *_: object) -> None:
+        self.code = code.decode("ascii") if isinstance(code, bytes) else str(code)
+
+    def __setstate__(self, state: object) -> None:
+        """Byte order and the like: without meaning for bytes, little-endian for the rest."""
+
+
+class _Array:
+    """Stands in for an ndarray: `value` is set once its state is known."""
+
+    value: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran, raw = state
+        self.value = _array(raw, dtype, shape, "F" if fortran else "C")
+
+
+def _array(raw: Any, dtype: _Dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+    if not isinstance(dtype, _Dtype) or dtype.code not in ("u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8"):
+        raise pickle.UnpicklingError("an array of something else than integers")
+    kind = np.dtype(dtype.code).newbyteorder("<")
+    return np.frombuffer(bytes(raw), kind).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _from_buffer(raw: Any, dtype: _Dtype, shape: tuple[int, ...], order: str, *_: object) -> np.ndarray:
+    return _array(raw, dtype, shape, order)
+
+
+def _encode(text: str, _encoding: str) -> bytes:
+    return text.encode("latin1")  # how Python 3 writes bytes into a pickle of protocol 2
+
+
+_STAND_INS = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _encode,
+} | {
+    (f"numpy.{core}.{module}", name): stand_in
+    for core in ("core", "_core")
+    for module, name, stand_in in (
+        ("multiarray", "_reconstruct", lambda *_: _Array()),
+        ("numeric", "_frombuffer", _from_buffer),
+    )
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    @override
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        try:
+            return _STAND_INS[module_name, global_name]
+        except KeyError:
+            raise pickle.UnpicklingError(
+                f"it asks for {module_name}.{global_name}, which no data needs"
+            ) from None
+
+
+def _plain(value: Any) -> Any:
+    """Stand-ins replaced by what they stand for, and text by str."""
+    if isinstance(value, _Array):
+        return value.value
+    if isinstance(value, dict):
+        pairs = ((key.decode("latin1") if isinstance(key, bytes) else key, v) for key, v in value.items())
+        return {key: _plain(v) for key, v in pairs}
+    return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,138 @@
+"""CIFAR-10 from its official files, in the binary or the Python version."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from typing_extensions import override
+
+from condlr.data import _plain_pickle
+from condlr.data._fetch import fetch
+from condlr.data.base import Data, Dataset, Images
+from condlr.errors import UserError
+
+log = logging.getLogger(__name__)
+
+TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
+TEST = "test_batch"
+
+# SHA-256 of each batch as the binary version has it: a label and 3072 pixels an image.
+OFFICIAL = {
+    "data_batch_1": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+    "data_batch_2": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+    "data_batch_3": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+    "data_batch_4": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+    "data_batch_5": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+    "test_batch": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+}
+
+# Of each channel, as the authors' code and most others standardise CIFAR-10.
+MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+_RECORD = 1 + 3 * 32 * 32
+
+
+@dataclass
+class Cifar10(Dataset):
+    """CIFAR-10 (Krizhevsky, 2009): 50 000 training and 10 000 test images of 3 x 32 x 32.
+
+    Read from `<root>/cifar-10-batches-bin/*.bin` or `<root>/cifar-10-batches-py/`; where both are, from
+    the first. Both give the same tensors. The pickles of the second are read without running them.
+
+    Attributes:
+        standardize: networks standardise their input by the channels' mean and deviation, inside.
+    """
+
+    standardize: bool = True
+
+    @override
+    def load(self, root: Path) -> Data:
+        names = (*TRAIN, TEST)
+        paths = _complete(root, names)
+        if paths is None:
+            missing = [name for name in names if not _paths(root, names)[name].is_file()]
+            advice = (
+                f"put {', '.join(missing)} into {root / 'cifar-10-batches-py'}, or the .bin files of the "
+                f"binary version into {root / 'cifar-10-batches-bin'}, or set data_root"
+            )
+            fetch("CIFAR10", root, self.download, advice)
+            paths = _complete(root, names)
+            if paths is None:
+                raise UserError(f"CIFAR-10 was fetched, but is not all there: {advice}")
+        records = {name: _read(path) for name, path in paths.items()}
+        official = [_is_official(name, paths[name], records[name]) for name in names]
+        standard = (MEAN, DEVIATION) if self.standardize else None
+        return Data(
+            _images([records[name] for name in TRAIN]),
+            _images([records[TEST]]),
+            classes=10,
+            official=all(official),
+            standard=standard,
+        )
+
+
+def _paths(root: Path, names: tuple[str, ...], kind: str = "py") -> dict[str, Path]:
+    suffix = ".bin" if kind == "bin" else ""
+    return {name: root / f"cifar-10-batches-{kind}" / f"{name}{suffix}" for name in names}
+
+
+def _complete(root: Path, names: tuple[str, ...]) -> dict[str, Path] | None:
+    """The paths of the version that is all there, if one is."""
+    versions = (_paths(root, names, kind) for kind in ("bin", "py"))
+    return next((paths for paths in versions if all(path.is_file() for path in paths.values())), None)
+
+
+def _read(path: Path) -> np.ndarray:
+    """A batch as (n, 3073) bytes: label, then 1024 red, green and blue pixels."""
+    content = path.read_bytes()
+    if path.suffix == ".bin":
+        if len(content) == 0 or len(content) % _RECORD:
+            raise UserError(
+                f"{path} is damaged or truncated: {len(content)} bytes; expected a multiple of {_RECORD}"
+            )
+        records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD)
+    else:
+        records = _from_pickle(path, content)
+    if records[:, 0].max() > 9:
+        raise UserError(f"{path} has a label {records[:, 0].max()}; expected 0 to 9")
+    return records
+
+
+def _from_pickle(path: Path, content: bytes) -> np.ndarray:
+    try:
+        batch = _plain_pickle.load(content)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged, or no batch of CIFAR-10: {error}; fetch it again") from error
+    try:
+        pixels, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
+        if pixels.dtype != np.uint8 or pixels.shape != (len(labels), _RECORD - 1) or len(labels) == 0:
+            raise ValueError(f"its data are {pixels.shape} {pixels.dtype}, its labels {len(labels)}")
+        if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() > 255:
+            raise ValueError("its labels are no classes")
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(
+            f"{path} is no batch of CIFAR-10 ({error}); expected data of (n, 3072) bytes and n labels"
+        ) from error
+    return np.concatenate([labels.astype(np.uint8).reshape(-1, 1), pixels], axis=1)
+
+
+def _is_official(name: str, path: Path, records: np.ndarray) -> bool:
+    digest = hashlib.sha256(np.ascontiguousarray(records).data).hexdigest()
+    for other, known in OFFICIAL.items():
+        if digest == known and other != name:
+            raise UserError(f"{path} is CIFAR-10's {other}; expected its {name}")
+    if digest != OFFICIAL[name]:
+        log.warning(
+            "%s is not the official file (SHA-256 %s..., expected %s...): "
+            "results are not comparable with published ones",
+            path, digest[:12], OFFICIAL[name][:12],
+        )  # fmt: skip
+    return digest == OFFICIAL[name]
+
+
+def _images(batches: list[np.ndarray]) -> Images:
+    records = torch.from_numpy(np.concatenate(batches))
+    return Images(records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long())

@@ -1,0 +1,13 @@
+"""VGG16."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from condlr.models._vgg import VggOptions
+
+
+@dataclass
+class Vgg16(VggOptions):
+    """Options of VGG16: 13 convolutions and two linear layers, see `condlr.models._vgg.Vgg`."""
+
+    depth: ClassVar[int] = 16
