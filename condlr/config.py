@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,9 +28,12 @@ if TYPE_CHECKING:
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 DEVICES = ("auto", "cpu", "cuda")
+AUGMENTATIONS = ("none", "crop_flip")
 
 # What does not make a run another run: where things lie, what it runs on, and how it is attacked.
 _NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "attack")
+# Keys of a protocol that act only where another group refers to them, and count there.
+_REFERRED = ("batch_norm_momentum", "clamp", "methods")
 
 T = TypeVar("T")
 
@@ -47,7 +50,12 @@ class Protocol:
             for each m of the milestones.
         held_out: fraction of the training images kept for validation.
         rank_rule, classifier, init: see `condlr.factorization.Scheme`.
-        condlr: how CondLR is done under this protocol: what `conf/method/condlr.yaml` refers to.
+        augmentation: of training images, `none` or `crop_flip` (`condlr.data.augmentation`).
+        batch_norm_momentum: of running statistics, as PyTorch counts it; for models that have them.
+        clamp: whether adversarial images are clamped to [0, 1].
+        methods: for a method, by name, the options that differ between protocols.
+
+    The last three are what other groups refer to: `conf/model`, `conf/attack`, `conf/method`.
     """
 
     name: str
@@ -61,7 +69,10 @@ class Protocol:
     rank_rule: str
     classifier: str
     init: str
-    condlr: dict[str, str]
+    augmentation: str
+    batch_norm_momentum: float
+    clamp: bool
+    methods: dict[str, dict[str, Any]]
 
     def __post_init__(self) -> None:
         in_range("epochs", self.epochs, 1, math.inf)
@@ -69,6 +80,8 @@ class Protocol:
         in_range("lr", self.lr, 0, math.inf, half_open=True)
         in_range("momentum", self.momentum, 0, 1, half_open=True)
         in_range("lr_factor", self.lr_factor, 0, math.inf, half_open=True)
+        in_range("batch_norm_momentum", self.batch_norm_momentum, 0, 1)
+        one_of("augmentation", self.augmentation, AUGMENTATIONS)
         in_range("held_out", self.held_out, 0, 1, half_open=True)
         if any(m < 1 for m in self.lr_milestones) or sorted(self.lr_milestones) != self.lr_milestones:
             raise ValueError(f"lr_milestones must be epochs in ascending order; got {self.lr_milestones}")
@@ -221,7 +234,10 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     method, method_keys = choose("method", "methods", values["method"], Method)
     model, model_keys = choose("model", "models", values["model"], Architecture)
     dataset, dataset_keys = choose("dataset", "data", values["dataset"], Dataset)
-    attack, _ = choose("attack", "attacks", values["attack"], Attack)
+    attack_keys = values["attack"]
+    if attack_keys.get("clamp", True) is None:
+        attack_keys = attack_keys | {"clamp": protocol.clamp}
+    attack, _ = choose("attack", "attacks", attack_keys, Attack)
     compression = values["compression"] if method.compresses else None
     try:
         scheme = Scheme(compression, protocol.rank_rule, protocol.classifier, protocol.init)
@@ -232,7 +248,7 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         "method": method_keys,
         "model": model_keys,
         "dataset": {key: value for key, value in dataset_keys.items() if key != "download"},
-        "protocol": {key: value for key, value in values["protocol"].items() if key != "condlr"},
+        "protocol": {key: value for key, value in values["protocol"].items() if key not in _REFERRED},
         "compression": compression,
     }
     return RunConfig(
@@ -244,8 +260,10 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
 
 def _label(method: "Method", keys: Mapping[str, Any], protocol: Protocol) -> str:
     """`condlr-tau0.1`; an option that is not the protocol's or the default is added: `-retraction=polar`."""
-    usual = {field.name: field.default for field in fields(method)} | {"name": keys["name"]}
-    usual |= getattr(protocol, keys["name"], {})
+    usual = {"name": keys["name"]}
+    for field in fields(method):
+        usual[field.name] = field.default if field.default_factory is MISSING else field.default_factory()
+    usual |= protocol.methods.get(keys["name"], {})
     unusual = [key for key in keys if keys[key] != usual.get(key) and key not in method.in_label]
     return "-".join([method.label(), *(f"{key}={keys[key]}" for key in unusual)])
 

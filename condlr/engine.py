@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from condlr.analysis.conditioning import layer_conditions
 from condlr.config import Protocol
+from condlr.data.augmentation import AUGMENTATIONS
 from condlr.data.base import Data
 from condlr.errors import Diverged
 from condlr.evaluation import accuracy
@@ -107,7 +108,7 @@ class Trainer:
     def _finish_epoch(self, on_batch: Callable[["Trainer"], None]) -> None:
         order = self._begin_epoch()
         self.model.train()
-        remaining = self.data.train.batches(self.protocol.batch_size, order, self.batch)
+        remaining = self.data.train.batches(self.protocol.batch_size, order, self.batch, self._augmentation())
         clock = time.perf_counter()
         for images, labels in remaining:
             loss, logits = self.method.step(self.model, self.optimizer, images, labels)
@@ -134,7 +135,21 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(seed)
         if self.batch == 0:
             torch.manual_seed(seed)
+        self.method.begin_epoch(self.model, self.optimizer, self.epoch, self.protocol.epochs)
         return torch.randperm(len(self.data.train), generator=generator, device=self.device)
+
+    def _augmentation(self) -> Callable[[Tensor, int], Tensor] | None:
+        """The change of each batch, drawn from (seed, epoch, batch): the same for every method."""
+        augment = AUGMENTATIONS[self.protocol.augmentation]
+        if augment is None:
+            return None
+        generator, epoch = torch.Generator(self.device), self.epoch
+
+        def change(pixels: Tensor, batch: int) -> Tensor:
+            generator.manual_seed(derive_seed(self.seed, "augmentation", epoch, batch))
+            return augment(pixels, generator)
+
+        return change
 
     def require_finite(self) -> None:
         """Raise `Diverged` if the loss or a weight is not finite."""

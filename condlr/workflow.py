@@ -15,6 +15,7 @@ from condlr.engine import Trainer, derive_seed
 from condlr.errors import Diverged, Interrupted, UserError
 from condlr.evaluation import Row, evaluate
 from condlr.factorization import low_rank_layers, measure
+from condlr.models.base import standardized
 from condlr.progress import LiveLine
 from condlr.runs import Run, commit, environment
 
@@ -49,12 +50,9 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
         run.write_config(written)
         data = load_data(config, device)
         model = build(config, data).to(device)
-        run.note(
-            ranks={name: layer.rank for name, layer in low_rank_layers(model).items()},
-            weights=measure(model).as_dict(),
-            images=_images(data),
-        )
+        run.note(**_sizes(model), images=_images(data))
         trainer = _trained(run, config, model, data, signals)
+        run.note(**_sizes(model))  # a method may have changed the ranks
         run.save_model(model.state_dict(), config.identity)
         rows = evaluate(model, data.test, config.attack)
         run.add_evaluation(rows)
@@ -85,7 +83,7 @@ def build(config: RunConfig, data: Data) -> nn.Module:
     """The network that the run trains, at its start: drawn from the run's seed alone."""
     torch.manual_seed(derive_seed(config.seed, "init"))
     try:
-        dense = config.model.build(data.shape, data.classes)
+        dense = standardized(config.model.build(data.shape, data.classes), data.standard)
     except ValueError as error:
         raise UserError(str(error)) from error
     return config.method.apply(dense, config.scheme)
@@ -104,6 +102,7 @@ def load_network(run: Run, config: RunConfig, data: Data) -> nn.Module:
 def load_data(config: RunConfig, device: torch.device) -> Data:
     """The run's dataset on the device, with its part held out."""
     data = config.dataset.load(config.data_root)
+    data = data.first(config.dataset.train_images, config.dataset.test_images)
     data = data.hold_out(config.protocol.held_out, derive_seed(config.seed, "held_out"))
     if len(data.train) == 0:
         raise UserError(f"protocol.held_out={config.protocol.held_out:g} leaves no image to train on")
@@ -149,6 +148,12 @@ def _trained(run: Run, config: RunConfig, model: nn.Module, data: Data, signals:
         trainer.fit(on_batch, on_epoch)
     run.write_table("history.csv", trainer.history)  # a kill may have come between checkpoint and history
     return trainer
+
+
+def _sizes(model: nn.Module) -> dict[str, Any]:
+    """The ranks and the measured compression of a network."""
+    ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
+    return {"ranks": ranks, "weights": measure(model).as_dict()}
 
 
 class _Signals:

@@ -63,7 +63,7 @@ def complains(result, pattern):
         (["protocol=best"], "Could not find 'protocol/best'"),
         (["attack=pray"], "Could not find 'attack/pray'"),
         (["row=big"], "Could not find 'row/big'"),
-        (["method.name=dropout"], "methods: there is no 'dropout'; choose from baseline, condlr, vanilla"),
+        (["method.name=dropout"], "methods: there is no 'dropout'; choose from baseline, cayley_sgd, condlr"),
         (["+method.rank=3"], "method.rank: there is no such key; the keys of method are tau"),
         (["compression=1.5"], r"compression must be in \[0, 1\); got 1.5"),
         (["compression=-0.5"], r"compression must be in \[0, 1\)"),

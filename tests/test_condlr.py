@@ -61,20 +61,20 @@ class Reference:
         G = (self.X @ W.T - self.T).T @ self.X / len(self.X)  # grad_W
         return {"U": G @ self.V @ self.S.T, "S": self.U.T @ G @ self.V, "V": G.T @ self.U @ self.S}
 
-    def preconditioner(self, kind, tau):
+    def preconditioner(self, kind, tau, centre):
         S, r = self.S, len(self.S)
         if kind == "exact":
             return {"U": np.linalg.inv(S @ S.T), "V": np.linalg.inv(S.T @ S).T}
         if kind == "scalar":
             c = r / np.trace(S.T @ S)
         elif tau == 0:
-            c = 1 / self.first_sigma.mean()
+            c = 1.0 if centre == "one" else 1 / self.first_sigma.mean()
         else:
             c = 1.0 if self.scale is None else self.scale
         return {"U": c * np.eye(r), "V": c * np.eye(r)}
 
     def step(self, lr, mu, tau, centre, kind, momentum):
-        g, pre = self.gradients(), self.preconditioner(kind, tau)
+        g, pre = self.gradients(), self.preconditioner(kind, tau, centre)
         for name, X in (("U", self.U), ("V", self.V)):
             project = np.eye(len(X)) - X @ X.T
             if momentum == "after_projection":
@@ -136,7 +136,7 @@ def test_an_infinite_tau_leaves_the_spectrum_free():
     condlr.constrain(optimizer, layer, tau=math.inf)
     reference = Reference(free, X, T)
     for _ in range(20):
-        g, pre = reference.gradients(), reference.preconditioner("exact", 1.0)
+        g, pre = reference.gradients(), reference.preconditioner("exact", 1.0, "rms")
         for name, Y in (("U", reference.U), ("V", reference.V)):
             setattr(reference, name, qf(Y - LR * (np.eye(len(Y)) - Y @ Y.T) @ g[name] @ pre[name]))
         reference.S = reference.S - LR * g["S"]

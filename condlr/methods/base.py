@@ -1,7 +1,6 @@
 """What a method is: all that makes two rows of a table differ."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +15,27 @@ class Method:
 
     A subclass is a dataclass in a file of its name; its fields are its options, the keys of
     `conf/method/<name>.yaml`. They are plain numbers and strings, checked in `__post_init__`.
-
-    Attributes:
-        compresses: whether the key `compression` means anything to this method.
-        in_label: the options that `label` states; any other is added to it where it is unusual.
     """
 
-    compresses: ClassVar[bool] = True
-    in_label: ClassVar[tuple[str, ...]] = ()
+    @property
+    def compresses(self) -> bool:
+        """Whether the key `compression` means anything to this method."""
+        return True
 
     def label(self) -> str:
         """How run names and tables call it: the name, and the options that define its rows."""
         return type(self).__module__.rpartition(".")[-1]
 
+    @property
+    def in_label(self) -> tuple[str, ...]:
+        """The options that `label` states; any other is added to it where it is unusual."""
+        return ()
+
     def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
         """The network this method trains, made from the dense one. Here: U S V^T layers."""
         return self.factored(model, scheme)
 
-    def factored(self, model: nn.Module, scheme: Scheme, core: bool = True) -> nn.Module:
+    def factored(self, model: nn.Module, scheme: Scheme, core: str = "full") -> nn.Module:
         """`model` with low-rank layers as `scheme` says; `model` itself if it asks for none."""
         ranks = scheme.ranks(model)
         return factorize(model, ranks=ranks, init=scheme.init, core=core) if ranks else model
@@ -41,6 +43,15 @@ class Method:
     def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
         """A plain optimiser; constraints hang on it as step hooks. Here: SGD with momentum."""
         return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+
+    def begin_epoch(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, epochs: int
+    ) -> None:
+        """Called before the first batch of an epoch (counted from 0, of `epochs`), and where one is resumed.
+
+        What a method does once belongs into the optimiser's parameter groups as a flag, which a
+        checkpoint brings back. Here: nothing.
+        """
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """The term added to the loss. Here: none."""
@@ -51,11 +62,15 @@ class Method:
     ) -> tuple[Tensor, Tensor]:
         """One optimiser step on a batch; returns the loss (mean cross-entropy + penalty) and logits."""
         optimizer.zero_grad()
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels) + self.penalty(model)
+        loss, logits = self.loss(model, images, labels)
         loss.backward()
         optimizer.step()
         return loss.detach(), logits.detach()
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy + penalty, and the logits."""
+        logits = model(images)
+        return F.cross_entropy(logits, labels) + self.penalty(model), logits
 
     def audit(self, model: nn.Module) -> dict[str, float]:
         """What the method promises of its weights, measured in float64 at an epoch's end.

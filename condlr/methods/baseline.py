@@ -1,7 +1,6 @@
 """The dense network, as it comes."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 from typing_extensions import override
@@ -18,7 +17,10 @@ class Baseline(Method):
     the authors' code.
     """
 
-    compresses: ClassVar[bool] = False
+    @property
+    @override
+    def compresses(self) -> bool:
+        return False
 
     @override
     def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:

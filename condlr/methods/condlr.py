@@ -1,8 +1,7 @@
 """CondLR: orthonormal U and V, singular values of S in a band (Algorithm 1, arXiv 2306.01485)."""
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from condlr.methods.base import Method
 
 PRECONDITIONERS = ("exact", "scalar", "released_code")
 MOMENTA = ("after_projection", "before_projection")
+PROJECTIONS = ("svd", "qr")
 
 # What is promised after every step in float32, and audited in float64.
 ORTHONORMALITY_TOLERANCE = 1e-5
@@ -33,6 +33,8 @@ def constrain(
     preconditioner: str = "exact",
     momentum: str = "after_projection",
     retraction: str = "qr",
+    projection: str = "svd",
+    transport: bool = False,
 ) -> "Constraint":
     r"""Hold the low-rank layers of `model` to CondLR's constraint, whatever the optimiser.
 
@@ -56,14 +58,21 @@ def constrain(
             yet are made so here, without a change to W = U S V^T. S is left as it is until the
             first step. A factor that is not in the optimiser, or has no gradient, is left alone.
         tau: conditioning tolerance, >= 0; infinity leaves S free.
-        centre: s is the `rms` of the singular values (paper), their `mean` (authors' code) or `one`.
+        centre: s is the `rms` of the singular values (paper), their `mean` (authors' code) or `one`; `one`
+            with tau = 0 is the modified method of the row "mean" of the paper's tables.
         preconditioner: `exact` as above; `scalar` takes 1/s^2, s^2 = tr(S^T S)/r, for both inverses;
             `released_code` the scalar of the authors' code: (sigma_min/sigma_max)^2 of S after
-            the last step for tau > 0 (1 in the first), 1/mean(sigma(S_0)) for tau = 0.
+            the last step for tau > 0 (1 in the first), 1/mean(sigma(S_0)) for tau = 0; 1 where tau = 0
+            and the centre is `one`, for which there is no public code.
         momentum: `after_projection`: the optimiser's momentum runs over G1, G2 (paper), any optimiser;
             `before_projection`: over Euclidean gradients, and the sum is projected, scaled and kept
             as the buffer (authors' code); needs SGD without dampening, nesterov, maximize, fused.
         retraction: `qr` with positive diagonal (paper), or `polar`.
+        projection: of S on the band: `svd`, the nearest matrix; `qr` takes, for tau = 0, s Q of S = Q R
+            (allowed by the paper, done by the authors' code), where s is the `rms` unless `one`: a
+            centre `mean` needs singular values. For tau > 0 both are the same.
+        transport: re-express S in the new bases, S <- (U_1^T U_0) S (V_0^T V_1), before its projection, as
+            DLRT does and CondLR does not.
 
     Returns:
         The `Constraint`, to audit the layers or remove the hooks. What it must remember between
@@ -73,7 +82,9 @@ def constrain(
     Raises:
         ValueError: a bad setting; no U S V^T layer of the model is in the optimiser.
     """
-    return Constraint(optimizer, model, Options(tau, centre, preconditioner, momentum, retraction))
+    return Constraint(
+        optimizer, model, Options(tau, centre, preconditioner, momentum, retraction, projection, transport)
+    )
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,8 @@ class Options:
     preconditioner: str = "exact"
     momentum: str = "after_projection"
     retraction: str = "qr"
+    projection: str = "svd"
+    transport: bool = False
 
     def __post_init__(self) -> None:
         in_range("tau", self.tau, 0, math.inf)
@@ -92,6 +105,7 @@ class Options:
         one_of("preconditioner", self.preconditioner, PRECONDITIONERS)
         one_of("momentum", self.momentum, MOMENTA)
         one_of("retraction", self.retraction, tuple(stiefel.RETRACTIONS))
+        one_of("projection", self.projection, PROJECTIONS)
         if self.preconditioner == "released_code" and math.isinf(self.tau):
             raise ValueError("preconditioner=released_code is a function of the band: it needs a finite tau")
 
@@ -105,6 +119,7 @@ class Constraint:
         self._held = {p for group in optimizer.param_groups for p in group["params"]}
         self.layers = _constrained(model, self._held)
         self._moved: set[nn.Parameter] = set()
+        self._bases: dict[nn.Parameter, Tensor] = {}
         self._require_alone()
         if options.momentum == "before_projection":
             _require_plain_sgd(optimizer)
@@ -162,7 +177,7 @@ class Constraint:
         return self.optimizer.param_groups[0].setdefault(_SCALES, {})
 
     def _first_scale(self, layer: LowRank) -> float:
-        if self.options.tau > 0:
+        if self.options.tau > 0 or self.options.centre == "one":
             return 1.0
         mean = torch.linalg.svdvals(_core(layer).detach()).mean().item()
         if mean == 0:
@@ -181,6 +196,8 @@ class Constraint:
             self._moved |= {f for f in self._held & {layer.U, S, layer.V} if f.grad is not None}
             for factor, core in ((layer.U, S), (layer.V, S.mT)):
                 if factor in self._moved:
+                    if self.options.transport:
+                        self._bases[factor] = factor.detach().clone()
                     factor.grad = self._direction(name, factor, core)
 
     def _direction(self, name: str, X: nn.Parameter, core: Tensor) -> Tensor:
@@ -209,35 +226,57 @@ class Constraint:
         for name, layer in self.layers.items():
             for factor in self._moved & {layer.U, layer.V}:
                 factor.copy_(retract(factor))
-            if _core(layer) in self._moved and math.isfinite(self.options.tau):
-                S, sigma = spectrum.project(_core(layer), self.options.tau, self.options.centre)
-                _core(layer).copy_(S)
-                if self.options.preconditioner == "released_code" and self.options.tau > 0:
-                    self._scales[name] = (sigma[-1] / sigma[0]).square().item()
+            if _core(layer) in self._moved:
+                self._settle(name, layer)
+        self._bases.clear()
+
+    def _settle(self, name: str, layer: LowRank) -> None:
+        """Put S, after the optimiser's step, into the new bases and into the band."""
+        S, tau, centre = _core(layer), self.options.tau, self.options.centre
+        if layer.U in self._bases:
+            S.copy_(layer.U.mT @ self._bases[layer.U] @ S)
+        if layer.V in self._bases:
+            S.copy_(S @ self._bases[layer.V].mT @ layer.V)
+        if tau == 0 and self.options.projection == "qr":
+            S.copy_(spectrum.scaled_orthogonal(S, centre))
+        elif math.isfinite(tau):
+            projected, sigma = spectrum.project(S, tau, centre)
+            S.copy_(projected)
+            if self.options.preconditioner == "released_code" and tau > 0:
+                self._scales[name] = (sigma[-1] / sigma[0]).square().item()
 
 
 @dataclass
 class CondLR(Method):
-    """The rows CondLR of the tables, and with `centre=one` the row "mean". See `constrain`."""
-
-    in_label: ClassVar[tuple[str, ...]] = ("tau",)
+    """The rows CondLR of the tables, and with tau = 0 and `centre=one` the row "mean". See `constrain`."""
 
     tau: float = 0.1
     centre: str = "rms"
     preconditioner: str = "exact"
     momentum: str = "after_projection"
     retraction: str = "qr"
+    projection: str = "svd"
+    transport: bool = False
 
     def __post_init__(self) -> None:
         self._options()
         self._constraint: Constraint | None = None
 
     def _options(self) -> Options:
-        return Options(self.tau, self.centre, self.preconditioner, self.momentum, self.retraction)
+        return Options(**{field.name: getattr(self, field.name) for field in fields(Options)})
+
+    @property
+    def _unit(self) -> bool:
+        return self.tau == 0 and self.centre == "one"
 
     @override
     def label(self) -> str:
-        return f"condlr-tau{self.tau:.10g}"
+        return "condlr-unit" if self._unit else f"condlr-tau{self.tau:.10g}"
+
+    @property
+    @override
+    def in_label(self) -> tuple[str, ...]:
+        return ("tau", "centre") if self._unit else ("tau",)
 
     @override
     def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
@@ -255,7 +294,7 @@ def _constrained(model: nn.Module, held: set[nn.Parameter]) -> dict[str, LowRank
     layers = {
         name: layer
         for name, layer in low_rank_layers(model).items()
-        if layer.S is not None and held & {layer.U, layer.S, layer.V}
+        if layer.S is not None and layer.S.ndim == 2 and held & {layer.U, layer.S, layer.V}
     }
     if not layers:
         raise ValueError(

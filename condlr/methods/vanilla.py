@@ -1,36 +1,47 @@
 """Low-rank layers without a constraint: W = U V^T."""
 
+import math
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from typing_extensions import override
 
-from condlr.errors import one_of
+from condlr.errors import in_range, one_of
 from condlr.factorization import Scheme, low_rank_layers
 from condlr.methods.base import Method
 
 
 @dataclass
 class Vanilla(Method):
-    """W = U V^T, both factors stepped at once by SGD (Pufferfish; Khodak et al., ICLR 2021).
+    """W = U V^T, both factors free (Pufferfish; Khodak et al., ICLR 2021).
 
     The rank is that of the triple U S V^T under the same compression, so that rows of one table
     have layers of one rank; the measured compression is then a little higher.
 
     Attributes:
+        update: `joint`: one gradient step on all weights at once, as the works cited do; `alternating`,
+            as CondLR's text says (arXiv 2306.01485, section 5): a step on U, then, with the gradient
+            at the new U on the same batch, a step on V and all other weights. Twice the cost.
         init: `spectral`: U sqrt(Sigma), V sqrt(Sigma) from the truncated SVD of the dense initial
             weight; `gaussian`: entries of U and V ~ N(0, s / sqrt(r)), with s^2 the mean square of the
             dense initial weight, which the entries of U V^T then have as their variance.
+        frobenius_decay: lambda of the penalty lambda / 2 sum ||U V^T||_F^2 over the layers, the weight
+            decay of W and not of its factors (Khodak et al., section 3.2): grad_U += lambda U (V^T V).
     """
 
+    update: str = "joint"
     init: str = "spectral"
+    frobenius_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        one_of("update", self.update, ("joint", "alternating"))
         one_of("init", self.init, ("spectral", "gaussian"))
+        in_range("frobenius_decay", self.frobenius_decay, 0, math.inf, half_open=True)
 
     @override
     def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
-        factored = self.factored(model, scheme, core=False)
+        factored = self.factored(model, scheme, core="none")
         if self.init == "gaussian":
             for name, layer in low_rank_layers(factored).items():
                 dense = model.get_parameter(f"{name}.weight")
@@ -38,3 +49,32 @@ class Vanilla(Method):
                 for factor in (layer.U, layer.V):
                     nn.init.normal_(factor, std=variance**0.5)
         return factored
+
+    @override
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        if self.frobenius_decay == 0:
+            return 0.0
+        layers = low_rank_layers(model).values()
+        squares = [((layer.U.mT @ layer.U) * (layer.V.mT @ layer.V)).sum() for layer in layers]
+        return self.frobenius_decay / 2 * torch.stack(squares).sum()
+
+    @override
+    def step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self.update == "joint":
+            return super().step(model, optimizer, images, labels)
+        first = {layer.U for layer in low_rank_layers(model).values()}
+        loss, logits = self.loss(model, images, labels)
+        step_along(model, optimizer, loss, first)
+        step_along(model, optimizer, self.loss(model, images, labels)[0], {*model.parameters()} - first)
+        return loss.detach(), logits.detach()
+
+
+def step_along(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, moving: set[nn.Parameter]
+) -> None:
+    """A step of `optimizer` on the parameters in `moving` alone: the others have no gradient."""
+    optimizer.zero_grad()
+    loss.backward(inputs=[p for p in model.parameters() if p in moving and p.requires_grad])
+    optimizer.step()

@@ -1,0 +1,162 @@
+"""What Cayley SGD and projected SGD share: dense weights with orthonormal rows or columns."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from condlr.errors import ConstraintBreach, in_range, one_of
+from condlr.factorization import Scheme
+from condlr.manifolds import stiefel
+from condlr.methods.base import Method
+
+TOLERANCE = 1e-5
+
+_STEPS = "stiefel_steps"
+
+
+@dataclass
+class StiefelDescent(Method):
+    """SGD on the Stiefel manifold: each step follows a curve through X along a tangent direction.
+
+    Every weight of two or more dimensions is seen as an out x (in kh kw) matrix and held with
+    orthonormal rows, X = W^T, where it has no more rows than columns. With g the gradient at X and b
+    the momentum buffer,
+
+        m = mu b + g,    b <- W(m) X,    X <- curve(W(m), step),
+
+    where W(m) X is the projection of m on the tangent space at X (`condlr.manifolds.stiefel.skew`): the
+    Riemannian gradient of the embedded metric, G - X sym(X^T G), and the old buffer carried along
+    by projection. The two methods differ in their curve alone.
+
+    Attributes:
+        momentum: `active` as above; `inactive`: mu = 0 for these weights, as in the code of Li et al. and
+            of the CondLR authors, whose buffer is always zero.
+        tall: a matrix with more rows than columns gets orthonormal columns (`transpose`), or no
+            constraint (`free`, as in the released code).
+        cap: step = min(lr, 1 / |W|) in this norm, `frobenius` or `one` (released code), or lr (`none`).
+        start: `orthonormal`, by QR of the initial weights, or `as_is`.
+        unit_rows: scale the columns of X to unit length before each step, as the released code does.
+        qr_period: orthonormalise X by QR before every so manieth step; 0 is never. The released code
+            does so at random, with probability 1/101 in each step.
+    """
+
+    momentum: str = "active"
+    tall: str = "transpose"
+    cap: str = "frobenius"
+    start: str = "orthonormal"
+    unit_rows: bool = False
+    qr_period: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("momentum", self.momentum, ("active", "inactive"))
+        one_of("tall", self.tall, ("transpose", "free"))
+        one_of("cap", self.cap, ("none", "frobenius", "one"))
+        one_of("start", self.start, ("orthonormal", "as_is"))
+        in_range("qr_period", self.qr_period, 0, float("inf"))
+        self._held: dict[str, nn.Parameter] = {}
+        self._steps: dict[nn.Parameter, stiefel.Skew] = {}
+
+    @property
+    @override
+    def compresses(self) -> bool:
+        return False
+
+    @override
+    def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
+        assert scheme.compression is None, "a method that does not compress is given no compression"
+        return self.factored(model, scheme)
+
+    @override
+    def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
+        self._held = {
+            name: p
+            for name, p in model.named_parameters()
+            if p.ndim >= 2 and not (self.tall == "free" and _is_tall(p))
+        }
+        if not self._held:
+            raise ValueError("this network has no weight that can be held on the Stiefel manifold")
+        held = [*self._held.values()]
+        others = [p for p in model.parameters() if not any(p is weight for weight in held)]
+        if self.start == "orthonormal":
+            for weight in held:
+                _write(weight, weight, stiefel.qr(_matrix(weight, weight)))
+        optimizer = torch.optim.SGD(
+            [
+                {"params": held, "momentum": momentum if self.momentum == "active" else 0.0},
+                *([{"params": others, "momentum": momentum}] if others else []),
+            ],
+            lr=lr,
+        )
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+        return optimizer
+
+    def curve(self, W: stiefel.Skew, step: Tensor | float) -> Tensor:
+        """Where a step from X along -W X leads, (n, r)."""
+        raise NotImplementedError
+
+    @property
+    def exact(self) -> bool:
+        """Whether the method promises X^T X = I after every step."""
+        return self.start == "orthonormal" and not self.unit_rows
+
+    @override
+    def audit(self, model: nn.Module) -> dict[str, float]:
+        errors = {name: stiefel.orthonormality_error(_matrix(p, p)).item() for name, p in self._held.items()}
+        worst = max(errors, key=lambda name: errors[name])
+        if self.exact and not errors[worst] <= TOLERANCE:
+            raise ConstraintBreach(
+                f"the weight {worst} has left the Stiefel manifold: "
+                f"orthonormality_error {errors[worst]:.3g} > {TOLERANCE:.3g}"
+            )
+        return {"orthonormality_error": errors[worst]}
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        self._steps.clear()
+        group = optimizer.param_groups[0]
+        group[_STEPS] = group.get(_STEPS, 0) + 1
+        orthonormalize = self.qr_period > 0 and group[_STEPS] % self.qr_period == 0
+        for weight in self._held.values():
+            if weight.grad is None:
+                continue
+            X = _matrix(weight, weight)
+            if self.unit_rows:
+                X = X / (X.norm(dim=0) + 1e-8)
+            if orthonormalize:
+                X = stiefel.qr(X)
+            buffer = optimizer.state[weight].get("momentum_buffer") if weight in optimizer.state else None
+            kept = 0.0 if buffer is None else group["momentum"] * _matrix(weight, buffer)
+            M = kept + _matrix(weight, weight.grad)
+            # SGD computes buffer <- mu buffer + grad: give it the grad that makes it W(M) X.
+            self._steps[weight] = W = stiefel.skew(X, M)
+            _write(weight, weight.grad, stiefel.tangent(W) - kept)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        lr = optimizer.param_groups[0]["lr"]
+        for weight, W in self._steps.items():
+            step = lr
+            if self.cap != "none":
+                step = (1 / (stiefel.skew_norm(W, self.cap) + 1e-8)).clamp_max(lr)
+            _write(weight, weight, self.curve(W, step))
+        self._steps.clear()
+
+
+def _is_tall(weight: Tensor) -> bool:
+    n, m = weight.flatten(1).shape
+    return n > m
+
+
+def _matrix(weight: Tensor, value: Tensor) -> Tensor:
+    """`value`, of the shape of `weight`, as the matrix that has orthonormal columns if it is the weight."""
+    matrix = value.detach().flatten(1)
+    return matrix.clone() if _is_tall(weight) else matrix.mT.clone()
+
+
+@torch.no_grad()
+def _write(weight: Tensor, target: Tensor, matrix: Tensor) -> None:
+    """The inverse of `_matrix`, into `target`."""
+    target.copy_((matrix if _is_tall(weight) else matrix.mT).reshape(weight.shape))

@@ -1,0 +1,47 @@
+"""Cayley SGD (Li, Fuxin and Todorovic, ICLR 2020, arXiv 2002.01113)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from typing_extensions import override
+
+from condlr.errors import in_range, one_of
+from condlr.manifolds import stiefel
+from condlr.methods._stiefel_descent import StiefelDescent
+
+
+@dataclass
+class CayleySgd(StiefelDescent):
+    """SGD with momentum along the Cayley transform: dense weights, cond(W) = 1 (their Algorithm 1).
+
+    Attributes:
+        transform: `iterative`: `inner_iterations` of Y <- X - step/2 W (X + Y); `exact`: the transform
+            itself, from a system of 2 r equations, and one Newton-Schulz correction of rounding errors.
+        inner_iterations: 2 in the paper, 5 in its code, 4 in that of the CondLR authors. The weights
+            drift from orthonormality by what the iteration leaves out, see the column
+            `audit_orthonormality_error` of history.csv.
+        first: the iteration starts at Y = X - step W X (`tangent`, the paper) or at X - step m, m not
+            projected (`momentum`, both released codes).
+    """
+
+    transform: str = "iterative"
+    inner_iterations: int = 2
+    first: str = "tangent"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("transform", self.transform, ("iterative", "exact"))
+        one_of("first", self.first, ("tangent", "momentum"))
+        in_range("inner_iterations", self.inner_iterations, 0, float("inf"))
+
+    @property
+    @override
+    def exact(self) -> bool:
+        return super().exact and self.transform == "exact"
+
+    @override
+    def curve(self, W: stiefel.Skew, step: Tensor | float) -> Tensor:
+        if self.transform == "iterative":
+            return stiefel.cayley_iterate(W, step, self.inner_iterations, self.first)
+        Y = stiefel.cayley(W, step)
+        return stiefel.newton_schulz(Y) if self.exact else Y

@@ -1,0 +1,146 @@
+"""DLRT, dynamical low-rank training (Schotthöfer et al., NeurIPS 2022, arXiv 2205.13571)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from typing_extensions import override
+
+from condlr.errors import ConstraintBreach, in_range
+from condlr.factorization import low_rank_layers
+from condlr.layers import LowRank
+from condlr.manifolds import stiefel
+from condlr.methods.base import Method
+from condlr.methods.vanilla import step_along
+
+TOLERANCE = 1e-5
+
+
+@dataclass
+class Dlrt(Method):
+    r"""W = U S V^T by the K-, L- and S-step integrator, of fixed or adaptive rank (their Algorithm 1).
+
+    With W_0 = U_0 S_0 V_0^T and the gradient G of the loss, one step of gradient descent is
+
+        K_1 = U_0 S_0 - lr G(W_0) V_0,          U_1 = orth K_1,    M = U_1^T U_0,
+        L_1 = V_0 S_0^T - lr G(W_0)^T U_0,      V_1 = orth L_1,    N = V_1^T V_0,
+        S_1 = M S_0 N^T - lr U_1^T G(U_1 M S_0 N^T V_1^T) V_1.
+
+    Adaptive, the new bases are orth [K_1 | U_0] and orth [L_1 | V_0], S is 2 r x 2 r, and is truncated
+    after its step to the smallest rank whose discarded singular values have a norm of at most
+    theta ||sigma||, at least 2 and at most half of min(n, m).
+
+    Biases, normalisation and dense layers take part in the S-step. With momentum the K- and L-steps use
+    the buffers of U and V, and every buffer is re-expressed in the new bases as S is.
+
+    K and L have their gradients at one point, W_0: one pass with the layers' matrices written as
+    K V_0^T + U_0 Z^T, Z = 0, gives both, so that a batch costs two passes and not three (and
+    batch normalisation updates its statistics twice).
+
+    Attributes:
+        theta: 0 keeps the rank fixed; above, the relative tolerance of the truncation.
+    """
+
+    theta: float = 0.0
+
+    def __post_init__(self) -> None:
+        in_range("theta", self.theta, 0, 1, half_open=True)
+
+    @override
+    def step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        layers = low_rank_layers(model)
+        adaptive = [layer for layer in layers.values() if self._adapts(layer)]
+        loss, logits, gradients = _basis_gradients(model, layers, images, labels)
+        optimizer.zero_grad()
+        before = {}
+        with torch.no_grad():
+            for name, layer in layers.items():
+                assert layer.S is not None
+                U, S, V = (factor.detach().clone() for factor in (layer.U, layer.S, layer.V))
+                before[name] = U, S, V
+                layer.U.copy_(U @ S)
+                layer.V.copy_(V @ S.mT)
+                layer.U.grad, layer.V.grad = gradients[name]
+            optimizer.step()
+            for name, layer in layers.items():
+                self._rebase(layer, optimizer, *before[name])
+        bases = {factor for layer in layers.values() for factor in (layer.U, layer.V)}
+        step_along(model, optimizer, self.loss(model, images, labels)[0], {*model.parameters()} - bases)
+        for layer in adaptive:
+            self._truncate(layer, optimizer)
+        return loss, logits
+
+    @override
+    def audit(self, model: nn.Module) -> dict[str, float]:
+        layers = low_rank_layers(model)
+        errors = [stiefel.orthonormality_error(X).item() for y in layers.values() for X in (y.U, y.V)]
+        worst = math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
+        if not worst <= TOLERANCE:
+            raise ConstraintBreach(f"DLRT's bases are not orthonormal: {worst:.3g} > {TOLERANCE:.3g}")
+        ranks = {f"rank_{name}": float(layer.rank) for name, layer in layers.items()} if self.theta else {}
+        return {"orthonormality_error": worst} | ranks
+
+    def _adapts(self, layer: LowRank) -> bool:
+        """A layer of full rank, as the classifier may be, keeps it."""
+        return self.theta > 0 and layer.rank < min(len(layer.U), len(layer.V))
+
+    def _rebase(
+        self, layer: LowRank, optimizer: torch.optim.Optimizer, U0: Tensor, S0: Tensor, V0: Tensor
+    ) -> None:
+        """From K_1 and L_1, which stand in for U and V, to new bases and S in them."""
+        K, L = layer.U, layer.V
+        if self._adapts(layer):
+            K, L = (torch.cat(pair, 1)[:, : min(len(U0), len(V0))] for pair in ((K, U0), (L, V0)))
+        U, V = stiefel.qr(K), stiefel.qr(L)
+        M, N = U.mT @ U0, V.mT @ V0
+        layer.set_factors(U, M @ S0 @ N.mT, V)
+        _transport(layer, optimizer, M, N)
+
+    @torch.no_grad()
+    def _truncate(self, layer: LowRank, optimizer: torch.optim.Optimizer) -> None:
+        assert layer.S is not None
+        P, sigma, Qh = torch.linalg.svd(layer.S.double())
+        # tails[r] is the norm of what the rank r discards; the smallest r that discards little enough
+        tails = sigma.square().flip(0).cumsum(0).flip(0).sqrt()
+        rank = int((tails > self.theta * tails[0]).sum())
+        rank = max(min(rank, min(len(layer.U), len(layer.V)) // 2), min(2, len(sigma)))
+        P, Q = P[:, :rank].to(layer.S), Qh[:rank].mT.to(layer.S)
+        U, V = stiefel.qr(layer.U @ P), stiefel.qr(layer.V @ Q)
+        layer.set_factors(U, torch.diag(sigma[:rank]).to(layer.S), V)
+        _transport(layer, optimizer, P.mT, Q.mT)
+
+
+def _basis_gradients(
+    model: nn.Module, layers: dict[str, LowRank], images: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """The loss, the logits, and for each layer G V_0 and G^T U_0."""
+    substitutes: dict[str, Tensor] = {}
+    leaves: list[Tensor] = []
+    for name, layer in layers.items():
+        assert layer.S is not None and layer.S.ndim == 2, "DLRT trains U S V^T"
+        U, V = layer.U.detach(), layer.V.detach()
+        K, Z = (U @ layer.S.detach()).requires_grad_(), torch.zeros_like(V).requires_grad_()
+        leaves += [K, Z]
+        identity = torch.eye(2 * layer.rank, dtype=U.dtype, device=U.device)
+        factors = {"U": torch.cat([K, U], 1), "S": identity, "V": torch.cat([V, Z], 1)}
+        substitutes |= {f"{name}.{factor}" if name else factor: value for factor, value in factors.items()}
+    logits = functional_call(model, substitutes, (images,))
+    loss = F.cross_entropy(logits, labels)
+    gradients = iter(torch.autograd.grad(loss, leaves))
+    return loss.detach(), logits.detach(), {name: (next(gradients), next(gradients)) for name in layers}
+
+
+def _transport(layer: LowRank, optimizer: torch.optim.Optimizer, M: Tensor, N: Tensor) -> None:
+    """Re-express the momentum of K = W V, L = W^T U and S in new bases: M = U_1^T U_0, N = V_1^T V_0."""
+    assert layer.S is not None
+    for factor, left, right in ((layer.U, None, N), (layer.S, M, N), (layer.V, None, M)):
+        state = optimizer.state.get(factor, {})
+        buffer = state.get("momentum_buffer")
+        if buffer is not None:
+            moved = buffer @ right.mT
+            state["momentum_buffer"] = moved if left is None else left @ moved

@@ -1,0 +1,32 @@
+"""Projected SGD on the Stiefel manifold (Absil and Malick, SIAM J. Optim. 2012)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from typing_extensions import override
+
+from condlr.errors import one_of
+from condlr.manifolds import stiefel
+from condlr.methods._stiefel_descent import StiefelDescent
+
+
+@dataclass
+class ProjectedSgd(StiefelDescent):
+    """Riemannian gradient of the embedded metric, then a retraction: dense weights, cond(W) = 1.
+
+    X <- qf(X - step xi) with xi = G - X sym(X^T G) and, with momentum, the tangent part of mu b + G.
+
+    Attributes:
+        retraction: `qr` with positive diagonal, or `polar`, the nearest orthonormal matrix.
+    """
+
+    cap: str = "none"
+    retraction: str = "qr"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("retraction", self.retraction, tuple(stiefel.RETRACTIONS))
+
+    @override
+    def curve(self, W: stiefel.Skew, step: Tensor | float) -> Tensor:
+        return stiefel.RETRACTIONS[self.retraction](W.X - step * stiefel.tangent(W))
