@@ -152,7 +152,7 @@ def cayley(W: Skew, step: Tensor | float) -> Tensor:
 def cayley_iterate(W: Skew, step: Tensor | float, iterations: int, first: str = "tangent") -> Tensor:
     """The fixed-point iteration Y <- X - step/2 W (X + Y) of Li et al. for `cayley`.
 
-    Every iterate is X C + A D, and r x r matrices C and D are all that is iterated. With z = step |W|
+    Every iterate is X + X C + A D, and r x r matrices C and D are all that is iterated. With z = step |W|
     in the spectral norm, s iterations from the tangent err by at most 2 (z/2)^{s+2} / (1 - z/2); the
     squared norms of columns shrink by z^4 / 4 + O(z^6) for s = 2.
 
@@ -165,16 +165,13 @@ def cayley_iterate(W: Skew, step: Tensor | float, iterations: int, first: str = 
     step = _column(step, W.X)
     identity = torch.eye(W.X.shape[-1], dtype=W.X.dtype, device=W.X.device)
     if first == "tangent":
-        C, D = identity + step * W.XA.mT, -step * W.XX
+        C, D = step * W.XA.mT, -step * W.XX
     else:
-        C, D = identity - step / 2 * W.XM, -step * identity
+        C, D = -step / 2 * W.XM, -step * identity
     for _ in range(iterations):
-        C = identity + C  # of X + Y, to which W is applied
-        C, D = (
-            identity + step / 2 * (W.XA.mT @ C + W.AA @ D),
-            -step / 2 * (W.XX @ C + W.XA @ D),
-        )
-    return W.X @ C + W.A @ D
+        C = 2 * identity + C  # of X + Y, to which W is applied
+        C, D = step / 2 * (W.XA.mT @ C + W.AA @ D), -step / 2 * (W.XX @ C + W.XA @ D)
+    return W.X + (W.X @ C + W.A @ D)
 
 
 def newton_schulz(X: Tensor) -> Tensor:
