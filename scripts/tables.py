@@ -27,7 +27,10 @@ def main(config: DictConfig) -> None:
     absent = results.left_out(cells)
     absent = f"Not in the tables: {absent}.\n" if absent else ""
     console.print(absent, end="", highlight=False)
-    write(directory / "table.md", "\n".join([*map(tables.markdown, made), absent]).encode())
+    write(
+        directory / "table.md",
+        "\n".join([tables.by_protocol(made), *map(tables.markdown, made), absent]).lstrip().encode(),
+    )
     write(directory / "table.tex", "\n".join(map(tables.latex, made)).encode())
     write(directory / "table.csv", pd.concat(map(tables.frame, made)).to_csv(index=False).encode())
 

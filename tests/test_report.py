@@ -110,7 +110,7 @@ def test_published_values_stand_beside_ours():
         "Baseline": [0.9908, 0.9328], "CondLR τ=0.1": [0.9873, 0.9668], "Vanilla": [0.9870, 0.9094],
     }  # fmt: skip
     known = results.published(PAPER, "mnist", "lenet5")
-    assert known["condlr-tau0-centre=one", 0.5, 0.06] == 0.9614
+    assert known["condlr-unit", 0.5, 0.06] == 0.9614
     assert known["condlr-tau0", 0.8, 0.0] == 0.9881
     assert len(known) == 17 * 7
     assert not results.published(PAPER, "digits", "lenet5")

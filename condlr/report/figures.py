@@ -14,16 +14,20 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from condlr.report.results import CONTEXT, ROW, comparison, setting, summarize, title
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
+# Okabe and Ito's palette and, for more, Tol's: colour-blind readers can tell them apart.
 COLOURS = {
     "baseline": "#000000",
-    "vanilla": "#D55E00",
+    "cayley_sgd": "#E69F00",
+    "projected_sgd": "#882255",
     "condlr-tau0": "#56B4E9",
     "condlr-tau0.1": "#0072B2",
     "condlr-tau0.5": "#009E73",
-    "condlr-tau0-centre=one": "#CC79A7",
+    "condlr-unit": "#CC79A7",
+    "dlrt": "#999933",
+    "vanilla": "#D55E00",
+    "svd_prune": "#661100",
 }
-_SPARE_COLOURS = ("#E69F00", "#882255", "#999933", "#661100", "#6699CC", "#888888")
+_SPARE_COLOURS = ("#6699CC", "#888888", "#44AA99", "#AA4499", "#332288")
 _DASHES = {0.0: "-", 0.5: "-", 0.8: (0, (4, 1.5))}
 _DOTS, _SPARSE_DOTS = (0, (1, 1.2)), (0, (1, 3.5))
 
@@ -35,7 +39,8 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
 
     Left: mean over seeds, a band of one standard deviation where there are several, published
     values dotted. Right: the largest condition number of the layers a row factors (of all layers for
-    a dense row), every seed a line.
+    a dense row), every seed a line. More than six rows get a pair of panels for each compression,
+    with the dense rows in all of them.
 
     Args:
         cells, history: see `condlr.report.results.read`.
@@ -46,16 +51,23 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
     for number, (context, frame) in enumerate(tables, start=1):
         known = dict(zip(CONTEXT, context, strict=True))
         compare = comparison(known, cells, paper)
+        parts = _parts(frame)
         with mpl.style.context(Path(__file__).parent / "condlr.mplstyle"):
-            figure, (left, right) = plt.subplots(1, 2, figsize=(7.0, 2.6), layout="constrained")
-            styles = _styles(frame)
-            _accuracies(left, frame, styles, compare)
-            left.set_xlabel(f"perturbation ε ({known['norm'].replace('linf', 'ℓ∞')}, pixels in [0, 1])")
-            left.set_ylabel(f"accuracy under {str(known['attack']).upper()}")
-            _conditions(right, history[history["row_id"].isin(frame["row_id"])], styles)
+            size = (7.0, 2.6 if len(parts) == 1 else 0.8 + 2.1 * len(parts))
+            figure, axes = plt.subplots(len(parts), 2, figsize=size, layout="constrained", squeeze=False)
+            styles = _styles(frame, by_compression=len(parts) == 1)
+            for (name, part), (left, right) in zip(parts.items(), axes, strict=True):
+                _accuracies(left, part, styles, compare)
+                left.set_ylabel(f"accuracy under {str(known['attack']).upper()}")
+                _conditions(right, history[history["row_id"].isin(part["row_id"])], styles)
+                left.set_title(name)
+            axes[-1, 0].set_xlabel(
+                f"perturbation ε ({known['norm'].replace('linf', 'ℓ∞')}, pixels in [0, 1])"
+            )
+            axes[-1, 1].set_xlabel("optimiser step")
             figure.suptitle(setting(known))
-            handles = _legend(frame, styles, bool(compare))
-            columns = len(handles) if len(handles) <= 4 else 3
+            handles = _legend(frame, styles, bool(compare), by_compression=len(parts) == 1)
+            columns = len(handles) if len(handles) <= 4 else 3 if len(parts) == 1 else 4
             figure.legend(handles=handles, loc="outside lower center", ncols=columns)
             suffix = "" if number == 1 else f"-{number}"
             for kind in ("png", "pdf"):
@@ -63,6 +75,18 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
                 figure.savefig(path, metadata={"CreationDate": None} if kind == "pdf" else None)
                 yield path
             plt.close(figure)
+
+
+def _parts(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What stands in one pair of panels, by its title."""
+    dense = frame["compression"].eq(0)
+    compressions = sorted(frame.loc[~dense, "compression"].unique())
+    if frame["row_id"].nunique() <= 6 or len(compressions) < 2:
+        return {"": frame}
+    return {
+        f"compression {100 * compression:g} %": frame[dense | frame["compression"].eq(compression)]
+        for compression in compressions
+    }
 
 
 def _accuracies(axes: Axes, frame: pd.DataFrame, styles: Styles, compare: Mapping[tuple, float]) -> None:
@@ -77,6 +101,10 @@ def _accuracies(axes: Axes, frame: pd.DataFrame, styles: Styles, compare: Mappin
         if known:
             dots = _DOTS if style["linestyle"] == "-" else _SPARSE_DOTS
             axes.plot(*zip(*known, strict=True), linestyle=dots, linewidth=0.9, color=style["color"])
+    # Published lines far below ours leave the panel rather than squeeze it.
+    low, high = frame["accuracy"].min(), frame["accuracy"].max()
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(max(bottom, low - 0.5 * (high - low)), top)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
 
 
@@ -87,26 +115,27 @@ def _conditions(axes: Axes, history: pd.DataFrame, styles: Styles) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if history["cond"].max() < 100 else (1,)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel("optimiser step")
     axes.set_ylabel("largest cond(W)")
 
 
-def _styles(frame: pd.DataFrame) -> Styles:
-    """A colour for each method and a dash for each compression; variants get colours of their own."""
+def _styles(frame: pd.DataFrame, by_compression: bool) -> Styles:
+    """A colour for each method, maybe a dash for each compression; variants get colours of their own."""
     spare, taken, styles = cycle(_SPARE_COLOURS), set(), {}
     for label, compression, row_id, _ in frame[ROW].drop_duplicates().itertuples(index=False):
         usual = label in COLOURS and (label, compression) not in taken
         taken.add((label, compression))
         colour = COLOURS[label] if usual else next(spare)
-        styles[row_id] = {"color": colour, "linestyle": _DASHES.get(compression, (0, (2, 1)))}
+        dash = _DASHES.get(compression, (0, (2, 1))) if by_compression else "-"
+        styles[row_id] = {"color": colour, "linestyle": dash}
     return styles
 
 
-def _legend(frame: pd.DataFrame, styles: Styles, compared: bool) -> list[Line2D]:
-    handles = []
+def _legend(frame: pd.DataFrame, styles: Styles, compared: bool, by_compression: bool) -> list[Line2D]:
+    handles: dict[str, Line2D] = {}
     for label, compression, row_id, variant in frame[ROW].drop_duplicates().itertuples(index=False):
-        text = title(label, variant) + (f", {100 * compression:g} %" if compression else "")
-        handles.append(Line2D([], [], label=text, **styles[row_id]))
+        text = title(label, variant)
+        text += f", {100 * compression:g} %" if compression and by_compression else ""
+        handles.setdefault(text, Line2D([], [], label=text, **styles[row_id]))
     if compared:
-        handles.append(Line2D([], [], color="0.5", linestyle=_DOTS, linewidth=0.9, label="published"))
-    return handles
+        handles[""] = Line2D([], [], color="0.5", linestyle=_DOTS, linewidth=0.9, label="published")
+    return [*handles.values()]

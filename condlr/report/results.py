@@ -13,7 +13,17 @@ CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm
 ROW = ["label", "compression", "row_id", "variant"]
 
 _MEANS = ("cond", "cond_all", "seconds", "train_compression", "deploy_compression")
-_ORDER = ("baseline", "condlr", "vanilla")
+# The order of the paper's tables, and the names it prints.
+_TITLES = {
+    "baseline": "Baseline",
+    "cayley_sgd": "Cayley SGD",
+    "projected_sgd": "Projected SGD",
+    "condlr": "CondLR",
+    "dlrt": "DLRT",
+    "vanilla": "Vanilla",
+    "svd_prune": "SVD prune",
+}
+_ORDER = tuple(_TITLES)
 _NEEDED = {
     "cells": {*CONTEXT, *_MEANS, *ROW, "options", "official_data", "seed", "eps", "accuracy", "status"}
     - {"variant"},
@@ -100,7 +110,7 @@ def published(directory: Path, dataset: str, model: str) -> dict[tuple[str, floa
     values = {}
     for path in sorted(directory.glob(f"table*_{model}_{dataset}.csv")):
         for row in pd.read_csv(path).to_dict("records"):
-            label = {"condlr_mean": "condlr-tau0-centre=one"}.get(row["method"], row["method"])
+            label = {"condlr_mean": "condlr-unit"}.get(row["method"], row["method"])
             if label == "condlr":
                 label = f"condlr-tau{row['tau']:g}"
             for column, value in row.items():
@@ -114,23 +124,35 @@ def comparison(
     context: Mapping[str, object], cells: pd.DataFrame, paper: Path
 ) -> dict[tuple[str, float, float], float]:
     """The published values to set beside a table: those of FGSM, if the images were the official ones."""
-    if context["attack"] != "fgsm" or not cells["official_data"].dropna().astype(bool).all():
+    if (
+        not str(context["attack"]).startswith("fgsm")
+        or not cells["official_data"].dropna().astype(bool).all()
+    ):
         return {}
     return published(paper, str(context["dataset"]), str(context["model"]))
 
 
 def setting(context: Mapping[str, object]) -> str:
     """What a table's rows share, for its caption: `LeNet5 on MNIST, protocol paper, 10 epochs`."""
-    names = {"lenet5": "LeNet5", "mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
+    return f"{network(context)}, protocol {context['protocol']}, {epochs(context)}"
+
+
+def network(context: Mapping[str, object]) -> str:
+    """`LeNet5 on MNIST`."""
+    names = {"lenet5": "LeNet5", "mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+    names |= {"vgg16": "VGG16", "vgg19": "VGG19"}
     model, dataset = (names.get(str(context[key]), context[key]) for key in ("model", "dataset"))
-    epochs = "1 epoch" if context["epochs"] == 1 else f"{context['epochs']} epochs"
-    return f"{model} on {dataset}, protocol {context['protocol']}, {epochs}"
+    return f"{model} on {dataset}"
+
+
+def epochs(context: Mapping[str, object]) -> str:
+    """`10 epochs`."""
+    return "1 epoch" if context["epochs"] == 1 else f"{context['epochs']} epochs"
 
 
 def title(label: str, variant: str = "") -> str:
     """A row as tables and legends print it: `CondLR τ=0.1`, and its variant if there is one."""
-    names = {"baseline": "Baseline", "vanilla": "Vanilla"}
     name, *options = label.split("-")
     if name == "condlr":
-        name, options[0] = "CondLR", options[0].replace("tau", "τ=")
-    return " ".join([names.get(name, name), *options, variant]).rstrip()
+        options[0] = "s=1" if options[0] == "unit" else options[0].replace("tau", "τ=")
+    return " ".join([_TITLES.get(name, name), *options, variant]).rstrip()

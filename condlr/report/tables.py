@@ -8,7 +8,16 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from condlr.report.results import CONTEXT, ROW, comparison, setting, summarize, title
+from condlr.report.results import (
+    CONTEXT,
+    ROW,
+    comparison,
+    epochs,
+    network,
+    setting,
+    summarize,
+    title,
+)  # fmt: skip
 
 LEGEND = (
     "requested, measured, deployed: compression (%) asked for, of the weights trained, and of the exported "
@@ -196,6 +205,49 @@ def markdown(table: Table) -> str:
     lines = [f"**{table.caption}**", "", f"`{table.context['settings']}`", ""]
     lines += [_pipe(header), _pipe(["---", *["---:"] * (len(header) - 1)])]
     return "\n".join([*lines, *map(_pipe, rows), "", LEGEND]) + "\n"
+
+
+def by_protocol(made: list[Table]) -> str:
+    """As Markdown: what each protocol gives for a row, and the published value, side by side.
+
+    For tables of one network, dataset and number of epochs under FGSM; a part for each of these that
+    has several protocols, at four strengths at most. Empty where none has.
+    """
+    alike: dict[tuple[object, ...], list[Table]] = {}
+    for table in made:
+        if str(table.context["attack"]).startswith("fgsm"):
+            key = tuple(table.context[name] for name in ("dataset", "model", "epochs"))
+            alike.setdefault(key, []).append(table)
+    return "\n".join(_side_by_side(group) for group in alike.values() if len(group) > 1)
+
+
+def _side_by_side(group: list[Table]) -> str:
+    protocols = [str(table.context["protocol"]) for table in group]
+    known = [{(line.label, line.compression): line for line in table.lines} for table in group]
+    # The rows of the longest table, in its order, then what only others have.
+    keys = list(dict.fromkeys(key for lines in sorted(known, key=len, reverse=True) for key in lines))
+    strengths = _four(sorted({eps for table in group for eps in table.strengths}))
+    header = ["row", "requested"]
+    for eps in strengths:
+        header += [f"{_strength(eps)} {protocols[0]}", *protocols[1:], "published"]
+    rows = []
+    for key in keys:
+        row = [key[0], f"{100 * key[1]:g}"]
+        for eps in strengths:
+            cells = [lines[key].cells.get(eps) if key in lines else None for lines in known]
+            published = next((cell.paper for cell in cells if cell is not None and cell.paper), "")
+            row += [*("–" if cell is None else cell.ours for cell in cells), published]
+        rows.append(row)
+    context = group[0].context
+    lines = [f"**{network(context)}, {epochs(context)}: accuracy (%) under FGSM, by protocol**", ""]
+    lines += [_pipe(header), _pipe(["---", *["---:"] * (len(header) - 1)]), *map(_pipe, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _four(strengths: list[float]) -> list[float]:
+    """The first, the last, and two between."""
+    last = len(strengths) - 1
+    return [strengths[i] for i in sorted({0, round(last / 3), round(2 * last / 3), last})]
 
 
 def latex(table: Table) -> str:
