@@ -29,6 +29,18 @@ def test_fgsm_is_its_formula(linear):
         assert not without.any()
 
 
+def test_without_a_clamp_images_leave_the_range(linear):
+    """As in the authors' code for CIFAR-10: x + eps sign(g), which is their step on standardised images."""
+    x, y = torch.rand(7, 1, 3, 4, dtype=torch.float64), torch.randint(0, 3, (7,))
+    attack = Fgsm([0.5], clamp=False)
+    ((_, free, _),) = attack.perturb(linear, x, y)
+    ((_, clamped, _),) = Fgsm([0.5]).perturb(linear, x, y)
+    assert free.min() < 0 < 1 < free.max()
+    torch.testing.assert_close(free.clamp(0, 1), clamped)
+    torch.testing.assert_close((free - x).abs(), torch.full_like(x, 0.5))
+    assert (attack.label(), Fgsm([0.5]).label()) == ("fgsm-unclamped", "fgsm")
+
+
 def test_eps_zero_is_no_attack_and_the_result_is_in_range(linear):
     x, y = torch.rand(5, 1, 3, 4, dtype=torch.float64), torch.zeros(5, dtype=torch.long)
     for eps, adversarial, _ in Fgsm([0, 1.0]).perturb(linear, x, y):

@@ -1,15 +1,21 @@
 """Reading the files, splitting, and batches."""
 
 import gzip
+import hashlib
 import logging
+import os
+import pickle
 import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from condlr.data import _idx
+from condlr.config import AUGMENTATIONS as NAMES
+from condlr.data import _idx, _plain_pickle, cifar10
+from condlr.data.augmentation import AUGMENTATIONS, crop_flip
 from condlr.data.base import Data, Images
+from condlr.data.cifar10 import Cifar10
 from condlr.data.digits import Digits
 from condlr.data.fashion_mnist import FashionMnist
 from condlr.data.mnist import Mnist
@@ -65,8 +71,6 @@ def test_files_that_are_not_official_are_said(idx, tmp_path, caplog):
 
 def test_an_official_file_in_anothers_place_is_named(idx, tmp_path, monkeypatch):
     """The digests of the files are what tells train from test, and MNIST from Fashion-MNIST."""
-    import hashlib
-
     digests = tuple(hashlib.sha256((idx / name).read_bytes()).hexdigest() for name in _idx.FILES)
     monkeypatch.setitem(_idx.OFFICIAL, "MNIST", digests)
     Mnist().load(tmp_path)
@@ -122,3 +126,175 @@ def test_batches_are_channels_last(channels):
     torch.testing.assert_close(batch, pixels / 255)
     convolved = torch.nn.Conv2d(channels, 8, 3)(batch)
     assert convolved.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """Small batches in the layout of both versions, with the same images: (root, records by name)."""
+    generator = np.random.default_rng(0)
+    records = {}
+    for name in (*cifar10.TRAIN, cifar10.TEST):
+        pixels = generator.integers(0, 256, (12, 3072), dtype=np.uint8)
+        labels = generator.integers(0, 10, 12, dtype=np.uint8)
+        records[name] = np.concatenate([labels[:, None], pixels], axis=1)
+        for version, suffix, content in (
+            ("bin", ".bin", records[name].tobytes()),
+            ("py", "", pickle.dumps({b"data": pixels, b"labels": labels.tolist()}, protocol=2)),
+        ):
+            path = tmp_path / f"cifar-10-batches-{version}" / (name + suffix)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+    return tmp_path, records
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_both_versions_of_cifar10_are_the_same_images(cifar, protocol):
+    root, records = cifar
+    binary = Cifar10().load(root)
+    shutil.rmtree(root / "cifar-10-batches-bin")
+    for name, record in records.items():
+        batch = {
+            "data": record[:, 1:].copy(order="F" if protocol == 3 else "C"),
+            "labels": record[:, 0].tolist(),
+        }
+        (root / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(batch, protocol=protocol))
+    python = Cifar10().load(root)
+    assert python.digest == binary.digest
+    assert binary.shape == (3, 32, 32)
+    assert (len(binary.train), len(binary.test)) == (60, 12)
+    first = records["data_batch_1"][0]
+    assert binary.train.labels[0] == first[0]
+    assert torch.equal(binary.train.pixels[0, 1, 2, :3], torch.from_numpy(first[1 + 1024 + 64 :][:3].copy()))
+    assert binary.standard == (cifar10.MEAN, cifar10.DEVIATION)
+    assert Cifar10(standardize=False).load(root).standard is None
+
+
+def test_the_pickle_that_python_2_wrote_is_read():
+    """As in the official files: protocol 2, text as byte strings, an array of `numpy.core.multiarray`."""
+    raw = bytes(range(6))
+    written = (
+        b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04K\x00"
+        b"\x85U\x01b\x87Rq\x05(K\x01K\x02K\x03\x86cnumpy\ndtype\nq\x06U\x02u1K\x00K\x01\x87Rq\x07(K\x03U\x01|NNN"
+        b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x06"
+        + raw
+        + b"tbU\x06labelsq\x08]q\x09(K\x06K\x09eu."
+    )
+    batch = _plain_pickle.load(written)
+    assert batch["data"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert batch["labels"] == [6, 9]
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("trapped",)
+
+
+def test_no_code_of_a_pickle_runs(cifar, monkeypatch):
+    root, _ = cifar
+    shutil.rmtree(root / "cifar-10-batches-bin")
+    monkeypatch.chdir(root)
+    for protocol in range(6):
+        (root / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps({"data": Trap()}, protocol))
+        with pytest.raises(
+            UserError, match="data_batch_3 is damaged, or no batch.*mkdir, which no data needs"
+        ):
+            Cifar10().load(root)
+    assert not (root / "trapped").exists()
+    with pytest.raises(ValueError, match="something else than integers"):
+        _plain_pickle.load(pickle.dumps({"data": np.array([1.5])}))
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        (lambda batch: batch.pop("data"), "no batch of CIFAR-10 .'data'.*expected data of"),
+        (lambda batch: batch.pop("labels"), "no batch of CIFAR-10"),
+        (lambda batch: batch["labels"].pop(), r"its data are \(12, 3072\) uint8, its labels 11"),
+        (lambda batch: batch["labels"].__setitem__(0, 10), "has a label 10; expected 0 to 9"),
+        (lambda batch: batch["labels"].__setitem__(0, -1), "labels are no classes"),
+        (lambda batch: batch["labels"].__setitem__(0, "cat"), "no batch of CIFAR-10"),
+        (lambda batch: batch.update(data=batch["data"].astype("i4")), "its data are"),
+        (lambda batch: batch.update(data=[1, 2]), "its data are"),
+    ],
+)
+def test_python_batches_that_are_wrong_are_named(cifar, change, pattern):
+    root, records = cifar
+    shutil.rmtree(root / "cifar-10-batches-bin")
+    record = records["data_batch_2"]
+    batch = {"data": record[:, 1:].copy(), "labels": record[:, 0].tolist()}
+    change(batch)
+    (root / "cifar-10-batches-py" / "data_batch_2").write_bytes(pickle.dumps(batch))
+    with pytest.raises(UserError, match=pattern):
+        Cifar10().load(root)
+
+
+def test_truncated_batches_are_named(cifar):
+    root, _ = cifar
+    path = root / "cifar-10-batches-bin" / "data_batch_4.bin"
+    whole = path.read_bytes()
+    for content in (whole[:-1], b""):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"data_batch_4.bin is damaged or truncated: \d+ bytes"):
+            Cifar10().load(root)
+    shutil.rmtree(root / "cifar-10-batches-bin")
+    path = root / "cifar-10-batches-py" / "test_batch"
+    whole = path.read_bytes()
+    for end in range(0, len(whole), 997):
+        path.write_bytes(whole[:end])
+        with pytest.raises(UserError, match="test_batch is damaged, or no batch of CIFAR-10"):
+            Cifar10().load(root)
+
+
+def test_swapped_official_batches_are_named(cifar, monkeypatch, caplog):
+    root, records = cifar
+    for name, record in records.items():
+        monkeypatch.setitem(cifar10.OFFICIAL, name, hashlib.sha256(record.tobytes()).hexdigest())
+    with caplog.at_level(logging.WARNING):
+        assert Cifar10().load(root).official
+    assert not caplog.text
+    folder = root / "cifar-10-batches-bin"
+    shutil.copy(folder / "data_batch_1.bin", folder / "test_batch.bin")
+    with pytest.raises(UserError, match="test_batch.bin is CIFAR-10's data_batch_1; expected its test_batch"):
+        Cifar10().load(root)
+
+
+def test_missing_batches_are_named(cifar):
+    root, _ = cifar
+    (root / "cifar-10-batches-bin" / "data_batch_1.bin").unlink()
+    assert len(Cifar10().load(root).train) == 60, "the other version is whole"
+    (root / "cifar-10-batches-py" / "data_batch_5").unlink()
+    with pytest.raises(
+        UserError, match=r"dataset.download=false: put data_batch_5 into .*cifar-10-batches-py"
+    ):
+        Cifar10(download=False).load(root)
+
+
+def test_a_part_of_a_dataset_is_its_first_images_and_not_official():
+    data = Data(images(100), images(7), 10)
+    part = data.first(20, None)
+    assert (len(part.train), len(part.test), part.official) == (20, 7, False)
+    assert torch.equal(part.train.labels, torch.arange(20))
+    assert data.first(None, None).official
+    with pytest.raises(ValueError, match=r"train_images must be in \[1, inf\)"):
+        Cifar10(train_images=0)
+
+
+def test_crops_and_flips_are_those_of_padded_images():
+    """Each result is one of the 81 crops of the padded image or of their mirror images, and all occur."""
+    pixels = torch.randint(0, 256, (1, 2, 6, 7), dtype=torch.uint8).expand(4000, -1, -1, -1)
+    changed = crop_flip(pixels, torch.Generator().manual_seed(0))
+    assert changed.dtype == torch.uint8
+    padded = torch.nn.functional.pad(pixels[0], [4] * 4)
+    crops = [padded[:, y : y + 6, x : x + 7] for y in range(9) for x in range(9)]
+    known = torch.stack([*crops, *(crop.flip(-1) for crop in crops)]).flatten(1)
+    matches = (changed.flatten(1)[:, None] == known[None]).all(-1)
+    assert matches.any(1).all()
+    counts = matches.float().sum(0)
+    assert (counts > 0).all()
+    assert counts[:81].sum().item() == pytest.approx(2000, abs=150)
+    again = crop_flip(pixels, torch.Generator().manual_seed(0))
+    assert torch.equal(changed, again)
+
+
+def test_augmentations_have_the_names_that_configs_know():
+    assert tuple(AUGMENTATIONS) == NAMES

@@ -187,7 +187,7 @@ def test_what_is_left_out_is_counted():
 def test_variants_have_colours_of_their_own():
     other = cells(options="slope=0.5 tau=0.1")
     other["row_id"] += "other"
-    styles = figures._styles(results.summarize(pd.concat([cells(), other])))
+    styles = figures._styles(results.summarize(pd.concat([cells(), other])), by_compression=True)
     assert len({(str(s["color"]), str(s["linestyle"])) for s in styles.values()}) == 6
 
 
@@ -201,3 +201,53 @@ def test_the_figure_is_drawn(tmp_path):
     first = paths[1].read_bytes()
     list(figures.robustness(cells(), history, PAPER, tmp_path))
     assert paths[1].read_bytes() == first, "the same results give the same file"
+
+
+def test_protocols_stand_side_by_side():
+    other = cells(protocol="released_code", settings="lr_factor=0.3")
+    other["accuracy"] -= 0.1
+    other["row_id"] += "other"
+    made = list(tables.tables(pd.concat([cells(), other[other["label"] != "vanilla"]]), PAPER))
+    lines = tables.by_protocol(made).splitlines()
+    assert lines[0] == "**LeNet5 on MNIST, 3 epochs: accuracy (%) under FGSM, by protocol**"
+    assert lines[2].count("released_code") == lines[2].count("paper") == lines[2].count("published") == 2
+    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines[4:]}
+    assert rows["Baseline"] == ["0", "99.00", "89.00", "99.08", "90.00", "80.00", "93.28"]
+    assert rows["Vanilla"] == ["50", "98.00 ±1.41", "–", "98.70", "92.00 ±1.41", "–", "90.94"]
+    assert tables.by_protocol(made[:1]) == ""
+
+
+def test_many_rows_get_panels_by_compression(tmp_path):
+    frames = [cells()]
+    for label in ("dlrt", "svd_prune", "condlr-unit", "condlr-tau0"):
+        frame = cells()
+        frame = frame[frame["label"].eq("vanilla") & frame["seed"].eq(0)]
+        frames.append(frame.assign(label=label, row_id=label, compression=0.8, run_id=label))
+    every = pd.concat(frames)
+    history = every.drop_duplicates("run_id").assign(step=0)
+    summary = results.summarize(every)
+    parts = figures._parts(summary)
+    assert list(parts) == ["compression 50 %", "compression 80 %"]
+    assert {*parts["compression 80 %"]["label"]} == {
+        "baseline",
+        "dlrt",
+        "svd_prune",
+        "condlr-unit",
+        "condlr-tau0",
+    }
+    assert list(figures._parts(results.summarize(cells()))) == [""]
+    made = list(figures.robustness(every, history, PAPER, tmp_path))
+    assert all(path.stat().st_size > 1000 for path in made)
+
+
+def test_rows_are_named_and_ordered_as_in_the_paper():
+    labels = ["svd_prune", "vanilla", "dlrt", "condlr-unit", "condlr-tau0.5", "condlr-tau0", "cayley_sgd"]
+    frames = [cells()[cells()["label"].eq("vanilla")].assign(label=x, row_id=x, run_id=x) for x in labels]
+    named = [results.title(label) for label in results.summarize(pd.concat(frames))["label"].unique()]
+    assert named == ["Cayley SGD", "CondLR τ=0", "CondLR τ=0.5", "CondLR s=1", "DLRT", "Vanilla", "SVD prune"]
+    published = results.published(PAPER, "cifar10", "vgg16")
+    assert published["condlr-unit", 0.5, 0.006] == 0.3459
+    assert {label for label, _, _ in published} == {
+        "baseline", "cayley_sgd", "projected_sgd", "condlr-tau0", "condlr-tau0.1", "condlr-tau0.5",
+        "condlr-unit", "dlrt", "vanilla", "svd_prune",
+    }  # fmt: skip

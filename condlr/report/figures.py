@@ -84,7 +84,7 @@ def _parts(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     if frame["row_id"].nunique() <= 6 or len(compressions) < 2:
         return {"": frame}
     return {
-        f"compression {100 * compression:g} %": frame[dense | frame["compression"].eq(compression)]
+        f"compression {100 * compression:g} %": frame.loc[dense | frame["compression"].eq(compression)]
         for compression in compressions
     }
 
