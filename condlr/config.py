@@ -170,7 +170,8 @@ class RunConfig:
     @property
     def run_id(self) -> str:
         """For example `lenet5-mnist-condlr-tau0.1-c0.5-s0-3fa9c1d2`."""
-        names = [self.identity["model"]["name"], self.identity["dataset"]["name"], self.label]
+        label = re.sub(r"[^A-Za-z0-9._-]+", "_", self.label)  # so that `run=<its directory>` needs no quotes
+        names = [self.identity["model"]["name"], self.identity["dataset"]["name"], label]
         if self.scheme.compression is not None:
             names.append(f"c{self.scheme.compression:g}")
         return "-".join([*names, f"s{self.seed}", self.fingerprint])

@@ -14,6 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+
+import condlr.cli  # noqa: F401  (registers the resolvers that conf/ uses)
+from condlr.config import CONF, check
+from condlr.data import cifar10
+from condlr.data.digits import Digits
+from condlr.report import results
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["dataset=digits", "protocol=demo", "protocol.epochs=1", "attack.eps=[0,0.1]"]
@@ -91,6 +98,31 @@ def complains(result, pattern):
         (["attack.eps=[]"], "attack.eps is empty"),
         (["attack.eps=[0,2]"], "attack.eps must be in"),
         (["model.slope=-1"], "model.slope must be in"),
+        (["model=vgg16"], "vgg16 takes images of 32 x 32 pixels; these are 1 x 28 x 28"),
+        (["model=vgg16", "model.dropout=1"], "model.dropout must be in"),
+        (
+            ["dataset=cifar10", "dataset.download=false"],
+            "CIFAR10 is not at hand.*data_batch_1",
+        ),
+        (["dataset.train_images=0"], "dataset.train_images must be in"),
+        (["protocol.augmentation=mirror"], "protocol.augmentation must be one of none, crop_flip"),
+        (["protocol.batch_norm_momentum=2"], "protocol.batch_norm_momentum must be in"),
+        (["attack.clamp=maybe"], "attack.clamp: Value 'maybe'"),
+        (["method.projection=lq"], "method.projection must be one of svd, qr"),
+        (["method=dlrt", "method.theta=1"], r"method.theta must be in \[0, 1\)"),
+        (["method=vanilla", "method.update=both"], "method.update must be one of joint, alternating"),
+        (["method=vanilla", "method.frobenius_decay=-1"], "method.frobenius_decay must be in"),
+        (["method=cayley_sgd", "method.cap=two"], "method.cap must be one of none, frobenius, one"),
+        (["method=cayley_sgd", "method.inner_iterations=-1"], "method.inner_iterations must be in"),
+        (["method=projected_sgd", "method.tall=cut"], "method.tall must be one of transpose, free"),
+        (["method=projected_sgd", "method.retraction=lu"], "method.retraction must be one of qr, polar"),
+        (
+            ["method=svd_prune", "method.sparsity=l0"],
+            "method.sparsity must be one of hoyer, hoyer_square",
+        ),
+        (["method=svd_prune", "method.phases=[0.5]"], "method.phases must be two ascending fractions"),
+        (["method=svd_prune", "method.phases=[0.9,0.1]"], "method.phases must be two ascending fractions"),
+        (["method=svd_prune", "method.energy=1"], "method.energy must be in"),
         (["seed=-1"], "seed must be in"),
         (["seed=one"], "seed: Value 'one'.*Integer"),
         (["study=../elsewhere"], "study must be a plain name"),
@@ -250,6 +282,85 @@ def test_a_sweep_runs_a_method_without_compression_once_and_goes_on_after_a_fail
     assert "Traceback" not in err
     assert out.count("is done already") == 3, "the runs after the broken one were looked at"
     assert "fgsm 0" in out, "and the missing one was done"
+
+
+@pytest.mark.parametrize(
+    ("experiment", "paper"),
+    [("table_mnist", "table2_lenet5_mnist"), ("table_cifar10", "table3_vgg16_cifar10")],
+)
+def test_the_tables_have_the_rows_of_the_papers(experiment, paper):
+    """Each row of the published table is a row file, and sets what the paper's row is."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", [f"experiment={experiment}"], return_hydra_config=True)
+        rows = config.hydra.sweeper.params.row.split(",")
+        checked = [check(compose("train", [f"experiment={experiment}", f"row={row}"])) for row in rows]
+    found = {(run.label, run.scheme.compression or 0.0, eps) for run in checked for eps in run.attack.eps}
+    model, dataset = paper.split("_")[1:]
+    published = results.published(ROOT / "results" / "paper", dataset, model)
+    assert (len(rows), len({run.run_id for run in checked})) == (17, 17)
+    assert found == published.keys()
+    assert {run.run_id.split("-")[0] for run in checked} == {model}
+
+
+@pytest.fixture
+def small_cifar(tmp_path):
+    """40 training images and 20 test images of real digits, as CIFAR-10's binary files have them."""
+    data = Digits().load(tmp_path)
+    folder = tmp_path / "data" / "cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    for number, name in enumerate((*cifar10.TRAIN, cifar10.TEST)):
+        part = data.train.take(slice(8 * number, 8 * number + (20 if name == cifar10.TEST else 8)))
+        colour = torch.nn.functional.pad(part.pixels, [2] * 4).expand(-1, 3, -1, -1).flatten(1)
+        records = torch.cat([part.labels[:, None].to(torch.uint8), colour], 1)
+        (folder / f"{name}.bin").write_bytes(records.contiguous().numpy().tobytes())
+
+
+def test_vgg16_on_cifar10(script, small_cifar, tmp_path):
+    arguments = [
+        "dataset=cifar10", "model=vgg16", "protocol=released_code", "method=condlr", "compression=0.8",
+        "protocol.epochs=1", "protocol.batch_size=16", "attack.eps=[0,0.1]",
+    ]  # fmt: skip
+    status, out, _ = script("train", *arguments)
+    assert status == 0, out
+    (run,) = (tmp_path / "runs" / "default").glob("vgg16-cifar10-*")
+    info = json.loads((run / "run.json").read_text())
+    assert (info["images"]["train"], info["images"]["held_out"]) == (30, 10)
+    assert list(info["ranks"])[-1] == "network.fc2"
+    assert info["ranks"]["network.conv13"] == 103
+    attacks = {row["attack"] for row in csv.DictReader((run / "evaluation.csv").open())}
+    assert attacks == {"fgsm-unclamped"}
+    assert script("evaluate", f"run={run}", "attack.eps=[0.1]", "attack.clamp=true")[0] == 0
+    assert script("evaluate", f"run={run}", "attack.eps=[0.2]")[0] == 0
+    rows = {(row["attack"], float(row["eps"])) for row in csv.DictReader((run / "evaluation.csv").open())}
+    assert rows >= {("fgsm", 0.1), ("fgsm-unclamped", 0.1), ("fgsm-unclamped", 0.2)}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["method=dlrt", "method.theta=0.3"],
+        ["method=svd_prune", "method.pipeline=full", "method.energy=0.1", "method.phases=[0,0.5]"],
+    ],
+    ids=["dlrt", "svd_prune"],
+)
+def test_ranks_that_change_in_training_are_recorded_and_loaded(script, tmp_path, method):
+    assert script("train", *SMALL, "protocol.epochs=2", *method)[0] == 0
+    run = run_of(tmp_path)
+    info = json.loads((run / "run.json").read_text())
+    start = (
+        {"conv1": 20, "conv2": 50, "fc1": 500}
+        if "full" in method[1]
+        else {"conv1": 5, "conv2": 21, "fc1": 138}
+    )
+    assert all(info["ranks"][name] <= rank for name, rank in start.items())
+    assert info["ranks"]["fc1"] < start["fc1"]
+    last = list(csv.DictReader((run / "history.csv").open()))[-1]
+    assert {name: float(last[f"audit_rank_{name}"]) for name in start} == {n: info["ranks"][n] for n in start}
+    n, m, r = 500, 800, info["ranks"]["fc1"]
+    assert info["weights"]["trained"] >= r * (n + m)
+    assert script("evaluate", f"run={run}", "attack.eps=[0.2]")[0] == 0
+    undone(run)
+    assert script("train", *SMALL, "protocol.epochs=2", *method)[0] == 0
 
 
 def test_another_attack_on_a_finished_run_trains_nothing(script, tmp_path):
