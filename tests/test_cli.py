@@ -492,7 +492,7 @@ def test_training_afresh_forgets_the_old_evaluation(script, tmp_path):
 def test_rows_with_unusual_options_have_names_of_their_own(script, tmp_path):
     script("train", "-m", *SMALL, "method.retraction=qr,polar", "study=variants")
     names = sorted(path.name.split("-s0-")[0] for path in (tmp_path / "runs" / "variants").glob("lenet5-*"))
-    assert names == ["lenet5-digits-condlr-tau0.1-c0.5", "lenet5-digits-condlr-tau0.1-retraction=polar-c0.5"]
+    assert names == ["lenet5-digits-condlr-tau0.1-c0.5", "lenet5-digits-condlr-tau0.1-retraction_polar-c0.5"]
 
 
 def test_collect_refuses_what_would_count_twice_or_cannot_be_read(script, tmp_path):

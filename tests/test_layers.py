@@ -288,3 +288,27 @@ def test_vanillas_gaussian_start_has_the_dense_starts_variance():
     assert W.var().item() == pytest.approx(dense[0].weight.var().item(), rel=0.1)
     spectral = Vanilla().apply(dense, Scheme(0.5))
     assert low_rank_layers(spectral)["0"].S is None
+
+
+@pytest.mark.parametrize("core", ["full", "diagonal", "none"])
+def test_a_layer_takes_the_rank_of_the_factors_it_loads(core):
+    net, other = (
+        condlr.factorize(
+            nn.Sequential(nn.Conv2d(2, 8, 3), nn.Linear(9, 7)), ranks={"0": r, "1": r}, core=core
+        )
+        for r in (3, 5)
+    )
+    before = dict(net.named_parameters())
+    net.load_state_dict(other.state_dict())
+    assert [layer.rank for layer in low_rank_layers(net).values()] == [5, 5]
+    assert all(p is before[name] for name, p in net.named_parameters()), "an optimiser still holds them"
+    assert all(p.is_contiguous() for p in net.parameters())
+    x = torch.randn(1, 2, 5, 5)
+    torch.testing.assert_close(net[0](x), other[0](x))
+    net[0](x).sum().backward()
+    wrong = {name: value[:-1] if name == "1.U" else value for name, value in other.state_dict().items()}
+    for state in (wrong, {**other.state_dict(), "0.V": torch.zeros(3)}):
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            condlr.factorize(
+                nn.Sequential(nn.Conv2d(2, 8, 3), nn.Linear(9, 7)), ranks={"0": 3, "1": 3}, core=core
+            ).load_state_dict(state)
