@@ -11,7 +11,7 @@ from condlr.config import Report, typed
 
 @command("tables")
 def main(config: DictConfig) -> None:
-    """Read <results_dir>/<study>/cells.csv, write table.md, table.tex and table.csv beside it."""
+    """Read <results_dir>/<study>/*.csv, write table.md, table.tex, table.csv and training.md beside it."""
     import pandas as pd
     from rich.console import Console
 
@@ -31,6 +31,7 @@ def main(config: DictConfig) -> None:
         directory / "table.md",
         "\n".join([tables.by_protocol(made), *map(tables.markdown, made), absent]).lstrip().encode(),
     )
+    write(directory / "training.md", tables.training(results.read(directory, "history")).encode())
     write(directory / "table.tex", "\n".join(map(tables.latex, made)).encode())
     write(directory / "table.csv", pd.concat(map(tables.frame, made)).to_csv(index=False).encode())
 

@@ -156,7 +156,8 @@ def test_every_method_sees_the_images_in_the_same_order(data, monkeypatch):
     assert torch.equal(first.sort().values, data.train.labels.sort().values)
 
 
-@pytest.mark.parametrize("name", METHODS)
+# The other forms of Cayley SGD take their time, and differ in rounding or in the first steps alone.
+@pytest.mark.parametrize("name", [name for name in METHODS if name[:7] != "cayley_" or name == "cayley_sgd"])
 def test_every_method_learns(name, data):
     t = trainer(METHODS[name], data, epochs=12, batch_size=16, lr_milestones=[])
     t.fit()

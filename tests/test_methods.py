@@ -483,17 +483,20 @@ def digits(tmp_path_factory):
     return Digits().load(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("classifier", ["dense", "full_rank"])
+LOW_RANK = [
+    CondLR(0.0), CondLR(0.1), CondLR(0.5), CondLR(0.0, "one"), CondLR(0.0, projection="qr"),
+    CondLR(0.0, "mean", "released_code", "before_projection", projection="qr"),
+    CondLR(0.1, "mean", "released_code", "before_projection"),
+    Dlrt(), Dlrt(theta=0.1),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "method",
-    [
-        CondLR(0.0), CondLR(0.1), CondLR(0.5), CondLR(0.0, "one"), CondLR(0.0, projection="qr"),
-        CondLR(0.0, "mean", "released_code", "before_projection", projection="qr"),
-        CondLR(0.1, "mean", "released_code", "before_projection"),
-        Dlrt(), Dlrt(theta=0.1), ProjectedSgd(), CayleySgd(transform="exact"),
-    ],
-    ids=lambda method: f"{method.label()}-{getattr(method, 'momentum', '')}",
-)  # fmt: skip
+    ("method", "classifier"),
+    [(method, classifier) for method in LOW_RANK for classifier in ("dense", "full_rank")]
+    + [(ProjectedSgd(), "dense"), (CayleySgd(transform="exact"), "dense")],
+    ids=lambda value: value if isinstance(value, str) else f"{value.label()}-{vars(value)}"[:70],
+)
 def test_all_promises_hold_after_200_steps(method, classifier, digits: Data):
     """LeNet5 on real digits, lr 0.1, momentum 0.3, float32; each audit checks what the method promises."""
     torch.manual_seed(0)

@@ -127,7 +127,7 @@ def test_markdown():
     lines = tables.markdown(only_table(cells())).splitlines()
     assert lines[0] == "**LeNet5 on MNIST, protocol paper, 3 epochs: accuracy (%) under FGSM (ℓ∞)**"
     assert lines[2] == "`lr=0.1 lr_milestones=[7,9]`"
-    assert "| clean | paper | ε=0.06 | paper |" in lines[4]
+    assert "| clean | published | ε=0.06 | published |" in lines[4]
     assert {line.count("|") for line in lines[4:9]} == {lines[4].count("|")}
     assert "| **93.00 ±1.41** | 96.68 |" in lines[7]
     assert "| 12.3 |" in lines[7]

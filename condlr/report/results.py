@@ -23,7 +23,6 @@ _TITLES = {
     "vanilla": "Vanilla",
     "svd_prune": "SVD prune",
 }
-_ORDER = tuple(_TITLES)
 _NEEDED = {
     "cells": {*CONTEXT, *_MEANS, *ROW, "options", "official_data", "seed", "eps", "accuracy", "status"}
     - {"variant"},
@@ -71,10 +70,15 @@ def summarize(cells: pd.DataFrame) -> pd.DataFrame:
         .agg(accuracy=("accuracy", "mean"), std=("accuracy", "std"), seeds=("seed", "nunique"), **means)
         .reset_index()
     )
-    rank = frame["label"].str.partition("-")[0].map({name: i for i, name in enumerate(_ORDER)})
-    frame = frame.assign(_rank=rank.fillna(len(_ORDER)))
+    frame = frame.assign(_rank=order(frame["label"]))
     keys = ["compression", "_rank", "label", "variant", "row_id", "eps"]
     return frame.sort_values(keys, kind="stable").drop(columns="_rank").reset_index(drop=True)
+
+
+def order(labels: pd.Series) -> pd.Series:
+    """The place of each label's method in the paper's tables; other methods come last."""
+    places = {name: place for place, name in enumerate(_TITLES)}
+    return labels.str.partition("-")[0].map(places).fillna(len(places))
 
 
 def _variants(done: pd.DataFrame) -> pd.Series:

@@ -14,10 +14,11 @@ from condlr.report.results import (
     comparison,
     epochs,
     network,
+    order,
     setting,
     summarize,
     title,
-)  # fmt: skip
+)
 
 LEGEND = (
     "requested, measured, deployed: compression (%) asked for, of the weights trained, and of the exported "
@@ -25,6 +26,14 @@ LEGEND = (
     "cond all: of all layers, the dense classifier among them. s: seconds of training. "
     "Bold: best of the rows of its compression."
 )
+
+TRAINING_LEGEND = (
+    "loss: mean over the first epoch and over the last. cond: largest condition number at the end, as in the "
+    "table of accuracies. orthonormality error: max |U^T U - I| (of V, or of the weight itself, alike), "
+    "cond(S): both the largest of all layers and epochs, in float64; empty where a method promises neither."
+)
+_AUDITS = ("audit_orthonormality_error", "audit_cond_S")
+_FORMS: tuple[Callable[[float], str], ...] = (lambda value: f"{value:.1e}", lambda value: f"{value:.6g}")
 
 # What a narrow terminal does without, first to last.
 _SPARE = ("cond all", "deployed", "s", "seeds", "measured", "requested")
@@ -250,6 +259,32 @@ def _four(strengths: list[float]) -> list[float]:
     return [strengths[i] for i in sorted({0, round(last / 3), round(2 * last / 3), last})]
 
 
+def training(history: pd.DataFrame) -> str:
+    """As Markdown: how each run went, its loss from the first epoch to the last, and its constraints.
+
+    Args:
+        history: see `condlr.report.results.read`.
+    """
+    names = ("orthonormality error", "cond(S)")
+    header = ["row", "requested", "protocol", "seed", "epochs", "steps", "loss", "cond", *names]
+    lines = [_pipe(header), _pipe(["---", *["---:"] * (len(header) - 1)])]
+    trained = history[history["epoch"] > 0]
+    trained = trained.assign(_place=order(trained["label"]))
+    keys = ["protocol", "compression", "_place", "label", "run_id"]
+    ordered = trained.sort_values([*keys, "epoch"])
+    for (protocol, compression, _, label, _), run in ordered.groupby(keys, sort=False):
+        first, last = run.iloc[0], run.iloc[-1]
+        audits = [run[column].max() if column in run else float("nan") for column in _AUDITS]
+        cells = [
+            title(str(label)), f"{100 * float(compression):g}", str(protocol), str(last["seed"]),
+            str(last["epoch"]), str(last["step"]),
+            f"{first['train_loss']:.3f} → {last['train_loss']:.3f}", _number(last["cond"]),
+            *("" if pd.isna(audit) else form(audit) for audit, form in zip(audits, _FORMS, strict=True)),
+        ]  # fmt: skip
+        lines.append(_pipe(cells))
+    return "\n".join([*lines, "", TRAINING_LEGEND]) + "\n"
+
+
 def latex(table: Table) -> str:
     """As LaTeX: a `tabular` in a `table`, for the packages booktabs and graphicx."""
     header, rows = _flat(table, lambda cell: rf"\textbf{{{cell.ours}}}")
@@ -278,10 +313,10 @@ def frame(table: Table) -> pd.DataFrame:
 
 
 def _flat(table: Table, emphasise: Callable[[Cell], str]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of text, with a `paper` column beside each eps where anything was published."""
+    """Header and rows of text, with a `published` column beside each eps where anything was published."""
     header = ["row", *table.lines[0].facts]
     for eps in table.strengths:
-        header += [_strength(eps), *(["paper"] if table.has_published else [])]
+        header += [_strength(eps), *(["published"] if table.has_published else [])]
     rows = []
     for line in table.lines:
         row = [line.label, *line.facts.values()]
