@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from condlr.errors import UserError, in_range, one_of
-from condlr.registry import find
+from condlr.registry import available, find
 
 if TYPE_CHECKING:
     from condlr.attacks.base import Attack
@@ -50,7 +50,7 @@ class Protocol:
             for each m of the milestones.
         held_out: fraction of the training images kept for validation.
         rank_rule, classifier, init: see `condlr.factorization.Scheme`.
-        augmentation: of training images, `none` or `crop_flip` (`condlr.data.augmentation`).
+        augmentation: of training images, `none` or `crop_flip` (`condlr.data._augmentation`).
         batch_norm_momentum: of running statistics, as PyTorch counts it; for models that have them.
         clamp: whether adversarial images are clamped to [0, 1].
         methods: for a method, by name, the options that differ between protocols.
@@ -233,6 +233,12 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     from condlr.models.base import Architecture
 
     method, method_keys = choose("method", "methods", values["method"], Method)
+    for name, keys in protocol.methods.items():
+        if name not in available("methods"):
+            choices = ", ".join(available("methods"))
+            raise UserError(f"protocol.methods.{name}: there is no such method; choose from {choices}")
+        if name == method_keys["name"] and (unknown := [key for key in keys if key not in method_keys]):
+            raise UserError(f"protocol.methods.{name}.{unknown[0]}: the method {name} has no such key")
     model, model_keys = choose("model", "models", values["model"], Architecture)
     dataset, dataset_keys = choose("dataset", "data", values["dataset"], Dataset)
     attack_keys = values["attack"]
@@ -326,9 +332,18 @@ def _typed(schema: type, values: Mapping[str, Any], group: str = "") -> dict[str
     except OmegaConfBaseException as error:
         raise UserError(prefix + one_line(error)) from error
     assert isinstance(plain, dict)
-    if missing := [key for key, value in plain.items() if value == "???"]:
+    if missing := _missing(plain):
         raise UserError(f"{prefix}{missing[0]} is missing")
     return plain  # type: ignore[return-value]
+
+
+def _missing(values: Mapping[Any, Any], prefix: str = "") -> list[str]:
+    """The keys, nested ones with dots, that have no value yet."""
+    found = [f"{prefix}{key}" for key, value in values.items() if value == "???"]
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found += _missing(value, f"{prefix}{key}.")
+    return found
 
 
 def _made(kind: type[T], values: Mapping[str, Any], group: str) -> T:

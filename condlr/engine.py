@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from condlr.analysis.conditioning import layer_conditions
 from condlr.config import Protocol
-from condlr.data.augmentation import AUGMENTATIONS
+from condlr.data._augmentation import AUGMENTATIONS
 from condlr.data.base import Data
 from condlr.errors import Diverged
 from condlr.evaluation import accuracy

@@ -33,6 +33,8 @@ def one_of(name: str, value: object, choices: "tuple[object, ...]") -> None:
 
 def in_range(name: str, value: float, low: float, high: float, *, half_open: bool = False) -> None:
     """Raise `ValueError` unless low <= value <= high (< high when `half_open`). NaN is refused."""
+    if not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number; got {value!r}")
     if not low <= value <= high or (half_open and value == high):
         bracket = ")" if half_open or high == float("inf") else "]"
         raise ValueError(f"{name} must be in [{low:.10g}, {high:.10g}{bracket}; got {value:.10g}")

@@ -15,7 +15,10 @@ def main(config: DictConfig) -> None:
     """One run; several with `-m run=A,B`."""
     asked = typed(Evaluation, config)
     run = Run(Path(asked.run))
-    again = run.read_config() | {"attack": asked.attack, "device": asked.device}
+    before = run.read_config()
+    if asked.attack.get("eps") is None:
+        asked.attack["eps"] = before.get("attack", {}).get("eps")
+    again = before | {"attack": asked.attack, "device": asked.device}
     if asked.data_root:
         again["data_root"] = asked.data_root
     checked = check(again)

@@ -108,6 +108,14 @@ def complains(result, pattern):
         (["protocol.augmentation=mirror"], "protocol.augmentation must be one of none, crop_flip"),
         (["protocol.batch_norm_momentum=2"], "protocol.batch_norm_momentum must be in"),
         (["attack.clamp=maybe"], "attack.clamp: Value 'maybe'"),
+        (["attack.eps=[[0]]"], "attack.eps must be a number; got"),
+        (
+            ["dataset.name=_idx"],
+            "data: there is no '_idx'; choose from cifar10, digits, fashion_mnist",
+        ),
+        (["~protocol.lr"], "protocol.lr is missing"),
+        (["+protocol.methods.dropout.p=1"], "protocol.methods.dropout: there is no such method"),
+        (["+protocol.methods.condlr.p=1"], "protocol.methods.condlr.p: the method condlr has no such key"),
         (["method.projection=lq"], "method.projection must be one of svd, qr"),
         (["method=dlrt", "method.theta=1"], r"method.theta must be in \[0, 1\)"),
         (["method=vanilla", "method.update=both"], "method.update must be one of joint, alternating"),
@@ -331,8 +339,10 @@ def test_vgg16_on_cifar10(script, small_cifar, tmp_path):
     assert attacks == {"fgsm-unclamped"}
     assert script("evaluate", f"run={run}", "attack.eps=[0.1]", "attack.clamp=true")[0] == 0
     assert script("evaluate", f"run={run}", "attack.eps=[0.2]")[0] == 0
+    assert script("evaluate", f"run={run}", "attack.clamp=true")[0] == 0, "at the strengths of the run"
     rows = {(row["attack"], float(row["eps"])) for row in csv.DictReader((run / "evaluation.csv").open())}
-    assert rows >= {("fgsm", 0.1), ("fgsm-unclamped", 0.1), ("fgsm-unclamped", 0.2)}
+    unclamped = {("fgsm-unclamped", eps) for eps in (0, 0.1, 0.2)}
+    assert rows == unclamped | {("fgsm", 0), ("fgsm", 0.1)}
 
 
 @pytest.mark.parametrize(
@@ -361,6 +371,12 @@ def test_ranks_that_change_in_training_are_recorded_and_loaded(script, tmp_path,
     assert script("evaluate", f"run={run}", "attack.eps=[0.2]")[0] == 0
     undone(run)
     assert script("train", *SMALL, "protocol.epochs=2", *method)[0] == 0
+
+
+def test_a_rank_adaptive_run_that_diverges_says_so(script, tmp_path):
+    arguments = ["method=dlrt", "method.theta=0.1", "protocol.lr=1e4", "protocol.epochs=3"]
+    complains(script("train", *SMALL, *arguments), "diverged in epoch .*try a smaller protocol.lr")
+    assert json.loads((run_of(tmp_path) / "run.json").read_text())["status"] == "diverged"
 
 
 def test_another_attack_on_a_finished_run_trains_nothing(script, tmp_path):

@@ -367,3 +367,39 @@ def test_the_method_attaches_the_constraint_and_audits():
     assert method.label() == "condlr-tau0.2"
     assert CondLR(0.1000001).label() != CondLR(0.1).label()
     assert isinstance(method._constraint, Constraint)
+
+
+def test_what_no_step_has_moved_is_no_breach():
+    """A layer that is frozen, or that nothing uses, keeps the S it came with."""
+    dense = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 7), nn.Linear(9, 9))
+    net = condlr.factorize(dense, ranks={"0": 4, "1": 4, "2": 4})
+    for parameter in net[0].parameters():
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        for layer in low_rank_layers(net).values():
+            layer.S.copy_(torch.diag(torch.tensor([9.0, 3.0, 2.0, 1.0])))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    constraint = condlr.constrain(optimizer, net, tau=0.1)
+    assert constraint.check()["cond_S"] == pytest.approx(9)
+    net[1](net[0](torch.randn(5, 9))).square().sum().backward()
+    optimizer.step()
+    constraint.check()
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    with torch.no_grad():
+        net[1].S[0] *= 2
+    with pytest.raises(ConstraintBreach, match="cond_S"):
+        constraint.check()
+
+
+@pytest.mark.parametrize("tau", [1e3, 1e4, 1e6, 1e30, 1e39])
+def test_a_large_tau_is_a_wide_band_in_float32(tau):
+    for seed in range(5):
+        layer, X, T = problem(seed, torch.float32)
+        with torch.no_grad():
+            layer.S.copy_(torch.diag(torch.logspace(0, -9, R)))
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+        constraint = condlr.constrain(optimizer, layer, tau)
+        descend(layer, optimizer, X, T, 3)
+        constraint.check()
+        assert layer.S.isfinite().all()

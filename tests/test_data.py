@@ -13,7 +13,7 @@ import torch
 
 from condlr.config import AUGMENTATIONS as NAMES
 from condlr.data import _idx, _plain_pickle, cifar10
-from condlr.data.augmentation import AUGMENTATIONS, crop_flip
+from condlr.data._augmentation import AUGMENTATIONS, crop_flip
 from condlr.data.base import Data, Images
 from condlr.data.cifar10 import Cifar10
 from condlr.data.digits import Digits
@@ -215,6 +215,8 @@ def test_no_code_of_a_pickle_runs(cifar, monkeypatch):
         (lambda batch: batch["labels"].__setitem__(0, "cat"), "no batch of CIFAR-10"),
         (lambda batch: batch.update(data=batch["data"].astype("i4")), "its data are"),
         (lambda batch: batch.update(data=[1, 2]), "its data are"),
+        (lambda batch: batch.update(labels=[[1, 2]] * 12), r"its labels are \(12, 2\)"),
+        (lambda batch: batch["labels"].append(batch["labels"]), "is damaged, or no batch.*recursion"),
     ],
 )
 def test_python_batches_that_are_wrong_are_named(cifar, change, pattern):

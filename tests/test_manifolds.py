@@ -257,7 +257,7 @@ def test_a_zero_direction_moves_nothing():
 def test_iterates_shrink_columns_by_a_quarter_of_the_fourth_power():
     X = stiefel.qr(torch.randn(30, 6, dtype=torch.float64))
     W = stiefel.skew(X, torch.randn(30, 6, dtype=torch.float64))
-    size = np.linalg.norm(formed(X.numpy(), (W.A + X @ W.XM / 2).numpy()), 2)
+    size = np.linalg.norm(formed(X.numpy(), (W.A + X @ W.T).numpy()), 2)
     for z in (0.1, 0.3):
         Y = stiefel.cayley_iterate(W, z / size, 2)
         smallest = torch.linalg.eigvalsh(Y.mT @ Y)[0].item()
@@ -291,3 +291,32 @@ def test_the_qr_shortcut_is_a_multiple_of_the_qr_factor(name, kind):
         np.testing.assert_allclose(q, centre * Q * np.sign(np.diag(R)), atol=1e-7 * centre)
         assert scipy.linalg.svdvals(q) == pytest.approx(np.full(r, centre))
     assert spectrum.scaled_orthogonal(S.float(), kind).dtype == torch.float32
+
+
+def test_the_frobenius_norm_survives_a_large_normal_part():
+    """A symmetric X^T M is no part of W: it must not drown what is, in float32."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        X = stiefel.qr(torch.randn(50, 10))
+        B = torch.randn(10, 10)
+        M = 1e4 * X @ (B + B.mT) + torch.randn(50, 10)
+        size = np.linalg.norm(formed(X.double().numpy(), M.double().numpy()), "fro")
+        assert stiefel.skew_norm(stiefel.skew(X, M), "frobenius").item() == pytest.approx(size, rel=0.05)
+
+
+def test_a_singular_matrix_in_a_batch_leaves_the_others_alone():
+    S = torch.stack([torch.zeros(2, 2), torch.diag(torch.tensor([1.0, 1e-4]))]).double()
+    G = torch.ones(2, 3, 2, dtype=torch.float64)
+    found = spectrum.gram_solve(G, S)
+    assert torch.equal(found[0], torch.zeros(3, 2, dtype=torch.float64))
+    torch.testing.assert_close(found[1], spectrum.gram_solve(G[1], S[1]))
+    nearly = torch.diag(torch.tensor([1, 1e-30, 1e-38, 1e-44]))
+    assert spectrum.gram_solve(torch.ones(3, 4), nearly).isfinite().all()
+
+
+def test_condition_numbers_of_singular_matrices_are_infinite():
+    found = spectrum.condition_number(torch.stack([torch.zeros(3, 3), torch.eye(3), torch.ones(3, 3)]))
+    assert found[0] == torch.inf
+    assert found[1] == 1
+    assert found[2] > 1e15
+    assert spectrum.condition_number(torch.full((2, 2), torch.nan)).isnan()

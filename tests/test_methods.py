@@ -517,3 +517,134 @@ def test_all_promises_hold_after_200_steps(method, classifier, digits: Data):
 def test_only_low_rank_methods_take_a_compression():
     assert [m.compresses for m in (Baseline(), CayleySgd(), ProjectedSgd())] == [False] * 3
     assert [m.compresses for m in (Vanilla(), CondLR(), Dlrt(), SvdPrune())] == [True] * 4
+
+
+# Networks that are not as simple as the tables'
+
+
+ALL = [
+    Vanilla("alternating", frobenius_decay=0.1), SvdPrune(), CondLR(0.1), CondLR(0.0, transport=True), Dlrt(),
+    Dlrt(theta=0.2), CayleySgd(), CayleySgd(transform="exact"), ProjectedSgd(),
+]  # fmt: skip
+
+
+def named(method):
+    return f"{method.label()}-{getattr(method, 'theta', getattr(method, 'transform', ''))}"
+
+
+class Twice(nn.Module):
+    """One layer under two names and called three times, and one that nothing uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(12, 12)
+        self.second = self.first
+        self.unused = nn.Linear(12, 12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        z = torch.tanh(self.second(torch.tanh(self.first(x))))
+        return self.head(self.first(z))
+
+
+@pytest.mark.parametrize("method", ALL, ids=named)
+def test_shared_and_unused_layers(method):
+    torch.manual_seed(0)
+    model = method.apply(Twice(), Scheme(0.3 if method.compresses else None, classifier="dense"))
+    parameters = dict(model.named_parameters())
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer = method.optimizer(model, 0.1, 0.3)
+    started = {name: p.detach().clone() for name, p in parameters.items() if name.startswith("unused")}
+    x, y = torch.randn(9, 12), torch.arange(9) % 3
+    losses = [method.step(model, optimizer, x, y)[0].item() for _ in range(30)]
+    assert losses[-1] < losses[0]
+    method.audit(model)
+    after = dict(model.named_parameters())
+    assert after.keys() == parameters.keys()
+    assert all(after[name] is p for name, p in parameters.items())
+    if method.label() != "svd_prune" and not getattr(
+        method, "frobenius_decay", 0
+    ):  # whose penalties move all
+        assert all(torch.equal(after[name], value) for name, value in started.items())
+    assert before["head.bias"].shape == after["head.bias"].shape
+
+
+@pytest.mark.parametrize("method", ALL, ids=named)
+def test_frozen_layers_stay(method):
+    """Frozen before the optimiser is made."""
+    torch.manual_seed(0)
+    model = method.apply(Net(), Scheme(0.3 if method.compresses else None, classifier="dense"))
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    before = [p.detach().clone() for p in model[0].parameters()]
+    optimizer = method.optimizer(model, 0.1, 0.3)
+    for number in range(3):
+        method.step(model, optimizer, *batch(number))
+    method.audit(model)
+    for old, new in zip(before, model[0].parameters(), strict=True):
+        torch.testing.assert_close(new.detach(), old, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", ALL, ids=named)
+def test_one_method_serves_two_networks(method):
+    """Stepping one leaves the other alone, and is what it is for a method of its own."""
+    pairs = [start(method, momentum=0.3) for _ in range(2)]
+    alone = copy.deepcopy(method)
+    single, optimizer = start(alone, momentum=0.3)
+    other = {name: p.detach().clone() for name, p in pairs[1][0].named_parameters()}
+    for number in range(3):
+        method.step(*pairs[0], *batch(number))
+        alone.step(single, optimizer, *batch(number))
+    assert all(torch.equal(p, other[name]) for name, p in pairs[1][0].named_parameters())
+    for name, p in pairs[0][0].named_parameters():
+        assert torch.equal(p, single.get_parameter(name))
+
+
+@pytest.mark.parametrize("method", ALL, ids=named)
+def test_gradients_that_are_not_finite_end_in_a_loss_that_is_not(method):
+    """No exception: the engine sees it, and says that the run diverged."""
+    model, optimizer = start(method)
+    images, labels = batch()
+    for _ in range(2):
+        loss, _ = method.step(model, optimizer, images * torch.nan, labels)
+    assert not torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("scales", [[1e6], [1e9], [1e3, 1e5, 1e10, 1e15]])
+@pytest.mark.parametrize("cap", ["frobenius", "none"])
+def test_the_exact_transform_holds_at_huge_gradients(scales, cap):
+    torch.manual_seed(0)
+    method = CayleySgd(transform="exact", cap=cap)
+    layer = nn.Linear(50, 50, bias=False)
+    optimizer = method.optimizer(layer, 0.1, 0.9)
+    for step in range(60):
+        layer.weight.grad = scales[step % len(scales)] * torch.randn_like(layer.weight)
+        optimizer.step()
+        assert method.audit(layer)["orthonormality_error"] <= 1e-5
+
+
+@pytest.mark.parametrize(("smallest", "expected"), [(2, 1), (3, 1), (4, 2), (9, 4)])
+def test_dlrt_stays_between_two_and_half(smallest, expected):
+    """With a tolerance that keeps everything, and from a rank above half."""
+    method = Dlrt(theta=1e-9)
+    model = method.apply(nn.Sequential(nn.Linear(20, smallest)), Scheme(0.0, "released_code"))
+    assert low_rank_layers(model)["0"].rank == max(smallest // 2, 1)
+    optimizer = method.optimizer(model, 0.1, 0.3)
+    for _ in range(3):
+        method.step(model, optimizer, torch.randn(8, 20), torch.arange(8) % smallest)
+    assert low_rank_layers(model)["0"].rank == expected
+
+
+def test_the_full_pipeline_prunes_with_the_last_epoch_at_the_latest():
+    for phases, epochs in (([0.4, 0.8], 1), ([0.4, 0.8], 2), ([1.0, 1.0], 4)):
+        method = SvdPrune("full", energy=0.5, phases=phases)
+        model, optimizer = start(method)
+        for epoch in range(epochs):
+            method.begin_epoch(model, optimizer, epoch, epochs)
+        assert sum(layer.rank for layer in low_rank_layers(model).values()) < 22
+
+
+def test_dlrt_says_where_it_has_nothing_to_do():
+    method = Dlrt()
+    with pytest.raises(ValueError, match="no layer that DLRT can factor"):
+        method.optimizer(nn.Linear(3, 3), 0.1, 0.0)

@@ -1,5 +1,7 @@
 """Condition numbers of a network's layers."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -24,5 +26,8 @@ def layer_conditions(model: nn.Module) -> dict[str, float]:
             sigma = torch.linalg.svdvals(weight) if torch.isfinite(weight).all() else None
         else:
             continue
-        conditions[name] = float("nan") if sigma is None else (sigma[0] / sigma[-1]).item()
+        if sigma is None:
+            conditions[name] = math.nan
+        else:
+            conditions[name] = (sigma[0] / sigma[-1]).item() if sigma[-1] > 0 else math.inf
     return conditions

@@ -20,7 +20,7 @@ def load(content: bytes) -> Any:
     try:
         return _plain(_Unpickler(io.BytesIO(content), encoding="bytes").load())
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, OverflowError,
-            AttributeError, MemoryError) as error:  # fmt: skip
+            AttributeError, MemoryError, RecursionError) as error:  # fmt: skip
         raise ValueError(str(error) or type(error).__name__) from error
 
 

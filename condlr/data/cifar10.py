@@ -110,6 +110,8 @@ def _from_pickle(path: Path, content: bytes) -> np.ndarray:
         pixels, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
         if pixels.dtype != np.uint8 or pixels.shape != (len(labels), _RECORD - 1) or len(labels) == 0:
             raise ValueError(f"its data are {pixels.shape} {pixels.dtype}, its labels {len(labels)}")
+        if labels.ndim != 1:
+            raise ValueError(f"its labels are {labels.shape}")
         if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() > 255:
             raise ValueError("its labels are no classes")
     except (KeyError, TypeError, ValueError, IndexError) as error:

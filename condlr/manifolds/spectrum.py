@@ -27,8 +27,8 @@ def centre(sigma: Tensor, kind: str = "rms") -> Tensor:
 
 def band(s: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     """[s - eps, s + eps] with eps = tau s / (2 + tau), so that (s + eps) / (s - eps) = 1 + tau."""
-    eps = tau * s / (2 + tau)
-    return s - eps, s + eps
+    low = s * (2 / (2 + tau))
+    return low, low * (1 + tau)
 
 
 def project(S: Tensor, tau: float, kind: str = "rms") -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ def scaled_orthogonal(S: Tensor, kind: str = "rms") -> Tensor:
 def condition_number(A: Tensor) -> Tensor:
     """sigma_max / sigma_min over all min(n, m) singular values, in float64; inf if A is singular."""
     sigma = svd(A.double())[1]
-    return sigma[..., 0] / sigma[..., -1]
+    return torch.where(sigma[..., -1] == 0, torch.inf, sigma[..., 0] / sigma[..., -1])
 
 
 def rms(S: Tensor) -> Tensor:
@@ -89,16 +89,18 @@ def gram_solve(G: Tensor, S: Tensor) -> Tensor:
     """G (S S^T)^{-1}, the preconditioned gradient of equation (5).
 
     Multiplied by S^{-T} and then by S^{-1}, because S S^T has the square of the condition number of S:
-    with grad_U = grad_W V S^T the first product gives back grad_W V. An exactly singular S is taken
-    by its pseudo-inverse.
+    with grad_U = grad_W V S^T the first product gives back grad_W V. An S that cannot be inverted is
+    taken by its pseudo-inverse.
 
     Args:
         G: (..., n, r).
         S: (..., r, r).
     """
     inverse, info = torch.linalg.inv_ex(S)
-    if bool((info > 0).any()):
+    singular = (info > 0) | ~inverse.isfinite().all(-1).all(-1)
+    if bool(singular.any()):
         P, sigma, Qh = svd(S)
         kept = sigma > sigma[..., :1] * S.shape[-1] * torch.finfo(S.dtype).eps
-        inverse = (Qh.mT * torch.where(kept, 1 / sigma, 0.0).unsqueeze(-2)) @ P.mT
+        pseudo = (Qh.mT * torch.where(kept, 1 / sigma, 0.0).unsqueeze(-2)) @ P.mT
+        inverse = torch.where(singular[..., None, None], pseudo, inverse)
     return G @ inverse.mT @ inverse

@@ -26,7 +26,7 @@ def qr(Y: Tensor) -> Tensor:
         Y: (..., n, r) with n >= r, floating.
 
     Returns:
-        (..., n, r) with orthonormal columns, of the dtype of Y. NaN where Y is not finite.
+        (..., n, r) with orthonormal columns, of the dtype of Y; not finite where Y is not.
     """
     Q, R = torch.linalg.qr(Y)
     diagonal = R.diagonal(dim1=-2, dim2=-1)
@@ -43,7 +43,7 @@ def polar(Y: Tensor) -> Tensor:
         Y: (..., n, r) with n >= r, floating.
 
     Returns:
-        (..., n, r) with orthonormal columns. NaN where Y is not finite.
+        (..., n, r) with orthonormal columns; NaN if Y is not finite.
     """
     P, _, Qh = svd(Y)
     return P @ Qh
@@ -76,12 +76,13 @@ class Skew(NamedTuple):
 
     Attributes:
         X, A: (..., n, r).
-        XM, XX, XA, AA: the r x r products X^T M, X^T X, X^T A and A^T A.
+        T: (..., r, r), with M = A + X T.
+        XX, XA, AA: the r x r products X^T X, X^T A and A^T A.
     """
 
     X: Tensor
     A: Tensor
-    XM: Tensor
+    T: Tensor
     XX: Tensor
     XA: Tensor
     AA: Tensor
@@ -90,15 +91,18 @@ class Skew(NamedTuple):
 def skew(X: Tensor, M: Tensor) -> Skew:
     """W = What - What^T with What = M X^T - X (X^T M X^T) / 2 (Li et al., Algorithm 1), as a `Skew`.
 
-    That is A = M - X (X^T M) / 2. Of order n r^2; nothing of size n x n is formed.
+    Written out, A = M - X (X^T M) / 2; a symmetric B in A - X B cancels in W, and B = sym(X^T M) / 2 is
+    taken off so that nothing large is left to cancel in rounding. Of order n r^2; nothing of
+    size n x n is formed.
 
     Args:
         X: (..., n, r).
         M: (..., n, r), a Euclidean gradient or momentum.
     """
     XM, XX = X.mT @ M, X.mT @ X
-    A = M - X @ XM / 2
-    return Skew(X, A, XM, XX, XM - XX @ XM / 2, A.mT @ A)
+    T = (3 * XM + XM.mT) / 4
+    A = M - X @ T
+    return Skew(X, A, T, XX, XM - XX @ T, A.mT @ A)
 
 
 def tangent(W: Skew) -> Tensor:
@@ -132,21 +136,21 @@ def skew_norm(W: Skew, kind: str) -> Tensor:
 def cayley(W: Skew, step: Tensor | float) -> Tensor:
     """The Cayley transform (I + step/2 W)^{-1} (I - step/2 W) X: a descent from X along W X.
 
-    W = P Q^T with P = [A, X] and Q = [X, -A], so by the Woodbury identity it is X - step P
-    (I + step/2 Q^T P)^{-1} Q^T X, a system of 2 r equations (Wen and Yin, Math. Program. 2013).
-    An orthogonal matrix times X: X^T X is what it was, up to rounding.
+    step W = P Q^T with P = [step A, X] and Q = [X, -step A], so by the Woodbury identity it is
+    X - P (I + Q^T P / 2)^{-1} Q^T X, a system of 2 r equations (Wen and Yin, Math. Program. 2013).
+    An orthogonal matrix times X: X^T X is what it was, up to rounding, which grows with step |W|.
 
     Args:
         W: see `skew`.
         step: >= 0, a number or a tensor of shape (...).
     """
     step = _column(step, W.X)
-    small = torch.cat([torch.cat([W.XA, W.XX], -1), torch.cat([-W.AA, -W.XA.mT], -1)], -2)
-    right = torch.cat([W.XX, -W.XA.mT], -2)
+    XA, AA = step * W.XA, step * (step * W.AA)
+    small = torch.cat([torch.cat([XA, W.XX], -1), torch.cat([-AA, -XA.mT], -1)], -2)
     identity = torch.eye(small.shape[-1], dtype=small.dtype, device=small.device)
-    moved = torch.linalg.solve(identity + step / 2 * small, right)
+    moved, _ = torch.linalg.solve_ex(identity + small / 2, torch.cat([W.XX, -XA.mT], -2))
     r = W.X.shape[-1]
-    return W.X - step * (W.A @ moved[..., :r, :] + W.X @ moved[..., r:, :])
+    return W.X - (step * W.A @ moved[..., :r, :] + W.X @ moved[..., r:, :])
 
 
 def cayley_iterate(W: Skew, step: Tensor | float, iterations: int, first: str = "tangent") -> Tensor:
@@ -167,7 +171,7 @@ def cayley_iterate(W: Skew, step: Tensor | float, iterations: int, first: str = 
     if first == "tangent":
         C, D = step * W.XA.mT, -step * W.XX
     else:
-        C, D = -step / 2 * W.XM, -step * identity
+        C, D = -step * W.T, -step * identity
     for _ in range(iterations):
         C = 2 * identity + C  # of X + Y, to which W is applied
         C, D = step / 2 * (W.XA.mT @ C + W.AA @ D), -step / 2 * (W.XX @ C + W.XA @ D)

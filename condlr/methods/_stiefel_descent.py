@@ -55,8 +55,6 @@ class StiefelDescent(Method):
         one_of("cap", self.cap, ("none", "frobenius", "one"))
         one_of("start", self.start, ("orthonormal", "as_is"))
         in_range("qr_period", self.qr_period, 0, float("inf"))
-        self._held: dict[str, nn.Parameter] = {}
-        self._steps: dict[nn.Parameter, stiefel.Skew] = {}
 
     @property
     @override
@@ -70,14 +68,9 @@ class StiefelDescent(Method):
 
     @override
     def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
-        self._held = {
-            name: p
-            for name, p in model.named_parameters()
-            if p.ndim >= 2 and not (self.tall == "free" and _is_tall(p))
-        }
-        if not self._held:
+        held = [*self.held(model).values()]
+        if not held:
             raise ValueError("this network has no weight that can be held on the Stiefel manifold")
-        held = [*self._held.values()]
         others = [p for p in model.parameters() if not any(p is weight for weight in held)]
         if self.start == "orthonormal":
             for weight in held:
@@ -89,9 +82,18 @@ class StiefelDescent(Method):
             ],
             lr=lr,
         )
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+        hooks = _Hooks(self, held)
+        optimizer.register_step_pre_hook(hooks.before_step)
+        optimizer.register_step_post_hook(hooks.after_step)
         return optimizer
+
+    def held(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights of `model` that are held on the manifold, by name; frozen ones are left alone."""
+        return {
+            name: p
+            for name, p in model.named_parameters()
+            if p.ndim >= 2 and p.requires_grad and not (self.tall == "free" and _is_tall(p))
+        }
 
     def curve(self, W: stiefel.Skew, step: Tensor | float) -> Tensor:
         """Where a step from X along -W X leads, (n, r)."""
@@ -104,7 +106,9 @@ class StiefelDescent(Method):
 
     @override
     def audit(self, model: nn.Module) -> dict[str, float]:
-        errors = {name: stiefel.orthonormality_error(_matrix(p, p)).item() for name, p in self._held.items()}
+        errors = {
+            name: stiefel.orthonormality_error(_matrix(p, p)).item() for name, p in self.held(model).items()
+        }
         worst = max(errors, key=lambda name: errors[name])
         if self.exact and not errors[worst] <= TOLERANCE:
             raise ConstraintBreach(
@@ -113,17 +117,25 @@ class StiefelDescent(Method):
             )
         return {"orthonormality_error": errors[worst]}
 
+
+class _Hooks:
+    """What is done before and after the steps of one optimiser."""
+
+    def __init__(self, method: StiefelDescent, held: list[nn.Parameter]):
+        self.method, self.held = method, held
+        self.moving: dict[nn.Parameter, stiefel.Skew] = {}
+
     @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        self._steps.clear()
-        group = optimizer.param_groups[0]
+    def before_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        self.moving.clear()
+        group, method = optimizer.param_groups[0], self.method
         group[_STEPS] = group.get(_STEPS, 0) + 1
-        orthonormalize = self.qr_period > 0 and group[_STEPS] % self.qr_period == 0
-        for weight in self._held.values():
+        orthonormalize = method.qr_period > 0 and group[_STEPS] % method.qr_period == 0
+        for weight in self.held:
             if weight.grad is None:
                 continue
             X = _matrix(weight, weight)
-            if self.unit_rows:
+            if method.unit_rows:
                 X = X / (X.norm(dim=0) + 1e-8)
             if orthonormalize:
                 X = stiefel.qr(X)
@@ -131,18 +143,18 @@ class StiefelDescent(Method):
             kept = 0.0 if buffer is None else group["momentum"] * _matrix(weight, buffer)
             M = kept + _matrix(weight, weight.grad)
             # SGD computes buffer <- mu buffer + grad: give it the grad that makes it W(M) X.
-            self._steps[weight] = W = stiefel.skew(X, M)
+            self.moving[weight] = W = stiefel.skew(X, M)
             _write(weight, weight.grad, stiefel.tangent(W) - kept)
 
     @torch.no_grad()
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    def after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         lr = optimizer.param_groups[0]["lr"]
-        for weight, W in self._steps.items():
+        for weight, W in self.moving.items():
             step = lr
-            if self.cap != "none":
-                step = (1 / (stiefel.skew_norm(W, self.cap) + 1e-8)).clamp_max(lr)
-            _write(weight, weight, self.curve(W, step))
-        self._steps.clear()
+            if self.method.cap != "none":
+                step = (1 / (stiefel.skew_norm(W, self.method.cap) + 1e-8)).clamp_max(lr)
+            _write(weight, weight, self.method.curve(W, step))
+        self.moving.clear()
 
 
 def _is_tall(weight: Tensor) -> bool:

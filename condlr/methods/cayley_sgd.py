@@ -12,11 +12,14 @@ from condlr.methods._stiefel_descent import StiefelDescent
 
 @dataclass
 class CayleySgd(StiefelDescent):
-    """SGD with momentum along the Cayley transform: dense weights, cond(W) = 1 (their Algorithm 1).
+    """SGD with momentum along the Cayley transform (their Algorithm 1): dense weights, orthonormal rows.
+
+    cond(W) = 1 exactly with `transform=exact`, and up to the drift of the iteration otherwise.
 
     Attributes:
         transform: `iterative`: `inner_iterations` of Y <- X - step/2 W (X + Y); `exact`: the transform
-            itself, from a system of 2 r equations, and one Newton-Schulz correction of rounding errors.
+            itself, from a system of 2 r equations, and a correction of rounding errors: a Newton-Schulz
+            step, or QR where the step has no cap and they have no bound.
         inner_iterations: 2 in the paper, 5 in its code, 4 in that of the CondLR authors. The weights
             drift from orthonormality by what the iteration leaves out, see the column
             `audit_orthonormality_error` of history.csv.
@@ -44,4 +47,6 @@ class CayleySgd(StiefelDescent):
         if self.transform == "iterative":
             return stiefel.cayley_iterate(W, step, self.inner_iterations, self.first)
         Y = stiefel.cayley(W, step)
-        return stiefel.newton_schulz(Y) if self.exact else Y
+        if not self.exact:
+            return Y
+        return stiefel.qr(Y) if self.cap == "none" else stiefel.newton_schulz(Y)

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from condlr.errors import ConstraintBreach, in_range
-from condlr.factorization import low_rank_layers
+from condlr.factorization import Scheme, factorize, low_rank_layers
 from condlr.layers import LowRank
-from condlr.manifolds import stiefel
+from condlr.manifolds import spectrum, stiefel
 from condlr.methods.base import Method
 from condlr.methods.vanilla import step_along
 
@@ -31,7 +31,8 @@ class Dlrt(Method):
 
     Adaptive, the new bases are orth [K_1 | U_0] and orth [L_1 | V_0], S is 2 r x 2 r, and is truncated
     after its step to the smallest rank whose discarded singular values have a norm of at most
-    theta ||sigma||, at least 2 and at most half of min(n, m).
+    theta ||sigma||, at least 2 and at most half of min(n, m), but 1. It starts at the rank of the
+    compression, or at half. A classifier of full rank keeps it.
 
     Biases, normalisation and dense layers take part in the S-step. With momentum the K- and L-steps use
     the buffers of U and V, and every buffer is re-expressed in the new bases as S is.
@@ -50,25 +51,44 @@ class Dlrt(Method):
         in_range("theta", self.theta, 0, 1, half_open=True)
 
     @override
+    def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
+        if not self.theta:
+            return self.factored(model, scheme)
+        ranks = scheme.ranks(model)
+        linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+        for name, rank in ranks.items():
+            n, m = model.get_parameter(f"{name}.weight").flatten(1).shape
+            if not (scheme.classifier == "full_rank" and name == linear[-1]):
+                ranks[name] = min(rank, max(min(n, m) // 2, 1))
+        return factorize(model, ranks=ranks, init=scheme.init) if ranks else model
+
+    @override
+    def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
+        if not low_rank_layers(model):
+            raise ValueError("this network has no layer that DLRT can factor")
+        return super().optimizer(model, lr, momentum)
+
+    @override
     def step(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        layers = low_rank_layers(model)
-        adaptive = [layer for layer in layers.values() if self._adapts(layer)]
+        layers = {name: layer for name, layer in low_rank_layers(model).items() if _is_free(layer)}
         loss, logits, gradients = _basis_gradients(model, layers, images, labels)
+        moving = {layers[name]: pair for name, pair in gradients.items()}
+        adaptive = [layer for layer in moving if self._adapts(layer)]
         optimizer.zero_grad()
         before = {}
         with torch.no_grad():
-            for name, layer in layers.items():
+            for layer, pair in moving.items():
                 assert layer.S is not None
                 U, S, V = (factor.detach().clone() for factor in (layer.U, layer.S, layer.V))
-                before[name] = U, S, V
+                before[layer] = U, S, V
                 layer.U.copy_(U @ S)
                 layer.V.copy_(V @ S.mT)
-                layer.U.grad, layer.V.grad = gradients[name]
+                layer.U.grad, layer.V.grad = pair
             optimizer.step()
-            for name, layer in layers.items():
-                self._rebase(layer, optimizer, *before[name])
+            for layer in moving:
+                self._rebase(layer, optimizer, *before[layer])
         bases = {factor for layer in layers.values() for factor in (layer.U, layer.V)}
         step_along(model, optimizer, self.loss(model, images, labels)[0], {*model.parameters()} - bases)
         for layer in adaptive:
@@ -86,7 +106,7 @@ class Dlrt(Method):
         return {"orthonormality_error": worst} | ranks
 
     def _adapts(self, layer: LowRank) -> bool:
-        """A layer of full rank, as the classifier may be, keeps it."""
+        """A layer of full rank, as the classifier may be, keeps it; `apply` gives others half at most."""
         return self.theta > 0 and layer.rank < min(len(layer.U), len(layer.V))
 
     def _rebase(
@@ -95,7 +115,7 @@ class Dlrt(Method):
         """From K_1 and L_1, which stand in for U and V, to new bases and S in them."""
         K, L = layer.U, layer.V
         if self._adapts(layer):
-            K, L = (torch.cat(pair, 1)[:, : min(len(U0), len(V0))] for pair in ((K, U0), (L, V0)))
+            K, L = torch.cat([K, U0], 1), torch.cat([L, V0], 1)
         U, V = stiefel.qr(K), stiefel.qr(L)
         M, N = U.mT @ U0, V.mT @ V0
         layer.set_factors(U, M @ S0 @ N.mT, V)
@@ -104,11 +124,11 @@ class Dlrt(Method):
     @torch.no_grad()
     def _truncate(self, layer: LowRank, optimizer: torch.optim.Optimizer) -> None:
         assert layer.S is not None
-        P, sigma, Qh = torch.linalg.svd(layer.S.double())
+        P, sigma, Qh = spectrum.svd(layer.S.double())
         # tails[r] is the norm of what the rank r discards; the smallest r that discards little enough
         tails = sigma.square().flip(0).cumsum(0).flip(0).sqrt()
         rank = int((tails > self.theta * tails[0]).sum())
-        rank = max(min(rank, min(len(layer.U), len(layer.V)) // 2), min(2, len(sigma)))
+        rank = max(min(max(rank, 2), min(len(layer.U), len(layer.V)) // 2), 1)
         P, Q = P[:, :rank].to(layer.S), Qh[:rank].mT.to(layer.S)
         U, V = stiefel.qr(layer.U @ P), stiefel.qr(layer.V @ Q)
         layer.set_factors(U, torch.diag(sigma[:rank]).to(layer.S), V)
@@ -118,7 +138,7 @@ class Dlrt(Method):
 def _basis_gradients(
     model: nn.Module, layers: dict[str, LowRank], images: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """The loss, the logits, and for each layer G V_0 and G^T U_0."""
+    """The loss, the logits, and G V_0 and G^T U_0 for each layer that the loss depends on."""
     substitutes: dict[str, Tensor] = {}
     leaves: list[Tensor] = []
     for name, layer in layers.items():
@@ -129,10 +149,18 @@ def _basis_gradients(
         identity = torch.eye(2 * layer.rank, dtype=U.dtype, device=U.device)
         factors = {"U": torch.cat([K, U], 1), "S": identity, "V": torch.cat([V, Z], 1)}
         substitutes |= {f"{name}.{factor}" if name else factor: value for factor, value in factors.items()}
-    logits = functional_call(model, substitutes, (images,))
+    # A layer that stands in several places is swapped in all of them by its first name alone.
+    logits = functional_call(model, substitutes, (images,), tie_weights=False)
     loss = F.cross_entropy(logits, labels)
-    gradients = iter(torch.autograd.grad(loss, leaves))
-    return loss.detach(), logits.detach(), {name: (next(gradients), next(gradients)) for name in layers}
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
+    pairs = zip(layers, zip(gradients[::2], gradients[1::2], strict=True), strict=True)
+    used = {name: (K, L) for name, (K, L) in pairs if K is not None and L is not None}
+    return loss.detach(), logits.detach(), used
+
+
+def _is_free(layer: LowRank) -> bool:
+    """Whether all its factors are trained: a layer with a frozen one is left to the S-step."""
+    return all(factor is not None and factor.requires_grad for factor in (layer.U, layer.S, layer.V))
 
 
 def _transport(layer: LowRank, optimizer: torch.optim.Optimizer, M: Tensor, N: Tensor) -> None:

@@ -35,7 +35,8 @@ class SvdPrune(Method):
         sparsity: R.
         sparsity_weight: lambda_s.
         energy: e: pruning keeps of each layer the fewest singular values with sum s^2 >= (1 - e) of all.
-        phases: fractions of the epochs at which sparsifying and fine-tuning begin.
+        phases: fractions of the epochs at which sparsifying and fine-tuning begin, the latter with the
+            last epoch at the latest.
     """
 
     pipeline: str = "fixed_rank"
@@ -85,7 +86,7 @@ class SvdPrune(Method):
     ) -> None:
         if self.pipeline == "fixed_rank":
             return
-        sparsify, tune = (round(fraction * epochs) for fraction in self.phases)
+        sparsify, tune = (min(round(fraction * epochs), epochs - 1) for fraction in self.phases)
         self._sparsifies = sparsify <= epoch < tune
         group = optimizer.param_groups[0]
         if epoch >= tune and not group.get(_PRUNED):

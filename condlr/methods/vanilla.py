@@ -56,7 +56,7 @@ class Vanilla(Method):
             return 0.0
         layers = low_rank_layers(model).values()
         squares = [((layer.U.mT @ layer.U) * (layer.V.mT @ layer.V)).sum() for layer in layers]
-        return self.frobenius_decay / 2 * torch.stack(squares).sum()
+        return self.frobenius_decay / 2 * torch.stack(squares).sum() if squares else 0.0
 
     @override
     def step(
@@ -75,6 +75,8 @@ def step_along(
     model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, moving: set[nn.Parameter]
 ) -> None:
     """A step of `optimizer` on the parameters in `moving` alone: the others have no gradient."""
-    optimizer.zero_grad()
-    loss.backward(inputs=[p for p in model.parameters() if p in moving and p.requires_grad])
-    optimizer.step()
+    inputs = [p for p in model.parameters() if p in moving and p.requires_grad]
+    if inputs:
+        optimizer.zero_grad()
+        loss.backward(inputs=inputs)
+        optimizer.step()
