@@ -251,3 +251,22 @@ def test_rows_are_named_and_ordered_as_in_the_paper():
         "baseline", "cayley_sgd", "projected_sgd", "condlr-tau0", "condlr-tau0.1", "condlr-tau0.5",
         "condlr-unit", "dlrt", "vanilla", "svd_prune",
     }  # fmt: skip
+
+
+def test_how_each_run_went():
+    """A line for each run: first and last loss, the condition number at the end, the worst audit."""
+    lines = []
+    for epoch, (loss, cond, error) in enumerate([(None, 9.0, None), (2.0, 5.0, 3e-7), (1.25, 1.0999, 2e-7)]):
+        for run in cells().drop_duplicates("run_id").to_dict("records"):
+            audited = run["label"].startswith("condlr")
+            lines.append(
+                run
+                | {"epoch": epoch, "step": 10 * epoch, "train_loss": loss, "cond": cond}
+                | {"audit_orthonormality_error": error if audited else None}
+            )
+    rows = [line.strip("| ").split(" | ") for line in tables.training(pd.DataFrame(lines)).splitlines()[2:7]]
+    assert [row[0] for row in rows] == ["Baseline", "CondLR τ=0.1", "CondLR τ=0.1", "Vanilla", "Vanilla"]
+    assert [row[3] for row in rows] == ["0", "0", "1", "0", "1"]
+    assert all(row[4:8] == ["2", "20", "2.000 → 1.250", "1.10"] for row in rows)
+    assert rows[1][8] == "3.0e-07"
+    assert len(rows[0]) == 8 or not rows[0][8].strip()
