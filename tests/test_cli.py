@@ -548,7 +548,8 @@ def test_collect_tables_and_figures_end_to_end(script, tmp_path):
     assert script("figures", "study=two")[0] == 0
     results = tmp_path / "results" / "two"
     assert {path.name for path in results.iterdir()} == {
-        "cells.csv", "history.csv", "table.csv", "table.md", "training.md", "table.tex", "robustness.png", "robustness.pdf",
+        "cells.csv", "history.csv", "table.csv", "table.md", "training.md", "table.tex",
+        "robustness.png", "robustness.pdf",
     }  # fmt: skip
     cells = (results / "cells.csv").read_text()
     (results / "cells.csv").write_text("a,b\n1,2\n")
