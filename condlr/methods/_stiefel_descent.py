@@ -1,5 +1,6 @@
 """What Cayley SGD and projected SGD share: dense weights with orthonormal rows or columns."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ _STEPS = "stiefel_steps"
 
 
 @dataclass
-class StiefelDescent(Method):
+class StiefelDescent(Method, ABC):
     """SGD on the Stiefel manifold: each step follows a curve through X along a tangent direction.
 
     Every weight of two or more dimensions is seen as an out x (in kh kw) matrix and held with
@@ -95,9 +96,9 @@ class StiefelDescent(Method):
             if p.ndim >= 2 and p.requires_grad and not (self.tall == "free" and _is_tall(p))
         }
 
+    @abstractmethod
     def curve(self, W: stiefel.Skew, step: Tensor | float) -> Tensor:
         """Where a step from X along -W X leads, (n, r)."""
-        raise NotImplementedError
 
     @property
     def exact(self) -> bool:
