@@ -119,7 +119,7 @@ def compare(config, theirs_of, data, dtype):
 
     In float64 they run freely. In float32 ours takes over their weights after every step: where two
     values under one max pooling differ by less than rounding, a different one may win, and in some
-    steps that grows to 1e-3 (their program in float32 is as far from itself in float64).
+    steps that grows by orders of magnitude (their arithmetic in float32 leaves its float64 self as far).
     """
     model = build(config, data).to(dtype)
     theirs = theirs_of({name: p.detach().double().clone() for name, p in model.named_parameters()})
