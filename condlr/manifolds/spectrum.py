@@ -53,7 +53,7 @@ def project(S: Tensor, tau: float, kind: str = "rms") -> tuple[Tensor, Tensor]:
 
 
 def scaled_orthogonal(S: Tensor, kind: str = "rms") -> Tensor:
-    """S Q of the factorisation S = Q R with diag(R) > 0: the shortcut for tau = 0, without an SVD.
+    """The matrix s Q, with S = Q R and diag(R) > 0: the shortcut for tau = 0, without an SVD.
 
     Algorithm 1 allows any projection on the multiples of orthogonal matrices; `project` takes the
     nearest one. For an invertible S. Without singular values s is their root mean square,

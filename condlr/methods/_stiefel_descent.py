@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr.errors import ConstraintBreach, in_range, one_of
-from condlr.factorization import Scheme
 from condlr.manifolds import stiefel
-from condlr.methods.base import Method
+from condlr.methods.baseline import Baseline
 
 TOLERANCE = 1e-5
 
@@ -18,7 +17,7 @@ _STEPS = "stiefel_steps"
 
 
 @dataclass
-class StiefelDescent(Method, ABC):
+class StiefelDescent(Baseline, ABC):
     """SGD on the Stiefel manifold: each step follows a curve through X along a tangent direction.
 
     Every weight of two or more dimensions is seen as an out x (in kh kw) matrix and held with
@@ -56,16 +55,6 @@ class StiefelDescent(Method, ABC):
         one_of("cap", self.cap, ("none", "frobenius", "one"))
         one_of("start", self.start, ("orthonormal", "as_is"))
         in_range("qr_period", self.qr_period, 0, float("inf"))
-
-    @property
-    @override
-    def compresses(self) -> bool:
-        return False
-
-    @override
-    def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
-        assert scheme.compression is None, "a method that does not compress is given no compression"
-        return self.factored(model, scheme)
 
     @override
     def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:

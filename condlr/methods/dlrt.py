@@ -31,7 +31,7 @@ class Dlrt(Method):
 
     Adaptive, the new bases are orth [K_1 | U_0] and orth [L_1 | V_0], S is 2 r x 2 r, and is truncated
     after its step to the smallest rank whose discarded singular values have a norm of at most
-    theta ||sigma||, at least 2 and at most half of min(n, m), but 1. It starts at the rank of the
+    theta ||sigma||, at least 2, at most half of min(n, m), never 0. It starts at the rank of the
     compression, or at half. A classifier of full rank keeps it.
 
     Biases, normalisation and dense layers take part in the S-step. With momentum the K- and L-steps use
