@@ -227,7 +227,13 @@ def by_protocol(made: list[Table]) -> str:
         if str(table.context["attack"]).startswith("fgsm"):
             key = tuple(table.context[name] for name in ("dataset", "model", "epochs"))
             alike.setdefault(key, []).append(table)
-    return "\n".join(_side_by_side(group) for group in alike.values() if len(group) > 1)
+    # Two tables of one protocol, which differ in a setting, would be columns of one name.
+    comparable = [
+        group
+        for group in alike.values()
+        if len({table.context["protocol"] for table in group}) == len(group) > 1
+    ]
+    return "\n".join(map(_side_by_side, comparable))
 
 
 def _side_by_side(group: list[Table]) -> str:
