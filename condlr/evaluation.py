@@ -4,13 +4,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from condlr.attacks.base import Attack
 from condlr.data.base import Images
+from condlr.precision import strict
 
 Row = dict[str, str | float | int]
 
@@ -62,21 +62,13 @@ def accuracy(model: nn.Module, images: Images, batch_size: int = 1000) -> float:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(p, p.requires_grad) for p in model.parameters()]
-    backends: Any = torch.backends
-    kinds = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
-    precisions = [kind.fp32_precision for kind in kinds]
     try:
         model.eval()
         for parameter, _ in wanted:
             parameter.requires_grad_(False)
-        for kind in kinds:
-            kind.fp32_precision = "ieee"
-        device = wanted[0][0].device.type if wanted else "cpu"
-        with torch.autocast(device, enabled=False):
+        with strict(wanted[0][0].device if wanted else torch.device("cpu")):
             yield
     finally:
-        for kind, precision in zip(kinds, precisions, strict=True):
-            kind.fp32_precision = precision
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
         for module, training in modes:

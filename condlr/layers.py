@@ -10,6 +10,7 @@ from typing_extensions import override
 from condlr.errors import one_of
 
 CORES = ("full", "diagonal", "none")
+FORMS = ("factored", "multiplied")
 
 
 class LowRank(nn.Module):
@@ -21,6 +22,13 @@ class LowRank(nn.Module):
         V: (m, r).
         bias: (n,), or None.
 
+    Attributes:
+        form: how y = W x is computed: `factored`, V^T x first and then U S, or `multiplied`, W first and then
+            W x. The same but for rounding; which is faster depends on the layer, the batch and the machine,
+            see `condlr.choose_forms`.
+
+    V lies in memory by columns, so that V^T is, without a copy, the weight of a layer.
+
     n is the number of outputs; m the number of inputs times the area of the kernel. The factors
     are ordinary parameters: whether U and V have orthonormal columns is the affair of the method
     that trains them (`condlr.constrain`). A layer takes the rank of the factors that `load_state_dict`
@@ -31,6 +39,7 @@ class LowRank(nn.Module):
     S: nn.Parameter | None
     V: nn.Parameter
     bias: nn.Parameter | None
+    form: str = "factored"
 
     def __init__(self, n: int, m: int, rank: int, bias: bool, core: str, device=None, dtype=None):
         super().__init__()
@@ -39,7 +48,7 @@ class LowRank(nn.Module):
             raise ValueError(f"the rank of a {n} x {m} matrix is 1 to {min(n, m)}; got {rank}")
         kind = {"device": device, "dtype": dtype}
         self.U = nn.Parameter(torch.empty(n, rank, **kind))
-        self.V = nn.Parameter(torch.empty(m, rank, **kind))
+        self.V = nn.Parameter(torch.empty(rank, m, **kind).mT)
         shape = {"full": (rank, rank), "diagonal": (rank,)}.get(core)
         self.register_parameter("S", nn.Parameter(torch.empty(shape, **kind)) if shape else None)
         self.register_parameter("bias", nn.Parameter(torch.empty(n, **kind)) if bias else None)
@@ -79,7 +88,10 @@ class LowRank(nn.Module):
                 parameter.copy_(value)
             else:
                 parameter.grad = None
-                parameter.data = value.to(parameter).clone(memory_format=torch.contiguous_format)
+                by_columns = parameter is self.V
+                value = value.to(parameter)
+                value = (value.mT if by_columns else value).clone(memory_format=torch.contiguous_format)
+                parameter.data = value.mT if by_columns else value
 
     @torch.no_grad()
     def set_matrix(self, W: Tensor) -> None:
@@ -174,6 +186,8 @@ class LowRankLinear(LowRank):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
+        if self.form == "multiplied":
+            return F.linear(x, self.matrix, self.bias)
         return F.linear(F.linear(x, self.V.mT), self.left, self.bias)
 
     @override
@@ -184,8 +198,9 @@ class LowRankLinear(LowRank):
 class LowRankConv2d(LowRank):
     """Convolution whose kernel, viewed as out x (in kh kw), is U S V^T (see `LowRank` for other cores).
 
-    Computed as a kh x kw convolution with the r filters V^T, then a 1 x 1 convolution with U S: never
-    by unfolding the images. Takes the arguments of `nn.Conv2d` but `groups`.
+    Computed as a kh x kw convolution with the r filters V^T, then a 1 x 1 convolution with U S, or as one
+    convolution with the product (see `LowRank.form`): never by unfolding the images. Takes the arguments
+    of `nn.Conv2d` but `groups`.
 
     Shapes:
         x: (N, in_channels, H, W) or (in_channels, H, W); y as `nn.Conv2d`.
@@ -240,13 +255,15 @@ class LowRankConv2d(LowRank):
     @property
     def weight(self) -> Tensor:
         """The kernel, as `nn.Conv2d` has it: (out_channels, in_channels, kh, kw)."""
-        return self.matrix.view(self.out_channels, self.in_channels, *self.kernel_size)
+        return self.matrix.reshape(self.out_channels, self.in_channels, *self.kernel_size)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._pad, mode=self.padding_mode), 0
+        if self.form == "multiplied":
+            return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation)
         z = F.conv2d(x, self.filters, None, self.stride, padding, self.dilation)
         return F.conv2d(z, self.left[:, :, None, None], self.bias)
 

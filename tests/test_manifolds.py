@@ -154,7 +154,7 @@ def test_gram_solve(condition):
     S = with_spectrum(6, 6, np.geomspace(1, 1 / condition, 6))
     D = torch.randn(11, 6, dtype=torch.float64)  # grad_W V, so that grad_U = D S^T
     expected = scipy.linalg.solve(S.numpy().T, D.numpy().T).T  # D S^T (S S^T)^{-1} = D S^{-1}
-    found = spectrum.gram_solve(D @ S.mT, S).numpy()
+    found = spectrum.gram_solve(S, D @ S.mT, None)[0].numpy()
     assert np.linalg.norm(found - expected) <= 1e-14 * condition * np.linalg.norm(expected)
 
 
@@ -162,7 +162,7 @@ def test_gram_solve_of_a_singular_matrix_uses_the_pseudo_inverse():
     S = torch.diag(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64))
     G = torch.ones(2, 3, dtype=torch.float64)
     expected = torch.tensor([[0.25, 1.0, 0.0]] * 2, dtype=torch.float64)
-    torch.testing.assert_close(spectrum.gram_solve(G, S), expected)
+    torch.testing.assert_close(spectrum.gram_solve(S, G, None)[0], expected)
 
 
 def test_batches_are_done_matrix_by_matrix():
@@ -171,7 +171,7 @@ def test_batches_are_done_matrix_by_matrix():
         "qr": lambda i: stiefel.qr(Y[i]),
         "polar": lambda i: stiefel.polar(Y[i]),
         "project": lambda i: spectrum.project(S[i], 0.1)[0],
-        "gram_solve": lambda i: spectrum.gram_solve(G[i], S[i]),
+        "gram_solve": lambda i: spectrum.gram_solve(S[i], G[i], None)[0],
         "condition": lambda i: spectrum.condition_number(S[i]),
         "error": lambda i: stiefel.orthonormality_error(Y[i]),
     }
@@ -185,7 +185,7 @@ def test_what_is_not_finite_stays_so_and_raises_nothing():
     bad = torch.full((4, 4), torch.nan)
     for result in (
         stiefel.qr(bad), stiefel.polar(bad), spectrum.project(bad, 0.1)[0],
-        spectrum.gram_solve(bad, bad), spectrum.condition_number(bad),
+        spectrum.gram_solve(bad, bad, bad)[0], spectrum.condition_number(bad),
     ):  # fmt: skip
         assert not torch.isfinite(result).any()
 
@@ -307,11 +307,11 @@ def test_the_frobenius_norm_survives_a_large_normal_part():
 def test_a_singular_matrix_in_a_batch_leaves_the_others_alone():
     S = torch.stack([torch.zeros(2, 2), torch.diag(torch.tensor([1.0, 1e-4]))]).double()
     G = torch.ones(2, 3, 2, dtype=torch.float64)
-    found = spectrum.gram_solve(G, S)
+    found, _ = spectrum.gram_solve(S, G, None)
     assert torch.equal(found[0], torch.zeros(3, 2, dtype=torch.float64))
-    torch.testing.assert_close(found[1], spectrum.gram_solve(G[1], S[1]))
+    torch.testing.assert_close(found[1], spectrum.gram_solve(S[1], G[1], None)[0])
     nearly = torch.diag(torch.tensor([1, 1e-30, 1e-38, 1e-44]))
-    assert spectrum.gram_solve(torch.ones(3, 4), nearly).isfinite().all()
+    assert spectrum.gram_solve(nearly, torch.ones(3, 4), None)[0].isfinite().all()
 
 
 def test_condition_numbers_of_singular_matrices_are_infinite():

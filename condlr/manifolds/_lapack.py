@@ -1,4 +1,4 @@
-"""LAPACK's singular value decomposition, made safe for a training loop."""
+"""LAPACK's decompositions, made safe for a training loop: they never raise."""
 
 import torch
 from torch import Tensor
@@ -20,3 +20,11 @@ def svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         P, sigma, Qh = torch.linalg.svd(A.double(), full_matrices=False)
         return P.to(A), sigma.to(A), Qh.to(A)
+
+
+def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
+    """A = P diag(lambda) P^T of a symmetric A as (lambda, P), ascending; NaN where LAPACK finds none."""
+    try:
+        return torch.linalg.eigh(A)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        return torch.full_like(A[..., 0], torch.nan), torch.full_like(A, torch.nan)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from condlr.errors import one_of
-from condlr.manifolds._lapack import svd
+from condlr.manifolds import _fast
+from condlr.manifolds._lapack import eigh, svd
 from condlr.manifolds.stiefel import qr
 
 CENTRES = ("rms", "mean", "one")
@@ -47,9 +48,61 @@ def project(S: Tensor, tau: float, kind: str = "rms") -> tuple[Tensor, Tensor]:
         The projected matrix, and its singular values, (..., r), descending.
     """
     P, sigma, Qh = svd(S)
-    low, high = band(centre(sigma, kind), tau)
-    clipped = torch.minimum(torch.maximum(sigma, low.unsqueeze(-1)), high.unsqueeze(-1))
+    clipped = _clip(sigma, centre(sigma, kind), tau)
     return (P * clipped.unsqueeze(-2)) @ Qh, clipped
+
+
+def fast_project(S: Tensor, tau: float, kind: str = "rms") -> tuple[Tensor, Tensor]:
+    """`project` from S^T S = P diag(sigma^2) P^T: the fast form.
+
+    The columns of S P are orthogonal, their lengths are the singular values, and the projected matrix
+    is S P diag(clip(sigma) / sigma) P^T. A matrix that was in a band a step ago is conditioned well enough
+    to be squared; another is left to `project`.
+
+    Args, returns:
+        As `project`; to 2e-6 of |S| in float32.
+    """
+    eigenvalues, P = eigh(S.mT @ S)
+    if not _fast.are_well_conditioned(eigenvalues):
+        return project(S, tau, kind)
+    rotated = S @ P
+    sigma = torch.linalg.vector_norm(rotated, dim=-2)
+    s = eigenvalues.mean(-1).sqrt() if kind == "rms" else centre(sigma, kind)
+    clipped = _clip(sigma, s, tau)
+    return (rotated * (clipped / sigma).unsqueeze(-2)) @ P.mT, clipped.flip(-1)
+
+
+def products_project(S: Tensor, tau: float, kind: str = "rms") -> Tensor:
+    r"""`project` by matrix products alone, the form for a GPU, without the singular values.
+
+    With the polar factor Q of S and H = Q^T S = (S^T S)^{1/2}, the projected matrix is Q clip(H), and
+
+    .. math::
+        clip_{[a,b]}(H) = ((a + b) I + |H - a I| - |H - b I|) / 2, \quad |X| = X sign(X),
+
+    by the polynomial iterations of `condlr.manifolds._fast`. A matrix whose polar factor they do not find
+    (cond(S) > 10) is left to `project`.
+    """
+    one_of("centre", kind, CENTRES)
+    Q = _fast.polar_factor(S)
+    H = _fast.sym(Q.mT @ S)
+    # The singular values of S are the eigenvalues of H: their mean is that of its diagonal
+    s = (rms(S) if kind == "rms" else centre(H.diagonal(dim1=-2, dim2=-1), kind))[..., None, None]
+    if tau == 0:
+        fast = s * Q
+    else:
+        identity = _fast.identity_like(S)
+        low, high = band(s, tau)
+        below, above = _fast.absolute(torch.stack([H - low * identity, H - high * identity]))
+        fast = Q @ (((low + high) * identity + below - above) / 2)
+    return _fast.fall_back(_fast.is_orthonormal(Q), fast, lambda: project(S, tau, kind)[0])
+
+
+def clip(S: Tensor, tau: float, kind: str = "rms") -> Tensor:
+    """`project`, without the singular values, in the form that is fastest where S lies."""
+    if S.is_cuda:
+        return products_project(S, tau, kind)
+    return fast_project(S, tau, kind)[0]
 
 
 def scaled_orthogonal(S: Tensor, kind: str = "rms") -> Tensor:
@@ -78,6 +131,11 @@ def rms(S: Tensor) -> Tensor:
     return _rms(S).squeeze(-1) * S.shape[-1] ** 0.5
 
 
+def _clip(sigma: Tensor, s: Tensor, tau: float) -> Tensor:
+    low, high = band(s.unsqueeze(-1), tau)
+    return torch.clamp(sigma, low, high)
+
+
 def _rms(A: Tensor) -> Tensor:
     """Root mean square of each matrix's entries, shape (..., 1); squares neither overflow nor vanish."""
     largest = A.abs().amax((-2, -1), keepdim=True)
@@ -85,17 +143,26 @@ def _rms(A: Tensor) -> Tensor:
     return (A / scale).square().mean((-2, -1)).sqrt().unsqueeze(-1) * scale.squeeze(-1)
 
 
-def gram_solve(G: Tensor, S: Tensor) -> Tensor:
-    """G (S S^T)^{-1}, the preconditioned gradient of equation (5).
+def gram_solve(S: Tensor, G: Tensor | None, H: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """G (S S^T)^{-1} and H (S^T S)^{-1}, the preconditioned gradients of equation (5).
 
-    Multiplied by S^{-T} and then by S^{-1}, because S S^T has the square of the condition number of S:
-    with grad_U = grad_W V S^T the first product gives back grad_W V. An S that cannot be inverted is
-    taken by its pseudo-inverse.
+    From one Cholesky factor of S^T S, which has the square of the condition number of S. Where that is too
+    much G is multiplied by S^{-T} and then by S^{-1}: with grad_U = grad_W V S^T the first product gives
+    back grad_W V. An S that cannot be inverted is taken by its pseudo-inverse.
 
     Args:
-        G: (..., n, r).
         S: (..., r, r).
+        G: (..., n, r), or None.
+        H: (..., m, r), or None.
     """
+    left, right, good = _fast.gram_inverses(S)
+    return (
+        None if G is None else _fast.fall_back(good, _fast.times(G, left), lambda: _solve(S, G)),
+        None if H is None else _fast.fall_back(good, _fast.times(H, right), lambda: _solve(S.mT, H)),
+    )
+
+
+def _solve(S: Tensor, G: Tensor) -> Tensor:
     inverse, info = torch.linalg.inv_ex(S)
     singular = (info > 0) | ~inverse.isfinite().all(-1).all(-1)
     if bool(singular.any()):

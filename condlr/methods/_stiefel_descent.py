@@ -71,6 +71,7 @@ class StiefelDescent(Baseline, ABC):
                 *([{"params": others, "momentum": momentum}] if others else []),
             ],
             lr=lr,
+            foreach=True,
         )
         hooks = _Hooks(self, held)
         optimizer.register_step_pre_hook(hooks.before_step)

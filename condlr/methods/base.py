@@ -42,7 +42,7 @@ class Method:
 
     def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
         """A plain optimiser; constraints hang on it as step hooks. Here: SGD with momentum."""
-        return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+        return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, foreach=True)
 
     def begin_epoch(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, epochs: int

@@ -1,8 +1,9 @@
 """CondLR: orthonormal U and V, singular values of S in a band (Algorithm 1, arXiv 2306.01485)."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from condlr.factorization import low_rank_layers
 from condlr.layers import LowRank
 from condlr.manifolds import spectrum, stiefel
 from condlr.methods.base import Method
+from condlr.precision import strict
 
 PRECONDITIONERS = ("exact", "scalar", "released_code")
 MOMENTA = ("after_projection", "before_projection")
@@ -125,7 +127,9 @@ class Constraint:
         self.optimizer = optimizer
         self._held = {p for group in optimizer.param_groups for p in group["params"]}
         self.layers = _constrained(model, self._held)
-        self._moved: set[nn.Parameter] = set()
+        self._factors = {name: (y.U, _core(y), y.V) for name, y in self.layers.items()}
+        self._device = next(iter(self.layers.values())).U.device
+        self._moving: list[_Group] = []
         self._bases: dict[nn.Parameter, Tensor] = {}
         self._require_alone()
         if options.momentum == "before_projection":
@@ -206,62 +210,117 @@ class Constraint:
     def _before_step(self, optimizer, args, kwargs) -> None:
         if any(callable(argument) for argument in (*args, *kwargs.values())):
             raise ValueError("a constrained optimizer takes no closure: call backward() before step()")
-        self._moved.clear()
-        for name, layer in self.layers.items():
-            S = _core(layer)
-            self._moved |= {f for f in self._held & {layer.U, S, layer.V} if f.grad is not None}
-            for factor, core in ((layer.U, S), (layer.V, S.mT)):
-                if factor in self._moved:
-                    if self.options.transport:
-                        self._bases[factor] = factor.detach().clone()
-                    factor.grad = self._direction(name, factor, core)
-
-    def _direction(self, name: str, X: nn.Parameter, core: Tensor) -> Tensor:
-        """What the optimiser is given as the gradient of X, U or V, whose Gram of S is core core^T."""
-        assert X.grad is not None
-        if self.options.momentum == "after_projection":
-            return stiefel.horizontal(X, self._precondition(name, X.grad, core))
-        # SGD will compute buffer <- mu buffer + grad: give it the grad that makes it d.
-        buffer = self.optimizer.state[X].get("momentum_buffer") if X in self.optimizer.state else None
-        kept = 0.0 if buffer is None else _group(self.optimizer, X)["momentum"] * buffer
-        return stiefel.horizontal(X, self._precondition(name, kept + X.grad, core)) - kept
-
-    def _precondition(self, name: str, G: Tensor, core: Tensor) -> Tensor:
-        if self.options.preconditioner == "exact":
-            return spectrum.gram_solve(G, core)
-        if self.options.preconditioner == "scalar":
-            s = spectrum.rms(core)
-            return torch.where(s > 0, G / s / s, 0.0)  # S = 0 by its pseudo-inverse
-        if name not in self._scales:  # the optimiser's state was loaded from one without a constraint
-            self._scales[name] = self._first_scale(self.layers[name])
-        return G * self._scales[name]
+        self._moving = [*self._groups()]
+        with strict(self._device):
+            for group in self._moving:
+                if self.options.transport:
+                    self._bases |= {X: X.detach().clone() for X in (*group.U, *group.V)}
+                self._direct(group)
 
     @torch.no_grad()
     def _after_step(self, optimizer, args, kwargs) -> None:
         retract = stiefel.RETRACTIONS[self.options.retraction]
-        for name, layer in self.layers.items():
-            for factor in self._moved & {layer.U, layer.V}:
-                factor.copy_(retract(factor))
-            if _core(layer) in self._moved:
-                self._settle(name, layer)
+        with strict(self._device):
+            for group in self._moving:
+                for factors in (group.U, group.V):
+                    if factors:
+                        _copy(factors, retract(_together(factors)))
+                if group.S:
+                    self._settle(group)
+        self._moving = []
         self._bases.clear()
 
-    def _settle(self, name: str, layer: LowRank) -> None:
+    def _groups(self) -> "Iterable[_Group]":
+        """What has a gradient, in groups that can be computed together: on a GPU alike layers, else each alone.
+
+        A GPU is idle during a small product; a CPU would only lose the time to stack them.
+        """
+        groups: dict[Any, _Group] = {}
+        for name, factors in self._factors.items():
+            moved = [X.grad is not None and X in self._held for X in factors]
+            if not any(moved):
+                continue
+            U, S, V = factors
+            key = (U.shape, V.shape, U.dtype, U.device, *moved) if U.is_cuda else name
+            group = groups.setdefault(key, _Group([], [], [], [], []))
+            group.names.append(name)
+            group.cores.append(S)
+            for members, X, flag in zip((group.U, group.S, group.V), factors, moved, strict=True):
+                if flag:
+                    members.append(X)
+        return groups.values()
+
+    def _direct(self, group: "_Group") -> None:
+        """Give the optimiser, as the gradients of U and V, their directions."""
+        # SGD will compute buffer <- mu buffer + grad: where the sum is to be projected, `kept` is mu buffer.
+        kept = {X: self._momentum(X) for X in (*group.U, *group.V)}
+        sides = group.U, group.V
+        G, H = (_together([_plus(kept[X], _gradient(X)) for X in side]) if side else None for side in sides)
+        for side, gradients in zip(sides, self._precondition(group, G, H), strict=True):
+            if gradients is not None:
+                directions = stiefel.horizontal(_together(side), gradients)
+                for X, direction in zip(side, _apart(directions, len(side)), strict=True):
+                    mu_buffer = kept[X]
+                    X.grad = direction if mu_buffer is None else direction - mu_buffer
+
+    def _momentum(self, X: nn.Parameter) -> Tensor | None:
+        """What SGD will add to the gradient of X, where that is to be projected as well."""
+        if self.options.momentum == "after_projection" or X not in self.optimizer.state:
+            return None
+        buffer = self.optimizer.state[X].get("momentum_buffer")
+        return None if buffer is None else _group(self.optimizer, X)["momentum"] * buffer
+
+    def _precondition(
+        self, group: "_Group", G: Tensor | None, H: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        S = _together(group.cores)
+        if self.options.preconditioner == "exact":
+            return spectrum.gram_solve(S, G, H)
+        if self.options.preconditioner == "scalar":
+            s = spectrum.rms(S)[..., None, None]
+            c = torch.where(s > 0, 1 / s / s, 0.0)  # S = 0 by its pseudo-inverse
+        else:
+            c = S.new_tensor([self._scale(name) for name in group.names])[:, None, None]
+            c = c if S.ndim == 3 else c[0]
+        return None if G is None else G * c, None if H is None else H * c
+
+    def _scale(self, name: str) -> float:
+        if name not in self._scales:  # the optimiser's state was loaded from one without a constraint
+            self._scales[name] = self._first_scale(self.layers[name])
+        return self._scales[name]
+
+    def _settle(self, group: "_Group") -> None:
         """Put S, after the optimiser's step, into the new bases and into the band."""
-        S, tau, centre = _core(layer), self.options.tau, self.options.centre
-        if name not in self._settled:
-            self._settled.append(name)
-        if layer.U in self._bases:
-            S.copy_(layer.U.mT @ self._bases[layer.U] @ S)
-        if layer.V in self._bases:
-            S.copy_(S @ self._bases[layer.V].mT @ layer.V)
+        self._settled.extend(name for name in group.names if name not in self._settled)
+        for name, S in zip(group.names, group.S, strict=True):
+            U, _, V = self._factors[name]
+            if U in self._bases:
+                S.copy_(U.mT @ self._bases[U] @ S)
+            if V in self._bases:
+                S.copy_(S @ self._bases[V].mT @ V)
+        if math.isfinite(self.options.tau):
+            _copy(group.S, self._project(group.names, _together(group.S)))
+
+    def _project(self, names: list[str], S: Tensor) -> Tensor:
+        tau, centre = self.options.tau, self.options.centre
         if tau == 0 and self.options.projection == "qr":
-            S.copy_(spectrum.scaled_orthogonal(S, centre))
-        elif math.isfinite(tau):
-            projected, sigma = spectrum.project(S, tau, centre)
-            S.copy_(projected)
-            if self.options.preconditioner == "released_code" and tau > 0:
-                self._scales[name] = (sigma[-1] / sigma[0]).square().item()
+            return spectrum.scaled_orthogonal(S, centre)
+        if self.options.preconditioner != "released_code" or tau == 0:
+            return spectrum.clip(S, tau, centre)
+        projected, sigma = spectrum.fast_project(S, tau, centre)
+        ratios = (sigma[..., -1] / sigma[..., 0]).square().reshape(-1)
+        self._scales.update(zip(names, ratios.tolist(), strict=True))
+        return projected
+
+
+class _Group(NamedTuple):
+    """The layers `names` of one shape: all S as `cores`; and those of U, S and V that move, all or none."""
+
+    names: list[str]
+    cores: list[nn.Parameter]
+    U: list[nn.Parameter]
+    S: list[nn.Parameter]
+    V: list[nn.Parameter]
 
 
 @dataclass
@@ -306,6 +365,30 @@ class CondLR(Method):
     def audit(self, model: nn.Module) -> dict[str, float]:
         assert self._constraint is not None, "audit follows optimizer"
         return self._constraint.check()
+
+
+def _together(tensors: Sequence[Tensor]) -> Tensor:
+    """A batch of tensors of one shape; a single one as it is."""
+    return tensors[0] if len(tensors) == 1 else torch.stack([*tensors])
+
+
+def _apart(batch: Tensor, count: int) -> Sequence[Tensor]:
+    """The inverse of `_together`."""
+    return [batch] if count == 1 else batch.unbind()
+
+
+def _copy(targets: Sequence[Tensor], batch: Tensor) -> None:
+    for target, value in zip(targets, _apart(batch, len(targets)), strict=True):
+        target.copy_(value)
+
+
+def _plus(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _constrained(model: nn.Module, held: set[nn.Parameter]) -> dict[str, LowRank]:

@@ -1,0 +1,160 @@
+"""Which of its two forms each low-rank layer is computed in: the faster one on this machine, measured."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from condlr.errors import one_of
+from condlr.factorization import low_rank_layers
+from condlr.layers import FORMS, LowRank, LowRankConv2d
+
+# A form is timed for so many rounds, fewer where they take longer than so many seconds in all.
+_ROUNDS, _SECONDS = 9, 0.3
+# W is only multiplied out where that saves this share of the time: less is noise, and factors save memory.
+_WORTHWHILE = 0.05
+
+
+def choose_forms(model: nn.Module, images: Tensor) -> dict[str, str]:
+    """Give each low-rank layer of `model` the form, `factored` or `multiplied`, that is faster in training.
+
+    Each layer's forward and backward pass is timed, for a second or so in all, on the input it gets when
+    the network sees `images`. A layer of the same shapes is timed once per machine: what was found is kept in
+    `$XDG_CACHE_HOME/condlr/forms.json` (`~/.cache` by default), so that every run takes the same forms. The
+    network's weights, buffers and random state are not touched.
+
+    Args:
+        model: on its device.
+        images: a batch of the size that training will have.
+
+    Returns:
+        What was chosen, by the name of the layer; `set_forms` makes the same choice elsewhere.
+    """
+    names = {layer: name for name, layer in low_rank_layers(model).items()}
+    known, found, chosen = _read(), {}, {}
+
+    def measure(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, LowRank)
+        if names[layer] in chosen:
+            return
+        key = _key(layer, inputs[0])
+        if known.get(key) not in FORMS:
+            known[key] = found[key] = _faster(layer, inputs[0])
+        chosen[names[layer]] = known[key]
+
+    hooks = [layer.register_forward_pre_hook(measure) for layer in names]
+    try:
+        with _in_eval_mode(model), torch.enable_grad():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    set_forms(model, chosen)
+    if found:
+        _write(found)
+    return chosen
+
+
+def set_forms(model: nn.Module, forms: Mapping[str, str] | str) -> None:
+    """Set the form of each layer named in `forms`, or one form for all low-rank layers.
+
+    Raises:
+        ValueError: no such form, or no low-rank layer of that name.
+    """
+    layers = low_rank_layers(model)
+    for name, form in (dict.fromkeys(layers, forms) if isinstance(forms, str) else forms).items():
+        if name not in layers:
+            raise ValueError(f"forms: no low-rank layer is named {name!r}; there are {[*layers]}")
+        one_of(f"forms.{name}", form, FORMS)
+        layers[name].form = form
+
+
+def forms(model: nn.Module) -> dict[str, str]:
+    """The form of each low-rank layer of `model`, by name."""
+    return {name: layer.form for name, layer in low_rank_layers(model).items()}
+
+
+def _faster(layer: LowRank, x: Tensor) -> str:
+    """The faster form of `layer` for inputs like `x`, by the least time of a few rounds, in turn."""
+    before = layer.form
+    x = x.detach().requires_grad_(x.requires_grad)
+    times: dict[str, list[float]] = {form: [] for form in FORMS}
+    try:
+        while len(times[FORMS[0]]) <= _ROUNDS and not (
+            len(times[FORMS[0]]) > 2 and sum(map(sum, times.values())) > _SECONDS
+        ):
+            for form in FORMS:
+                layer.form = form
+                started = time.perf_counter()
+                _pass(layer, x)
+                if x.is_cuda:
+                    torch.cuda.synchronize(x.device)
+                times[form].append(time.perf_counter() - started)
+    finally:
+        layer.form = before
+    # The first round makes what is made once.
+    factored, multiplied = (min(times[form][1:]) for form in FORMS)
+    return "multiplied" if multiplied < (1 - _WORTHWHILE) * factored else "factored"
+
+
+def _pass(layer: LowRank, x: Tensor) -> None:
+    inputs = [p for p in (x, *layer.parameters()) if p.requires_grad]
+    y = layer.forward(x)  # type: ignore[operator]
+    if inputs:
+        torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+
+def _key(layer: LowRank, x: Tensor) -> str:
+    """What the time of a layer depends on, as a short text."""
+    if x.is_cuda:
+        machine = torch.cuda.get_device_name(x.device)
+    else:
+        machine = f"cpu {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
+    core = None if layer.S is None else layer.S.ndim
+    trained = tuple(p.requires_grad for p in layer.parameters())
+    facts = [machine, torch.__version__, tuple(layer.U.shape), tuple(layer.V.shape), core, trained]
+    facts += [tuple(x.shape), x.stride(), x.dtype, x.requires_grad, torch.is_autocast_enabled(x.device.type)]
+    if isinstance(layer, LowRankConv2d):
+        facts += [layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.padding_mode]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout, and without a change to running statistics."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _path() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "condlr" / "forms.json"
+
+
+def _read() -> dict[str, str]:
+    """What was found before; nothing where it cannot be read, for it can be found again."""
+    with suppress(OSError, ValueError, RuntimeError):
+        content = json.loads(_path().read_text())
+        if isinstance(content, dict):
+            return content
+    return {}
+
+
+def _write(found: Mapping[str, str]) -> None:
+    with suppress(OSError, RuntimeError):
+        path = _path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps({**_read(), **found}, indent=1))
+        partial.replace(path)

@@ -1,0 +1,168 @@
+"""What the fast maps share: Cholesky factors, iterations of matrix products, the way back to LAPACK.
+
+A fast map works on Gram matrices, which square the condition number of what they are made of. In a
+training loop that is harmless, because a step starts from orthonormal columns or from a narrow band. Each map
+knows from a bound when it is not, and then calls its LAPACK twin.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# The largest condition number of a Gram matrix for which float32 keeps an error of 1e-6.
+CONDITION_LIMIT = 64.0
+
+# Minimax odd quintics a x + b x^3 + c x^5 on [l, u], each on the range of the one before (Amsel et al., arXiv
+# 2505.16932), then Newton and Schulz's, which cubes the error.
+# From l = 0.05: gentle, so that little is lost in rounding.
+_POLAR_STEPS = (
+    (6.752375, -18.35097, 13.26326),
+    (2.537864, -1.874677, 0.4412804),
+    (1.926979, -1.306616, 0.3807051),
+    (1.875045, -1.25005, 0.375005),
+    (1.875, -1.25, 0.375),
+)
+# From l = 1e-4, and | |x| - x p(x) | <= 6e-6 on all of [-1, 1]. Beyond 1 the first ones are steep, and
+# rounding would grow 13-fold in each step: they are designed for x / 1.01, and hold up to 1.005.
+_SIGN_STEPS = (
+    (8.425672, -24.52145, 17.84351),
+    (4.207664, -3.062327, 0.5574721),
+    (4.184287, -3.046543, 0.5557307),
+    (4.089223, -2.982116, 0.5486247),
+    (3.742494, -2.743545, 0.522354),
+    (2.875909, -2.113028, 0.4536348),
+    (2.029556, -1.39768, 0.3798395),
+    (1.867049, -1.232661, 0.3656283),
+    (1.875, -1.25, 0.375),
+)
+
+
+def fall_back(good: Tensor, fast: Tensor, exact: Callable[[], Tensor]) -> Tensor:
+    """`fast`, with the matrices that are not `good` taken from `exact()`.
+
+    While a CUDA graph is captured nothing can be decided: there they become NaN, which a run notices.
+
+    Args:
+        good: (...), bool.
+        fast: (..., n, r).
+    """
+    if not fast.is_cuda and good.ndim == 0:
+        return fast if good else exact()
+    if fast.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.where(good[..., None, None], fast, torch.nan)
+    return fast if good.all() else torch.where(good[..., None, None], fast, exact())
+
+
+@lru_cache
+def identity(r: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The identity, one for all who ask: not to be changed."""
+    return torch.eye(r, dtype=dtype, device=device)
+
+
+def identity_like(A: Tensor) -> Tensor:
+    """The identity of the size, dtype and device of A, (..., r, r): not to be changed."""
+    return identity(A.shape[-1], A.dtype, A.device)
+
+
+def inverse_cholesky(A: Tensor) -> tuple[Tensor, Tensor]:
+    """L^{-1} of A = L L^T, (..., r, r), and whether A surely is positive definite with a small cond_2, (...).
+
+    Sure is |A - I|_F <= 1/2; and cond_2(A) = |A| |L^{-1}|^2 is bounded through |X|_2^2 <= |X|_1 |X|_inf.
+    """
+    identity = identity_like(A)
+    L, info = torch.linalg.cholesky_ex(A)
+    inverse = torch.linalg.solve_triangular(L, identity, upper=False)
+    good = _norm(A - identity) <= 0.5
+    if A.is_cuda or not good.all():
+        size = inverse.abs()
+        bound = _row_sum(A.abs()) * _row_sum(size) * _row_sum(size.mT)
+        good |= (info == 0) & (bound <= CONDITION_LIMIT)
+    return inverse, good
+
+
+def gram_inverses(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(S S^T)^{-1} and (S^T S)^{-1}, both (..., r, r), and whether they can be trusted, (...).
+
+    With A = S^T S and B = S A^{-1} = S^{-T} the other one is B B^T.
+    """
+    gram = S.mT @ S
+    L, info = torch.linalg.cholesky_ex(gram)
+    half = torch.linalg.solve_triangular(L, identity_like(L), upper=False)
+    right = half.mT @ half
+    transposed = S @ right
+    # |A|_F |A^{-1}|_F / r is 1 for a multiple of I, and 7 where S has singular values from 1 to 8
+    good = (_norm(gram) * _norm(right) <= 4 * S.shape[-1]) & (info == 0)
+    return transposed @ transposed.mT, right, good
+
+
+def polar_factor(X: Tensor) -> Tensor:
+    """The polar factor of X by matrix products alone, for sigma_min(X) >= sigma_max(X) / 10.
+
+    Args:
+        X: (..., n, r), n >= r, not zero. For a smaller sigma_min the result is not orthonormal.
+    """
+    X = X / _size(X)
+    for a, b, c in _POLAR_STEPS:
+        gram = X.mT @ X
+        X = a * X + X @ (b * gram + c * (gram @ gram))
+    return X
+
+
+def absolute(X: Tensor) -> Tensor:
+    """|X| = X sign(X) of a symmetric X by matrix products alone, to 6e-6 of its norm and rounding.
+
+    sign(X) itself is not exact where an eigenvalue is less than 1e-4 of the largest: |X| hardly is
+    affected. Iterates are symmetric in exact arithmetic; this is enforced, lest rounding grows.
+
+    Args:
+        X: (..., r, r), symmetric.
+    """
+    size = _size(X)
+    Z = X / torch.where(size > 0, size, 1.0)
+    for a, b, c in _SIGN_STEPS:
+        square = Z @ Z
+        Z = sym(a * Z + Z @ (b * square + c * (square @ square)))
+    return sym(X @ Z)
+
+
+def is_orthonormal(Q: Tensor) -> Tensor:
+    """Whether |Q^T Q - I| is rounding, shape (...)."""
+    gram = Q.mT @ Q
+    error = (gram - identity_like(gram)).abs().amax((-2, -1))
+    return error <= 16 * max(Q.shape[-1], 16) ** 0.5 * torch.finfo(Q.dtype).eps
+
+
+def are_well_conditioned(eigenvalues: Tensor) -> bool:
+    """Whether Gram matrices of these eigenvalues, (..., r), can be used: all together, none is far off."""
+    low, high = (float(edge) for edge in torch.aminmax(eigenvalues))
+    info = torch.finfo(eigenvalues.dtype)
+    # Squares that are nearly too small have lost what they stand for; too large ones are infinite.
+    return info.tiny / info.eps < low and high <= CONDITION_LIMIT * low and high < info.max
+
+
+def sym(X: Tensor) -> Tensor:
+    """(X + X^T) / 2."""
+    return (X + X.mT) / 2
+
+
+def times(X: Tensor, B: Tensor) -> Tensor:
+    """X B, laid out in memory as X is: by columns, if X lies so."""
+    return (B.mT @ X.mT).mT if X.stride(-2) == 1 else X @ B
+
+
+def _size(X: Tensor) -> Tensor:
+    """|X^T X X^T X|_F^{1/4}, the Schatten 8-norm, (..., 1, 1): no less than sigma_max, and hardly more."""
+    gram = X.mT @ X
+    return (gram @ gram).square().sum((-2, -1), keepdim=True).pow(0.125)
+
+
+def _norm(A: Tensor) -> Tensor:
+    """|A|_F of each matrix."""
+    return torch.linalg.vector_norm(A, dim=(-2, -1))
+
+
+def _row_sum(X: Tensor) -> Tensor:
+    """The largest sum of a row, of |X| the norm |X|_inf."""
+    return X.sum(-1).amax(-1)
