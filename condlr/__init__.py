@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from condlr.factorization import export, factorize, measure
+    from condlr.forms import choose_forms, set_forms
     from condlr.layers import LowRankConv2d, LowRankLinear
     from condlr.methods.condlr import Constraint, constrain
 
@@ -23,10 +24,12 @@ __all__ = [
     "Constraint",
     "LowRankConv2d",
     "LowRankLinear",
+    "choose_forms",
     "constrain",
     "export",
     "factorize",
     "measure",
+    "set_forms",
 ]
 
 _HOME = {
@@ -35,6 +38,8 @@ _HOME = {
     "measure": "condlr.factorization",
     "LowRankLinear": "condlr.layers",
     "LowRankConv2d": "condlr.layers",
+    "choose_forms": "condlr.forms",
+    "set_forms": "condlr.forms",
     "constrain": "condlr.methods.condlr",
     "Constraint": "condlr.methods.condlr",
 }

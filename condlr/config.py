@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("float32", "tf32", "bf16")
+FORMS = ("measured", "factored", "multiplied")
 AUGMENTATIONS = ("none", "crop_flip")
 
-# What does not make a run another run: where things lie, what it runs on, and how it is attacked.
-_NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "attack")
+# What does not make a run another run: where things lie, what it runs on and how, and how it is attacked.
+_NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "forms", "attack")
 # Keys of a protocol that act only where another group refers to them, and count there.
 _REFERRED = ("batch_norm_momentum", "clamp", "methods")
 
@@ -102,6 +104,8 @@ class _Schema:
     runs_dir: str
     data_root: str
     device: str
+    precision: str
+    forms: Any
 
 
 @dataclass
@@ -161,6 +165,8 @@ class RunConfig:
     runs_dir: Path
     data_root: Path
     device: str
+    precision: str
+    forms: str | dict[str, str]
 
     @property
     def fingerprint(self) -> str:
@@ -221,6 +227,8 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         in_range("compression", values["compression"], 0, 1, half_open=True)
         in_range("seed", values["seed"], 0, 2**32, half_open=True)
         one_of("device", values["device"], DEVICES)
+        one_of("precision", values["precision"], PRECISIONS)
+        _check_forms(values["forms"])
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", values["study"]):
             raise ValueError(f"study must be a plain name of letters, digits, - _ .; got {values['study']!r}")
     except ValueError as error:
@@ -261,8 +269,17 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     return RunConfig(
         identity, _label(method, method_keys, protocol),
         dataset, model, method, scheme, protocol, attack, values["seed"], values["study"],
-        Path(values["runs_dir"]), Path(values["data_root"]), values["device"],
+        Path(values["runs_dir"]), Path(values["data_root"]), values["device"], values["precision"],
+        values["forms"],
     )  # fmt: skip
+
+
+def _check_forms(forms: Any) -> None:
+    if isinstance(forms, dict):
+        for name, form in forms.items():
+            one_of(f"forms.{name}", form, FORMS[1:])
+    else:
+        one_of("forms", forms, FORMS)
 
 
 def _label(method: "Method", keys: Mapping[str, Any], protocol: Protocol) -> str:

@@ -16,7 +16,11 @@ from condlr.data._augmentation import AUGMENTATIONS
 from condlr.data.base import Data
 from condlr.errors import Diverged
 from condlr.evaluation import accuracy
+from condlr.forms import forms, set_forms
+from condlr.graphs import GraphedStep
+from condlr.memory import keep_freed_memory
 from condlr.methods.base import Method
+from condlr.precision import require, training
 
 HistoryRow = dict[str, float | int | None]
 
@@ -41,6 +45,12 @@ class EpochTotals:
         """The totals before the first batch."""
         return cls(torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), device=device))
 
+    def clear(self) -> None:
+        """Back to zero, in the same tensors."""
+        self.loss.zero_()
+        self.correct.zero_()
+        self.images, self.seconds = 0, 0.0
+
 
 @dataclass
 class Trainer:
@@ -52,6 +62,8 @@ class Trainer:
     Attributes:
         model: what `method.apply` returned, on its device.
         data: on the same device.
+        precision: of forward and backward passes, see `condlr.precision.training`; factors, constraints and
+            the optimiser are float32 in any case.
         epoch: epochs completed.
         batch: batches completed of the epoch under way.
         step: optimiser steps taken.
@@ -63,6 +75,7 @@ class Trainer:
     data: Data
     protocol: Protocol
     seed: int
+    precision: str = "float32"
     epoch: int = 0
     batch: int = 0
     step: int = 0
@@ -71,7 +84,11 @@ class Trainer:
     def __post_init__(self) -> None:
         self.optimizer = self.method.optimizer(self.model, self.protocol.lr, self.protocol.momentum)
         self.device = self.data.train.pixels.device
+        require(self.precision, self.device)
         self.totals = EpochTotals.zero(self.device)
+        graphed = self.device.type == "cuda" and self.method.capturable
+        self._graph = GraphedStep(self._take_step) if graphed else None
+        keep_freed_memory()
 
     @property
     def batches(self) -> int:
@@ -109,23 +126,31 @@ class Trainer:
         order = self._begin_epoch()
         self.model.train()
         remaining = self.data.train.batches(self.protocol.batch_size, order, self.batch, self._augmentation())
+        take_step = self._graph or self._take_step
         clock = time.perf_counter()
-        for images, labels in remaining:
-            loss, logits = self.method.step(self.model, self.optimizer, images, labels)
-            self.totals.loss += loss * len(labels)
-            self.totals.correct += (logits.argmax(1) == labels).sum()
-            self.totals.images += len(labels)
-            self.batch, self.step = self.batch + 1, self.step + 1
-            now = time.perf_counter()
-            self.totals.seconds, clock = self.totals.seconds + now - clock, now
-            if self.device.type == "cpu" and not self.totals.loss.isfinite():
-                self.require_finite()  # elsewhere looking at the loss would stall the device
-            on_batch(self)
-            clock = time.perf_counter()
+        with training(self.model, self.precision, self.device):
+            for images, labels in remaining:
+                take_step(images, labels)
+                self.totals.images += len(labels)
+                self.batch, self.step = self.batch + 1, self.step + 1
+                now = time.perf_counter()
+                self.totals.seconds, clock = self.totals.seconds + now - clock, now
+                if self.device.type == "cpu" and not self.totals.loss.isfinite():
+                    self.require_finite()  # elsewhere looking at the loss would stall the device
+                on_batch(self)
+                clock = time.perf_counter()
         self.require_finite()
+        self.totals.seconds += time.perf_counter() - clock  # until a device has done what it was given
         row = self._row(self.totals)
-        self.epoch, self.batch, self.totals = self.epoch + 1, 0, EpochTotals.zero(self.device)
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.totals.clear()
         self.history.append(row | {"epoch": self.epoch})
+
+    def _take_step(self, images: Tensor, labels: Tensor) -> None:
+        """A step of the method, its loss and hits added to the totals on the device."""
+        loss, logits = self.method.step(self.model, self.optimizer, images, labels)
+        self.totals.loss.add_(loss * len(labels))
+        self.totals.correct.add_((logits.argmax(1) == labels).sum())
 
     def _begin_epoch(self) -> Tensor:
         """Set the learning rate and the random state; return the order of the images."""
@@ -136,6 +161,9 @@ class Trainer:
         if self.batch == 0:
             torch.manual_seed(seed)
         self.method.begin_epoch(self.model, self.optimizer, self.epoch, self.protocol.epochs)
+        if self._graph:
+            places = tuple((p.data_ptr(), p.shape) for p in self.model.state_dict(keep_vars=True).values())
+            self._graph.renew((self.lr, places))
         return torch.randperm(len(self.data.train), generator=generator, device=self.device)
 
     def _augmentation(self) -> Callable[[Tensor, int], Tensor] | None:
@@ -180,6 +208,7 @@ class Trainer:
         cuda = self.device.type == "cuda"
         return {
             "model": self.model.state_dict(),
+            "forms": forms(self.model),
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
             "batch": self.batch,
@@ -193,12 +222,15 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was called."""
         self.model.load_state_dict(state["model"])
+        set_forms(self.model, state["forms"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.totals = EpochTotals(**state["totals"])
         self.totals.loss, self.totals.correct = (
             tensor.to(self.device) for tensor in (self.totals.loss, self.totals.correct)
         )
+        if self._graph:  # what was recorded knows the tensors from before
+            self._graph = GraphedStep(self._take_step)
         self.history = state["history"]
         torch.set_rng_state(state["random"].cpu())
         if self.device.type == "cuda" and state["random_cuda"] is not None:

@@ -68,10 +68,16 @@ def set_forms(model: nn.Module, forms: Mapping[str, str] | str) -> None:
         ValueError: no such form, or no low-rank layer of that name.
     """
     layers = low_rank_layers(model)
-    for name, form in (dict.fromkeys(layers, forms) if isinstance(forms, str) else forms).items():
+    if isinstance(forms, str):
+        one_of("forms", forms, FORMS)
+        forms = dict.fromkeys(layers, forms)
+    for name, form in forms.items():
         if name not in layers:
-            raise ValueError(f"forms: no low-rank layer is named {name!r}; there are {[*layers]}")
+            raise ValueError(
+                f"forms: no low-rank layer is named {name!r}; there are {', '.join(layers) or 'none'}"
+            )
         one_of(f"forms.{name}", form, FORMS)
+    for name, form in forms.items():
         layers[name].form = form
 
 

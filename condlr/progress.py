@@ -2,6 +2,7 @@
 
 import logging
 import time
+from multiprocessing import current_process
 from types import TracebackType
 
 from rich.console import Console
@@ -21,7 +22,8 @@ class LiveLine:
 
     def __init__(self, title: str):
         self._console = Console(stderr=True)
-        self._live = self._console.is_terminal
+        # Runs that share a terminal would draw over each other
+        self._live = self._console.is_terminal and current_process().name == "MainProcess"
         self._title = title
         self._next = 0.0
         self._bar = Progress(

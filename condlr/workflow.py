@@ -15,7 +15,9 @@ from condlr.engine import Trainer, derive_seed
 from condlr.errors import Diverged, Interrupted, UserError
 from condlr.evaluation import Row, evaluate
 from condlr.factorization import low_rank_layers, measure
+from condlr.forms import choose_forms, forms, set_forms
 from condlr.models.base import standardized
+from condlr.precision import training
 from condlr.progress import LiveLine
 from condlr.runs import Run, commit, environment
 
@@ -96,6 +98,8 @@ def load_network(run: Run, config: RunConfig, data: Data) -> nn.Module:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{run.directory}: model.safetensors does not fit config.yaml: {error}") from error
+    with suppress(ValueError):  # of a run.json that somebody changed; the result is the same but for rounding
+        set_forms(model, run.info.get("forms", {}))
     return model.to(data.test.pixels.device).eval()
 
 
@@ -120,7 +124,7 @@ def pick_device(name: str) -> torch.device:
 def _trained(run: Run, config: RunConfig, model: nn.Module, data: Data, signals: "_Signals") -> Trainer:
     """Train to the end, from the checkpoint if there is one, keeping the run's files up to date."""
     try:
-        trainer = Trainer(model, config.method, data, config.protocol, config.seed)
+        trainer = Trainer(model, config.method, data, config.protocol, config.seed, config.precision)
     except ValueError as error:
         raise UserError(str(error)) from error
     fingerprint = f"{config.fingerprint}-{data.digest}"
@@ -129,6 +133,8 @@ def _trained(run: Run, config: RunConfig, model: nn.Module, data: Data, signals:
         log.info("%s goes on from epoch %d, batch %d", run.directory, trainer.epoch, trainer.batch)
     else:
         run.forget_results()
+        _choose_forms(trainer, config)
+    run.note(forms=forms(model))
     row = config.row
 
     with LiveLine(f"{row['label']} {row['compression']:g} s{row['seed']}") as line, signals.deferred():
@@ -148,6 +154,21 @@ def _trained(run: Run, config: RunConfig, model: nn.Module, data: Data, signals:
         trainer.fit(on_batch, on_epoch)
     run.write_table("history.csv", trainer.history)  # a kill may have come between checkpoint and history
     return trainer
+
+
+def _choose_forms(trainer: Trainer, config: RunConfig) -> None:
+    """Give each low-rank layer, if there are any, the form that the config says, or the faster one."""
+    if not low_rank_layers(trainer.model):
+        return
+    try:
+        if config.forms != "measured":
+            set_forms(trainer.model, config.forms)
+            return
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    images, _ = next(trainer.data.train.batches(config.protocol.batch_size))
+    with training(trainer.model, config.precision, trainer.device):
+        choose_forms(trainer.model, images)
 
 
 def _sizes(model: nn.Module) -> dict[str, Any]:

@@ -1,5 +1,14 @@
+import atexit
+import os
+import shutil
+import tempfile
+
 import pytest
 import torch
+
+# What layers were timed at is kept for the tests alone, also by the programs they start.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # The tests' matrices are small: a second thread would only wait, and fight other processes for cores.
 torch.set_num_threads(1)

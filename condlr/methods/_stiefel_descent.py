@@ -10,6 +10,7 @@ from typing_extensions import override
 from condlr.errors import ConstraintBreach, in_range, one_of
 from condlr.manifolds import stiefel
 from condlr.methods.baseline import Baseline
+from condlr.precision import strict
 
 TOLERANCE = 1e-5
 
@@ -55,6 +56,11 @@ class StiefelDescent(Baseline, ABC):
         one_of("cap", self.cap, ("none", "frobenius", "one"))
         one_of("start", self.start, ("orthonormal", "as_is"))
         in_range("qr_period", self.qr_period, 0, float("inf"))
+
+    @property
+    @override
+    def capturable(self) -> bool:
+        return self.qr_period == 0  # a count that a graph would not see
 
     @override
     def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
@@ -122,29 +128,36 @@ class _Hooks:
         group, method = optimizer.param_groups[0], self.method
         group[_STEPS] = group.get(_STEPS, 0) + 1
         orthonormalize = method.qr_period > 0 and group[_STEPS] % method.qr_period == 0
-        for weight in self.held:
-            if weight.grad is None:
-                continue
-            X = _matrix(weight, weight)
-            if method.unit_rows:
-                X = X / (X.norm(dim=0) + 1e-8)
-            if orthonormalize:
-                X = stiefel.qr(X)
-            buffer = optimizer.state[weight].get("momentum_buffer") if weight in optimizer.state else None
-            kept = 0.0 if buffer is None else group["momentum"] * _matrix(weight, buffer)
-            M = kept + _matrix(weight, weight.grad)
-            # SGD computes buffer <- mu buffer + grad: give it the grad that makes it W(M) X.
-            self.moving[weight] = W = stiefel.skew(X, M)
-            _write(weight, weight.grad, stiefel.tangent(W) - kept)
+        with strict(self.held[0].device):
+            for weight in self.held:
+                if weight.grad is not None:
+                    self._direct(optimizer, weight, orthonormalize)
+
+    def _direct(self, optimizer: torch.optim.Optimizer, weight: nn.Parameter, orthonormalize: bool) -> None:
+        """Give SGD the gradient that makes its buffer tangent, and keep where it leads."""
+        assert weight.grad is not None
+        X = _matrix(weight, weight)
+        if self.method.unit_rows:
+            X = X / (X.norm(dim=0) + 1e-8)
+        if orthonormalize:
+            X = stiefel.qr(X)
+        buffer = optimizer.state[weight].get("momentum_buffer") if weight in optimizer.state else None
+        mu = optimizer.param_groups[0]["momentum"]
+        kept = 0.0 if buffer is None else mu * _matrix(weight, buffer)
+        M = kept + _matrix(weight, weight.grad)
+        # SGD computes buffer <- mu buffer + grad: give it the grad that makes it W(M) X.
+        self.moving[weight] = W = stiefel.skew(X, M)
+        _write(weight, weight.grad, stiefel.tangent(W) - kept)
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         lr = optimizer.param_groups[0]["lr"]
-        for weight, W in self.moving.items():
-            step = lr
-            if self.method.cap != "none":
-                step = (1 / (stiefel.skew_norm(W, self.method.cap) + 1e-8)).clamp_max(lr)
-            _write(weight, weight, self.method.curve(W, step))
+        with strict(self.held[0].device):
+            for weight, W in self.moving.items():
+                step = lr
+                if self.method.cap != "none":
+                    step = (1 / (stiefel.skew_norm(W, self.method.cap) + 1e-8)).clamp_max(lr)
+                _write(weight, weight, self.method.curve(W, step))
         self.moving.clear()
 
 

@@ -31,6 +31,14 @@ class Method:
         """The options that `label` states; any other is added to it where it is unusual."""
         return ()
 
+    @property
+    def capturable(self) -> bool:
+        """Whether `step` can be recorded as a CUDA graph: it reads nothing back and counts nothing in Python.
+
+        Only a method that says so is; here: no, to be on the safe side.
+        """
+        return False
+
     def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
         """The network this method trains, made from the dense one. Here: U S V^T layers."""
         return self.factored(model, scheme)

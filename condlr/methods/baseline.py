@@ -22,6 +22,11 @@ class Baseline(Method):
     def compresses(self) -> bool:
         return False
 
+    @property
+    @override
+    def capturable(self) -> bool:
+        return True
+
     @override
     def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
         assert scheme.compression is None, "a method that does not compress is given no compression"

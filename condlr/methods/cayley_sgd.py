@@ -42,6 +42,11 @@ class CayleySgd(StiefelDescent):
     def exact(self) -> bool:
         return super().exact and self.transform == "exact"
 
+    @property
+    @override
+    def capturable(self) -> bool:
+        return super().capturable and self.transform == "iterative"  # no LU factorisation
+
     @override
     def curve(self, W: stiefel.Skew, step: Tensor | float) -> Tensor:
         if self.transform == "iterative":

@@ -231,7 +231,7 @@ class Constraint:
         self._bases.clear()
 
     def _groups(self) -> "Iterable[_Group]":
-        """What has a gradient, in groups that can be computed together: on a GPU alike layers, else each alone.
+        """What has a gradient, in groups to be computed together: on a GPU of alike layers, else of one.
 
         A GPU is idle during a small product; a CPU would only lose the time to stack them.
         """
@@ -354,6 +354,13 @@ class CondLR(Method):
     @override
     def in_label(self) -> tuple[str, ...]:
         return ("tau", "centre") if self._unit else ("tau",)
+
+    @property
+    @override
+    def capturable(self) -> bool:
+        by_qr = self.tau == 0 and self.projection == "qr"
+        reads_scale = self.tau > 0 and self.preconditioner == "released_code"
+        return not (by_qr or reads_scale)
 
     @override
     def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:

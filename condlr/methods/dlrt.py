@@ -15,6 +15,7 @@ from condlr.layers import LowRank
 from condlr.manifolds import spectrum, stiefel
 from condlr.methods.base import Method
 from condlr.methods.vanilla import step_along
+from condlr.precision import strict
 
 TOLERANCE = 1e-5
 
@@ -78,7 +79,7 @@ class Dlrt(Method):
         adaptive = [layer for layer in moving if self._adapts(layer)]
         optimizer.zero_grad()
         before = {}
-        with torch.no_grad():
+        with torch.no_grad(), strict(images.device):
             for layer, pair in moving.items():
                 assert layer.S is not None
                 U, S, V = (factor.detach().clone() for factor in (layer.U, layer.S, layer.V))
@@ -91,8 +92,9 @@ class Dlrt(Method):
                 self._rebase(layer, optimizer, *before[layer])
         bases = {factor for layer in layers.values() for factor in (layer.U, layer.V)}
         step_along(model, optimizer, self.loss(model, images, labels)[0], {*model.parameters()} - bases)
-        for layer in adaptive:
-            self._truncate(layer, optimizer)
+        with strict(images.device):
+            for layer in adaptive:
+                self._truncate(layer, optimizer)
         return loss, logits
 
     @override

@@ -61,6 +61,11 @@ class SvdPrune(Method):
     def compresses(self) -> bool:
         return self.pipeline == "fixed_rank"
 
+    @property
+    @override
+    def capturable(self) -> bool:
+        return self.pipeline == "fixed_rank"
+
     @override
     def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
         if self.pipeline == "fixed_rank":

@@ -39,6 +39,11 @@ class Vanilla(Method):
         one_of("init", self.init, ("spectral", "gaussian"))
         in_range("frobenius_decay", self.frobenius_decay, 0, math.inf, half_open=True)
 
+    @property
+    @override
+    def capturable(self) -> bool:
+        return True
+
     @override
     def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
         factored = self.factored(model, scheme, core="none")

@@ -1,0 +1,75 @@
+"""A training step as one CUDA graph: recorded once, then replayed without a word from Python."""
+
+import logging
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+Step = Callable[[Tensor, Tensor], None]
+
+# Steps that are taken before one is recorded: they allocate what lives longer than a step (momentum), let
+# libraries choose their algorithms, and bring what starts cold to where the fast maps hold.
+_WARM_UP = 3
+
+
+class GraphedStep:
+    """`step(images, labels)`, replayed as a CUDA graph where that can be done.
+
+    Steps of another batch size get a graph of their own. A step that cannot be recorded is taken as it is,
+    for good, and the reason logged.
+
+    Args:
+        step: changes tensors in place only, reads nothing back from the device, and does the same at each
+            call with images of one shape, until `renew` says otherwise.
+    """
+
+    def __init__(self, step: Step):
+        self._step = step
+        self._graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._taken: dict[torch.Size, int] = {}
+        self._made_for: Hashable = None
+        self._works = True
+
+    def renew(self, made_for: Hashable) -> None:
+        """Forget what was recorded unless it was for the same settings: graphs hold them as constants."""
+        if made_for != self._made_for:
+            self._graphs.clear()
+            self._taken.clear()
+            self._made_for = made_for
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        """Take the step, in whatever way."""
+        shape = images.shape
+        if self._works and shape not in self._graphs and self._taken.get(shape, 0) >= _WARM_UP:
+            self._record(images, labels)
+        if shape in self._graphs:
+            graph, static_images, static_labels = self._graphs[shape]
+            static_images.copy_(images)
+            static_labels.copy_(labels)
+            graph.replay()
+        else:
+            self._taken[shape] = self._taken.get(shape, 0) + 1
+            self._aside(images, labels)
+
+    def _aside(self, images: Tensor, labels: Tensor) -> None:
+        """Take the step on another stream, as PyTorch wants it before a recording."""
+        stream = torch.cuda.Stream(images.device)
+        stream.wait_stream(torch.cuda.current_stream(images.device))
+        with torch.cuda.stream(stream):
+            self._step(images, labels)
+        torch.cuda.current_stream(images.device).wait_stream(stream)
+
+    def _record(self, images: Tensor, labels: Tensor) -> None:
+        graph, static = torch.cuda.CUDAGraph(), (images.clone(), labels.clone())
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._step(*static)
+        except RuntimeError as error:
+            self._works = False
+            reason = str(error).strip().splitlines()[0]
+            log.warning("this step cannot be made a CUDA graph, so it runs without: %s", reason)
+            return
+        self._graphs[images.shape] = graph, *static
