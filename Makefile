@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STUDY ?= default
 
-.PHONY: help demo test tables figures clean
+.PHONY: help demo test tables figures benchmark clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -33,6 +33,9 @@ tables: $(VENV)/.installed  ## Collect the runs of STUDY, print and write its ta
 
 figures: $(VENV)/.installed  ## Draw the figures of STUDY from its collected results
 	$(RUN) scripts/figures.py study=$(STUDY)
+
+benchmark: $(VENV)/.installed  ## Measure what a training step costs here, dense, low-rank and constrained
+	$(RUN) scripts/benchmark.py $(ARGS)
 
 clean:  ## Remove the environment and caches; runs and results stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

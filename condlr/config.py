@@ -141,6 +141,39 @@ class Report:
         return Path(self.results_dir) / self.study
 
 
+@dataclass
+class Benchmark:
+    """Keys of `scripts/benchmark.py`."""
+
+    networks: list[str]
+    rank_rules: list[str]
+    compressions: list[float]
+    tau: float
+    batch_size: int
+    repeats: int
+    precision: str
+    device: str
+    epoch: bool
+    data_root: str
+    results_dir: str
+
+    def __post_init__(self) -> None:
+        for name, values in (("networks", self.networks), ("rank_rules", self.rank_rules)):
+            for value in values:
+                one_of(
+                    name, value, ("lenet5", "vgg16") if name == "networks" else ("params", "released_code")
+                )
+        if not self.networks:
+            raise ValueError("networks is empty: name lenet5, vgg16 or both")
+        for compression in self.compressions:
+            in_range("compressions", compression, 0, 1, half_open=True)
+        in_range("tau", self.tau, 0, math.inf, half_open=True)
+        in_range("batch_size", self.batch_size, 1, math.inf)
+        in_range("repeats", self.repeats, 1, math.inf)
+        one_of("precision", self.precision, PRECISIONS)
+        one_of("device", self.device, DEVICES)
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """A run's config, checked, with its things found.

@@ -67,8 +67,8 @@ def cholesky_qr(Y: Tensor) -> Tensor:
     Returns:
         As `qr`, laid out in memory as Y is.
     """
-    inverse, good = _fast.inverse_cholesky(Y.mT @ Y)
-    return _fast.fall_back(good, _fast.times(Y, inverse.mT), lambda: qr(Y))
+    Q, good = _fast.orthonormalize(Y)
+    return _fast.fall_back(good, Q, lambda: qr(Y))
 
 
 def fast_polar(Y: Tensor) -> Tensor:

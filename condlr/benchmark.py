@@ -1,0 +1,382 @@
+"""What a training step costs: dense, low-rank, constrained, and as the first public program constrains it.
+
+All forms run in one process and take turns, so that their ratios mean something on a machine that is not
+alone; what is reported is the median of the turns.
+"""
+
+import math
+import os
+import platform
+import re
+import statistics
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import override
+
+from condlr._naive import constrain_naively, naive
+from condlr.config import Benchmark, Protocol
+from condlr.data.base import Data, Images
+from condlr.engine import Trainer
+from condlr.factorization import Scheme
+from condlr.forms import choose_forms, forms
+from condlr.graphs import GraphedStep
+from condlr.memory import keep_freed_memory
+from condlr.methods.base import Method
+from condlr.methods.baseline import Baseline
+from condlr.methods.condlr import CondLR, constrain
+from condlr.models.base import Architecture
+from condlr.models.lenet5 import LeNet5Options
+from condlr.models.vgg16 import Vgg16
+from condlr.precision import training
+
+NETWORKS: dict[str, tuple[type[Architecture], tuple[int, int, int]]] = {
+    "lenet5": (LeNet5Options, (1, 28, 28)),
+    "vgg16": (Vgg16, (3, 32, 32)),
+}
+# Where the naive form is what the first program did, ours is the same arithmetic, by other means.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "params": {},
+    "released_code": {"centre": "mean", "preconditioner": "released_code", "momentum": "before_projection"},
+}
+PARTS = ("forward_backward", "constraint", "step")
+
+# A turn is so many seconds of steps of one form, after one that is not counted where a step is short.
+_TURN = 0.1
+_PRODUCT = 2048
+
+
+@dataclass
+class Program:
+    """One way to train one network, with a clock in its step.
+
+    Attributes:
+        row: network, rank_rule, compression, tau and form, for the table.
+        seconds: measured, by part.
+        flops: of products and convolutions in a step; factorisations are not counted.
+        peak_mb: weights, buffers, momenta and the most that a step holds besides, in 1e6 bytes.
+    """
+
+    row: dict[str, Any]
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    images: Tensor
+    labels: Tensor
+    precision: str
+    constrained: bool = False
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
+    flops: float = math.nan
+    peak_mb: float = math.nan
+
+    def __post_init__(self) -> None:
+        self.ticks: list[float] = []
+        self.graph = GraphedStep(self._plain_step) if self._graphable else None
+
+    @property
+    def _graphable(self) -> bool:
+        return self.images.is_cuda and self.row["form"] != "naive"
+
+    def tick(self, *_: object) -> None:
+        """Note the time."""
+        if self.images.is_cuda:
+            torch.cuda.synchronize(self.images.device)
+        self.ticks.append(time.perf_counter())
+
+    def _forward_backward(self) -> None:
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(self.images), self.labels).backward()
+
+    def _plain_step(self, images: Tensor, labels: Tensor) -> None:
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(images), labels).backward()
+        self.optimizer.step()
+
+    def turn(self) -> None:
+        """Take steps for a while and note how long their parts took."""
+        known = self.seconds["forward_backward"]
+        if not known or known[-1] < _TURN:  # what a step finds in the caches is its own from the second on
+            self._timed_step(count=False)
+        started = time.perf_counter()
+        while time.perf_counter() - started < _TURN:
+            self._timed_step(count=True)
+        if self.graph:  # in parts a device waits for Python; whole, it does not
+            steps = 20
+            for number in range(-5, steps):
+                if number == 0:
+                    torch.cuda.synchronize(self.images.device)
+                    started = time.perf_counter()
+                self.graph(self.images, self.labels)
+            torch.cuda.synchronize(self.images.device)
+            self.seconds["step"].append((time.perf_counter() - started) / steps)
+
+    def _timed_step(self, count: bool) -> None:
+        self.ticks.clear()
+        with training(self.model, self.precision, self.images.device):
+            self.tick()
+            self._forward_backward()
+            self.tick()
+            self.optimizer.step()
+            self.tick()
+        if not count:
+            return
+        first, done, *hooks, last = self.ticks
+        self.seconds["forward_backward"].append(done - first)
+        if self.constrained:
+            before, directed, moved, settled = hooks
+            self.seconds["constraint"].append(directed - before + settled - moved)
+        if not self.graph:
+            self.seconds["step"].append(last - first)
+
+    def weigh(self) -> None:
+        """Count the operations and the memory of a step."""
+        with (
+            FlopCounterMode(display=False) as counter,
+            training(self.model, self.precision, self.images.device),
+        ):
+            self._plain_step(self.images, self.labels)
+        self.flops = counter.get_total_flops()
+        held = [*self.model.parameters(), *self.model.buffers(), self.images]
+        held += [
+            value
+            for state in self.optimizer.state.values()
+            for value in state.values()
+            if torch.is_tensor(value)
+        ]
+        self.optimizer.zero_grad()
+        self.peak_mb = (sum(tensor.nbytes for tensor in held) + self._step_bytes()) / 1e6
+
+    def _step_bytes(self) -> int:
+        """The most that is held at one time of what a step makes."""
+        with training(self.model, self.precision, self.images.device):
+            if self.images.is_cuda:
+                torch.cuda.synchronize(self.images.device)
+                torch.cuda.reset_peak_memory_stats(self.images.device)
+                before = torch.cuda.memory_allocated(self.images.device)
+                self._plain_step(self.images, self.labels)
+                torch.cuda.synchronize(self.images.device)
+                return torch.cuda.max_memory_allocated(self.images.device) - before
+            with _LiveBytes() as live:
+                self._plain_step(self.images, self.labels)
+        return live.peak
+
+    def rows(self, peak: float) -> Iterator[dict[str, Any]]:
+        """A line of the CSV for each part, `peak` being the machine's operations per second."""
+        for part in PARTS:
+            if not self.seconds[part]:
+                continue
+            seconds = statistics.median(self.seconds[part])
+            step = part == "step"
+            yield self.row | {
+                "part": part,
+                "milliseconds": round(1e3 * seconds, 4),
+                "images_per_s": round(len(self.images) / seconds, 1) if step else None,
+                "peak_mb": round(self.peak_mb, 1) if step else None,
+                "share_of_peak": round(self.flops / seconds / peak, 4) if step else None,
+            }
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations in its context make, while they live.
+
+    Attributes:
+        peak: the most that lived at one time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = self.peak = 0
+        self._known: set[int] = set()
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return made
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        address = storage.data_ptr()
+        if address in self._known or not storage.nbytes():
+            return
+        self._known.add(address)
+        self.level += storage.nbytes()
+        self.peak = max(self.peak, self.level)
+        weakref.finalize(storage, self._remove, address, storage.nbytes())
+
+    def _remove(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.level -= size
+
+
+def programs(asked: Benchmark, network: str, device: torch.device) -> list[Program]:
+    """All forms of a network that are asked for, ready to step on a batch of random images."""
+    kind, shape = NETWORKS[network]
+    torch.manual_seed(0)
+    pixels = torch.randint(256, (asked.batch_size, *shape), dtype=torch.uint8)
+    images = Images(pixels, torch.randint(10, (asked.batch_size,))).to(device)
+    batch = next(images.batches(asked.batch_size))
+    made = []
+
+    def add(form: str, method: Method, scheme: Scheme, tau: float | None = None) -> None:
+        torch.manual_seed(1)
+        model = method.apply(kind().build(shape, 10), scheme)
+        model = (naive(model) if form == "naive" else model).to(device).train()
+        if form in ("unconstrained", "condlr"):
+            with training(model, asked.precision, device):
+                choose_forms(model, batch[0])
+        rank_rule = scheme.rank_rule if scheme.compression is not None else None
+        row = {
+            "network": network,
+            "rank_rule": rank_rule,
+            "compression": scheme.compression,
+            "tau": tau,
+            "form": form,
+        }
+        # The steps are small, so that hundreds of them on one batch change nothing about the work.
+        optimizer = Method.optimizer(method, model, lr=1e-3, momentum=0.3)
+        program = Program(row, model, optimizer, *batch, asked.precision, form in ("condlr", "naive"))
+        if program.constrained:
+            assert tau is not None
+            optimizer.register_step_pre_hook(program.tick)
+            optimizer.register_step_post_hook(program.tick)
+            if form == "condlr":
+                constrain(optimizer, model, tau, **OPTIONS[scheme.rank_rule])
+            else:
+                constrain_naively(optimizer, model, tau)
+            optimizer.register_step_pre_hook(program.tick)
+            optimizer.register_step_post_hook(program.tick)
+        made.append(program)
+
+    add("dense", Baseline(), Scheme(None, classifier="dense"))
+    for rank_rule in asked.rank_rules:
+        for compression in asked.compressions:
+            scheme = Scheme(compression, rank_rule, "dense")
+            add("unconstrained", Method(), scheme)
+            add("condlr", CondLR(), scheme, asked.tau)
+            add("naive", CondLR(), scheme, asked.tau)
+    return made
+
+
+def product_rate(device: torch.device) -> float:
+    """Operations per second of one product of large float32 matrices."""
+    A = torch.randn(_PRODUCT, _PRODUCT, device=device)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        torch.mm(A, A)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * _PRODUCT**3 / min(seconds)
+
+
+def epoch_against_steps(data: Data, device: torch.device, precision: str) -> dict[str, float]:
+    """Seconds of an epoch of LeNet5 on the real MNIST (CondLR, 80 %), and of as many steps on one batch.
+
+    What an epoch takes beyond its steps is shuffling, gathering and converting images, and the history.
+    """
+    data = data.to(device)
+    protocol = Protocol(
+        "benchmark", 2, 128, 0.1, 0.3, [], 1.0, 0.0, "params", "dense", "spectral", "none", 0.1, True, {}
+    )
+    torch.manual_seed(0)
+    method = CondLR()
+    model = method.apply(LeNet5Options().build(data.shape, data.classes), Scheme(0.8, classifier="dense"))
+    trainer = Trainer(model.to(device), method, data, protocol, 0, precision)
+    batch = next(data.train.batches(protocol.batch_size))
+    choose_forms(model, batch[0])
+    steps: list[float] = []
+    epochs: list[float] = []
+    marks = [0.0]
+
+    def probe(trainer: Trainer) -> None:
+        epochs.append(time.perf_counter() - marks[0])
+        take_step = trainer._graph or trainer._take_step
+        with training(model, precision, device):
+            for _ in range(trainer.batches // 4):
+                started = time.perf_counter()
+                take_step(*batch)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                steps.append(time.perf_counter() - started)
+        trainer.totals.clear()
+        marks[0] = time.perf_counter()
+
+    trainer.history.append(trainer._row(None))
+    probe(trainer)
+    epochs.clear()
+    trainer.fit(on_epoch=probe)
+    alone = statistics.median(steps) * trainer.batches
+    return {"epoch_seconds": statistics.median(epochs), "steps_seconds": alone}
+
+
+def machine(device: torch.device) -> str:
+    """The device, as a name for files: `amd-epyc-2-threads`, `nvidia-h200`."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_processor()} {torch.get_num_threads()} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def measure(
+    asked: Benchmark, device: torch.device, progress: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Run everything that is asked for.
+
+    Args:
+        asked: see `conf/benchmark.yaml`.
+        device: to run on.
+        progress: called with a text and the number of turns done and to do.
+
+    Returns:
+        The lines of the CSV; and the facts that belong to them.
+    """
+    keep_freed_memory()
+    rows: list[dict[str, Any]] = []
+    chosen: dict[str, dict[str, str]] = {}
+    rates: list[float] = []
+    for network in asked.networks:
+        made = programs(asked, network, device)
+        for number in range(asked.repeats):
+            rates.append(product_rate(device))
+            for place, program in enumerate(made):
+                progress(network, number * len(made) + place, asked.repeats * len(made))
+                program.turn()
+        for program in made:
+            program.weigh()
+            if program.row["form"] == "condlr":
+                name = f"{network} {program.row['rank_rule']} {program.row['compression']:g}"
+                chosen[name] = forms(program.model)
+        rows += [row for program in made for row in program.rows(max(rates))]
+    facts = {
+        "device": machine(device),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "precision": asked.precision,
+        "batch_size": asked.batch_size,
+        "repeats": asked.repeats,
+        "peak_gflops": round(max(rates) / 1e9, 1),
+        "forms": chosen,
+    }
+    return rows, facts

@@ -1,0 +1,153 @@
+"""The benchmark as a person reads it: a table, and bars."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+
+FORMS = {"dense": "dense", "unconstrained": "U S Vᵀ, free", "condlr": "CondLR", "naive": "CondLR, naive"}
+_COLOURS = {"dense": "#000000", "unconstrained": "#D55E00", "condlr": "#0072B2", "naive": "#999999"}
+_RULES = {"params": "params", "released_code": "released code"}
+
+HEADER = (
+    "network", "ranks", "compression", "form", "fwd + bwd ms", "constraint ms", "step ms", "images/s",
+    "peak MB", "of peak", "step ÷ dense", "÷ free", "naive ÷ step", "naive ÷ constraint",
+)  # fmt: skip
+
+
+def table(rows: pd.DataFrame) -> list[list[str]]:
+    """The cells of the table, a line for each form; the last four columns are ratios of medians."""
+    lines = []
+    parts = _by_part(rows)
+    for _, line in parts.iterrows():
+        steps = _steps_beside(parts, line)
+        naive_constraint = steps.get("naive constraint")
+        ours = line["form"] == "condlr"
+        lines.append(
+            [
+                line["network"],
+                _RULES.get(line["rank_rule"], ""),
+                "" if pd.isna(line["compression"]) else f"{100 * line['compression']:g} %",
+                FORMS[line["form"]],
+                _ms(line["forward_backward"]),
+                _ms(line["constraint"]),
+                _ms(line["step"]),
+                f"{line['images_per_s']:,.0f}",
+                f"{line['peak_mb']:,.0f}",
+                f"{100 * line['share_of_peak']:.0f} %",
+                f"{line['step'] / steps['dense']:.2f}",
+                f"{line['step'] / steps['unconstrained']:.2f}" if ours else "",
+                f"{steps['naive'] / line['step']:.1f}" if ours else "",
+                f"{naive_constraint / line['constraint']:.1f}" if ours and naive_constraint else "",
+            ]
+        )
+    return lines
+
+
+def markdown(lines: list[list[str]], facts: dict[str, Any]) -> str:
+    """The table and what it was measured on."""
+    text = ["| " + " | ".join(HEADER) + " |", "| --- | --- | ---: | --- |" + " ---: |" * (len(HEADER) - 4)]
+    text += ["| " + " | ".join(line) + " |" for line in lines]
+    return f"# {facts['device']}\n\n" + "\n".join(text) + "\n\n" + legend(facts) + "\n"
+
+
+def legend(facts: dict[str, Any]) -> str:
+    """What the columns mean, and on what they were measured."""
+    text = (
+        f"Batch {facts['batch_size']}, {facts['precision']}; medians of {facts['repeats']} turns in one "
+        "process. "
+        "Of peak: the products and convolutions of a step against "
+        f"{facts['peak_gflops']:,.0f} GFLOP/s, the rate of one large float32 matrix product."
+    )
+    if "epoch_seconds" in facts:
+        epoch, steps = facts["epoch_seconds"], facts["steps_seconds"]
+        text += (
+            "\n\nAn epoch of LeNet5 on the 60 000 images of MNIST (CondLR, 80 %): "
+            f"{epoch:.2f} s, {epoch / steps:.2f} times its steps alone ({steps:.2f} s)."
+        )
+    return text
+
+
+def figure(rows: pd.DataFrame, facts: dict[str, Any], out: Path) -> Iterator[Path]:
+    """A bar for each form, a panel for each network: `<device>.png` and `.pdf` in `out`."""
+    parts = _by_part(rows)
+    networks = list(dict.fromkeys(parts["network"]))
+    with mpl.style.context(Path(__file__).parent / "condlr.mplstyle"):
+        tallest = max((parts["network"] == network).sum() for network in networks)
+        size = (7.0, 1.1 + 0.19 * tallest)
+        panels, axes = plt.subplots(1, len(networks), figsize=size, layout="constrained", squeeze=False)
+        for network, panel in zip(networks, axes[0], strict=True):
+            _bars(panel, parts[parts["network"] == network])
+            panel.set_title(network)
+            panel.set_xlabel("milliseconds for a step")
+        handles = [
+            Patch(color=_COLOURS[form], label=FORMS[form]) for form in FORMS if form in set(parts["form"])
+        ]
+        handles.append(Patch(facecolor="white", edgecolor="0.3", hatch="////", label="of which constraint"))
+        panels.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        panels.suptitle(f"{facts['device']}, batch {facts['batch_size']}, {facts['precision']}")
+        for kind in ("png", "pdf"):
+            path = out / f"{facts['device']}.{kind}"
+            panels.savefig(path, metadata={"CreationDate": None} if kind == "pdf" else None)
+            yield path
+        plt.close(panels)
+
+
+def _bars(axes: Axes, parts: pd.DataFrame) -> None:
+    place, places, names = 0.0, [], []
+    before = None
+    for _, line in parts.iterrows():
+        group = line["rank_rule"], line["compression"]
+        place += 1.0 if before is None or group == before else 1.7
+        before = group
+        colour = _COLOURS[line["form"]]
+        axes.barh(place, line["step"], color=colour, height=0.85)
+        constraint = line["constraint"]
+        if constraint == constraint:
+            axes.barh(
+                place, constraint, left=line["step"] - constraint, height=0.85, color=colour,
+                edgecolor="white", hatch="////", linewidth=0,
+            )  # fmt: skip
+        axes.annotate(
+            _ms(line["step"]), (line["step"], place), (3, 0), textcoords="offset points", va="center", size=6
+        )
+        places.append(place)
+        rule = _RULES.get(line["rank_rule"], "")
+        middle = line["form"] == "condlr"
+        names.append(f"{100 * line['compression']:g} %, {rule}" if middle else "")
+    axes.set_yticks(places, names)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, 1.12 * parts["step"].max())
+
+
+def _by_part(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line for each form, its parts as columns."""
+    who = ["network", "rank_rule", "compression", "form"]
+    milliseconds = rows.pivot_table("milliseconds", who, "part", sort=False, dropna=False)
+    milliseconds = milliseconds.dropna(how="all").reset_index()
+    for part in ("forward_backward", "constraint", "step"):
+        if part not in milliseconds:
+            milliseconds[part] = float("nan")
+    steps = rows[rows["part"] == "step"].drop(columns=["part", "milliseconds", "tau"])
+    return milliseconds.merge(steps, on=who)
+
+
+def _steps_beside(parts: pd.DataFrame, line: pd.Series) -> dict[str, float]:
+    """Milliseconds of a step of the forms that `line` is compared with."""
+    same = parts[parts["network"] == line["network"]]
+    alike = same[(same["rank_rule"] == line["rank_rule"]) & (same["compression"] == line["compression"])]
+    found = dict(zip(alike["form"], alike["step"], strict=True))
+    found["dense"] = same.loc[same["form"] == "dense", "step"].iloc[0]
+    naive = alike.loc[alike["form"] == "naive", "constraint"]
+    return found if naive.empty else found | {"naive constraint": naive.iloc[0]}
+
+
+def _ms(value: float) -> str:
+    return "" if value != value else f"{value:.2f}" if value < 100 else f"{value:,.0f}"

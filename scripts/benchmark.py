@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Measure what a training step costs; `python scripts/benchmark.py --help` shows what can be chosen."""
+
+import json
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from condlr.cli import command
+from condlr.config import Benchmark, typed
+
+
+@command("benchmark")
+def main(config: DictConfig) -> None:
+    """Write <results_dir>/benchmark/<device>.csv, .json, .md, .png and .pdf; print the table."""
+    asked = typed(Benchmark, config)
+
+    import pandas as pd
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from condlr import benchmark
+    from condlr.data.mnist import Mnist
+    from condlr.precision import require
+    from condlr.report import benchmark as report
+    from condlr.runs import environment, write, write_csv
+    from condlr.workflow import pick_device
+
+    device = pick_device(asked.device)
+    require(asked.precision, device)
+    mnist = Mnist(download=False).load(Path(asked.data_root)) if asked.epoch else None
+    out = Path(asked.results_dir) / "benchmark"
+    out.mkdir(parents=True, exist_ok=True)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("benchmark")
+
+        def show(text: str, done: int, total: int) -> None:
+            progress.update(task, description=text, completed=done, total=total)
+
+        rows, facts = benchmark.measure(asked, device, show)
+        if mnist is not None:
+            progress.update(task, description="epoch", total=None)
+            facts |= benchmark.epoch_against_steps(mnist, device, asked.precision)
+    facts |= environment()
+    name = facts["device"]
+    write_csv(out / f"{name}.csv", rows)
+    write(out / f"{name}.json", json.dumps(facts, indent=2).encode() + b"\n")
+    frame = pd.read_csv(out / f"{name}.csv")
+    lines = report.table(frame)
+    write(out / f"{name}.md", report.markdown(lines, facts).encode())
+    console = Console()
+    console = console if console.is_terminal else Console(width=170)
+    shown = Table(title=name, box=None, header_style="bold")
+    for number, title in enumerate(report.HEADER):
+        shown.add_column(title, justify="left" if number in (0, 1, 3) else "right")
+    for line in lines:
+        shown.add_row(*line, end_section=line[3] == "CondLR, naive")
+    console.print(shown)
+    console.print(report.legend(facts))
+    for path in report.figure(frame, facts, out):
+        console.print(str(path))
+
+
+if __name__ == "__main__":
+    main()
