@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from condlr.cli import command
 from condlr.config import Benchmark, typed
+from condlr.errors import UserError
 
 
 @command("benchmark")
@@ -28,7 +29,10 @@ def main(config: DictConfig) -> None:
     from condlr.workflow import pick_device
 
     device = pick_device(asked.device)
-    require(asked.precision, device)
+    try:
+        require(asked.precision, device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     mnist = Mnist(download=False).load(Path(asked.data_root)) if asked.epoch else None
     out = Path(asked.results_dir) / "benchmark"
     out.mkdir(parents=True, exist_ok=True)

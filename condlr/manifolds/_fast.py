@@ -79,7 +79,8 @@ def orthonormalize(Y: Tensor) -> tuple[Tensor, Tensor]:
     identity = identity_like(gram)
     L, info = torch.linalg.cholesky_ex(gram)
     good = _norm(gram - identity) <= 0.5
-    if not Y.is_cuda and Y.shape[-1] >= _LARGE and good.all():
+    by_columns = Y.stride(-2) == 1  # as LAPACK has it
+    if by_columns and Y.shape[-1] >= _LARGE and not Y.is_cuda and good.all():
         return torch.linalg.solve_triangular(L.mT, Y, upper=True, left=False), good
     inverse = torch.linalg.solve_triangular(L, identity, upper=False)
     if Y.is_cuda or not good.all():

@@ -359,8 +359,7 @@ class CondLR(Method):
     @override
     def capturable(self) -> bool:
         by_qr = self.tau == 0 and self.projection == "qr"
-        reads_scale = self.tau > 0 and self.preconditioner == "released_code"
-        return not (by_qr or reads_scale)
+        return not by_qr and self.preconditioner != "released_code"  # whose scalars live in Python
 
     @override
     def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
