@@ -25,7 +25,7 @@ test: $(VENV)/.installed  ## Lint, type check and test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m basedpyright
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 tables: $(VENV)/.installed  ## Collect the runs of STUDY, print and write its tables
 	$(RUN) scripts/collect.py study=$(STUDY)

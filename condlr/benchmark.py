@@ -355,6 +355,7 @@ def measure(
     keep_freed_memory()
     rows: list[dict[str, Any]] = []
     chosen: dict[str, dict[str, str]] = {}
+    operations: dict[str, float] = {}
     rates: list[float] = []
     for network in asked.networks:
         made = programs(asked, network, device)
@@ -365,8 +366,14 @@ def measure(
                 program.turn()
         for program in made:
             program.weigh()
-            if program.row["form"] == "condlr":
-                name = f"{network} {program.row['rank_rule']} {program.row['compression']:g}"
+            row = program.row
+            name = (
+                network
+                if row["compression"] is None
+                else f"{network} {row['rank_rule']} {row['compression']:g}"
+            )
+            operations[f"{name} {row['form']}"] = program.flops / 1e9
+            if row["form"] == "condlr":
                 chosen[name] = forms(program.model)
         rows += [row for program in made for row in program.rows(max(rates))]
     facts = {
@@ -377,6 +384,7 @@ def measure(
         "batch_size": asked.batch_size,
         "repeats": asked.repeats,
         "peak_gflops": round(max(rates) / 1e9, 1),
+        "gflop_per_step": {name: round(value, 4) for name, value in operations.items()},
         "forms": chosen,
     }
     return rows, facts

@@ -15,7 +15,7 @@ PRECISIONS = ("float32", "tf32", "bf16")
 @contextmanager
 def strict(device: torch.device) -> Iterator[None]:
     """Float32 as IEEE has it in the body: no autocast and no TF32, whatever holds around it."""
-    with products("ieee", device), torch.autocast(device.type, enabled=False):
+    with products("ieee"), torch.autocast(device.type, enabled=False):
         yield
 
 
@@ -38,7 +38,7 @@ def training(model: nn.Module, precision: str, device: torch.device) -> Iterator
         ValueError: see `require`.
     """
     require(precision, device)
-    with products("tf32" if precision == "tf32" else "ieee", device):
+    with products("tf32" if precision == "tf32" else "ieee"):
         if precision != "bf16":
             yield
             return
@@ -57,13 +57,10 @@ def training(model: nn.Module, precision: str, device: torch.device) -> Iterator
 
 
 @contextmanager
-def products(kind: str, device: torch.device) -> Iterator[None]:
-    """How products and convolutions of float32 tensors on `device` are computed: `ieee` or `tf32`."""
+def products(kind: str) -> Iterator[None]:
+    """How products and convolutions of float32 tensors are computed: `ieee` or `tf32`."""
     backends: Any = torch.backends
-    if device.type == "cuda":
-        settings = backends.cuda.matmul, backends.cudnn.conv
-    else:
-        settings = backends.mkldnn.matmul, backends.mkldnn.conv
+    settings = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

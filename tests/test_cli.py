@@ -72,6 +72,11 @@ def complains(result, pattern):
         (["row=big"], "Could not find 'row/big'"),
         (["method.name=dropout"], "methods: there is no 'dropout'; choose from baseline, cayley_sgd, condlr"),
         (["+method.rank=3"], "method.rank: there is no such key; the keys of method are tau"),
+        (["precision=fp16"], "precision must be one of float32, tf32, bf16; got 'fp16'"),
+        (["precision=tf32", "device=cpu"], "precision=tf32 is for CUDA devices"),
+        (["forms=fast"], "forms must be one of measured, factored, multiplied; got 'fast'"),
+        (["forms={conv1:fast}"], r"forms.conv1 must be one of factored, multiplied"),
+        (["forms={conv9:factored}"], "no low-rank layer is named 'conv9'; there are conv1, conv2, fc1"),
         (["compression=1.5"], r"compression must be in \[0, 1\); got 1.5"),
         (["compression=-0.5"], r"compression must be in \[0, 1\)"),
         (["compression=half"], "compression: Value 'half'.*Float"),
@@ -290,6 +295,44 @@ def test_a_sweep_runs_a_method_without_compression_once_and_goes_on_after_a_fail
     assert "Traceback" not in err
     assert out.count("is done already") == 3, "the runs after the broken one were looked at"
     assert "fgsm 0" in out, "and the missing one was done"
+
+
+def test_several_runs_at_once_end_as_one_by_one(tmp_path):
+    """In processes of their own; one that fails does not stop the other, and is told of."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def sweep(study, *arguments):
+        command = [
+            sys.executable,
+            str(ROOT / "scripts" / "train.py"),
+            "-m",
+            *SMALL,
+            f"study={study}",
+            *arguments,
+        ]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    together = ["hydra/launcher=several", "hydra.launcher.n_jobs=2"]
+    assert sweep("one_by_one", "method=baseline,vanilla").returncode == 0
+    done = sweep("at_once", "method=baseline,vanilla", *together)
+    assert done.returncode == 0, done.stderr
+    weights = [
+        {
+            path.parent.name: path.read_bytes()
+            for path in (tmp_path / "runs" / study).glob("*/model.safetensors")
+        }
+        for study in ("one_by_one", "at_once")
+    ]
+    assert len(weights[0]) == 2
+    assert weights[0] == weights[1]
+    failed = sweep("failing", "protocol.lr=0.05,1e9", "method=baseline", *together)
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stdout + failed.stderr
+    assert "diverged" in failed.stderr
+    statuses = [
+        json.loads(path.read_text())["status"] for path in (tmp_path / "runs" / "failing").glob("*/run.json")
+    ]
+    assert sorted(statuses) == ["diverged", "done"]
 
 
 @pytest.mark.parametrize(
