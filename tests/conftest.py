@@ -3,15 +3,17 @@ import os
 import shutil
 import tempfile
 
+# The tests' matrices are small: a second thread would only wait, and fight other processes for cores.
+os.environ["OMP_NUM_THREADS"] = "1"  # also of the programs they start
+
 import pytest
 import torch
+
+torch.set_num_threads(1)
 
 # What layers were timed at is kept for the tests alone, also by the programs they start.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
-
-# The tests' matrices are small: a second thread would only wait, and fight other processes for cores.
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
