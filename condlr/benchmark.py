@@ -38,7 +38,7 @@ from condlr.methods.condlr import CondLR, constrain
 from condlr.models.base import Architecture
 from condlr.models.lenet5 import LeNet5Options
 from condlr.models.vgg16 import Vgg16
-from condlr.precision import training
+from condlr.precision import products, training
 
 NETWORKS: dict[str, tuple[type[Architecture], tuple[int, int, int]]] = {
     "lenet5": (LeNet5Options, (1, 28, 28)),
@@ -62,6 +62,8 @@ class Program:
 
     Attributes:
         row: network, rank_rule, compression, tau and form, for the table.
+        constrained: whether hooks of its optimiser constrain it.
+        capturable: whether its step can be recorded as a CUDA graph.
         seconds: measured, by part.
         flops: of products and convolutions in a step; factorisations are not counted.
         peak_mb: weights, buffers, momenta and the most that a step holds besides, in 1e6 bytes.
@@ -74,20 +76,19 @@ class Program:
     labels: Tensor
     precision: str
     constrained: bool = False
+    capturable: bool = False
     seconds: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
     flops: float = math.nan
     peak_mb: float = math.nan
 
     def __post_init__(self) -> None:
-        self.ticks: list[float] = []
-        self.graph = GraphedStep(self._plain_step) if self._graphable else None
-
-    @property
-    def _graphable(self) -> bool:
-        return self.images.is_cuda and self.row["form"] != "naive"
+        self.ticks: list[float] | None = None  # None while nothing is timed: a graph must not wait
+        self.graph = GraphedStep(self._plain_step) if self.images.is_cuda and self.capturable else None
 
     def tick(self, *_: object) -> None:
         """Note the time."""
+        if self.ticks is None:
+            return
         if self.images.is_cuda:
             torch.cuda.synchronize(self.images.device)
         self.ticks.append(time.perf_counter())
@@ -111,25 +112,26 @@ class Program:
             self._timed_step(count=True)
         if self.graph:  # in parts a device waits for Python; whole, it does not
             steps = 20
-            for number in range(-5, steps):
-                if number == 0:
-                    torch.cuda.synchronize(self.images.device)
-                    started = time.perf_counter()
-                self.graph(self.images, self.labels)
-            torch.cuda.synchronize(self.images.device)
+            with training(self.model, self.precision, self.images.device):
+                for number in range(-5, steps):
+                    if number == 0:
+                        torch.cuda.synchronize(self.images.device)
+                        started = time.perf_counter()
+                    self.graph(self.images, self.labels)
+                torch.cuda.synchronize(self.images.device)
             self.seconds["step"].append((time.perf_counter() - started) / steps)
 
     def _timed_step(self, count: bool) -> None:
-        self.ticks.clear()
+        self.ticks = []
         with training(self.model, self.precision, self.images.device):
             self.tick()
             self._forward_backward()
             self.tick()
             self.optimizer.step()
             self.tick()
+        (first, done, *hooks, last), self.ticks = self.ticks, None
         if not count:
             return
-        first, done, *hooks, last = self.ticks
         self.seconds["forward_backward"].append(done - first)
         if self.constrained:
             before, directed, moved, settled = hooks
@@ -245,7 +247,11 @@ def programs(asked: Benchmark, network: str, device: torch.device) -> list[Progr
         }
         # The steps are small, so that hundreds of them on one batch change nothing about the work.
         optimizer = Method.optimizer(method, model, lr=1e-3, momentum=0.3)
-        program = Program(row, model, optimizer, *batch, asked.precision, form in ("condlr", "naive"))
+        released = scheme.rank_rule == "released_code" and form == "condlr"
+        program = Program(
+            row, model, optimizer, *batch, asked.precision,
+            constrained=form in ("condlr", "naive"), capturable=form != "naive" and not released,
+        )  # fmt: skip
         if program.constrained:
             assert tau is not None
             optimizer.register_step_pre_hook(program.tick)
@@ -268,16 +274,18 @@ def programs(asked: Benchmark, network: str, device: torch.device) -> list[Progr
     return made
 
 
-def product_rate(device: torch.device) -> float:
-    """Operations per second of one product of large float32 matrices."""
+def product_rate(device: torch.device, precision: str) -> float:
+    """Operations per second of one product of large matrices in a precision."""
     A = torch.randn(_PRODUCT, _PRODUCT, device=device)
+    A = A.bfloat16() if precision == "bf16" else A
     seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        torch.mm(A, A)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
+    with products("tf32" if precision == "tf32" else "ieee"):
+        for _ in range(3):
+            started = time.perf_counter()
+            torch.mm(A, A)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - started)
     return 2 * _PRODUCT**3 / min(seconds)
 
 
@@ -360,7 +368,7 @@ def measure(
     for network in asked.networks:
         made = programs(asked, network, device)
         for number in range(asked.repeats):
-            rates.append(product_rate(device))
+            rates.append(product_rate(device, asked.precision))
             for place, program in enumerate(made):
                 progress(network, number * len(made) + place, asked.repeats * len(made))
                 program.turn()

@@ -165,6 +165,9 @@ class Benchmark:
                 )
         if not self.networks:
             raise ValueError("networks is empty: name lenet5, vgg16 or both")
+        for name in ("networks", "rank_rules", "compressions"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} names something twice: {getattr(self, name)}")
         for compression in self.compressions:
             in_range("compressions", compression, 0, 1, half_open=True)
         in_range("tau", self.tau, 0, math.inf, half_open=True)

@@ -1,6 +1,8 @@
 """One step, one epoch, one run of training, the same for every method."""
 
+import copy
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -21,6 +23,8 @@ from condlr.graphs import GraphedStep
 from condlr.memory import keep_freed_memory
 from condlr.methods.base import Method
 from condlr.precision import require, training
+
+log = logging.getLogger(__name__)
 
 HistoryRow = dict[str, float | int | None]
 
@@ -123,10 +127,31 @@ class Trainer:
             on_epoch(self)
 
     def _finish_epoch(self, on_batch: Callable[["Trainer"], None]) -> None:
+        """Take the batches that are left of the epoch, and add its row to the history.
+
+        A graph cannot fall back from its fast maps where they do not hold, and leaves NaN: then the
+        epoch is taken again, step by step.
+        """
+        start = copy.deepcopy(self.state_dict()) if self._graph else None
+        try:
+            self._take_batches(on_batch, self._graph or self._take_step)
+        except Diverged as error:
+            if start is None:
+                raise
+            log.info("%s; epoch %d is taken again without a CUDA graph", error, self.epoch + 1)
+            self.load_state_dict(start)
+            self._take_batches(on_batch, self._take_step)
+        row = self._row(self.totals)
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.totals.clear()
+        self.history.append(row | {"epoch": self.epoch})
+
+    def _take_batches(
+        self, on_batch: Callable[["Trainer"], None], take_step: Callable[[Tensor, Tensor], None]
+    ) -> None:
         order = self._begin_epoch()
         self.model.train()
         remaining = self.data.train.batches(self.protocol.batch_size, order, self.batch, self._augmentation())
-        take_step = self._graph or self._take_step
         clock = time.perf_counter()
         with training(self.model, self.precision, self.device):
             for images, labels in remaining:
@@ -141,10 +166,6 @@ class Trainer:
                 clock = time.perf_counter()
         self.require_finite()
         self.totals.seconds += time.perf_counter() - clock  # until a device has done what it was given
-        row = self._row(self.totals)
-        self.epoch, self.batch = self.epoch + 1, 0
-        self.totals.clear()
-        self.history.append(row | {"epoch": self.epoch})
 
     def _take_step(self, images: Tensor, labels: Tensor) -> None:
         """A step of the method, its loss and hits added to the totals on the device."""

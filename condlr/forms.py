@@ -39,16 +39,17 @@ def choose_forms(model: nn.Module, images: Tensor) -> dict[str, str]:
     names = {layer: name for name, layer in low_rank_layers(model).items()}
     known, found, chosen = _read(), {}, {}
 
-    def measure(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def measure(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         assert isinstance(layer, LowRank)
         if names[layer] in chosen:
             return
-        key = _key(layer, inputs[0])
+        x = inputs[0] if inputs else named["x"]
+        key = _key(layer, x)
         if known.get(key) not in FORMS:
-            known[key] = found[key] = _faster(layer, inputs[0])
+            known[key] = found[key] = _faster(layer, x)
         chosen[names[layer]] = known[key]
 
-    hooks = [layer.register_forward_pre_hook(measure) for layer in names]
+    hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in names]
     try:
         with _in_eval_mode(model), torch.enable_grad():
             model(images)

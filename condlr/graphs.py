@@ -32,6 +32,7 @@ class GraphedStep:
         self._taken: dict[torch.Size, int] = {}
         self._made_for: Hashable = None
         self._works = True
+        self._stream: torch.cuda.Stream | None = None
 
     def renew(self, made_for: Hashable) -> None:
         """Forget what was recorded unless it was for the same settings: graphs hold them as constants."""
@@ -43,9 +44,14 @@ class GraphedStep:
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Take the step, in whatever way."""
         shape = images.shape
-        if self._works and shape not in self._graphs and self._taken.get(shape, 0) >= _WARM_UP:
+        if not self._works:
+            self._step(images, labels)
+            return
+        if shape not in self._graphs and self._taken.get(shape, 0) >= _WARM_UP:
             self._record(images, labels)
-        if shape in self._graphs:
+        if not self._works:
+            self._step(images, labels)
+        elif shape in self._graphs:
             graph, static_images, static_labels = self._graphs[shape]
             static_images.copy_(images)
             static_labels.copy_(labels)
@@ -56,7 +62,7 @@ class GraphedStep:
 
     def _aside(self, images: Tensor, labels: Tensor) -> None:
         """Take the step on another stream, as PyTorch wants it before a recording."""
-        stream = torch.cuda.Stream(images.device)
+        stream = self._stream = self._stream or torch.cuda.Stream(images.device)
         stream.wait_stream(torch.cuda.current_stream(images.device))
         with torch.cuda.stream(stream):
             self._step(images, labels)

@@ -42,7 +42,7 @@ def training(model: nn.Module, precision: str, device: torch.device) -> Iterator
         if precision != "bf16":
             yield
             return
-        forward = model.forward
+        forward, own = model.forward, model.__dict__.get("forward")
 
         # The weights change in each step, so there is nothing to cache; and a graph must not record a cache.
         def in_bfloat16(*args: Any, **kwargs: Any) -> Tensor:
@@ -54,6 +54,8 @@ def training(model: nn.Module, precision: str, device: torch.device) -> Iterator
             yield
         finally:
             del model.forward
+            if own is not None:
+                model.forward = own
 
 
 @contextmanager

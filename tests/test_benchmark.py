@@ -96,6 +96,7 @@ def test_operations_and_memory_are_counted():
     [
         (["networks=[alexnet]"], "networks must be one of lenet5, vgg16; got 'alexnet'"),
         (["networks=[]"], "networks is empty"),
+        (["compressions=[0.8,0.8]"], r"compressions names something twice: \[0.8, 0.8\]"),
         (["repeats=0"], r"repeats must be in \[1"),
         (["compressions=[1.0]"], "compressions must be in"),
         (["precision=fp8"], "precision must be one of float32"),

@@ -143,6 +143,29 @@ def test_batches_with_good_and_bad_matrices(name):
         torch.testing.assert_close(found, function(matrix), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-5, 1e12])
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_projections_at_any_scale(name, scale):
+    S = out_of_the_band(32, 0.1, 0.1)
+    found = PROJECTIONS[name]((S * scale).float(), 0.1, "rms").double() / scale
+    assert ((found - spectrum.project(S, 0.1)[0]).norm() / S.norm()).item() <= IN_LOOP
+
+
+@pytest.mark.parametrize("spread", [8, 15, 20, 25, 40])
+@pytest.mark.parametrize("r", [16, 128, 256])
+def test_one_singular_value_far_off(r, spread):
+    """As before the first step, when nothing has put S into the band yet."""
+    sigma = np.ones(r)
+    sigma[0] = 1 / spread
+    S = with_spectrum(r, r, sigma)
+    for tau in (0.0, 0.1):
+        expected, _ = spectrum.project(S, tau)
+        for project in PROJECTIONS.values():
+            found = project(S.float(), tau, "rms")
+            assert spectrum.condition_number(found) <= (1 + tau) * (1 + 1e-4)
+            assert distance(found, expected) <= 1e-5
+
+
 @pytest.mark.parametrize("tau", [0.05, 0.5])
 def test_gram_solve_in_the_loop(tau):
     S = out_of_the_band(58, tau, 0.1)

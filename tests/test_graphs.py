@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_engine import METHODS, data, protocol  # noqa: F401  (a fixture)
 
-from condlr import graphs
+from condlr import engine, graphs
 from condlr.engine import Trainer
 from condlr.factorization import Scheme
 from condlr.graphs import GraphedStep
@@ -98,6 +98,39 @@ def test_a_step_that_cannot_be_recorded_is_taken_as_it_is(stage, caplog):
     assert line.endswith("it runs without: operation not permitted when stream is capturing")
 
 
+def test_an_epoch_that_a_graph_spoils_is_taken_again(data, monkeypatch):  # noqa: F811
+    """NaN is all a graph can say where a fast map does not hold; the run ends as if it had had none."""
+    taken = []
+
+    class Spoiling:
+        def __init__(self, step):
+            self.step = step
+
+        def renew(self, settings):
+            pass
+
+        def __call__(self, images, labels):
+            self.step(images, labels)
+            taken.append(len(labels))
+            if len(taken) == 6:  # in the second epoch
+                spoiled.model.fc1.U.data[0] = torch.nan
+
+    def make():
+        torch.manual_seed(5)
+        model = METHODS["condlr"].apply(LeNet5(), Scheme(0.5, classifier="dense"))
+        return Trainer(model, METHODS["condlr"], data, protocol(), seed=0)
+
+    monkeypatch.setattr(engine, "GraphedStep", Spoiling)
+    plain, spoiled = make(), make()
+    spoiled._graph = Spoiling(spoiled._take_step)
+    plain.fit()
+    spoiled.fit()
+    assert len(taken) == 12, "the third epoch has a graph again"
+    for a, b in zip(plain.model.parameters(), spoiled.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [row["train_loss"] for row in plain.history] == [row["train_loss"] for row in spoiled.history]
+
+
 def test_methods_that_look_at_the_device_are_not_recorded():
     capturable = {name for name, method in METHODS.items() if method.capturable}
     assert capturable == {
@@ -106,6 +139,7 @@ def test_methods_that_look_at_the_device_are_not_recorded():
     }  # fmt: skip
     assert not CondLR(0.1, preconditioner="released_code").capturable
     assert CondLR(0.0, "one").capturable
+    assert not CondLR(float("inf")).capturable, "its S may become ill-conditioned"
 
 
 @pytest.mark.gpu

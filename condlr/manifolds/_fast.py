@@ -26,6 +26,7 @@ _POLAR_STEPS = (
     (1.926979, -1.306616, 0.3807051),
     (1.875045, -1.25005, 0.375005),
     (1.875, -1.25, 0.375),
+    (1.875, -1.25, 0.375),
 )
 # From l = 1e-4, and | |x| - x p(x) | <= 6e-6 on all of [-1, 1]. Beyond 1 the first ones are steep, and
 # rounding would grow 13-fold in each step: they are designed for x / 1.01, and hold up to 1.005.
@@ -45,7 +46,8 @@ _SIGN_STEPS = (
 def fall_back(good: Tensor, fast: Tensor, exact: Callable[[], Tensor]) -> Tensor:
     """`fast`, with the matrices that are not `good` taken from `exact()`.
 
-    While a CUDA graph is captured nothing can be decided: there they become NaN, which a run notices.
+    While a CUDA graph is captured nothing can be decided: there they become NaN, which the engine notices
+    at the end of the epoch, and takes the epoch again without a graph.
 
     Args:
         good: (...), bool.
@@ -86,7 +88,8 @@ def orthonormalize(Y: Tensor) -> tuple[Tensor, Tensor]:
     if Y.is_cuda or not good.all():
         size = inverse.abs()
         bound = _row_sum(gram.abs()) * _row_sum(size) * _row_sum(size.mT)
-        good |= (info == 0) & (bound <= CONDITION_LIMIT)
+        kept = gram.diagonal(dim1=-2, dim2=-1).amin(-1) > _least_square(gram)
+        good |= (info == 0) & kept & (bound <= condition_limit(Y.shape[-2]))
     return times(Y, inverse.mT), good
 
 
@@ -127,8 +130,7 @@ def absolute(X: Tensor) -> Tensor:
     Args:
         X: (..., r, r), symmetric.
     """
-    size = _size(X)
-    Z = X / torch.where(size > 0, size, 1.0)
+    Z = X / _size(X)
     for a, b, c in _SIGN_STEPS:
         square = Z @ Z
         Z = sym(a * Z + Z @ (b * square + c * (square @ square)))
@@ -136,18 +138,21 @@ def absolute(X: Tensor) -> Tensor:
 
 
 def is_orthonormal(Q: Tensor) -> Tensor:
-    """Whether |Q^T Q - I| is rounding, shape (...)."""
+    """Whether |Q^T Q - I|_F is rounding, shape (...)."""
     gram = Q.mT @ Q
-    error = (gram - identity_like(gram)).abs().amax((-2, -1))
-    return error <= 16 * max(Q.shape[-1], 16) ** 0.5 * torch.finfo(Q.dtype).eps
+    return _norm(gram - identity_like(gram)) <= 4 * max(Q.shape[-1], 4) ** 0.5 * torch.finfo(Q.dtype).eps
 
 
-def are_well_conditioned(eigenvalues: Tensor) -> bool:
-    """Whether Gram matrices of these eigenvalues, (..., r), can be used: all together, none is far off."""
+def condition_limit(n: int) -> float:
+    """The largest condition number of a Gram matrix of n rows that is used: long sums lose more."""
+    return CONDITION_LIMIT * min(1.0, 2048 / n)
+
+
+def are_well_conditioned(eigenvalues: Tensor, n: int) -> bool:
+    """Whether Gram matrices of n rows with these eigenvalues, (..., r), can be used: none is far off."""
     low, high = (float(edge) for edge in torch.aminmax(eigenvalues))
-    info = torch.finfo(eigenvalues.dtype)
-    # Squares that are nearly too small have lost what they stand for; too large ones are infinite.
-    return info.tiny / info.eps < low and high <= CONDITION_LIMIT * low and high < info.max
+    finite = high < torch.finfo(eigenvalues.dtype).max
+    return finite and _least_square(eigenvalues) < low and high <= condition_limit(n) * low
 
 
 def sym(X: Tensor) -> Tensor:
@@ -161,9 +166,22 @@ def times(X: Tensor, B: Tensor) -> Tensor:
 
 
 def _size(X: Tensor) -> Tensor:
-    """|X^T X X^T X|_F^{1/4}, the Schatten 8-norm, (..., 1, 1): no less than sigma_max, and hardly more."""
+    """|X^T X X^T X|_F^{1/4}, the Schatten 8-norm, (..., 1, 1): no less than sigma_max, and hardly more.
+
+    1 for X = 0. Eighth powers would vanish or overflow, so they are taken of X over its largest entry.
+    """
+    largest = X.abs().amax((-2, -1), keepdim=True)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    X = X / largest
     gram = X.mT @ X
-    return (gram @ gram).square().sum((-2, -1), keepdim=True).pow(0.125)
+    size = (gram @ gram).square().sum((-2, -1), keepdim=True).pow(0.125)
+    return largest * torch.where(size > 0, size, torch.ones_like(size))
+
+
+def _least_square(A: Tensor) -> float:
+    """The least square that still stands for a number: smaller ones have lost digits."""
+    info = torch.finfo(A.dtype)
+    return info.tiny / info.eps
 
 
 def _norm(A: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def fast_project(S: Tensor, tau: float, kind: str = "rms") -> tuple[Tensor, Tens
         As `project`; to 2e-6 of |S| in float32.
     """
     eigenvalues, P = eigh(S.mT @ S)
-    if not _fast.are_well_conditioned(eigenvalues):
+    if not _fast.are_well_conditioned(eigenvalues, S.shape[-1]):
         return project(S, tau, kind)
     rotated = S @ P
     sigma = torch.linalg.vector_norm(rotated, dim=-2)

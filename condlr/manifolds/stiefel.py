@@ -87,7 +87,7 @@ def fast_polar(Y: Tensor) -> Tensor:
         Q = _fast.polar_factor(Y)
         return _fast.fall_back(_fast.is_orthonormal(Q), Q, lambda: polar(Y))
     eigenvalues, P = eigh(Y.mT @ Y)
-    if not _fast.are_well_conditioned(eigenvalues):
+    if not _fast.are_well_conditioned(eigenvalues, Y.shape[-2]):
         return polar(Y)
     return _fast.times(Y, (P * eigenvalues.rsqrt().unsqueeze(-2)) @ P.mT)
 
@@ -226,6 +226,8 @@ def newton_schulz(X: Tensor) -> Tensor:
     return (3 * X - X @ (X.mT @ X)) / 2
 
 
-def _column(step: Tensor | float, X: Tensor) -> Tensor:
+def _column(step: Tensor | float, X: Tensor) -> Tensor | float:
     """A step for each matrix of a batch, ready to be multiplied with the matrices."""
-    return torch.as_tensor(step, dtype=X.dtype, device=X.device)[..., None, None]
+    if not isinstance(step, Tensor):
+        return step  # a CUDA graph can hold a number, but not fetch one
+    return step.to(X)[..., None, None]

@@ -359,7 +359,10 @@ class CondLR(Method):
     @override
     def capturable(self) -> bool:
         by_qr = self.tau == 0 and self.projection == "qr"
-        return not by_qr and self.preconditioner != "released_code"  # whose scalars live in Python
+        if self.preconditioner == "released_code":  # whose scalars live in Python
+            return False
+        # A wide band lets S become too ill-conditioned for what a graph can do with it.
+        return not by_qr and (self.tau <= 1 or self.preconditioner == "scalar")
 
     @override
     def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:

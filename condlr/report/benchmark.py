@@ -62,7 +62,7 @@ def legend(facts: dict[str, Any]) -> str:
         f"Batch {facts['batch_size']}, {facts['precision']}; medians of {facts['repeats']} turns in one "
         "process. "
         "Of peak: the products and convolutions of a step against "
-        f"{facts['peak_gflops']:,.0f} GFLOP/s, the rate of one large float32 matrix "
+        f"{facts['peak_gflops']:,.0f} GFLOP/s, the rate of one large matrix "
         "product (a convolution may be faster). On the ranks of the released code CondLR takes that code's "
         "options, and computes what the naive form computes; on the others its own, which cost more."
     )
