@@ -1,5 +1,6 @@
 """The README's example runs as it stands."""
 
+import csv
 import re
 from pathlib import Path
 
@@ -65,3 +66,31 @@ def test_the_numbers_are_those_of_the_results():
     for name, compression, numbers in shown:
         line = lines[name, compression].split("|")
         assert {number.strip() for number in numbers.split("|")} <= {part.strip() for part in line}, name
+
+
+def test_the_costs_are_those_of_the_benchmark():
+    """Each row of the table of costs is what the committed benchmark measured."""
+    rows = list(csv.DictReader((ROOT / "results" / "benchmark" / "amd-epyc-2-threads.csv").open()))
+
+    def milliseconds(network, compression, form, part="step"):
+        (found,) = (
+            float(row["milliseconds"])
+            for row in rows
+            if (row["network"], row["form"], row["part"]) == (network, form, part)
+            and (form == "dense" or (row["rank_rule"], float(row["compression"])) == ("params", compression))
+        )
+        return found
+
+    shown = re.findall(r"^\| (LeNet5|VGG16), (\d+) % \| (.*) \|$", README, re.M)
+    assert len(shown) == 4
+    for network, compression, numbers in shown:
+        who = network.lower(), int(compression) / 100
+        dense, free, ours, naive = (
+            milliseconds(*who, form) for form in ("dense", "unconstrained", "condlr", "naive")
+        )
+        expected = [dense, free, ours, milliseconds(*who, "condlr", "constraint"), naive]
+        expected += [ours / dense, ours / free, naive / ours]
+        for text, value in zip(numbers.split("|"), expected, strict=True):
+            text = text.strip().replace(",", "")
+            digits = len(text.partition(".")[2])
+            assert abs(float(text) - value) <= 0.51 * 10**-digits, (network, compression, text, value)
