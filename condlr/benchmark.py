@@ -93,13 +93,12 @@ class Program:
             torch.cuda.synchronize(self.images.device)
         self.ticks.append(time.perf_counter())
 
-    def _forward_backward(self) -> None:
-        self.optimizer.zero_grad()
-        F.cross_entropy(self.model(self.images), self.labels).backward()
-
-    def _plain_step(self, images: Tensor, labels: Tensor) -> None:
+    def _forward_backward(self, images: Tensor, labels: Tensor) -> None:
         self.optimizer.zero_grad()
         F.cross_entropy(self.model(images), labels).backward()
+
+    def _plain_step(self, images: Tensor, labels: Tensor) -> None:
+        self._forward_backward(images, labels)
         self.optimizer.step()
 
     def turn(self) -> None:
@@ -125,7 +124,7 @@ class Program:
         self.ticks = []
         with training(self.model, self.precision, self.images.device):
             self.tick()
-            self._forward_backward()
+            self._forward_backward(self.images, self.labels)
             self.tick()
             self.optimizer.step()
             self.tick()

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from condlr.errors import UserError, in_range, one_of
+from condlr.ranks import RANK_RULES
 from condlr.registry import available, find
 
 if TYPE_CHECKING:
@@ -158,11 +159,10 @@ class Benchmark:
     results_dir: str
 
     def __post_init__(self) -> None:
-        for name, values in (("networks", self.networks), ("rank_rules", self.rank_rules)):
-            for value in values:
-                one_of(
-                    name, value, ("lenet5", "vgg16") if name == "networks" else ("params", "released_code")
-                )
+        for network in self.networks:
+            one_of("networks", network, ("lenet5", "vgg16"))
+        for rank_rule in self.rank_rules:
+            one_of("rank_rules", rank_rule, RANK_RULES)
         if not self.networks:
             raise ValueError("networks is empty: name lenet5, vgg16 or both")
         for name in ("networks", "rank_rules", "compressions"):

@@ -10,6 +10,7 @@ from torch import nn
 
 from condlr.attacks.base import Attack
 from condlr.data.base import Images
+from condlr.modes import in_eval_mode
 from condlr.precision import strict
 
 Row = dict[str, str | float | int]
@@ -60,16 +61,13 @@ def accuracy(model: nn.Module, images: Images, batch_size: int = 1000) -> float:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
     wanted = [(p, p.requires_grad) for p in model.parameters()]
+    device = wanted[0][0].device if wanted else torch.device("cpu")
     try:
-        model.eval()
         for parameter, _ in wanted:
             parameter.requires_grad_(False)
-        with strict(wanted[0][0].device if wanted else torch.device("cpu")):
+        with in_eval_mode(model), strict(device):
             yield
     finally:
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
-        for module, training in modes:
-            module.training = training

@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from condlr.errors import one_of
 from condlr.factorization import low_rank_layers
 from condlr.layers import FORMS, LowRank, LowRankConv2d
+from condlr.modes import in_eval_mode
+from condlr.runs import write
 
 # A form is timed for so many rounds, fewer where they take longer than so many seconds in all.
 _ROUNDS, _SECONDS = 9, 0.3
@@ -51,7 +53,7 @@ def choose_forms(model: nn.Module, images: Tensor) -> dict[str, str]:
 
     hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in names]
     try:
-        with _in_eval_mode(model), torch.enable_grad():
+        with in_eval_mode(model), torch.enable_grad():
             model(images)
     finally:
         for hook in hooks:
@@ -132,18 +134,6 @@ def _key(layer: LowRank, x: Tensor) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout, and without a change to running statistics."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _path() -> Path:
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "condlr" / "forms.json"
@@ -162,6 +152,4 @@ def _write(found: Mapping[str, str]) -> None:
     with suppress(OSError, RuntimeError):
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps({**_read(), **found}, indent=1))
-        partial.replace(path)
+        write(path, json.dumps({**_read(), **found}, indent=1).encode())

@@ -44,10 +44,7 @@ class GraphedStep:
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Take the step, in whatever way."""
         shape = images.shape
-        if not self._works:
-            self._step(images, labels)
-            return
-        if shape not in self._graphs and self._taken.get(shape, 0) >= _WARM_UP:
+        if self._works and shape not in self._graphs and self._taken.get(shape, 0) >= _WARM_UP:
             self._record(images, labels)
         if not self._works:
             self._step(images, labels)

@@ -160,15 +160,15 @@ def _choose_forms(trainer: Trainer, config: RunConfig) -> None:
     """Give each low-rank layer, if there are any, the form that the config says, or the faster one."""
     if not low_rank_layers(trainer.model):
         return
+    if config.forms == "measured":
+        images, _ = next(trainer.data.train.batches(config.protocol.batch_size))
+        with training(trainer.model, config.precision, trainer.device):
+            choose_forms(trainer.model, images)
+        return
     try:
-        if config.forms != "measured":
-            set_forms(trainer.model, config.forms)
-            return
+        set_forms(trainer.model, config.forms)
     except ValueError as error:
         raise UserError(str(error)) from error
-    images, _ = next(trainer.data.train.batches(config.protocol.batch_size))
-    with training(trainer.model, config.precision, trainer.device):
-        choose_forms(trainer.model, images)
 
 
 def _sizes(model: nn.Module) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import condlr
-from condlr import forms
+from condlr import config, forms
 from condlr.factorization import low_rank_layers
+from condlr.layers import FORMS
 
 
 @pytest.fixture
@@ -114,6 +115,10 @@ def test_choosing_changes_nothing_else(cache):
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
     assert not any(layer._forward_pre_hooks for layer in low_rank_layers(net).values())
+
+
+def test_the_command_line_knows_the_forms():
+    assert ("measured", *FORMS) == config.FORMS
 
 
 def test_bad_forms_are_refused():

@@ -115,9 +115,8 @@ def polar_factor(X: Tensor) -> Tensor:
         X: (..., n, r), n >= r, not zero. For a smaller sigma_min the result is not orthonormal.
     """
     X = X / _size(X)
-    for a, b, c in _POLAR_STEPS:
-        gram = X.mT @ X
-        X = a * X + X @ (b * gram + c * (gram @ gram))
+    for step in _POLAR_STEPS:
+        X = _quintic(X, X.mT @ X, *step)
     return X
 
 
@@ -131,10 +130,14 @@ def absolute(X: Tensor) -> Tensor:
         X: (..., r, r), symmetric.
     """
     Z = X / _size(X)
-    for a, b, c in _SIGN_STEPS:
-        square = Z @ Z
-        Z = sym(a * Z + Z @ (b * square + c * (square @ square)))
+    for step in _SIGN_STEPS:
+        Z = sym(_quintic(Z, Z @ Z, *step))
     return sym(X @ Z)
+
+
+def _quintic(X: Tensor, gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    """X (a I + b G + c G^2), which makes a x + b x^3 + c x^5 of the singular values of X, G = X^T X."""
+    return a * X + X @ (b * gram + c * (gram @ gram))
 
 
 def is_orthonormal(Q: Tensor) -> Tensor:
