@@ -260,6 +260,23 @@ def test_a_layer_that_starts_at_zero_trains(preconditioner):
         condlr.constrain(sgd, zero, tau=0.0, preconditioner="released_code")
 
 
+@pytest.mark.parametrize("preconditioner", ["exact", "scalar"])
+@pytest.mark.parametrize("scale", [1e-25, 1e-15, 1e15])
+def test_the_inverse_square_of_a_small_core_does_not_overflow(scale, preconditioner):
+    """A gradient of U is proportional to S, so that dividing by S twice leaves 1 / |S|."""
+    layer = condlr.LowRankLinear(M, N, R, bias=False, dtype=torch.float32)
+    D = torch.randn(N, R)
+    with torch.no_grad():
+        layer.S.copy_(scale * torch.eye(R))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    condlr.constrain(optimizer, layer, tau=0.1, preconditioner=preconditioner)
+    layer.U.grad = D * scale
+    U = layer.U.detach().clone()
+    optimizer.step()
+    expected = (D - U @ (U.mT @ D)) / scale
+    torch.testing.assert_close(layer.U.grad * scale, expected * scale, rtol=1e-4, atol=1e-5)
+
+
 def test_removed_hooks_constrain_no_longer():
     layer, X, T = problem()
     optimizer = torch.optim.SGD(layer.parameters(), lr=LR)

@@ -278,10 +278,11 @@ class Constraint:
             return spectrum.gram_solve(S, G, H)
         if self.options.preconditioner == "scalar":
             s = spectrum.rms(S)[..., None, None]
-            c = torch.where(s > 0, 1 / s / s, 0.0)  # S = 0 by its pseudo-inverse
-        else:
-            c = S.new_tensor([self._scale(name) for name in group.names])[:, None, None]
-            c = c if S.ndim == 3 else c[0]
+            # One s after the other: 1 / s^2 may overflow. S = 0 by its pseudo-inverse
+            G, H = (None if X is None else torch.where(s > 0, X / s / s, 0.0) for X in (G, H))
+            return G, H
+        c = S.new_tensor([self._scale(name) for name in group.names])[:, None, None]
+        c = c if S.ndim == 3 else c[0]
         return None if G is None else G * c, None if H is None else H * c
 
     def _scale(self, name: str) -> float:
