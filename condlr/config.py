@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -115,6 +115,9 @@ class Evaluation:
 
     run: str
     attack: dict[str, Any]
+    audit: bool
+    conditioning: bool
+    cost: bool
     data_root: str | None
     device: str
 
@@ -242,6 +245,20 @@ class RunConfig:
     def directory(self) -> Path:
         """Where the run lives."""
         return self.runs_dir / self.study / self.run_id
+
+    @property
+    def baseline(self) -> "RunConfig":
+        """The run of the dense network that differs from this one in its method alone."""
+        from condlr.methods.base import Method
+
+        method, keys = choose("method", "methods", {"name": "baseline"}, Method)
+        return replace(
+            self,
+            identity=self.identity | {"method": keys, "compression": None},
+            label=_label(method, keys, self.protocol),
+            method=method,
+            scheme=replace(self.scheme, compression=None),
+        )
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:

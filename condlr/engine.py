@@ -1,7 +1,6 @@
 """One step, one epoch, one run of training, the same for every method."""
 
 import copy
-import hashlib
 import logging
 import math
 import time
@@ -23,16 +22,11 @@ from condlr.graphs import GraphedStep
 from condlr.memory import keep_freed_memory
 from condlr.methods.base import Method
 from condlr.precision import require, training
+from condlr.seeds import derive_seed
 
 log = logging.getLogger(__name__)
 
 HistoryRow = dict[str, float | int | None]
-
-
-def derive_seed(seed: int, *purpose: str | int) -> int:
-    """A seed for one purpose of a run: independent of the others, and the same on every machine."""
-    text = "/".join(map(str, (seed, *purpose)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 @dataclass

@@ -72,6 +72,32 @@ class LiveLine:
         log.info("%s  %s", self._title, _figures(trainer.epoch, epochs, *map(float, figures)))  # type: ignore[arg-type]
 
 
+class Steps:
+    """A bar for work of known length that is not training, in a terminal alone."""
+
+    def __init__(self, title: str):
+        console = Console(stderr=True)
+        live = console.is_terminal and current_process().name == "MainProcess"
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(),
+            console=console, disable=not live, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task(title, total=None)
+
+    def __enter__(self) -> "Steps":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def at(self, done: int, total: int) -> None:
+        """So much is done."""
+        self._bar.update(self._task, completed=done, total=total)
+
+
 def _figures(epoch: int, epochs: int, loss: float, accuracy: float, speed: float | None) -> str:
     figures = f"epoch {epoch}/{epochs}  loss {loss:.4f}  accuracy {accuracy:.2%}"
     return figures if speed is None else f"{figures}  {speed:,.0f} images/s"

@@ -173,16 +173,16 @@ class Run:
         return read_csv(self.directory / name)
 
     def add_evaluation(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows to evaluation.csv, in place of those of the same attack and eps."""
-        merged = self.evaluated | {(row["attack"], float(row["eps"])): row for row in rows}
+        """Add rows to evaluation.csv, in place of those of the same attack, norm, n and eps."""
+        merged = self.evaluated | {_cell(row): row for row in rows}
         self.write_table("evaluation.csv", [merged[key] for key in sorted(merged)])
 
     @property
-    def evaluated(self) -> dict[tuple[str, float], Mapping[str, Any]]:
-        """The rows of evaluation.csv by attack and eps."""
+    def evaluated(self) -> dict[tuple[str, str, int, float], Mapping[str, Any]]:
+        """The rows of evaluation.csv by attack, norm, number of images and eps."""
         rows = self.read_table("evaluation.csv")
         try:
-            return {(row["attack"], float(row["eps"])): row for row in rows}
+            return {_cell(row): row for row in rows}
         except (KeyError, ValueError) as error:
             path = self.directory / "evaluation.csv"
             raise UserError(f"{path} is damaged ({error!r}): remove it and evaluate the run again") from error
@@ -232,6 +232,10 @@ def collect(study: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             cells.append(who | facts | renamed)
         histories += history
     return cells, histories
+
+
+def _cell(row: Mapping[str, Any]) -> tuple[str, str, int, float]:
+    return str(row["attack"]), str(row["norm"]), int(row["n"]), float(row["eps"])
 
 
 def _largest(row: Mapping[str, str], factored: Sequence[str]) -> dict[str, float | None]:

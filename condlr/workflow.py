@@ -4,22 +4,24 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from condlr.config import RunConfig
+from condlr.config import RunConfig, check
 from condlr.data.base import Data
-from condlr.engine import Trainer, derive_seed
+from condlr.engine import Trainer
 from condlr.errors import Diverged, Interrupted, UserError
-from condlr.evaluation import Row, evaluate
+from condlr.evaluation import Row, evaluate, first
 from condlr.factorization import low_rank_layers, measure
 from condlr.forms import choose_forms, forms, set_forms
 from condlr.models.base import standardized
 from condlr.precision import training
-from condlr.progress import LiveLine
+from condlr.progress import LiveLine, Steps
 from condlr.runs import Run, commit, environment
+from condlr.seeds import derive_seed
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,10 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
     if info.get("status") == "done":
         other = "" if info.get("commit") == commit() else f" with the code of {info.get('commit')}"
         log.info("%s is done already%s; remove it to train it again", run.directory, other)
-        if not {(config.attack.label(), eps) for eps in config.attack.eps} <= run.evaluated.keys():
+        n = config.attack.images or info.get("images", {}).get("test")
+        if not {(label, config.attack.norm, n, eps) for label, eps in config.attack.cells()} <= {
+            *run.evaluated
+        }:
             evaluate_run(run, config)
         return
     device = pick_device(config.device)
@@ -51,13 +56,13 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
     with run.recording(**facts, **environment(), device=_describe(device)), _Signals() as signals:
         run.write_config(written)
         data = load_data(config, device)
+        source = _source(run, config, data)
         model = build(config, data).to(device)
         run.note(**_sizes(model), images=_images(data))
         trainer = _trained(run, config, model, data, signals)
         run.note(**_sizes(model))  # a method may have changed the ranks
         run.save_model(model.state_dict(), config.identity)
-        rows = evaluate(model, data.test, config.attack)
-        run.add_evaluation(rows)
+        rows = _attacked(run, config, model, data, source)
         seconds = sum(float(row["seconds"] or 0) for row in trainer.history)
         run.note(train_seconds=round(seconds, 2))
     log.info("%s: %s (%.0f s)", run.directory, _summary(rows), seconds)
@@ -65,6 +70,14 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
 
 def evaluate_run(run: Run, config: RunConfig) -> list[Row]:
     """Attack a finished run's weights with `config.attack`, and add the result to its evaluation."""
+    data, model = _finished(run, config)
+    rows = _attacked(run, config, model, data, _source(run, config, data))
+    log.info("%s: %s", run.directory, _summary(rows))
+    return rows
+
+
+def _finished(run: Run, config: RunConfig) -> tuple[Data, nn.Module]:
+    """The data and the network of a run that is done."""
     if run.status != "done":
         raise UserError(
             f"{run.directory} is {run.status or 'not a run'}: only a run that is done is evaluated"
@@ -74,11 +87,41 @@ def evaluate_run(run: Run, config: RunConfig) -> list[Row]:
     data = load_data(config, pick_device(config.device))
     if data.digest != run.info.get("images", {}).get("digest"):
         raise UserError(f"{config.data_root} holds other images than the run was trained on")
-    model = load_network(run, config, data)
-    rows = evaluate(model, data.test, config.attack)
+    return data, load_network(run, config, data)
+
+
+def _attacked(
+    run: Run, config: RunConfig, model: nn.Module, data: Data, source: nn.Module | None
+) -> list[Row]:
+    """The rows of an evaluation, which are also kept in the run."""
+    with Steps(f"{config.row['label']} under {config.attack.label()}") as steps:
+        rows = evaluate(model, data.test, config.attack, source=source, on_progress=steps.at)
     run.add_evaluation(rows)
-    log.info("%s: %s", run.directory, _summary(rows))
     return rows
+
+
+def _source(run: Run, config: RunConfig, data: Data) -> nn.Module | None:
+    """The network that the attack's images are made on, if it is not the attacked one."""
+    name = config.attack.source
+    try:
+        first(data.test, config.attack.images)
+    except ValueError as error:
+        raise UserError(f"attack.{error}") from None
+    if name is None:
+        return None
+    if name == "baseline":
+        origin = config.baseline
+        other = Run(run.directory.parent / origin.run_id)
+        advice = "train it first, with method=baseline and all else as it is here"
+    else:
+        other = Run(Path(name))
+        origin = check(other.read_config())
+        advice = "give the directory of a run that is done"
+    if other.status != "done":
+        raise UserError(f"attack.source: {other.directory} is {other.status or 'not a run'}: {advice}")
+    if origin.identity["dataset"]["name"] != config.identity["dataset"]["name"]:
+        raise UserError(f"attack.source: {other.directory} was trained on another dataset")
+    return load_network(other, origin, data)
 
 
 def build(config: RunConfig, data: Data) -> nn.Module:

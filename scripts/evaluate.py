@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Attack a finished run; the rows are added to its evaluation.csv."""
+"""Attack a finished run, audit the attacks, analyse its network: what is found is added to its directory."""
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from condlr.cli import command
 from condlr.config import Evaluation, check, typed
+from condlr.errors import UserError
 from condlr.runs import Run
 
 
@@ -17,7 +19,7 @@ def main(config: DictConfig) -> None:
     run = Run(Path(asked.run))
     before = run.read_config()
     if asked.attack.get("eps") is None:
-        asked.attack["eps"] = before.get("attack", {}).get("eps")
+        asked.attack["eps"] = _strengths(before.get("attack", {}), asked.attack)
     again = before | {"attack": asked.attack, "device": asked.device}
     if asked.data_root:
         again["data_root"] = asked.data_root
@@ -26,6 +28,14 @@ def main(config: DictConfig) -> None:
     from condlr.workflow import evaluate_run
 
     evaluate_run(run, checked)
+
+
+def _strengths(before: dict[str, Any], asked: dict[str, Any]) -> list[float]:
+    """Those of the run, if they are in the same norm."""
+    norm = asked.get("norm", "linf")
+    if before.get("norm", "linf") != norm or "eps" not in before:
+        raise UserError(f"attack.eps: name the strengths in the norm {norm}, for example attack.eps=[0.1]")
+    return before["eps"]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from condlr.config import Protocol
 from condlr.data.base import Data
 from condlr.data.digits import Digits
-from condlr.engine import Trainer, derive_seed
+from condlr.engine import Trainer
 from condlr.errors import ConstraintBreach, Diverged
 from condlr.factorization import Scheme
 from condlr.methods.base import Method
@@ -21,6 +21,7 @@ from condlr.methods.svd_prune import SvdPrune
 from condlr.methods.vanilla import Vanilla
 from condlr.models.lenet5 import LeNet5
 from condlr.runs import Run
+from condlr.seeds import derive_seed
 
 METHODS = {
     "baseline": Baseline(),

@@ -1,4 +1,4 @@
-"""The fast gradient sign method (Goodfellow et al., ICLR 2015)."""
+"""The fast gradient sign method (Goodfellow et al., ICLR 2015), and its form for Euclidean balls."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from condlr.attacks.base import Attack
+from condlr.attacks._balls import radius, steepest
+from condlr.attacks.base import Attack, Perturbed
 
 
 @dataclass
@@ -17,31 +18,35 @@ class Fgsm(Attack):
     """x' = clamp(x + eps sign(grad_x L(f(x), y)), 0, 1), L the cross-entropy with the true label.
 
     The loss is summed over the batch, not averaged: an average only makes small gradients underflow.
-    sign(0) = 0, so a pixel without gradient is not touched. One backward pass serves every eps.
+    sign(0) = 0, so a pixel without gradient is not touched. One backward pass serves every eps. For
+    `l2` and `l2_relative` the step is eps g / ||g||_2 and eps ||x||_2 g / ||g||_2 (fast gradient method).
 
     Attributes:
         clamp: to [0, 1]; without it images leave the range of pixels, as the CondLR authors' code has it
             for CIFAR-10 (a step of eps sign / std on standardised images is the same one).
     """
 
-    norm: ClassVar[str] = "linf"
+    in_label: ClassVar[tuple[str, ...]] = ("clamp",)
 
     clamp: bool = True
 
     @override
-    def label(self) -> str:
-        return "fgsm" if self.clamp else "fgsm-unclamped"
+    def name(self) -> str:
+        return ("fgsm" if self.norm == "linf" else "fgm") + ("" if self.clamp else "-unclamped")
 
     @override
-    def perturb(
-        self, model: nn.Module, images: Tensor, labels: Tensor
-    ) -> Iterator[tuple[float, Tensor, Tensor]]:
-        images = images.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = F.cross_entropy(model(images), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, images)
-        images, sign = images.detach(), gradient.sign()
+    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0) -> Iterator[Perturbed]:
+        gradient = cross_entropy_gradient(model, images, labels)
+        images, direction = images.detach(), steepest(self.norm, gradient)
         without = (gradient == 0).flatten(1).all(1)
         for eps in self.eps:
-            moved = images + eps * sign
-            yield eps, moved.clamp_(0, 1) if self.clamp else moved, without
+            moved = images + radius(self.norm, eps, images) * direction
+            yield Perturbed(self.label(), eps, moved.clamp_(0, 1) if self.clamp else moved, without)
+
+
+def cross_entropy_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The gradient of the cross-entropy in each image's pixels, as float arithmetic has it: it may be 0."""
+    images = images.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = F.cross_entropy(model(images), labels, reduction="sum")
+    return torch.autograd.grad(loss, images)[0]

@@ -58,18 +58,19 @@ class Images:
             chosen = slice(number * size, (number + 1) * size)
             batch = self.take(chosen if order is None else order[chosen])
             pixels = batch.pixels if change is None else change(batch.pixels, number)
-            yield _channels_last(pixels.float().div_(255)), batch.labels
+            yield channels_last(pixels.float().div_(255)), batch.labels
 
 
-def _channels_last(images: Tensor) -> Tensor:
-    """The same images in memory order (n, height, width, channels).
+def channels_last(images: Tensor) -> Tensor:
+    """The same images in memory order (n, height, width, channels), by operations that autograd knows well.
 
     `contiguous(memory_format=...)` leaves a single channel's strides as they are, which says nothing
     to the layers that choose their layout by them.
     """
-    _, channels, height, width = images.shape
-    strides = (height * width * channels, 1, width * channels, channels)
-    return images.contiguous(memory_format=torch.channels_last).as_strided(images.shape, strides)
+    n, channels, height, width = images.shape
+    if channels == 1:
+        return images.reshape(n, height, width, 1).permute(0, 3, 1, 2)
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)

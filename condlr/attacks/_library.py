@@ -1,0 +1,54 @@
+"""What the attacks taken from a library share: pyautoattack, AutoAttack's own code as a package."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from condlr.errors import UserError
+
+log = logging.getLogger(__name__)
+
+NORMS: dict[str, Literal["Linf", "L2"]] = {"linf": "Linf", "l2": "L2"}
+
+
+def require(attack: str) -> None:
+    """Raise `UserError` where the library is not installed."""
+    if find_spec("pyautoattack") is None:
+        raise UserError(f"attack={attack} needs the package pyautoattack: pip install 'condlr[attacks]'")
+
+
+@contextmanager
+def library(images: Tensor) -> Iterator[None]:
+    """Keep the library's seeding from what is outside, and pass on each kind of its warnings once."""
+    logger, voice = logging.getLogger("auto-attack"), _Once()
+    logger.propagate, level = False, logger.level
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(voice)
+    try:
+        with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+            yield
+    finally:
+        logger.removeHandler(voice)
+        logger.setLevel(level)
+
+
+class _Once(logging.Handler):
+    """Warnings that differ in their numbers alone are one kind."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._said: set[str] = set()
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        kind = "".join(letter for letter in text if not letter.isdigit())
+        if kind not in self._said:
+            self._said.add(kind)
+            log.warning("AutoAttack warns: %s", text)

@@ -1,0 +1,58 @@
+"""The Square attack (Andriushchenko et al., ECCV 2020): random search with answers alone, no gradients."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from condlr.attacks._library import NORMS, library, require
+from condlr.attacks.base import OneByOne, Perturbed, correct
+from condlr.errors import in_range
+
+
+@dataclass
+class Square(OneByOne):
+    """The package pyautoattack's, as AutoAttack sets it: margin loss, p = 0.8, schedule for 10 000 queries.
+
+    Attributes:
+        queries: asked about each image at most.
+    """
+
+    norms: ClassVar[tuple[str, ...]] = tuple(NORMS)
+    in_label: ClassVar[tuple[str, ...]] = ("queries",)
+
+    queries: int = 5000
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        in_range("queries", self.queries, 1, math.inf)
+        require("square")
+
+    @override
+    def name(self) -> str:
+        return f"square{self.queries}"
+
+    @override
+    def strike(self, model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> Perturbed:
+        from pyautoattack.square import SquareAttack
+
+        with library(images), torch.no_grad():
+            torch.manual_seed(seed)
+            attack = SquareAttack(
+                model, norm=NORMS[self.norm], eps=eps, n_queries=self.queries, resc_schedule=False,
+                device=images.device,
+            )  # fmt: skip
+            # Its layout of memory is the library's: it takes views of images as rows.
+            found = images.contiguous(memory_format=torch.contiguous_format).clone()
+            queries = torch.ones_like(labels, dtype=torch.float32)
+            at = correct(model, images, labels).nonzero().squeeze(1)
+            if len(at):
+                attack.init_hyperparam(found)
+                asked, moved = attack.attack_single_run(found[at], labels[at])
+                queries[at] += asked
+                found[at] = moved
+        return Perturbed(self.label(), eps, found, queries=queries)
