@@ -17,6 +17,13 @@ from typing import Any
 
 from condlr.errors import Diverged, Interrupted, UserError
 
+# What an evaluation leaves in a run, and the columns that tell the rows of each file apart.
+KEYS = {
+    "evaluation.csv": ("attack", "norm", "n", "eps"),
+    "audit.csv": ("norm", "eps", "n", "check"),
+    "conditioning.csv": ("layer",),
+    "cost.csv": ("batch_size",),
+}
 _PARTIAL = ".partial-"
 
 
@@ -140,7 +147,7 @@ class Run:
 
     def forget_results(self) -> None:
         """Remove what an earlier training left, before one that starts afresh."""
-        for name in ("model.safetensors", "history.csv", "evaluation.csv"):
+        for name in ("model.safetensors", "history.csv", *KEYS):
             (self.directory / name).unlink(missing_ok=True)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
@@ -165,27 +172,25 @@ class Run:
         return config  # type: ignore[return-value]
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write history.csv or evaluation.csv; None is an empty field."""
+        """Write history.csv or another table; None is an empty field."""
         write_csv(self.directory / name, rows)
 
     def read_table(self, name: str) -> list[dict[str, str]]:
-        """The rows of history.csv or evaluation.csv as text; none where there is no file."""
+        """The rows of history.csv or another table as text; none where there is no file."""
         return read_csv(self.directory / name)
 
-    def add_evaluation(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows to evaluation.csv, in place of those of the same attack, norm, n and eps."""
-        merged = self.evaluated | {_cell(row): row for row in rows}
-        self.write_table("evaluation.csv", [merged[key] for key in sorted(merged)])
+    def add_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows to evaluation.csv or another of `KEYS`, in place of those of the same key."""
+        self.write_table(name, [*(self.rows(name) | {_key(row, name): row for row in rows}).values()])
 
-    @property
-    def evaluated(self) -> dict[tuple[str, str, int, float], Mapping[str, Any]]:
-        """The rows of evaluation.csv by attack, norm, number of images and eps."""
-        rows = self.read_table("evaluation.csv")
+    def rows(self, name: str) -> dict[tuple[str | float, ...], Mapping[str, Any]]:
+        """The rows of evaluation.csv or another of `KEYS`, by their key."""
+        rows = self.read_table(name)
         try:
-            return {_cell(row): row for row in rows}
-        except (KeyError, ValueError) as error:
-            path = self.directory / "evaluation.csv"
-            raise UserError(f"{path} is damaged ({error!r}): remove it and evaluate the run again") from error
+            return {_key(row, name): row for row in rows}
+        except KeyError as error:
+            path = self.directory / name
+            raise UserError(f"{path} is damaged (no column {error}): remove it and evaluate again") from error
 
 
 def collect(study: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -227,15 +232,23 @@ def collect(study: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             "commit": info.get("commit"),
             "torch": info.get("versions", {}).get("torch"),
         }
-        for row in run.evaluated.values() or [{}]:
+        for row in run.rows("evaluation.csv").values() or [{}]:
             renamed = {("attack_seconds" if key == "seconds" else key): row[key] for key in row}
             cells.append(who | facts | renamed)
         histories += history
     return cells, histories
 
 
-def _cell(row: Mapping[str, Any]) -> tuple[str, str, int, float]:
-    return str(row["attack"]), str(row["norm"]), int(row["n"]), float(row["eps"])
+def _key(row: Mapping[str, Any], name: str) -> tuple[str | float, ...]:
+    """What tells a row of a file from its others; numbers are equal however they are written."""
+    return tuple(_number(row[column]) for column in KEYS[name])
+
+
+def _number(text: Any) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return str(text)
 
 
 def _largest(row: Mapping[str, str], factored: Sequence[str]) -> dict[str, float | None]:

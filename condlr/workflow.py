@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from condlr.analysis.masking import IMAGES as MASKING_IMAGES
+from condlr.analysis.masking import Audit
 from condlr.config import RunConfig, check
 from condlr.data.base import Data
 from condlr.engine import Trainer
@@ -45,10 +47,9 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
     if info.get("status") == "done":
         other = "" if info.get("commit") == commit() else f" with the code of {info.get('commit')}"
         log.info("%s is done already%s; remove it to train it again", run.directory, other)
-        n = config.attack.images or info.get("images", {}).get("test")
-        if not {(label, config.attack.norm, n, eps) for label, eps in config.attack.cells()} <= {
-            *run.evaluated
-        }:
+        attack, n = config.attack, config.attack.images or info.get("images", {}).get("test")
+        wanted = {(label, attack.norm, n, eps) for label, eps in attack.cells()}
+        if not wanted <= {*run.rows("evaluation.csv")}:
             evaluate_run(run, config)
         return
     device = pick_device(config.device)
@@ -76,6 +77,30 @@ def evaluate_run(run: Run, config: RunConfig) -> list[Row]:
     return rows
 
 
+def audit_run(run: Run, config: RunConfig) -> list[Row]:
+    """Put a finished run's accuracy at the largest eps of `config.attack` to the test; see `Audit`."""
+    try:
+        audit = Audit(max(config.attack.eps), config.attack.norm, seed=config.attack.seed)
+    except ValueError as error:
+        raise UserError(f"audit: {error}") from error
+    data, model = _finished(run, config)
+    images = first(data.test, min(config.attack.images or MASKING_IMAGES, len(data.test)))
+    dense = Run(run.directory.parent / config.baseline.run_id)
+    other = None
+    if dense.status == "done" and dense.directory.name != run.directory.name:
+        other = load_network(dense, config.baseline, data)
+    with Steps(f"audit of {config.row['label']} at eps={audit.eps:g}") as steps:
+        checks = audit.checks(model, images, other, steps.at)
+    where: Row = {"norm": audit.norm, "eps": audit.eps, "n": len(images)}
+    rows: list[Row] = [
+        where | {"check": check.name, "status": check.status, "value": check.value, "limit": check.limit}
+        | {"found": check.found, "meaning": check.meaning}
+        for check in checks
+    ]  # fmt: skip
+    run.add_rows("audit.csv", rows)
+    return rows
+
+
 def _finished(run: Run, config: RunConfig) -> tuple[Data, nn.Module]:
     """The data and the network of a run that is done."""
     if run.status != "done":
@@ -96,7 +121,7 @@ def _attacked(
     """The rows of an evaluation, which are also kept in the run."""
     with Steps(f"{config.row['label']} under {config.attack.label()}") as steps:
         rows = evaluate(model, data.test, config.attack, source=source, on_progress=steps.at)
-    run.add_evaluation(rows)
+    run.add_rows("evaluation.csv", rows)
     return rows
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from rich.console import Console
 
 from condlr.cli import command
 from condlr.config import Evaluation, check, typed
@@ -25,9 +26,12 @@ def main(config: DictConfig) -> None:
         again["data_root"] = asked.data_root
     checked = check(again)
 
-    from condlr.workflow import evaluate_run
+    from condlr.report.audit import print_audit
+    from condlr.workflow import audit_run, evaluate_run
 
     evaluate_run(run, checked)
+    if asked.audit:
+        print_audit(audit_run(run, checked), Console())
 
 
 def _strengths(before: dict[str, Any], asked: dict[str, Any]) -> list[float]:

@@ -1,0 +1,425 @@
+"""Can a robust accuracy be believed? The checks of Carlini et al. (arXiv 1902.06705), and an active test.
+
+A gradient attack that fails shows a robust network, or an attack without a gradient to follow. Each check
+here passes where the second is excluded in one way, or warns and says what that means.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from condlr.attacks._balls import inside, lengths, radius
+from condlr.attacks._library import NORMS
+from condlr.attacks._losses import margin
+from condlr.attacks.base import Attack, correct
+from condlr.attacks.fgsm import Fgsm, cross_entropy_gradient
+from condlr.attacks.noise import Noise
+from condlr.attacks.pgd import Pgd
+from condlr.attacks.square import Square
+from condlr.data.base import Images
+from condlr.evaluation import evaluating
+from condlr.layers import LowRankLinear
+from condlr.seeds import derive_seed
+
+IMAGES = 1000
+
+# From this margin on 1 - p_y is 0 in float32, and the cross-entropy's gradient has lost its first term.
+_SATURATED = 18.0
+# What attacks add to a norm they divide by; a gradient below it moves nothing.
+_TINY = 1e-10
+_SCALES = (0.01, 0.03, 0.1, 0.3, 3.0)
+_SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+Status = Literal["pass", "warning", "not done"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding of an audit.
+
+    Attributes:
+        name: of the check.
+        status: `pass`, `warning`, or `not done`.
+        value, limit: what was measured and what it was held against; `found` says in which sense.
+        found: the figures, in words.
+        meaning: what a warning means.
+    """
+
+    name: str
+    status: Status
+    value: float
+    limit: float
+    found: str
+    meaning: str
+
+
+@dataclass
+class Audit:
+    """How a network's accuracy under attack was put to the test.
+
+    Attributes:
+        eps, norm: the strength at which.
+        steps: of PGD; restarts is 1.
+        queries: of the Square attack.
+        active: images of the active test.
+        seed: of all that is drawn.
+    """
+
+    eps: float
+    norm: str = "linf"
+    steps: int = 50
+    queries: int = 1000
+    active: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.eps > 0:
+            raise ValueError(f"an audit needs an attack: eps must be larger than 0; got {self.eps:g}")
+        self.fgsm = Fgsm([self.eps], norm=self.norm)  # refuses what norm and eps may not be
+
+    def checks(
+        self,
+        model: nn.Module,
+        images: Images,
+        dense: nn.Module | None = None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[Check]:
+        """Every check, on all of `images`.
+
+        Args:
+            model: the network.
+            images: a thousand are enough: one is then 0.1 %.
+            dense: another network for the transfer attack; None leaves that check out.
+            on_progress: called with how many of how many parts are done.
+        """
+        found: list[Check] = []
+        with evaluating(model), evaluating(dense or model):
+            ((pixels, labels),) = images.batches(len(images))
+            subject = _Subject(model, pixels, labels, self.seed)
+            parts = (
+                self._gradients, self._scale, self._arithmetic, self._iterated,
+                lambda of: self._black_box(of, dense), self._strengths, self._noise,
+                lambda of: [active_test(of.model, of.pixels[: self.active], self)],
+            )  # fmt: skip
+            for number, part in enumerate(parts, start=1):
+                found += part(subject)
+                on_progress(number, len(parts))
+        return found
+
+    def pgd(self, loss: str, eps: float | None = None, steps: int | None = None) -> Pgd:
+        """The audit's attack, or one of another strength."""
+        return Pgd([self.eps if eps is None else eps], norm=self.norm, steps=steps or self.steps, loss=loss)
+
+    def _gradients(self, of: "_Subject") -> Iterator[Check]:
+        """Of the cross-entropy, as FGSM takes it."""
+        sizes = lengths(cross_entropy_gradient(of.model, of.pixels, of.labels)).flatten()
+        zero, tiny = _share(sizes == 0), _share(sizes < _TINY)
+        yield _at_most(
+            "zero gradients", zero, 0.001,
+            f"{zero:.1%} of the images have a gradient that is 0 in every pixel",
+            "attacks on the cross-entropy cannot move these images, robust or not: believe the margin alone",
+        )  # fmt: skip
+        yield _at_most(
+            "tiny gradients", tiny, 0.01,
+            f"{tiny:.1%} below {_TINY:g}; the median of ||g||_2 is {sizes.median():.1e}",
+            "attacks that divide by ||g|| + 1e-10, or average the loss, leave these images where they are",
+        )  # fmt: skip
+
+    def _scale(self, of: "_Subject") -> Iterator[Check]:
+        """Of the logits: how far they are apart, and whether FGSM would do better with others."""
+        margins = (-margin(of.logits, of.labels)).double()
+        low, middle, high = margins.quantile(torch.tensor([0.05, 0.5, 0.95]).to(margins)).tolist()
+        share = _share(margins > _SATURATED)
+        yield _at_most(
+            "saturated margins", share, 0.1,
+            f"{share:.1%} above {_SATURATED:g}; margins {low:.1f}, {middle:.1f}, {high:.1f} at 5, 50, 95 %; "
+            f"standard deviation of an image's logits {of.logits.std(1).median():.1f}",
+            "in float32 the gradient of these images has lost its term of the true class: FGSM is weak",
+        )  # fmt: skip
+        plain = of.left_by(self.fgsm)
+        scaled = {scale: of.left_by(self.fgsm, made_on=Scaled(of.model, scale)) for scale in _SCALES}
+        best = min(scaled, key=lambda scale: scaled[scale])
+        yield _at_most(
+            "rescaled logits", plain - scaled[best], 0.01,
+            f"FGSM leaves {plain:.1%}; with logits times {best:g}, the worst of "
+            f"{', '.join(f'{scale:g}' for scale in _SCALES)}, {scaled[best]:.1%}",
+            "part of the accuracy under FGSM comes from the scale of the logits, which changes no prediction",
+        )  # fmt: skip
+
+    def _arithmetic(self, of: "_Subject") -> Iterator[Check]:
+        single = of.left_by(self.fgsm)
+        exact = _Subject(copy.deepcopy(of.model).double(), of.pixels.double(), of.labels, of.seed)
+        double = exact.left_by(self.fgsm)
+        yield _at_most(
+            "float64", single - double, 0.005,
+            f"FGSM leaves {single:.1%} in float32, {double:.1%} in float64",
+            "gradients are lost to rounding: attack in float64, or with a margin loss",
+        )  # fmt: skip
+
+    def _iterated(self, of: "_Subject") -> Iterator[Check]:
+        once, ce, by_margin = (of.left_by(a) for a in (self.fgsm, self.pgd("ce"), self.pgd("margin")))
+        yield _at_most(
+            "PGD against FGSM", ce - once, 0.0, f"PGD leaves {ce:.1%}, FGSM {once:.1%}",
+            "many small steps do worse than one: the gradient does not point where the loss grows",
+        )  # fmt: skip
+        yield _at_most(
+            "margin against cross-entropy", ce - by_margin, 0.02,
+            f"PGD on the margin leaves {by_margin:.1%}, on the cross-entropy {ce:.1%}",
+            "the cross-entropy hides directions that the margin shows: quote the margin loss",
+        )  # fmt: skip
+
+    def _black_box(self, of: "_Subject", dense: nn.Module | None) -> Iterator[Check]:
+        """What falls to attacks that see less, and not to those that see all; and what survives both."""
+        alive = white = torch.stack(
+            [of.survivors(a) for a in (self.fgsm, self.pgd("ce"), self.pgd("margin"))]
+        ).all(0)
+        meaning = "an attack that sees less finds more: the white-box attacks are not doing their work"
+        if dense is None:
+            yield _not_done("transfer", "there is no other network to transfer from", meaning)
+        else:
+            attack = self.pgd("margin")
+            attack.source = "baseline"
+            moved = of.survivors(attack, made_on=dense)
+            more, alive = _share(white & ~moved), alive & moved
+            yield _at_most(
+                "transfer", more, 0.002,
+                f"images made on the dense network leave {_share(moved):.1%}, white-box attacks "
+                f"{_share(white):.1%}; {more:.1%} fall to transfer alone",
+                meaning,
+            )  # fmt: skip
+        if self.norm in NORMS:
+            square = of.survivors(Square([self.eps], norm=self.norm, queries=self.queries))
+            more, alive = _share(white & ~square), alive & square
+            yield _at_most(
+                "Square", more, 0.002,
+                f"Square leaves {_share(square):.1%} in {self.queries} queries; {more:.1%} fall to it alone",
+                meaning,
+            )  # fmt: skip
+        else:
+            yield _not_done("Square", f"the Square attack has no norm {self.norm}", meaning)
+        once = of.left_by(self.fgsm)
+        yield _at_most(
+            "FGSM overstates", once - _share(alive), 0.05,
+            f"{_share(alive):.1%} survive every attack of this audit, {once:.1%} FGSM",
+            "the accuracy under FGSM is a sensitivity, far above what an adversary leaves",
+        )  # fmt: skip
+
+    def _strengths(self, of: "_Subject") -> Iterator[Check]:
+        """Small to large, and one that may do anything."""
+        everything = {
+            "linf": 1.0,
+            "l2": math.sqrt(of.pixels[0].numel()),
+            "l2_relative": math.sqrt(of.pixels[0].numel()) / lengths(of.pixels).min().clamp_min(1e-3).item(),
+        }[self.norm]
+        strengths = [share * self.eps for share in _SHARES if share * self.eps < everything]
+        left = [of.left_by(self.pgd("ce", eps, steps=20)) for eps in strengths]
+        rise = max((later - earlier for earlier, later in pairwise(left)), default=0.0)
+        series = ", ".join(f"{share:.1%} at {eps:.3g}" for eps, share in zip(strengths, left, strict=True))
+        yield _at_most(
+            "monotone in eps", rise, 0.005, f"PGD leaves {series}",
+            "a larger ball holds the smaller one: at the larger strength the attack does not do its work",
+        )  # fmt: skip
+        rest = of.left_by(self.pgd("ce", everything, steps=20))
+        yield _at_most(
+            "anything allowed", rest, 1 / of.logits.shape[1],
+            f"at eps={everything:.3g} PGD leaves {rest:.1%}",
+            "an attack that may draw any image must leave no more than chance: this one is lost",
+        )  # fmt: skip
+
+    def _noise(self, of: "_Subject") -> Iterator[Check]:
+        clean, once = _share(of.hits), of.left_by(self.fgsm)
+        noise = of.left_by(Noise([self.eps], norm=self.norm))
+        lost = (clean - noise) / (clean - once) if clean > once else 1.0
+        yield _at_most(
+            "random noise", lost, 0.5,
+            f"of {clean:.1%}, noise of the same size leaves {noise:.1%}, FGSM {once:.1%}",
+            "the gradient is hardly better than a random direction",
+        )  # fmt: skip
+
+
+class Scaled(nn.Module):
+    """A network with its logits times a positive number: the same predictions."""
+
+    def __init__(self, network: nn.Module, scale: float):
+        super().__init__()
+        self.network, self.scale = network, scale
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        return self.scale * self.network(images)
+
+
+class _Subject:
+    """A network and images, and which of them attacks leave; attacks on the network itself are made once.
+
+    Attributes:
+        logits: of the images as they are.
+        hits: (n,) bool, which are classified correctly.
+    """
+
+    def __init__(self, model: nn.Module, pixels: Tensor, labels: Tensor, seed: int):
+        self.model, self.pixels, self.labels, self.seed = model, pixels, labels, seed
+        with torch.no_grad():
+            self.logits = model(pixels)
+        self.hits = self.logits.argmax(1) == labels
+        self._known: dict[str, Tensor] = {}
+
+    def survivors(self, attack: Attack, made_on: nn.Module | None = None) -> Tensor:
+        """(n,) bool: which images are classified correctly after an attack of one strength."""
+        if made_on is None and (known := self._known.get(repr(attack))) is not None:
+            return known
+        seed = derive_seed(self.seed, "audit")
+        (made,) = attack.perturb(made_on or self.model, self.pixels, self.labels, seed)
+        with torch.no_grad():
+            left = correct(self.model, made.images, self.labels)
+        if made_on is None:
+            self._known[repr(attack)] = left
+        return left
+
+    def left_by(self, attack: Attack, made_on: nn.Module | None = None) -> float:
+        """The share of `survivors`."""
+        return _share(self.survivors(attack, made_on))
+
+
+def active_test(model: nn.Module, pixels: Tensor, audit: Audit, points: int = 400) -> Check:
+    """Plant an adversarial example for each image, and see whether the attack finds one.
+
+    After the binarisation test of Zimmermann et al. (NeurIPS 2022): the last linear layer is replaced by
+    one of two classes, separating the features of a point x_h on the surface of the ball from those of
+    `points` points within; so x_h is adversarial, and random search does not find it. With features phi, of
+    mean m and covariance C over the points within, the new layer is w = C^-1 (phi(x_h) - m), its threshold
+    half way between phi(x_h) and the nearest of the others, its logits scaled to the network's margin at x.
+
+    Args:
+        model: in eval mode.
+        pixels: (n, ...), the images.
+        audit: whose PGD on the margin must find x_h, or another point of its class.
+        points: drawn in each ball, and once more to see what random search finds.
+    """
+    features = _Features(model)
+    generator = torch.Generator().manual_seed(derive_seed(audit.seed, "active"))
+    built = found = by_chance = 0
+    try:
+        for x in pixels.split(1):
+            planted = _plant(features, x, audit, points, generator)
+            if planted is None:
+                continue
+            built += 1
+            (made,) = audit.pgd("margin").perturb(planted, x, torch.zeros(1).to(x).long(), seed=built)
+            with torch.no_grad():
+                found += int(planted(made.images).argmax(1))
+                by_chance += int(planted(_draw(x, audit, points, generator)).argmax(1).any())
+    finally:
+        features.remove()
+    meaning = "the attack misses adversarial examples that are known to be there: its accuracies mean little"
+    if not built:
+        return _not_done("active test", "no point on the surface could be told from those within", meaning)
+    return _at_most(
+        "active test", 1 - found / built, 0.05,
+        f"PGD finds the planted example of {found} images in {built}, random search of {by_chance}",
+        meaning,
+    )  # fmt: skip
+
+
+def _plant(
+    features: "_Features", x: Tensor, audit: Audit, points: int, generator: torch.Generator
+) -> "_Planted | None":
+    """The network with the new last layer; None where the point on the surface is not separable."""
+    with torch.no_grad():
+        size = radius(audit.norm, audit.eps, x)
+        hidden = (x + size * _surface(audit.norm, x, generator)).clamp(0, 1)
+        inner, own = features(_draw(x, audit, points, generator)).double(), features(hidden).double()[0]
+        clean, own_margin = features(x).double()[0], features.margin
+        mean = inner.mean(0)
+        centred = inner - mean
+        covariance = centred.T @ centred / points
+        ridge = 1e-3 * covariance.diagonal().mean() * torch.eye(len(mean)).to(covariance)
+        if not ridge.any():  # the features do not see the ball at all
+            return None
+        weight = torch.linalg.solve(covariance + ridge, own - mean)
+        highest, target = (centred @ weight).max(), (own - mean) @ weight
+        if not target > highest:
+            return None
+        threshold = (highest + target) / 2
+        scale = own_margin / (threshold - (clean - mean) @ weight)
+    return _Planted(features, (scale * weight).to(x), (scale * (threshold + mean @ weight)).to(x))
+
+
+def _draw(x: Tensor, audit: Audit, points: int, generator: torch.Generator) -> Tensor:
+    """Points uniform in the ball around one image."""
+    many = x.expand(points, *x.shape[1:])
+    return (many + radius(audit.norm, audit.eps, x) * inside(audit.norm, many, generator)).clamp(0, 1)
+
+
+def _surface(norm: str, x: Tensor, generator: torch.Generator) -> Tensor:
+    """A corner of the cube, or a point of the sphere."""
+    direction = torch.randn(x.shape, generator=generator).to(x)
+    return direction.sign() if norm == "linf" else direction / lengths(direction)
+
+
+class _Features(nn.Module):
+    """What a network hands to its last linear layer; its logits, if it has none.
+
+    Attributes:
+        margin: by how much the largest logit of the first image leads, at the last call.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.margin, self._taken = network, 0.0, torch.empty(0)
+        self._handles = [
+            layer.register_forward_pre_hook(self._take)
+            for layer in network.modules()
+            if isinstance(layer, nn.Linear | LowRankLinear)
+        ]
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        self._taken = torch.empty(0)
+        logits = self.network(images)
+        first, second = logits[0].detach().topk(2).values.tolist()
+        self.margin = first - second
+        return (self._taken if len(self._taken) else logits).flatten(1)
+
+    def _take(self, layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        self._taken = inputs[0]
+
+    def remove(self) -> None:
+        """Leave the network as it was."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class _Planted(nn.Module):
+    """Two classes: 1 where weight . features > threshold."""
+
+    def __init__(self, features: _Features, weight: Tensor, threshold: Tensor):
+        super().__init__()
+        self.features, self.weight, self.threshold = features, weight, threshold
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        score = self.features(images) @ self.weight - self.threshold
+        return torch.stack([torch.zeros_like(score), score], 1)
+
+
+def _at_most(name: str, value: float, limit: float, found: str, meaning: str) -> Check:
+    """A check that warns where `value` is above `limit`, or is no number."""
+    # Shares are counts / n: what is equal but for rounding is equal.
+    status: Status = "pass" if value <= limit + 1e-9 else "warning"
+    return Check(name, status, value, limit, found, meaning)
+
+
+def _not_done(name: str, why: str, meaning: str) -> Check:
+    return Check(name, "not done", math.nan, math.nan, why, meaning)
+
+
+def _share(which: Tensor) -> float:
+    return which.double().mean().item()

@@ -1,0 +1,59 @@
+"""What an audit found, for the terminal and for reports."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from condlr.report.results import order, title
+
+_SIGNS = {"pass": "[green]pass[/]", "warning": "[bold yellow]warning[/]", "not done": "[dim]not done[/]"}
+
+
+def print_audit(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """To a terminal: a line for each check, and below a warning what it means."""
+    view = Table(box=None, pad_edge=False, show_header=False)
+    view.add_column(no_wrap=True)
+    view.add_column(no_wrap=True)
+    view.add_column(overflow="fold")
+    for row in rows:
+        found = row["found"]
+        if row["status"] == "warning":
+            found += f"\n[yellow]{row['meaning']}[/]"
+        view.add_row(_SIGNS[row["status"]], row["check"], found)
+    console.print(view, highlight=False)
+
+
+def warnings(audits: pd.DataFrame) -> dict[str, list[str]]:
+    """For each audited row (by row_id) the checks that warned, in any of its runs."""
+    found: dict[str, list[str]] = {row_id: [] for row_id in audits["row_id"].unique()}
+    for row in audits[audits["status"].eq("warning")].itertuples():
+        if row.check not in found[row.row_id]:
+            found[row.row_id].append(row.check)
+    return found
+
+
+def markdown(audits: pd.DataFrame) -> str:
+    """As Markdown: a line for each run with what every check found; below, what the warnings mean."""
+    ordered = audits.assign(_place=order(audits["label"]))
+    keys = ["norm", "eps", "n"]
+    parts = []
+    for (norm, eps, n), part in ordered.groupby(keys, sort=True):
+        runs = part.sort_values(["compression", "_place", "label", "seed"], kind="stable")
+        lines = [f"**Audit at eps={eps:g} ({norm.replace('linf', 'ℓ∞')}), on {n} images**", ""]
+        lines += ["| run | warnings | what the checks found |", "| --- | --- | --- |"]
+        for (_, _), run in runs.groupby(["run_id", "seed"], sort=False):
+            first = run.iloc[0]
+            name = f"{title(str(first['label']))}, {100 * first['compression']:g} %, seed {first['seed']}"
+            warned = ", ".join(run.loc[run["status"].eq("warning"), "check"]) or "none"
+            found = "<br>".join(f"{_WORDS[row.status]}{row.check}: {row.found}" for row in run.itertuples())
+            lines.append(f"| {name} | {warned} | {found} |")
+        meanings = part[part["status"].eq("warning")].drop_duplicates("check")
+        lines += ["", *(f"- *{row.check}*: {row.meaning}." for row in meanings.itertuples())]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+_WORDS = {"pass": "", "warning": "**warning** ", "not done": "*not done* "}
