@@ -1,11 +1,25 @@
 """Condition numbers of a network's layers."""
 
 import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from condlr.layers import LowRank
+from condlr.analysis.operators import (
+    DENSE_LIMIT,
+    blank,
+    circular_singular_values,
+    compact_kernel,
+    obstacle,
+    padded_bound,
+    padded_norm,
+    padded_singular_values,
+)
+from condlr.layers import LowRank, LowRankConv2d
+from condlr.modes import in_eval_mode
 
 
 @torch.no_grad()
@@ -31,3 +45,120 @@ def layer_conditions(model: nn.Module) -> dict[str, float]:
         else:
             conditions[name] = (sigma[0] / sigma[-1]).item() if sigma[-1] > 0 else math.inf
     return conditions
+
+
+def conditioning(
+    model: nn.Module, shape: Sequence[int], dense_limit: int = DENSE_LIMIT
+) -> list[dict[str, Any]]:
+    """Norms and condition numbers of each linear and convolution layer, as a matrix and as an operator.
+
+    A line for each `nn.Linear`, `nn.Conv2d` or low-rank layer, in order, with the keys
+
+    - layer, kind (`linear` or `conv`), n, m, rank: W is n x m, of rank r; a dense layer has r = min(n, m);
+    - cond_U, cond_S, cond_V: of the factors; None for dense layers, and for an S that is not there;
+    - norm, cond_matrix: ||W|| and ||W|| ||W^+||, the latter as `layer_conditions` has it;
+    - norm_circular, cond_circular: of the convolution of a periodic image of the layer's input size
+      (`circular_singular_values`); None where the stride does not divide that size;
+    - norm_padded, cond_padded: of the convolution as the network computes it (`padded_norm`,
+      `padded_singular_values`); the condition number is None where it has more than `dense_limit` values;
+    - norm_bound: an upper bound on norm_padded (`padded_bound`).
+
+    An operator's condition number is its largest singular value over the smallest of those that W's rank
+    leaves room for, in the sense of ||A|| ||A^+||: with U S = Q R, Q of orthonormal columns, they are the
+    values of the convolution with the r filters R V^T, min(r, in s^2) for each frequency. Infinite where one
+    of these is 0 to rounding.
+
+    The columns of operators are None for linear layers, grouped convolutions, other paddings than zeros, and
+    layers that the forward pass does not call. NaN throughout for weights that are not finite. In float64.
+
+    Args:
+        model: any network; its mode and weights are not changed.
+        shape: of one input, (channels, height, width) for images.
+        dense_limit: see cond_padded.
+    """
+    sizes = _input_sizes(model, shape)
+    conditions = layer_conditions(model)
+    rows = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | LowRank):
+            row = _matrix_columns(name, layer) | {"cond_matrix": conditions[name]}
+            rows.append(row | _operator_columns(layer, sizes.get(name), dense_limit))
+    return rows
+
+
+@torch.no_grad()
+def _input_sizes(model: nn.Module, shape: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """(H, W) of what each convolution is given, at its first call."""
+    sizes: dict[str, tuple[int, int]] = {}
+
+    def note(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        sizes.setdefault(name, (inputs[0].shape[-2], inputs[0].shape[-1]))
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(note, name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d | LowRankConv2d)
+    ]
+    try:
+        with in_eval_mode(model):
+            model(blank(model, shape))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sizes
+
+
+@torch.no_grad()
+def _matrix_columns(name: str, layer: nn.Linear | nn.Conv2d | LowRank) -> dict[str, Any]:
+    row: dict[str, Any] = {"layer": name, "kind": "linear", "n": 0, "m": 0, "rank": 0}
+    row |= dict.fromkeys(("cond_U", "cond_S", "cond_V", "norm"))
+    if isinstance(layer, nn.Conv2d | LowRankConv2d):
+        row["kind"] = "conv"
+    if isinstance(layer, LowRank):
+        row |= {"n": len(layer.U), "m": len(layer.V), "rank": layer.rank}
+        S = torch.diag(layer.S) if layer.S is not None and layer.S.ndim == 1 else layer.S
+        factors = {"cond_U": layer.U, "cond_S": S, "cond_V": layer.V}
+        row |= {key: None if factor is None else _condition(factor) for key, factor in factors.items()}
+        finite, values = bool(torch.isfinite(layer.matrix).all()), layer.singular_values
+    else:
+        W = layer.weight.double().flatten(1)
+        row |= {"n": W.shape[0], "m": W.shape[1], "rank": min(W.shape)}
+        finite, values = bool(torch.isfinite(W).all()), partial(torch.linalg.svdvals, W)
+    row["norm"] = values()[0].item() if finite else math.nan
+    return row
+
+
+_OPERATOR = ("norm_circular", "cond_circular", "norm_padded", "norm_bound", "cond_padded")
+
+
+@torch.no_grad()
+def _operator_columns(
+    layer: nn.Module, size: tuple[int, int] | None, dense_limit: int
+) -> dict[str, float | None]:
+    if not isinstance(layer, nn.Conv2d | LowRankConv2d) or size is None or obstacle(layer):
+        return dict.fromkeys(_OPERATOR)
+    kernel = compact_kernel(layer)
+    if not torch.isfinite(kernel).all():
+        return dict.fromkeys(_OPERATOR, math.nan)
+    row: dict[str, float | None] = dict.fromkeys(_OPERATOR)
+    stride, padding, dilation = layer.stride, layer.padding, layer.dilation
+    if all(n % s == 0 for n, s in zip(size, stride, strict=True)):
+        values = circular_singular_values(kernel, size, stride, dilation)
+        row["norm_circular"], row["cond_circular"] = values.max().item(), _spread(values)
+    row["norm_padded"] = padded_norm(kernel, size, stride, padding, dilation)
+    row["norm_bound"] = padded_bound(kernel, size, padding, stride, dilation)
+    values = padded_singular_values(kernel, size, stride, padding, dilation, dense_limit)
+    row["cond_padded"] = None if values is None else _spread(values)
+    return row
+
+
+def _condition(matrix: Tensor) -> float:
+    if not torch.isfinite(matrix).all():
+        return math.nan
+    return _spread(torch.linalg.svdvals(matrix.double()))
+
+
+def _spread(sigma: Tensor) -> float:
+    """The largest over the smallest; infinite if that is 0, up to the rounding of an SVD."""
+    largest, smallest = sigma.max().item(), sigma.min().item()
+    return largest / smallest if smallest > 1e-15 * largest else math.inf

@@ -1,0 +1,73 @@
+"""What can be proved of a trained network, and how far it is from what is measured."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from condlr.analysis.bounds import certified_radii, in_double, lipschitz, pointwise_bound, share_certified
+from condlr.analysis.local import local_condition, worst_condition
+from condlr.analysis.proposition import proposition_1
+from condlr.data.base import Images
+
+# How many images the local condition number is measured at, and from how many it is driven up.
+MEASURED, DRIVEN, ASCENT = 100, 5, 30
+
+
+def guarantees(model: nn.Module, images: Images, strengths: Sequence[float]) -> list[dict[str, Any]]:
+    """Condition numbers measured and bounded, the Lipschitz constant, and what it certifies.
+
+    A line for each quantity, with the keys quantity, value and note.
+
+    Args:
+        model: a network; of one that is no chain (`condlr.analysis.chain`) only what is measured is told.
+        images: on which; the local condition numbers on the first ones alone.
+        strengths: for the maximum norm, at which the share of certified images is told.
+    """
+    pixels, _ = next(images.batches(MEASURED))
+    double = in_double(model)
+    local = local_condition(double, pixels.double())
+    driven = worst_condition(double, pixels[:DRIVEN].double(), steps=ASCENT).condition
+    rows = [
+        _row("cond(f; x), median", local.median(), f"measured at {len(pixels)} test images"),
+        _row("cond(f; x), largest", local.max(), f"measured at {len(pixels)} test images"),
+        _row("cond(f; x), driven up", driven.max(), f"by {ASCENT} steps of ascent from {len(driven)} images"),
+    ]
+    try:
+        bound = lipschitz(model, pixels.shape[1:])
+        proposition = proposition_1(model, pixels.shape[1:])
+    except ValueError as error:
+        return [*rows, _row("Lipschitz bound", None, str(error))]
+    pointwise = pointwise_bound(model, pixels, bound)
+    factors = " · ".join(f"{f.name} {f.value:.3g}" for f in bound.factors if f.value != 1)
+    if proposition.holds:
+        true = "an upper bound on cond(f)"
+    else:
+        true = "no bound here: " + "; ".join(proposition.why_not)
+    rows += [
+        _row("bound on cond(f; x), median", pointwise.median(), "L ||x|| / ||f(x)|| at the same images"),
+        _row("bound / measured, smallest", (pointwise / local).min(), "never below 1"),
+        _row(
+            "Proposition 1, as printed", proposition.paper_bound, "the product of cond(W_i), kernels reshaped"
+        ),
+        _row("Proposition 1, corrected", proposition.bound, true),
+        _row("Lipschitz bound", bound.constant, f"L = {factors}"),
+    ]
+    every = torch.cat([certified_radii(model, x, y, bound=bound) for x, y in images.batches(1000)])
+    right = every[every > 0]
+    size = pixels[0].numel() ** 0.5
+    rows += [
+        _row(
+            "certified l2 radius, median", right.median() if len(right) else 0.0, "of images that are right"
+        ),
+        _row("certified l2 radius, largest", every.max(), f"of {len(every)} test images"),
+    ]
+    for eps in sorted({0.001, 0.003, *strengths} - {0}):
+        share = share_certified(every / size, eps)
+        rows.append(_row(f"certified at eps={eps:g}", share, "share of test images, maximum norm"))
+    return rows
+
+
+def _row(quantity: str, value: Any, note: str) -> dict[str, Any]:
+    return {"quantity": quantity, "value": None if value is None else float(value), "note": note}
