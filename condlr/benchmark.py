@@ -10,7 +10,6 @@ import platform
 import re
 import statistics
 import time
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
-from typing_extensions import override
 
 from condlr._naive import constrain_naively, naive
+from condlr.analysis.cost import flops, peak_bytes, state
 from condlr.config import Benchmark, Protocol
 from condlr.data.base import Data, Images
 from condlr.engine import Trainer
@@ -140,35 +136,15 @@ class Program:
 
     def weigh(self) -> None:
         """Count the operations and the memory of a step."""
-        with (
-            FlopCounterMode(display=False) as counter,
-            training(self.model, self.precision, self.images.device),
-        ):
-            self._plain_step(self.images, self.labels)
-        self.flops = counter.get_total_flops()
-        held = [*self.model.parameters(), *self.model.buffers(), self.images]
-        held += [
-            value
-            for state in self.optimizer.state.values()
-            for value in state.values()
-            if torch.is_tensor(value)
-        ]
-        self.optimizer.zero_grad()
-        self.peak_mb = (sum(tensor.nbytes for tensor in held) + self._step_bytes()) / 1e6
 
-    def _step_bytes(self) -> int:
-        """The most that is held at one time of what a step makes."""
+        def step() -> None:
+            self._plain_step(self.images, self.labels)
+
         with training(self.model, self.precision, self.images.device):
-            if self.images.is_cuda:
-                torch.cuda.synchronize(self.images.device)
-                torch.cuda.reset_peak_memory_stats(self.images.device)
-                before = torch.cuda.memory_allocated(self.images.device)
-                self._plain_step(self.images, self.labels)
-                torch.cuda.synchronize(self.images.device)
-                return torch.cuda.max_memory_allocated(self.images.device) - before
-            with _LiveBytes() as live:
-                self._plain_step(self.images, self.labels)
-        return live.peak
+            self.flops = flops(step)
+            self.optimizer.zero_grad()
+            held = [*state(self.model, self.optimizer), self.images]
+            self.peak_mb = peak_bytes(step, held, self.images.device) / 1e6
 
     def rows(self, peak: float) -> Iterator[dict[str, Any]]:
         """A line of the CSV for each part, `peak` being the machine's operations per second."""
@@ -184,40 +160,6 @@ class Program:
                 "peak_mb": round(self.peak_mb, 1) if step else None,
                 "share_of_peak": round(self.flops / seconds / peak, 4) if step else None,
             }
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations in its context make, while they live.
-
-    Attributes:
-        peak: the most that lived at one time.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.level = self.peak = 0
-        self._known: set[int] = set()
-
-    @override
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
-        return made
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        address = storage.data_ptr()
-        if address in self._known or not storage.nbytes():
-            return
-        self._known.add(address)
-        self.level += storage.nbytes()
-        self.peak = max(self.peak, self.level)
-        weakref.finalize(storage, self._remove, address, storage.nbytes())
-
-    def _remove(self, address: int, size: int) -> None:
-        self._known.discard(address)
-        self.level -= size
 
 
 def programs(asked: Benchmark, network: str, device: torch.device) -> list[Program]:
