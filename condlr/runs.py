@@ -22,6 +22,7 @@ KEYS = {
     "evaluation.csv": ("attack", "norm", "n", "eps"),
     "audit.csv": ("norm", "eps", "n", "check"),
     "conditioning.csv": ("layer",),
+    "guarantees.csv": ("quantity",),
     "cost.csv": ("batch_size",),
 }
 _PARTIAL = ".partial-"

@@ -4,12 +4,16 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from condlr.analysis.conditioning import conditioning
+from condlr.analysis.cost import Cost, cost
+from condlr.analysis.guarantees import guarantees
 from condlr.analysis.masking import IMAGES as MASKING_IMAGES
 from condlr.analysis.masking import Audit
 from condlr.config import RunConfig, check
@@ -99,6 +103,33 @@ def audit_run(run: Run, config: RunConfig) -> list[Row]:
     ]  # fmt: skip
     run.add_rows("audit.csv", rows)
     return rows
+
+
+def analyse_conditioning(run: Run, config: RunConfig) -> tuple[list[Row], list[Row]]:
+    """The conditioning of a finished run's layers, and what can be proved of its network."""
+    data, model = _finished(run, config)
+    layers = conditioning(model, data.shape)
+    images = first(data.test, min(MASKING_IMAGES, len(data.test)))
+    strengths = config.attack.eps if config.attack.norm == "linf" else []
+    proved = guarantees(model, images, strengths)
+    run.write_table("conditioning.csv", layers)
+    run.write_table("guarantees.csv", proved)
+    return layers, proved
+
+
+def count_cost(run: Run, config: RunConfig) -> Row:
+    """What a finished run's network costs in training and exported, and the dense one's part of it."""
+    data, model = _finished(run, config)
+    protocol = config.protocol
+
+    def counted(of: RunConfig, network: nn.Module) -> Cost:
+        optimizer = partial(of.method.optimizer, lr=protocol.lr, momentum=protocol.momentum)
+        return cost(network, data.shape, protocol.batch_size, optimizer)
+
+    dense = build(config.baseline, data).to(data.train.pixels.device)
+    row = counted(config, model).as_dict(counted(config.baseline, dense))
+    run.add_rows("cost.csv", [row])
+    return row  # type: ignore[return-value]
 
 
 def _finished(run: Run, config: RunConfig) -> tuple[Data, nn.Module]:

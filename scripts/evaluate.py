@@ -26,12 +26,21 @@ def main(config: DictConfig) -> None:
         again["data_root"] = asked.data_root
     checked = check(again)
 
+    from condlr.report.analysis import print_conditioning, print_cost, print_guarantees
     from condlr.report.audit import print_audit
-    from condlr.workflow import audit_run, evaluate_run
+    from condlr.workflow import analyse_conditioning, audit_run, count_cost, evaluate_run
 
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)
     evaluate_run(run, checked)
     if asked.audit:
-        print_audit(audit_run(run, checked), Console())
+        print_audit(audit_run(run, checked), console)
+    if asked.conditioning:
+        layers, proved = analyse_conditioning(run, checked)
+        print_conditioning(layers, console)
+        print_guarantees(proved, console)
+    if asked.cost:
+        print_cost(count_cost(run, checked), console)
 
 
 def _strengths(before: dict[str, Any], asked: dict[str, Any]) -> list[float]:

@@ -24,17 +24,23 @@ def test_fgsm_is_its_formula(linear):
     W = linear[1].weight.detach()
     error = linear(x).softmax(1).detach() - nn.functional.one_hot(y, 3)  # d loss / d logits
     gradient = (error @ W).view_as(x)
-    for eps, adversarial, without in Fgsm([0, 0.1, 0.7]).perturb(linear, x, y):
-        torch.testing.assert_close(adversarial, (x + eps * gradient.sign()).clamp(0, 1))
-        assert not without.any()
+    for made in Fgsm([0, 0.1, 0.7]).perturb(linear, x, y):
+        torch.testing.assert_close(made.images, (x + made.eps * gradient.sign()).clamp(0, 1))
+        assert not made.without_gradient.any()
+    for norm in ("l2", "l2_relative"):
+        (made,) = Fgsm([0.1], norm=norm, clamp=False).perturb(linear, x, y)
+        sizes = x.flatten(1).norm(dim=1) if norm == "l2_relative" else torch.ones(7)
+        length = 0.1 * sizes.view(-1, 1, 1, 1)
+        direction = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        torch.testing.assert_close(made.images, x + length * direction)
+        assert made.label == "fgm-unclamped"
 
 
 def test_without_a_clamp_images_leave_the_range(linear):
     """As in the authors' code for CIFAR-10: x + eps sign(g), which is their step on standardised images."""
     x, y = torch.rand(7, 1, 3, 4, dtype=torch.float64), torch.randint(0, 3, (7,))
     attack = Fgsm([0.5], clamp=False)
-    ((_, free, _),) = attack.perturb(linear, x, y)
-    ((_, clamped, _),) = Fgsm([0.5]).perturb(linear, x, y)
+    (free,), (clamped,) = ([m.images for m in a.perturb(linear, x, y)] for a in (attack, Fgsm([0.5])))
     assert free.min() < 0 < 1 < free.max()
     torch.testing.assert_close(free.clamp(0, 1), clamped)
     torch.testing.assert_close((free - x).abs(), torch.full_like(x, 0.5))
@@ -43,12 +49,12 @@ def test_without_a_clamp_images_leave_the_range(linear):
 
 def test_eps_zero_is_no_attack_and_the_result_is_in_range(linear):
     x, y = torch.rand(5, 1, 3, 4, dtype=torch.float64), torch.zeros(5, dtype=torch.long)
-    for eps, adversarial, _ in Fgsm([0, 1.0]).perturb(linear, x, y):
-        assert adversarial.min() >= 0
-        assert adversarial.max() <= 1
-        assert (adversarial - x).abs().max() <= eps
-        if eps == 0:
-            assert torch.equal(adversarial, x)
+    for made in Fgsm([0, 1.0]).perturb(linear, x, y):
+        assert made.images.min() >= 0
+        assert made.images.max() <= 1
+        assert (made.images - x).abs().max() <= made.eps
+        if made.eps == 0:
+            assert torch.equal(made.images, x)
 
 
 def test_one_backward_pass_serves_every_eps(linear):

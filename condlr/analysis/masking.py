@@ -294,8 +294,9 @@ def active_test(model: nn.Module, pixels: Tensor, audit: Audit, points: int = 40
     After the binarisation test of Zimmermann et al. (NeurIPS 2022): the last linear layer is replaced by
     one of two classes, separating the features of a point x_h on the surface of the ball from those of
     `points` points within; so x_h is adversarial, and random search does not find it. With features phi, of
-    mean m and covariance C over the points within, the new layer is w = C^-1 (phi(x_h) - m), its threshold
-    half way between phi(x_h) and the nearest of the others, its logits scaled to the network's margin at x.
+    mean m and covariance C over the points within (and a ridge of a tenth of its mean eigenvalue), the new
+    layer is w = C^-1 (phi(x_h) - m), its threshold half way between phi(x_h) and the nearest of the others,
+    its logits scaled to the network's margin at x.
 
     Args:
         model: in eval mode.
@@ -340,7 +341,8 @@ def _plant(
         mean = inner.mean(0)
         centred = inner - mean
         covariance = centred.T @ centred / points
-        ridge = 1e-3 * covariance.diagonal().mean() * torch.eye(len(mean)).to(covariance)
+        # Without a ridge the layer would read what varies least: kinks, which no gradient shows.
+        ridge = 0.1 * covariance.diagonal().mean() * torch.eye(len(mean)).to(covariance)
         if not ridge.any():  # the features do not see the ball at all
             return None
         weight = torch.linalg.solve(covariance + ridge, own - mean)

@@ -1,0 +1,163 @@
+"""The audit: it passes a network that hides nothing, and names what hides in those that do."""
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from condlr.analysis.masking import Audit, active_test
+from condlr.data.base import Images
+from condlr.evaluation import evaluating
+
+EPS = 0.08
+NAMES = [
+    "zero gradients", "tiny gradients", "saturated margins", "rescaled logits", "float64", "PGD against FGSM",
+    "margin against cross-entropy", "transfer", "Square", "FGSM overstates", "monotone in eps",
+    "anything allowed", "random noise", "active test",
+]  # fmt: skip
+
+
+def trained(seed):
+    pixels, labels = load_digits(return_X_y=True)
+    pixels = torch.tensor(pixels * 255 / 16).to(torch.uint8).view(-1, 1, 8, 8)
+    labels = torch.tensor(labels).long()
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.LeakyReLU(0.01), nn.Linear(48, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(80):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(pixels[:-200].float() / 255), labels[:-200]).backward()
+        optimizer.step()
+    return model.eval(), Images(pixels[-200:], labels[-200:])
+
+
+@pytest.fixture(scope="module")
+def honest():
+    return trained(0)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return trained(1)[0]
+
+
+class Behind(nn.Module):
+    """A network behind something that is done to its images or its logits."""
+
+    def __init__(self, network, images=lambda x: x, logits=lambda z: z):
+        super().__init__()
+        self.network, self.images, self.logits = network, images, logits
+
+    def forward(self, x):
+        return self.logits(self.network(self.images(x)))
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return (x * 32).round() / 32
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.zeros_like(gradient)
+
+
+class Shattered(torch.autograd.Function):
+    """The identity, whose gradient points anywhere."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(gradient.shape, generator=generator).to(gradient) * gradient.abs().mean()
+
+
+def audit(model, images, dense=None, **options):
+    checks = Audit(EPS, steps=20, queries=300, active=20, **options).checks(model, images, dense)
+    return {check.name: check for check in checks}
+
+
+def warned(checks):
+    return {name for name, check in checks.items() if check.status == "warning"}
+
+
+def test_a_network_that_hides_nothing_passes(honest, dense):
+    model, images = honest
+    checks = audit(model, images, dense)
+    assert list(checks) == NAMES
+    # FGSM is a weak attack on every network: that it overstates is no sign of masking.
+    assert warned(checks) <= {"FGSM overstates"}
+    assert all(check.status != "not done" and check.found and check.meaning for check in checks.values())
+    assert not model[1]._forward_pre_hooks, "no hook is left behind"
+
+
+def test_large_logits_are_found_out(honest, dense):
+    model, images = honest
+    checks = audit(Behind(model, logits=lambda z: 1000 * z), images, dense)
+    assert {"zero gradients", "tiny gradients", "saturated margins", "rescaled logits"} <= warned(checks)
+    assert checks["PGD against FGSM"].status == "pass", "our PGD does not depend on the scale"
+
+
+def test_float64_tells_rounding_from_robustness(honest):
+    """Margins between 18 and 745: a gradient in float64, none or half of one in float32."""
+    model, images = honest
+    checks = audit(Behind(model, logits=lambda z: 100 * z), images)
+    assert checks["float64"].value > 0.05
+    assert checks["float64"].status == "warning"
+    assert checks["transfer"].status == "not done", "no other network was given"
+
+
+def test_an_image_without_gradient_is_found_out(honest, dense):
+    """Rounded images: no gradient at all, but transfer, Square and a known adversarial example are there."""
+    model, images = honest
+    checks = audit(Behind(model, images=Rounded.apply), images, dense)
+    expected = {"zero gradients", "transfer", "Square", "random noise", "active test", "anything allowed"}
+    assert expected <= warned(checks)
+
+
+def test_a_gradient_that_points_anywhere_is_found_out(honest, dense):
+    model, images = honest
+    checks = audit(Behind(model, images=Shattered.apply), images, dense)
+    assert {"transfer", "Square", "active test", "random noise"} <= warned(checks)
+    assert checks["zero gradients"].status == "pass"
+
+
+@pytest.mark.parametrize("norm", ["l2", "l2_relative"])
+def test_other_norms(honest, dense, norm):
+    model, images = honest
+    eps = {"l2": 0.8, "l2_relative": 0.15}[norm]
+    checks = Audit(eps, norm, steps=20, queries=100, active=10).checks(model, images, dense)
+    found = {check.name: check for check in checks}
+    assert warned(found) <= {"FGSM overstates", "PGD against FGSM"}
+    assert found["Square"].status == ("pass" if norm == "l2" else "not done")
+    assert found["anything allowed"].value == 0
+
+
+def test_what_is_planted_is_there_and_hard_to_find_by_chance(honest):
+    model, images = honest
+    pixels, _ = next(images.batches(30))
+    with evaluating(model):
+        check = active_test(model, pixels, Audit(EPS, steps=30), points=200)
+    assert check.status == "pass"
+    assert "30 images in 30" in check.found
+    assert "random search of 0" in check.found
+
+
+def test_an_audit_is_repeatable_and_leaves_the_network_alone(honest, dense):
+    model, images = honest
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    random = torch.get_rng_state()
+    first, again = (audit(model, images, dense) for _ in range(2))
+    assert first == again
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(random, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("eps", "norm"), [(0.0, "linf"), (2.0, "linf"), (0.1, "std")])
+def test_an_audit_needs_an_attack(eps, norm):
+    with pytest.raises(ValueError, match="eps|norm"):
+        Audit(eps, norm)
