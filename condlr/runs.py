@@ -194,17 +194,19 @@ class Run:
             raise UserError(f"{path} is damaged (no column {error}): remove it and evaluate again") from error
 
 
-def collect(study: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Two tidy tables of the runs in a study's directory.
+def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
+    """Tidy tables of the runs in a study's directory, by name.
 
     Returns:
-        Cells: a line for each run and attack strength (and one without an attack for a run that
-        did not get so far), with what tables show of the run. Histories: a line for each run and
+        `cells`: a line for each run and attack strength (and one without an attack for a run that
+        did not get so far), with what tables show of the run. `history`: a line for each run and
         epoch. In both, `cond` is the largest condition number of the layers the run has factored
         (of all layers for a method that does not compress), `cond_all` the largest of all layers.
+        `audit`, `conditioning`, `guarantees`, `cost`: the lines of those files of all runs.
     """
     cells: list[dict[str, Any]] = []
     histories: list[dict[str, Any]] = []
+    others: dict[str, list[dict[str, Any]]] = {"audit": [], "conditioning": [], "guarantees": [], "cost": []}
     for path in sorted(study.glob("*/run.json")):
         run = Run(path.parent)
         info = run.info
@@ -237,7 +239,9 @@ def collect(study: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             renamed = {("attack_seconds" if key == "seconds" else key): row[key] for key in row}
             cells.append(who | facts | renamed)
         histories += history
-    return cells, histories
+        for name, lines in others.items():
+            lines += [who | row for row in run.read_table(f"{name}.csv")]
+    return {"cells": cells, "history": histories} | others
 
 
 def _key(row: Mapping[str, Any], name: str) -> tuple[str | float, ...]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Collect the runs of a study into two tidy tables, cells.csv and history.csv."""
+"""Collect the runs of a study into tidy tables: cells.csv, history.csv, and what analyses left."""
 
 from collections import Counter
 from pathlib import Path
@@ -17,13 +17,17 @@ def main(config: DictConfig) -> None:
     """Read <runs_dir>/<study>/*, write <results_dir>/<study>/."""
     asked = typed(Collection, config)
     source = Path(asked.runs_dir) / asked.study
-    cells, histories = collect(source)
+    tables = collect(source)
+    cells = tables["cells"]
     if not cells:
         raise UserError(f"there is no run in {source}")
     target = Path(asked.results_dir) / asked.study
     target.mkdir(parents=True, exist_ok=True)
-    write_csv(target / "cells.csv", cells)
-    write_csv(target / "history.csv", histories)
+    for name, rows in tables.items():
+        if rows or name == "history":
+            write_csv(target / f"{name}.csv", rows)
+        else:
+            (target / f"{name}.csv").unlink(missing_ok=True)
     runs = Counter({cell["run_id"]: cell["status"] for cell in cells}.values())
     print(f"{target}: {len(cells)} cells of {', '.join(f'{n} {status}' for status, n in runs.items())} runs")
 

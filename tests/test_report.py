@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from condlr.errors import UserError
-from condlr.report import figures, results, tables
+from condlr.report import analysis, audit, figures, results, tables
 
 PAPER = Path(__file__).resolve().parent.parent / "results" / "paper"
 
@@ -125,7 +125,9 @@ def test_nothing_is_compared_where_nothing_was_published():
 
 def test_markdown():
     lines = tables.markdown(only_table(cells())).splitlines()
-    assert lines[0] == "**LeNet5 on MNIST, protocol paper, 3 epochs: accuracy (%) under FGSM (ℓ∞)**"
+    assert (
+        lines[0] == "**LeNet5 on MNIST, protocol paper, 3 epochs: accuracy (%) under FGSM (ℓ∞), 100 images**"
+    )
     assert lines[2] == "`lr=0.1 lr_milestones=[7,9]`"
     assert "| clean | published | ε=0.06 | published |" in lines[4]
     assert {line.count("|") for line in lines[4:9]} == {lines[4].count("|")}
@@ -270,3 +272,107 @@ def test_how_each_run_went():
     assert all(row[4:8] == ["2", "20", "2.000 → 1.250", "1.10"] for row in rows)
     assert rows[1][8] == "3.0e-07"
     assert len(rows[0]) == 8 or not rows[0][8].strip()
+
+
+def audits(*warned):
+    """Both seeds of CondLR and one of the baseline were audited; `warned` are (run, check)."""
+    rows = []
+    for label, compression, seed in [
+        ("baseline", 0.0, 0),
+        ("condlr-tau0.1", 0.5, 0),
+        ("condlr-tau0.1", 0.5, 1),
+    ]:
+        run = f"{label}-{compression}-{seed}"
+        for check in ("zero gradients", "float64"):
+            rows.append(
+                {
+                    "run_id": run, "label": label, "compression": compression, "seed": seed,
+                    "row_id": f"{label}{compression}", "norm": "linf", "eps": 0.06, "n": 100, "check": check,
+                    "status": "warning" if (run, check) in warned else "pass", "found": f"{check} found",
+                    "meaning": f"{check} means",
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_a_row_that_an_audit_warned_of_is_marked_in_every_format():
+    marks = audit.warnings(audits(("condlr-tau0.1-0.5-1", "float64")))
+    (table,) = tables.tables(cells(), PAPER, marks)
+    text = tables.markdown(table)
+    assert "| CondLR τ=0.1 † |" in text
+    assert "| Baseline |" in text
+    note = "† not to be trusted, the audit warns: CondLR τ=0.1 50 % (float64). Not audited: Vanilla 50 %."
+    assert note in text
+    assert r"CondLR $\tau$=0.1 $^\dagger$" in tables.latex(table)
+    console = Console(file=io.StringIO(), width=160)
+    tables.print_table(table, console)
+    assert "CondLR τ=0.1 †" in console.file.getvalue()
+    assert "Not audited: Vanilla 50 %" in console.file.getvalue()
+
+
+def test_what_was_not_audited_is_said():
+    assert "No row was audited" in tables.markdown(only_table(cells()))
+    (table,) = tables.tables(cells(), PAPER, audit.warnings(audits()))
+    assert table.audit_note == "The audit warns of no row. Not audited: Vanilla 50 %."
+    (other,) = tables.tables(cells(norm="l2"), PAPER, audit.warnings(audits()))
+    assert "No row was audited in this norm" in other.audit_note
+
+
+def test_the_audit_as_markdown():
+    text = audit.markdown(audits(("condlr-tau0.1-0.5-1", "float64")))
+    assert "**Audit at eps=0.06 (ℓ∞), on 100 images**" in text
+    assert (
+        "| Baseline, 0 %, seed 0 | none | zero gradients: zero gradients found<br>float64: float64 found |"
+        in text
+    )
+    assert "| CondLR τ=0.1, 50 %, seed 1 | float64 |" in text
+    assert "- *float64*: float64 means." in text
+    assert "zero gradients means" not in text, "only what was warned of is explained"
+
+
+def test_attacks_of_one_strength_stand_side_by_side():
+    stronger = cells(attack="pgd50x3-margin")
+    stronger = stronger[stronger["eps"].eq(0.06) & stronger["label"].ne("vanilla")].assign(accuracy=0.5)
+    made = list(tables.tables(pd.concat([cells(), stronger]), PAPER))
+    (comparison,) = tables.by_attack(made)
+    assert comparison.eps == 0.06
+    assert comparison.columns == ["FGSM (n=100)", "PGD-50×3 on the margin (n=100)"]
+    text = tables.markdown_by_attack(comparison)
+    assert "| CondLR τ=0.1 | 50 | 93.00 ±1.41 | 50.00 ±0.00 |" in text
+    assert "| Vanilla | 50 | 92.00 ±1.41 | – |" in text
+    console = Console(file=io.StringIO(), width=100)
+    tables.print_by_attack(comparison, console)
+    assert "50.00 ±0.00" in console.file.getvalue()
+    assert not list(tables.by_attack(list(tables.tables(cells(), PAPER)))), "one attack has nothing beside it"
+
+
+@pytest.mark.parametrize(
+    ("label", "text"),
+    [
+        ("fgsm", "FGSM"), ("fgsm-unclamped", "FGSM, unclamped"), ("fgm", "FGM"), ("pgd50-ce", "PGD-50"),
+        ("pgd40x5-margin-seed=1", "PGD-40×5 on the margin, seed=1"), ("autoattack", "AutoAttack"),
+        ("pgd20-ce_rescaled", "PGD-20 on rescaled logits"), ("square5000", "Square, 5,000 queries"),
+        ("simba-dct-frequencies=4-100", "SimBA, DCT, frequencies=4, 100 directions"), ("noise", "noise"),
+        ("transfer-pgd50-margin", "PGD-50 on the margin, transferred"),
+    ],
+)  # fmt: skip
+def test_attacks_have_names_a_person_can_read(label, text):
+    assert results.attack_title(label) == text
+
+
+def test_figures_are_of_attacks_with_a_curve(tmp_path):
+    alone = cells(attack="autoattack")
+    both = pd.concat([cells(), alone[alone["eps"].eq(0.06)]])
+    history = pd.DataFrame(
+        [{"row_id": f"{label}{c}", "seed": 0, "step": s, "cond": 2.0, "label": label, "compression": c}
+         for label, c in [("baseline", 0.0), ("condlr-tau0.1", 0.5), ("vanilla", 0.5)] for s in (0, 10)]
+    )  # fmt: skip
+    names = [path.name for path in figures.robustness(both, history, PAPER, tmp_path)]
+    assert names == ["robustness.png", "robustness.pdf"]
+
+
+def test_numbers_of_analyses_are_readable():
+    shown = [
+        analysis.shown(v) for v in (None, float("nan"), float("inf"), 12345678, 0.25, 1234.5, 1.5e12, "x")
+    ]
+    assert shown == ["–", "–", "∞", "12,345,678", "0.25", "1,234", "1.5e+12", "x"]

@@ -23,7 +23,7 @@ def guarantees(model: nn.Module, images: Images, strengths: Sequence[float]) -> 
     Args:
         model: a network; of one that is no chain (`condlr.analysis.chain`) only what is measured is told.
         images: on which; the local condition numbers on the first ones alone.
-        strengths: for the maximum norm, at which the share of certified images is told.
+        strengths: of attacks in the maximum norm: the share of certified images is told at the largest.
     """
     pixels, _ = next(images.batches(MEASURED))
     double = in_double(model)
@@ -63,7 +63,7 @@ def guarantees(model: nn.Module, images: Images, strengths: Sequence[float]) -> 
         ),
         _row("certified l2 radius, largest", every.max(), f"of {len(every)} test images"),
     ]
-    for eps in sorted({0.001, 0.003, *strengths} - {0}):
+    for eps in sorted({0.001, 0.002, 0.003, 0.005, *sorted(strengths)[-1:]} - {0}):
         share = share_certified(every / size, eps)
         rows.append(_row(f"certified at eps={eps:g}", share, "share of test images, maximum norm"))
     return rows

@@ -26,12 +26,13 @@ def print_audit(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     console.print(view, highlight=False)
 
 
-def warnings(audits: pd.DataFrame) -> dict[str, list[str]]:
-    """For each audited row (by row_id) the checks that warned, in any of its runs."""
-    found: dict[str, list[str]] = {row_id: [] for row_id in audits["row_id"].unique()}
-    for row in audits[audits["status"].eq("warning")].itertuples():
-        if row.check not in found[row.row_id]:
-            found[row.row_id].append(row.check)
+def warnings(audits: pd.DataFrame | None) -> dict[tuple[str, str], list[str]]:
+    """For each audited row (by row_id) and norm the checks that warned, in any of its runs."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in () if audits is None else audits.itertuples():
+        warned = found.setdefault((str(row.row_id), str(row.norm)), [])
+        if row.status == "warning" and row.check not in warned:
+            warned.append(str(row.check))
     return found
 
 

@@ -12,7 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from condlr.report.results import CONTEXT, ROW, comparison, setting, summarize, title
+from condlr.report.results import (
+    CONTEXT,
+    ROW,
+    attack_title,
+    comparison,
+    norm_title,
+    setting,
+    summarize,
+    title,
+)
 
 # Okabe and Ito's palette and, for more, Tol's: colour-blind readers can tell them apart.
 COLOURS = {
@@ -39,15 +48,19 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
 
     Left: mean over seeds, a band of one standard deviation where there are several, published
     values dotted. Right: the largest condition number of the layers a row factors (of all layers for
-    a dense row), every seed a line. More than six rows get a pair of panels for each compression,
-    with the dense rows in all of them.
+    a dense row), every seed a line. An attack of one strength has no curve. More than six rows get a
+    pair of panels for each compression, with the dense rows in all of them.
 
     Args:
         cells, history: see `condlr.report.results.read`.
         paper: the directory of published numbers.
         out: where `robustness.png` and `.pdf` go; a number follows the name for a second table.
     """
-    tables = list(summarize(cells).groupby(CONTEXT, sort=False, dropna=False))
+    tables = [
+        (context, frame)
+        for context, frame in summarize(cells).groupby(CONTEXT, sort=False, dropna=False)
+        if frame["eps"].nunique() > 1
+    ]
     for number, (context, frame) in enumerate(tables, start=1):
         known = dict(zip(CONTEXT, context, strict=True))
         compare = comparison(known, cells, paper)
@@ -58,12 +71,10 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
             styles = _styles(frame, by_compression=len(parts) == 1)
             for (name, part), (left, right) in zip(parts.items(), axes, strict=True):
                 _accuracies(left, part, styles, compare)
-                left.set_ylabel(f"accuracy under {str(known['attack']).upper()}")
+                left.set_ylabel(f"accuracy under {attack_title(str(known['attack']))}")
                 _conditions(right, history[history["row_id"].isin(part["row_id"])], styles)
                 left.set_title(name)
-            axes[-1, 0].set_xlabel(
-                f"perturbation ε ({known['norm'].replace('linf', 'ℓ∞')}, pixels in [0, 1])"
-            )
+            axes[-1, 0].set_xlabel(f"perturbation ε ({norm_title(str(known['norm']))}, pixels in [0, 1])")
             axes[-1, 1].set_xlabel("optimiser step")
             figure.suptitle(setting(known))
             handles = _legend(frame, styles, bool(compare), by_compression=len(parts) == 1)

@@ -1,5 +1,6 @@
 """Collected cells as a frame of rows: means over seeds, beside what was published."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pandas as pd
 from condlr.errors import UserError
 
 # The columns that runs of one table share; each combination is a table of its own.
-CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm"]
+CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm", "n"]
 # The columns that tell the rows of a table apart.
 ROW = ["label", "compression", "row_id", "variant"]
 
@@ -27,14 +28,30 @@ _NEEDED = {
     "cells": {*CONTEXT, *_MEANS, *ROW, "options", "official_data", "seed", "eps", "accuracy", "status"}
     - {"variant"},
     "history": {"label", "compression", "row_id", "seed", "step", "cond"},
+    "audit": {
+        "label",
+        "compression",
+        "row_id",
+        "seed",
+        "norm",
+        "eps",
+        "n",
+        "check",
+        "status",
+        "found",
+        "meaning",
+    },
+    "conditioning": {"run_id", "label", "compression", "seed", "layer", "n", "m", "rank"},
+    "guarantees": {"run_id", "label", "compression", "seed", "quantity", "value", "note"},
+    "cost": {"run_id", "label", "compression", "seed", "batch_size"},
 }
 
 
-_NUMBERS = {"eps", "accuracy", "compression", "cond", "cond_all", "seconds", "step", "seed", "epochs"}
+_NUMBERS = {"eps", "n", "accuracy", "compression", "cond", "cond_all", "seconds", "step", "seed", "epochs"}
 
 
 def read(study: Path, name: str = "cells") -> pd.DataFrame:
-    """`cells.csv` or `history.csv` of a study's results."""
+    """`cells.csv`, `history.csv` or another table of a study's results."""
     path = study / f"{name}.csv"
     text = dict.fromkeys(("row_id", "run_id", "options", "settings"), str)
     try:
@@ -51,6 +68,11 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
     return frame
 
 
+def read_if_there(study: Path, name: str) -> pd.DataFrame | None:
+    """What `read` reads; None where the runs of the study were not analysed so."""
+    return read(study, name) if (study / f"{name}.csv").exists() else None
+
+
 def summarize(cells: pd.DataFrame) -> pd.DataFrame:
     """Mean, sample standard deviation and number of seeds of each cell of each table.
 
@@ -63,7 +85,7 @@ def summarize(cells: pd.DataFrame) -> pd.DataFrame:
     if done.empty:
         raise UserError("no run of this study is done and evaluated yet")
     done = done.fillna({"options": "", "settings": ""}).reset_index(drop=True)
-    done = done.assign(variant=_variants(done))
+    done = done.assign(variant=_variants(done), n=done["n"].astype(int))
     means = {name: (name, "mean") for name in _MEANS}
     frame = (
         done.groupby([*CONTEXT, *ROW, "eps"], dropna=False, sort=False)
@@ -134,6 +156,32 @@ def comparison(
     ):
         return {}
     return published(paper, str(context["dataset"]), str(context["model"]))
+
+
+def attack_title(label: str) -> str:
+    """An attack as tables and axes print it: `PGD-50×3 on the margin`."""
+    if label.startswith("transfer-"):
+        return f"{attack_title(label.removeprefix('transfer-'))}, transferred"
+    if found := re.fullmatch(r"pgd(\d+)(?:x(\d+))?-(ce_rescaled|ce|margin|dlr)(.*)", label):
+        steps, starts, loss, rest = found.groups()
+        on = {"ce": "", "margin": " on the margin", "dlr": " on DLR", "ce_rescaled": " on rescaled logits"}[
+            loss
+        ]
+        return f"PGD-{steps}{f'×{starts}' if starts else ''}{on}{rest.replace('-', ', ')}"
+    if found := re.fullmatch(r"square(\d+)(.*)", label):
+        return f"Square, {int(found[1]):,} queries{found[2].replace('-', ', ')}"
+    if found := re.fullmatch(r"simba-(pixel|dct)(.*)-(\d+)", label):
+        basis = {"pixel": "pixels", "dct": "DCT"}[found[1]]
+        return f"SimBA, {basis}{found[2].replace('-', ', ')}, {found[3]} directions"
+    names = {"fgsm": "FGSM", "fgm": "FGM", "autoattack": "AutoAttack"}
+    name, _, rest = label.partition("-")
+    return names.get(name, name) + (f", {rest}" if rest else "")
+
+
+def norm_title(norm: str) -> str:
+    """A norm as captions print it."""
+    titles = {"linf": "ℓ∞", "l2": "ℓ2", "l2_relative": "ℓ2 as a part of ‖x‖2", "std": "standard deviation"}
+    return titles.get(norm, norm)
 
 
 def setting(context: Mapping[str, object]) -> str:

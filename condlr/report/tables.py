@@ -1,6 +1,6 @@
 """Tables of accuracy under attack: for the terminal, Markdown, LaTeX and CSV."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,9 +11,11 @@ from rich.table import Table as RichTable
 from condlr.report.results import (
     CONTEXT,
     ROW,
+    attack_title,
     comparison,
     epochs,
     network,
+    norm_title,
     order,
     setting,
     summarize,
@@ -69,6 +71,12 @@ class Line:
     compression: float
     facts: dict[str, str]
     cells: dict[float, Cell]
+    warnings: list[str] | None = None
+
+    @property
+    def name(self) -> str:
+        """The label, marked if an audit warned."""
+        return f"{self.label} †" if self.warnings else self.label
 
 
 @dataclass(frozen=True)
@@ -81,8 +89,14 @@ class Table:
     @property
     def caption(self) -> str:
         """What the rows share."""
-        attack = f"{str(self.context['attack']).upper()} ({str(self.context['norm']).replace('linf', 'ℓ∞')})"
-        return f"{setting(self.context)}: accuracy (%) under {attack}"
+        attack = f"{attack_title(str(self.context['attack']))} ({norm_title(str(self.context['norm']))})"
+        images = f"{self.context['n']:,} images"
+        return f"{setting(self.context)}: accuracy (%) under {attack}, {images}"
+
+    @property
+    def audit_note(self) -> str:
+        """What audits say of the rows."""
+        return audit_note(self.lines)
 
     @property
     def strengths(self) -> list[float]:
@@ -103,12 +117,34 @@ class Table:
         return list(groups.values())
 
 
-def tables(cells: pd.DataFrame, paper: Path) -> Iterator[Table]:
+def audit_note(lines: Iterable[Line]) -> str:
+    """One sentence or two: which rows an audit warned of, and which were not audited."""
+    lines = list(lines)
+    texts = {}
+    for line in lines:
+        compression = f" {100 * line.compression:g} %" if line.compression else ""
+        texts[id(line)] = f"{line.label}{compression}"
+    warned = [f"{texts[id(line)]} ({', '.join(line.warnings)})" for line in lines if line.warnings]
+    missing = [texts[id(line)] for line in lines if line.warnings is None]
+    if len(missing) == len(lines):
+        return "No row was audited in this norm (audit=true): read these accuracies as upper bounds."
+    note = (
+        f"† not to be trusted, the audit warns: {'; '.join(warned)}."
+        if warned
+        else "The audit warns of no row."
+    )
+    return f"{note} Not audited: {', '.join(missing)}." if missing else note
+
+
+def tables(
+    cells: pd.DataFrame, paper: Path, marks: Mapping[tuple[str, str], list[str]] | None = None
+) -> Iterator[Table]:
     """A table for each combination of dataset, model, protocol with its settings, and attack in a study.
 
     Args:
         cells: see `condlr.report.results.read`.
         paper: the directory of published numbers.
+        marks: see `condlr.report.audit.warnings`.
     """
     for context, frame in summarize(cells).groupby(CONTEXT, sort=False, dropna=False):
         known = dict(zip(CONTEXT, context, strict=True))
@@ -116,12 +152,14 @@ def tables(cells: pd.DataFrame, paper: Path) -> Iterator[Table]:
         rivals = frame.groupby(["compression", "eps"])["accuracy"]
         best = rivals.transform("max").eq(frame["accuracy"]) & rivals.transform("size").gt(1)
         lines = []
-        for (label, compression, _, variant), row in frame.assign(best=best).groupby(ROW, sort=False):
+        for (label, compression, row_id, variant), row in frame.assign(best=best).groupby(ROW, sort=False):
             row_cells = {
                 c.eps: Cell(c.accuracy, c.std, c.seeds, compare.get((label, compression, c.eps)), c.best)
                 for c in row.itertuples()
             }
-            lines.append(Line(title(label, variant), compression, _facts(row, compression), row_cells))
+            warnings = (marks or {}).get((row_id, str(known["norm"])))
+            name = title(label, variant)
+            lines.append(Line(name, compression, _facts(row, compression), row_cells, warnings))
         yield Table(known, lines)
 
 
@@ -166,7 +204,7 @@ def print_table(table: Table, console: Console) -> None:
     for group in table.groups:
         for line in group:
             ours = [_shown(line, eps, lambda cell: f"[bold]{cell.ours}[/]") for eps in strengths]
-            view.add_row(line.label, *(line.facts[name] for name in facts), *ours)
+            view.add_row(line.name, *(line.facts[name] for name in facts), *ours)
             if any(cell.published is not None for cell in line.cells.values()):
                 paper = [f"[dim]{line.cells[eps].paper if eps in line.cells else ''}[/]" for eps in strengths]
                 view.add_row("[dim]  published[/]", *[""] * len(facts), *paper)
@@ -182,12 +220,12 @@ def print_table(table: Table, console: Console) -> None:
     ]
     if hidden:
         console.print(f"Not shown for want of width: {', '.join(hidden)}.", style="dim", highlight=False)
-    console.print(LEGEND + "\n", style="dim", highlight=False)
+    console.print(f"{table.audit_note}\n{LEGEND}\n", style="dim", highlight=False)
 
 
 def _width(table: Table, facts: list[str], strengths: list[float]) -> int:
     """Characters that a terminal needs for these columns, two between each."""
-    columns = [[line.label for line in table.lines] + ["  published"]]
+    columns = [[line.name for line in table.lines] + ["  published"]]
     columns += [[name, *(line.facts[name] for line in table.lines)] for name in facts]
     columns += [
         [_strength(eps), *(_shown(line, eps, lambda cell: cell.ours) for line in table.lines)]
@@ -213,7 +251,88 @@ def markdown(table: Table) -> str:
     header, rows = _flat(table, lambda cell: f"**{cell.ours}**")
     lines = [f"**{table.caption}**", "", f"`{table.context['settings']}`", ""]
     lines += [_pipe(header), _pipe(["---", *["---:"] * (len(header) - 1)])]
-    return "\n".join([*lines, *map(_pipe, rows), "", LEGEND]) + "\n"
+    return "\n".join([*lines, *map(_pipe, rows), "", table.audit_note, "", LEGEND]) + "\n"
+
+
+def by_attack(made: list[Table]) -> Iterator["Comparison"]:
+    """Attacks of one strength side by side, for each strength at which there are several.
+
+    Args:
+        made: see `tables`.
+    """
+    alike: dict[tuple[object, ...], list[Table]] = {}
+    for table in made:
+        shared = [name for name in CONTEXT if name not in ("attack", "n")]
+        alike.setdefault(tuple(table.context[name] for name in shared), []).append(table)
+    for group in alike.values():
+        for eps in sorted({eps for table in group for eps in table.strengths} - {0.0}):
+            among = [table for table in group if eps in table.strengths]
+            if len({str(table.context["attack"]) for table in among}) > 1:
+                yield Comparison(eps, among)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What several attacks of one strength leave of each row."""
+
+    eps: float
+    tables: list[Table]
+
+    @property
+    def caption(self) -> str:
+        """What the columns share."""
+        context = self.tables[0].context
+        norm = norm_title(str(context["norm"]))
+        return f"{setting(context)}: accuracy (%) at ε={self.eps:g} ({norm}), by attack"
+
+    @property
+    def columns(self) -> list[str]:
+        """The attacks, with the number of images."""
+        return [f"{attack_title(str(t.context['attack']))} (n={t.context['n']})" for t in self.tables]
+
+    @property
+    def lines(self) -> list[tuple[Line, list[Cell | None]]]:
+        """Each row with its cell in each column."""
+        known = [{(line.name, line.compression): line for line in table.lines} for table in self.tables]
+        first = {key: line for lines in reversed(known) for key, line in lines.items()}
+        longest = max(known, key=len)
+        keys = [*longest, *(key for key in first if key not in longest)]
+        return [
+            (first[key], [lines[key].cells.get(self.eps) if key in lines else None for lines in known])
+            for key in keys
+        ]
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of text."""
+        rows = [
+            [
+                line.name,
+                f"{100 * line.compression:g}",
+                *("–" if cell is None else cell.ours for cell in cells),
+            ]
+            for line, cells in self.lines
+        ]
+        return ["row", "requested", *self.columns], rows
+
+
+def markdown_by_attack(comparison: Comparison) -> str:
+    """As Markdown."""
+    header, rows = comparison.rows()
+    lines = [f"**{comparison.caption}**", "", _pipe(header), _pipe(["---", *["---:"] * (len(header) - 1)])]
+    return "\n".join([*lines, *map(_pipe, rows), "", audit_note(line for line, _ in comparison.lines)]) + "\n"
+
+
+def print_by_attack(comparison: Comparison, console: Console) -> None:
+    """To a terminal."""
+    header, rows = comparison.rows()
+    view = RichTable(box=None, pad_edge=False, header_style="bold")
+    for name in header:
+        view.add_column(name, justify="left" if name == "row" else "right", no_wrap=name == "row")
+    for row in rows:
+        view.add_row(*row)
+    console.print(f"[bold]{comparison.caption}[/]\n", highlight=False)
+    console.print(view, highlight=False)
+    console.print(f"\n{audit_note(line for line, _ in comparison.lines)}\n", style="dim", highlight=False)
 
 
 def by_protocol(made: list[Table]) -> str:
@@ -225,7 +344,7 @@ def by_protocol(made: list[Table]) -> str:
     alike: dict[tuple[object, ...], list[Table]] = {}
     for table in made:
         if str(table.context["attack"]).startswith("fgsm"):
-            key = tuple(table.context[name] for name in ("dataset", "model", "epochs"))
+            key = tuple(table.context[name] for name in ("dataset", "model", "epochs", "norm", "n"))
             alike.setdefault(key, []).append(table)
     # Two tables of one protocol, which differ in a setting, would be columns of one name.
     comparable = [
@@ -304,7 +423,13 @@ def latex(table: Table) -> str:
     for group in table.groups:
         lines.append(r"\midrule")
         lines += [" & ".join(map(_tex, next(remaining))) + r" \\" for _ in group]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]) + "\n"
+    lines += [
+        r"\bottomrule",
+        r"\end{tabular}}",
+        rf"\par\footnotesize {_tex(table.audit_note)}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def frame(table: Table) -> pd.DataFrame:
@@ -325,7 +450,7 @@ def _flat(table: Table, emphasise: Callable[[Cell], str]) -> tuple[list[str], li
         header += [_strength(eps), *(["published"] if table.has_published else [])]
     rows = []
     for line in table.lines:
-        row = [line.label, *line.facts.values()]
+        row = [line.name, *line.facts.values()]
         for eps in table.strengths:
             paper = line.cells[eps].paper if eps in line.cells else ""
             row += [_shown(line, eps, emphasise), *([paper] if table.has_published else [])]
@@ -339,7 +464,7 @@ def _pipe(cells: list[str]) -> str:
 
 _TEX = {
     "%": r"\%", "_": r"\_", "ε": r"$\varepsilon$", "τ": r"$\tau$", "ℓ∞": r"$\ell_\infty$", "±": r"$\pm$",
-    "–": "--",
+    "–": "--", "†": r"$^\dagger$", "ℓ2": r"$\ell_2$", "‖x‖2": r"$\|x\|_2$", "×": r"$\times$",
 }  # fmt: skip
 
 

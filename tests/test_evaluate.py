@@ -1,0 +1,179 @@
+"""Attacks, audits and analyses through the real command line."""
+
+import csv
+
+import pytest
+
+from tests.test_cli import SMALL, complains, script
+
+__all__ = ["script"]  # a fixture
+FEW = ["attack.images=60", "attack.eps=[0,0.1]"]
+
+
+def rows(run, name):
+    with (run / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def runs(script, tmp_path):
+    """A dense run and a low-rank one of the same study, by name."""
+    assert script("train", "-m", *SMALL, "method=baseline,condlr", "study=s", "attack.images=100")[0] == 0
+    found = {path.name.split("-")[2]: path for path in (tmp_path / "runs" / "s").glob("lenet5-*")}
+    assert set(found) == {"baseline", "condlr"}
+    return found
+
+
+def test_every_attack_on_a_finished_run(script, runs):
+    run = runs["condlr"]
+    cheap = [
+        (["attack=fgsm"], "fgsm"),
+        (["attack=fgm_l2_relative"], "fgm"),
+        (["attack=pgd", "attack.steps=3", "attack.restarts=2", "attack.loss=dlr"], "pgd3x2-dlr"),
+        (["attack=pgd_l2", "attack.steps=3"], "pgd3-ce"),
+        (
+            ["attack=pgd_l2_relative", "attack.steps=1", "attack.random_start=false"],
+            "pgd1-ce-random_start=False",
+        ),
+        (["attack=square", "attack.queries=5"], "square5"),
+        (["attack=transfer", "attack.steps=3"], "transfer-pgd3-margin"),
+        (["attack=noise"], "noise"),
+    ]
+    for arguments, label in cheap:
+        status, _, err = script("evaluate", f"run={run}", *FEW, *arguments)
+        assert status == 0, err
+        assert [row["n"] for row in rows(run, "evaluation.csv") if row["attack"] == label][-2:] == [
+            "60",
+            "60",
+        ]
+    status, _, err = script(
+        "evaluate",
+        f"run={run}",
+        "attack=simba",
+        "attack.iterations=[1,4]",
+        "attack.images=20",
+        "attack.eps=[0.3]",
+    )
+    assert status == 0, err
+    simba = [row for row in rows(run, "evaluation.csv") if row["attack"].startswith("simba")]
+    assert [(row["attack"], row["norm"]) for row in simba] == [
+        ("simba-dct-1", "step"),
+        ("simba-dct-4", "step"),
+    ]
+    # The same attack on other images, or in another norm, does not take an earlier one's place.
+    fgsm = [row for row in rows(run, "evaluation.csv") if row["attack"] == "fgsm"]
+    assert sorted(row["n"] for row in fgsm) == ["100", "100", "60", "60"]
+
+
+def test_attacks_are_options_of_a_sweep(script, tmp_path):
+    sweep = ["-m", *SMALL, "attack.steps=2", "attack.images=40", "method=baseline,vanilla", "study=a"]
+    assert script("train", *sweep, "attack=pgd")[0] == 0
+    status, out, err = script("train", *sweep, "attack=transfer")
+    assert status == 0, err
+    assert out.count("is done already") == 2, "another attack trains nothing again"
+    for run in (tmp_path / "runs" / "a").glob("lenet5-*"):
+        assert {row["attack"] for row in rows(run, "evaluation.csv")} == {"pgd2-ce", "transfer-pgd2-margin"}
+    before = [path.read_bytes() for path in (tmp_path / "runs" / "a").rglob("evaluation.csv")]
+    assert script("train", *sweep, "attack=transfer")[0] == 0
+    assert before == [path.read_bytes() for path in (tmp_path / "runs" / "a").rglob("evaluation.csv")]
+
+
+def test_an_audit_and_analyses_up_to_the_tables(script, runs, tmp_path):
+    for run in runs.values():
+        status, out, err = script(
+            "evaluate", f"run={run}", *FEW, "audit=true", "conditioning=true", "cost=true"
+        )
+        assert status == 0, err
+        assert "active test" in out
+        assert "Lipschitz bound" in out
+        assert "exported: weights" in out
+        assert len(rows(run, "audit.csv")) == 14
+        assert {row["layer"] for row in rows(run, "conditioning.csv")} == {"conv1", "conv2", "fc1", "fc2"}
+    status = {row["check"]: row["status"] for row in rows(runs["baseline"], "audit.csv")}
+    assert status["transfer"] == "not done", "the dense network has no other to transfer from"
+    status = {row["check"]: row["status"] for row in rows(runs["condlr"], "audit.csv")}
+    assert status["transfer"] in ("pass", "warning")
+    found = {row["quantity"]: row["value"] for row in rows(runs["condlr"], "guarantees.csv")}
+    assert float(found["bound / measured, smallest"]) >= 1
+    assert rows(runs["baseline"], "cost.csv")[0]["train_weights_ratio"] == "1.0"
+    # Once more, at another strength: kept beside the first.
+    assert script("evaluate", f"run={runs['condlr']}", *FEW, "attack.eps=[0.05]", "audit=true")[0] == 0
+    assert len(rows(runs["condlr"], "audit.csv")) == 28
+
+    script("evaluate", f"run={runs['condlr']}", *FEW, "attack=pgd", "attack.steps=2")
+    assert script("collect", "study=s")[0] == 0
+    status, out, err = script("tables", "study=s")
+    assert status == 0, err
+    assert "by attack" in out
+    results = tmp_path / "results" / "s"
+    for name in ("audit", "conditioning", "guarantees", "cost", "attacks"):
+        assert (results / f"{name}.md").read_text().count("|") > 20
+    assert "audit warns" in (results / "table.md").read_text()
+    (runs["condlr"] / "audit.csv").unlink()
+    (runs["baseline"] / "audit.csv").unlink()
+    assert script("collect", "study=s")[0] == 0
+    assert script("tables", "study=s")[0] == 0
+    assert not (results / "audit.md").exists(), "nothing stale is left"
+    assert "No row was audited" in (results / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (["attack=pgd", "attack.loss=hinge"], "attack.loss must be one of ce, margin"),
+        (["attack=pgd", "attack.norm=l3", "attack.eps=[0.1]"], "attack.norm must be one of linf"),
+        (["attack=pgd", "attack.steps=0"], "attack.steps must be in"),
+        (["attack=pgd", "attack.images=0"], "attack.images must be in"),
+        (["attack=pgd_l2"], "attack.eps: name the strengths in the norm l2"),
+        (["attack.images=100000"], "attack.images=100000, but there are only"),
+        (["attack=simba", "attack.eps=[0.2]", "attack.iterations=[]"], "attack.iterations is empty"),
+        (["attack=transfer", "attack.source=nowhere"], "nowhere is not a run"),
+        (["attack=transfer", "attack.source="], "attack.source"),
+        (["attack=noise", "attack.eps=[-1]"], "attack.eps must be in"),
+        (["audit=true", "attack.eps=[0]"], "audit: an audit needs an attack: eps must be larger than 0"),
+        (["audit=maybe"], "audit"),
+        (["attack=noise", "attack.eps=[0.2]", "attack.images=5", "audit=true"], "audit: norm must be one of"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_in_one_line(script, one_run, arguments, pattern):
+    complains(script("evaluate", f"run={one_run}", *arguments), pattern)
+
+
+@pytest.fixture(scope="module")
+def one_run(tmp_path_factory):
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    root, where = Path(__file__).resolve().parent.parent, tmp_path_factory.mktemp("one")
+    command = [sys.executable, str(root / "scripts" / "train.py"), *SMALL, "study=one", "attack.images=20"]
+    subprocess.run(command, cwd=where, env=os.environ, check=True, capture_output=True)
+    return next((where / "runs" / "one").glob("lenet5-*"))
+
+
+def test_a_transfer_without_its_source_is_one_line_before_training(script, tmp_path):
+    result = script("train", *SMALL, "attack=transfer", "attack.images=20")
+    complains(result, "baseline.* is not a run: train it first, with method=baseline")
+    assert not list(tmp_path.rglob("history.csv"))
+
+
+def test_a_network_of_other_data_is_no_source(script, runs, tmp_path):
+    import numpy as np
+
+    from tests.test_cli import write_idx
+
+    for part, n in (("train", 40), ("t10k", 20)):
+        raw = tmp_path / "data" / "FashionMNIST" / "raw"
+        write_idx(raw / f"{part}-images-idx3-ubyte", np.zeros((n, 28, 28)))
+        write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(n) % 10)
+    arguments = ["dataset=fashion_mnist", "dataset.download=false", "protocol=demo", "protocol.epochs=1"]
+    source = f"attack.source={runs['baseline']}"
+    complains(script("train", *arguments, "attack=transfer", source), "was trained on another dataset")
+
+
+def test_a_damaged_audit_is_one_line(script, one_run):
+    (one_run / "audit.csv").write_text("norm,eps\nlinf,0.1\n")
+    arguments = [f"run={one_run}", "attack.images=20", "attack.eps=[0.1]", "audit=true"]
+    complains(script("evaluate", *arguments), r"audit.csv is damaged \(no column 'n'\)")
+    (one_run / "audit.csv").unlink()
