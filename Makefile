@@ -4,11 +4,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STUDY ?= default
 
-.PHONY: help demo test tables figures benchmark clean
+.PHONY: help demo test tables figures mnist-attacks benchmark clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 # The stamp is newer than what it was made from, so a second call installs nothing.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -33,6 +33,17 @@ tables: $(VENV)/.installed  ## Collect the runs of STUDY, print and write its ta
 
 figures: $(VENV)/.installed  ## Draw the figures of STUDY from its collected results
 	$(RUN) scripts/figures.py study=$(STUDY)
+
+# What stronger attacks than FGSM are tried on
+HARD := attack.images=1000
+mnist-attacks: $(VENV)/.installed  ## Train eight rows on MNIST, attack them every way, audit the attacks (hours)
+	$(RUN) scripts/train.py experiment=mnist_attacks seed=0,1
+	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*-s0-*' audit=true conditioning=true cost=true
+	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=fgsm
+	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.03,0.06,0.1]
+	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.03,0.06,0.1] attack.loss=margin
+	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*-s0-*' $(HARD) attack=autoattack attack.eps=[0.06]
+	$(MAKE) --no-print-directory tables figures STUDY=mnist_attacks
 
 benchmark: $(VENV)/.installed  ## Measure what a training step costs here, dense, low-rank and constrained
 	$(RUN) scripts/benchmark.py $(ARGS)

@@ -118,6 +118,7 @@ class Evaluation:
     audit: bool
     conditioning: bool
     cost: bool
+    again: bool
     data_root: str | None
     device: str
 

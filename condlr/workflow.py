@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -51,9 +51,7 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
     if info.get("status") == "done":
         other = "" if info.get("commit") == commit() else f" with the code of {info.get('commit')}"
         log.info("%s is done already%s; remove it to train it again", run.directory, other)
-        attack, n = config.attack, config.attack.images or info.get("images", {}).get("test")
-        wanted = {(label, attack.norm, n, eps) for label, eps in attack.cells()}
-        if not wanted <= {*run.rows("evaluation.csv")}:
+        if not _known(run, config):
             evaluate_run(run, config)
         return
     device = pick_device(config.device)
@@ -73,30 +71,43 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
     log.info("%s: %s (%.0f s)", run.directory, _summary(rows), seconds)
 
 
-def evaluate_run(run: Run, config: RunConfig) -> list[Row]:
-    """Attack a finished run's weights with `config.attack`, and add the result to its evaluation."""
+def evaluate_run(run: Run, config: RunConfig, again: bool = False) -> None:
+    """Attack a finished run's weights with `config.attack`, and add the result to its evaluation.
+
+    What was evaluated before is done once more only if `again`.
+    """
+    _require_done(run, config)
+    rows: Sequence[Mapping[str, Any]] = _known(run, config)
+    if rows and not again:
+        log.info("%s was evaluated already (again=true): %s", run.directory, _summary(rows))
+        return
     data, model = _finished(run, config)
     rows = _attacked(run, config, model, data, _source(run, config, data))
     log.info("%s: %s", run.directory, _summary(rows))
-    return rows
 
 
-def audit_run(run: Run, config: RunConfig) -> list[Row]:
-    """Put a finished run's accuracy at the largest eps of `config.attack` to the test; see `Audit`."""
+def audit_run(run: Run, config: RunConfig, again: bool = False) -> list[Mapping[str, Any]]:
+    """Put a finished run's accuracy at the largest eps of `config.attack` to the test; see `Audit`.
+
+    An audit that is there is returned, and made once more only if `again`.
+    """
     try:
         audit = Audit(max(config.attack.eps), config.attack.norm, seed=config.attack.seed)
     except ValueError as error:
         raise UserError(f"audit: {error}") from error
     data, model = _finished(run, config)
     images = first(data.test, min(config.attack.images or MASKING_IMAGES, len(data.test)))
+    where: Row = {"norm": audit.norm, "eps": audit.eps, "n": len(images)}
+    before = [row for key, row in run.rows("audit.csv").items() if key[:3] == tuple(where.values())]
+    if before and not again:
+        return before
     dense = Run(run.directory.parent / config.baseline.run_id)
     other = None
     if dense.status == "done" and dense.directory.name != run.directory.name:
         other = load_network(dense, config.baseline, data)
     with Steps(f"audit of {config.row['label']} at eps={audit.eps:g}") as steps:
         checks = audit.checks(model, images, other, steps.at)
-    where: Row = {"norm": audit.norm, "eps": audit.eps, "n": len(images)}
-    rows: list[Row] = [
+    rows: list[Mapping[str, Any]] = [
         where | {"check": check.name, "status": check.status, "value": check.value, "limit": check.limit}
         | {"found": check.found, "meaning": check.meaning}
         for check in checks
@@ -132,18 +143,30 @@ def count_cost(run: Run, config: RunConfig) -> Row:
     return row  # type: ignore[return-value]
 
 
-def _finished(run: Run, config: RunConfig) -> tuple[Data, nn.Module]:
-    """The data and the network of a run that is done."""
+def _require_done(run: Run, config: RunConfig) -> None:
     if run.status != "done":
         raise UserError(
             f"{run.directory} is {run.status or 'not a run'}: only a run that is done is evaluated"
         )
     if config.run_id != run.info.get("run_id"):
         raise UserError(f"{run.directory / 'config.yaml'} was changed: it is of the run {config.run_id}")
+
+
+def _finished(run: Run, config: RunConfig) -> tuple[Data, nn.Module]:
+    """The data and the network of a run that is done."""
+    _require_done(run, config)
     data = load_data(config, pick_device(config.device))
     if data.digest != run.info.get("images", {}).get("digest"):
         raise UserError(f"{config.data_root} holds other images than the run was trained on")
     return data, load_network(run, config, data)
+
+
+def _known(run: Run, config: RunConfig) -> list[Mapping[str, Any]]:
+    """The rows of an evaluation that the run has already; none unless it has all of them."""
+    attack, n = config.attack, config.attack.images or run.info.get("images", {}).get("test")
+    known = run.rows("evaluation.csv")
+    wanted = [(label, attack.norm, n, eps) for label, eps in attack.cells()]
+    return [known[key] for key in wanted] if {*wanted} <= {*known} else []
 
 
 def _attacked(
@@ -171,7 +194,10 @@ def _source(run: Run, config: RunConfig, data: Data) -> nn.Module | None:
         advice = "train it first, with method=baseline and all else as it is here"
     else:
         other = Run(Path(name))
-        origin = check(other.read_config())
+        try:
+            origin = check(other.read_config())
+        except UserError as error:
+            raise UserError(f"attack.source: {error}") from error
         advice = "give the directory of a run that is done"
     if other.status != "done":
         raise UserError(f"attack.source: {other.directory} is {other.status or 'not a run'}: {advice}")
@@ -332,6 +358,6 @@ def _describe(device: torch.device) -> str:
     )
 
 
-def _summary(rows: list[Row]) -> str:
-    cells = (f"{row['attack']} {row['eps']:g} {row['accuracy']:.2%}" for row in rows)
+def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    cells = (f"{row['attack']} {float(row['eps']):g} {float(row['accuracy']):.2%}" for row in rows)
     return ", ".join(cells)

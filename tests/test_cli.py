@@ -511,10 +511,11 @@ def test_evaluate_says_what_it_cannot_evaluate(script, tmp_path):
     ):  # fmt: skip
         intact = weights.read_bytes()
         damage(weights)
-        complains(script("evaluate", f"run={run}"), "model.safetensors is damaged or of another run")
+        evaluated = script("evaluate", f"run={run}", "again=true")
+        complains(evaluated, "model.safetensors is damaged or of another run")
         weights.write_bytes(intact)
     weights.unlink()
-    complains(script("evaluate", f"run={run}"), "model.safetensors is missing: remove run.json")
+    complains(script("evaluate", f"run={run}", "again=true"), "model.safetensors is missing: remove run.json")
     (run / "run.json").unlink()
     assert "goes on from epoch 1" in script("train", *SMALL)[1], "the advice works"
     assert weights.read_bytes() == intact
@@ -535,7 +536,8 @@ def test_evaluation_wants_the_images_of_the_training(script, small_mnist):
     pixels = small_mnist / "t10k-images-idx3-ubyte"
     content = pixels.read_bytes()
     pixels.write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
-    complains(script("evaluate", f"run={run}"), "holds other images than the run was trained on")
+    evaluated = script("evaluate", f"run={run}", "again=true")
+    complains(evaluated, "holds other images than the run was trained on")
 
 
 def test_training_afresh_forgets_the_old_evaluation(script, tmp_path):

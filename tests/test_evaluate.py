@@ -96,6 +96,14 @@ def test_an_audit_and_analyses_up_to_the_tables(script, runs, tmp_path):
     found = {row["quantity"]: row["value"] for row in rows(runs["condlr"], "guarantees.csv")}
     assert float(found["bound / measured, smallest"]) >= 1
     assert rows(runs["baseline"], "cost.csv")[0]["train_weights_ratio"] == "1.0"
+    # What is there is not done again, unless asked for.
+    before = rows(runs["condlr"], "evaluation.csv"), rows(runs["condlr"], "audit.csv")
+    pattern = f"run={tmp_path}/runs/s/*-c0.5-s0-*"
+    status, out, _ = script("evaluate", pattern, *FEW, "audit=true")
+    assert "was evaluated already" in out
+    assert (rows(runs["condlr"], "evaluation.csv"), rows(runs["condlr"], "audit.csv")) == before
+    status, out, _ = script("evaluate", f"run={tmp_path}/runs/s/*", *FEW, "again=true")
+    assert out.count("fgsm 0.1") == 2
     # Once more, at another strength: kept beside the first.
     assert script("evaluate", f"run={runs['condlr']}", *FEW, "attack.eps=[0.05]", "audit=true")[0] == 0
     assert len(rows(runs["condlr"], "audit.csv")) == 28

@@ -97,7 +97,8 @@ def test_a_network_that_hides_nothing_passes(honest, dense):
 def test_large_logits_are_found_out(honest, dense):
     model, images = honest
     checks = audit(Behind(model, logits=lambda z: 1000 * z), images, dense)
-    assert {"zero gradients", "tiny gradients", "saturated margins", "rescaled logits"} <= warned(checks)
+    assert {"zero gradients", "rescaled logits"} <= warned(checks)
+    assert {checks[name].status for name in ("tiny gradients", "saturated margins")} == {"note"}
     assert checks["PGD against FGSM"].status == "pass", "our PGD does not depend on the scale"
 
 

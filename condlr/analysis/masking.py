@@ -37,7 +37,7 @@ _TINY = 1e-10
 _SCALES = (0.01, 0.03, 0.1, 0.3, 3.0)
 _SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
-Status = Literal["pass", "warning", "not done"]
+Status = Literal["pass", "note", "warning", "not done"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,11 @@ class Check:
 
     Attributes:
         name: of the check.
-        status: `pass`, `warning`, or `not done`.
+        status: `pass`; `warning`, where an accuracy is shown to be too high; `note`, where attacks weaker than
+            those of this package would be misled; or `not done`.
         value, limit: what was measured and what it was held against; `found` says in which sense.
         found: the figures, in words.
-        meaning: what a warning means.
+        meaning: what a warning or a note means.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Audit:
             "tiny gradients", tiny, 0.01,
             f"{tiny:.1%} below {_TINY:g}; the median of ||g||_2 is {sizes.median():.1e}",
             "attacks that divide by ||g|| + 1e-10, or average the loss, leave these images where they are",
+            above="note",
         )  # fmt: skip
 
     def _scale(self, of: "_Subject") -> Iterator[Check]:
@@ -138,10 +140,11 @@ class Audit:
         low, middle, high = margins.quantile(torch.tensor([0.05, 0.5, 0.95]).to(margins)).tolist()
         share = _share(margins > _SATURATED)
         yield _at_most(
-            "saturated margins", share, 0.5,
+            "saturated margins", share, 0.1,
             f"{share:.1%} above {_SATURATED:g}; margins {low:.1f}, {middle:.1f}, {high:.1f} at 5, 50, 95 %; "
             f"standard deviation of an image's logits {of.logits.std(1).median():.1f}",
-            "in float32 the gradient of these images has lost its term of the true class: FGSM is weak",
+            "in float32 the gradient of these images has lost its term of the true class, for FGSM",
+            above="note",
         )  # fmt: skip
         plain = of.left_by(self.fgsm)
         scaled = {scale: of.left_by(self.fgsm, made_on=Scaled(of.model, scale)) for scale in _SCALES}
@@ -412,10 +415,12 @@ class _Planted(nn.Module):
         return torch.stack([torch.zeros_like(score), score], 1)
 
 
-def _at_most(name: str, value: float, limit: float, found: str, meaning: str) -> Check:
-    """A check that warns where `value` is above `limit`, or is no number."""
+def _at_most(
+    name: str, value: float, limit: float, found: str, meaning: str, above: Status = "warning"
+) -> Check:
+    """A check that passes unless `value` is above `limit`, or is no number."""
     # Shares are counts / n: what is equal but for rounding is equal.
-    status: Status = "pass" if value <= limit + 1e-9 else "warning"
+    status: Status = "pass" if value <= limit + 1e-9 else above
     return Check(name, status, value, limit, found, meaning)
 
 

@@ -9,18 +9,23 @@ from rich.table import Table
 
 from condlr.report.results import order, title
 
-_SIGNS = {"pass": "[green]pass[/]", "warning": "[bold yellow]warning[/]", "not done": "[dim]not done[/]"}
+_SIGNS = {
+    "pass": "[green]pass[/]",
+    "note": "[blue]note[/]",
+    "warning": "[bold yellow]warning[/]",
+    "not done": "[dim]not done[/]",
+}
 
 
 def print_audit(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """To a terminal: a line for each check, and below a warning what it means."""
+    """To a terminal: a line for each check, and below a warning or a note what it means."""
     view = Table(box=None, pad_edge=False, show_header=False)
     view.add_column(no_wrap=True)
     view.add_column(no_wrap=True)
     view.add_column(overflow="fold")
     for row in rows:
         found = row["found"]
-        if row["status"] == "warning":
+        if row["status"] in ("warning", "note"):
             found += f"\n[yellow]{row['meaning']}[/]"
         view.add_row(_SIGNS[row["status"]], row["check"], found)
     console.print(view, highlight=False)
@@ -51,10 +56,10 @@ def markdown(audits: pd.DataFrame) -> str:
             warned = ", ".join(run.loc[run["status"].eq("warning"), "check"]) or "none"
             found = "<br>".join(f"{_WORDS[row.status]}{row.check}: {row.found}" for row in run.itertuples())
             lines.append(f"| {name} | {warned} | {found} |")
-        meanings = part[part["status"].eq("warning")].drop_duplicates("check")
+        meanings = part[part["status"].isin(["warning", "note"])].drop_duplicates("check")
         lines += ["", *(f"- *{row.check}*: {row.meaning}." for row in meanings.itertuples())]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
-_WORDS = {"pass": "", "warning": "**warning** ", "not done": "*not done* "}
+_WORDS = {"pass": "", "note": "*note* ", "warning": "**warning** ", "not done": "*not done* "}

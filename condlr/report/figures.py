@@ -88,6 +88,63 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
             plt.close(figure)
 
 
+def attacks(cells: pd.DataFrame, out: Path) -> Iterator[Path]:
+    """What attacks of one strength leave of each row, where a study has several, at the strength with most.
+
+    A line for each row, a mark for each attack, means over seeds; hollow, the accuracy without attack.
+
+    Args:
+        cells: see `condlr.report.results.read`.
+        out: where `attacks.png` and `.pdf` go; a number follows the name for a second figure.
+    """
+    shared = [name for name in CONTEXT if name not in ("attack", "n")]
+    groups = []
+    for context, frame in summarize(cells).groupby(shared, sort=False, dropna=False):
+        counts = frame[frame["eps"] > 0].groupby("eps")["attack"].nunique()
+        if counts.max() > 1:
+            groups.append((dict(zip(shared, context, strict=True)), frame, counts.idxmax()))
+    for number, (known, frame, eps) in enumerate(groups, start=1):
+        with mpl.style.context(Path(__file__).parent / "condlr.mplstyle"):
+            rows = [*frame[ROW].drop_duplicates().itertuples(index=False, name=None)][::-1]
+            figure, axes = plt.subplots(figsize=(7.0, 0.9 + 0.22 * len(rows)), layout="constrained")
+            _marks(axes, frame, rows, eps)
+            axes.set_xlabel(f"accuracy at ε = {eps:g} ({norm_title(str(known['norm']))})")
+            figure.suptitle(setting(known))
+            figure.legend(loc="outside right center")
+            suffix = "" if number == 1 else f"-{number}"
+            for kind in ("png", "pdf"):
+                path = out / f"attacks{suffix}.{kind}"
+                figure.savefig(path, metadata={"CreationDate": None} if kind == "pdf" else None)
+                yield path
+            plt.close(figure)
+
+
+def _marks(axes: Axes, frame: pd.DataFrame, rows: list[tuple[Any, ...]], eps: float) -> None:
+    places = {row_id: place for place, (_, _, row_id, _) in enumerate(rows)}
+    clean = frame[frame["eps"].eq(0)].drop_duplicates("row_id")
+    heights = clean["row_id"].map(places)
+    axes.plot(
+        clean["accuracy"], heights, "o", color="0.4", markerfacecolor="none", markersize=5, label="no attack"
+    )
+    shapes, colours = cycle("Dsv^P*X"), cycle([*COLOURS.values()][1:])
+    at = frame[frame["eps"].eq(eps)]
+    for (n, attack), part in sorted(
+        at.groupby(["n", "attack"]), key=lambda item: (item[0][0], item[1]["accuracy"].mean()), reverse=True
+    ):
+        label = f"{attack_title(str(attack))} (n={n:,})"
+        heights = part["row_id"].map(places)
+        axes.plot(
+            part["accuracy"], heights, next(shapes), color=next(colours), markersize=5, alpha=0.9, label=label
+        )
+    texts = [
+        title(label, variant) + (f", {100 * compression:g} %" if compression else "")
+        for label, compression, _, variant in rows
+    ]
+    axes.set_yticks(range(len(rows)), texts)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+
+
 def _parts(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """What stands in one pair of panels, by its title."""
     dense = frame["compression"].eq(0)

@@ -268,7 +268,13 @@ def by_attack(made: list[Table]) -> Iterator["Comparison"]:
         for eps in sorted({eps for table in group for eps in table.strengths} - {0.0}):
             among = [table for table in group if eps in table.strengths]
             if len({str(table.context["attack"]) for table in among}) > 1:
-                yield Comparison(eps, among)
+                yield Comparison(eps, sorted(among, key=lambda table: _mean(table, eps), reverse=True))
+
+
+def _mean(table: Table, eps: float) -> tuple[int, float]:
+    """For an order from many images to few, and from weak attacks to strong ones."""
+    values = [line.cells[eps].accuracy for line in table.lines if eps in line.cells]
+    return int(str(table.context["n"])), sum(values) / len(values)
 
 
 @dataclass(frozen=True)
