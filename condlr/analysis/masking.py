@@ -46,8 +46,8 @@ class Check:
 
     Attributes:
         name: of the check.
-        status: `pass`; `warning`, where an accuracy is shown to be too high; `note`, where attacks weaker than
-            those of this package would be misled; or `not done`.
+        status: `pass`; `warning`, where an accuracy is shown to be too high; `note`, where weaker attacks
+            than ours would be misled; or `not done`.
         value, limit: what was measured and what it was held against; `found` says in which sense.
         found: the figures, in words.
         meaning: what a warning or a note means.

@@ -128,9 +128,10 @@ def _marks(axes: Axes, frame: pd.DataFrame, rows: list[tuple[Any, ...]], eps: fl
     )
     shapes, colours = cycle("Dsv^P*X"), cycle([*COLOURS.values()][1:])
     at = frame[frame["eps"].eq(eps)]
-    for (n, attack), part in sorted(
-        at.groupby(["n", "attack"]), key=lambda item: (item[0][0], item[1]["accuracy"].mean()), reverse=True
-    ):
+    # From many images to few, from weak attacks to strong ones
+    at = at.assign(_left=at.groupby(["n", "attack"])["accuracy"].transform("mean"))
+    at = at.sort_values(["n", "_left"], ascending=False, kind="stable")
+    for (attack, n), part in at.groupby(["attack", "n"], sort=False):
         label = f"{attack_title(str(attack))} (n={n:,})"
         heights = part["row_id"].map(places)
         axes.plot(
