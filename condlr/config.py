@@ -124,6 +124,26 @@ class Evaluation:
 
 
 @dataclass
+class Crosscheck:
+    """Keys of `scripts/crosscheck.py`."""
+
+    run: str
+    eps: list[float]
+    steps: int
+    images: int
+    data_root: str | None
+    device: str
+
+    def __post_init__(self) -> None:
+        for eps in self.eps:
+            in_range("eps", eps, 0, 1)
+        if not self.eps:
+            raise ValueError("eps is empty: name at least one strength")
+        in_range("steps", self.steps, 1, math.inf)
+        in_range("images", self.images, 1, math.inf)
+
+
+@dataclass
 class Collection:
     """Keys of `scripts/collect.py`."""
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from condlr.analysis.conditioning import conditioning
 from condlr.analysis.cost import Cost, cost
+from condlr.analysis.crosscheck import crosscheck
 from condlr.analysis.guarantees import guarantees
 from condlr.analysis.masking import IMAGES as MASKING_IMAGES
 from condlr.analysis.masking import Audit
@@ -141,6 +142,20 @@ def count_cost(run: Run, config: RunConfig) -> Row:
     row = counted(config, model).as_dict(counted(config.baseline, dense))
     run.add_rows("cost.csv", [row])
     return row  # type: ignore[return-value]
+
+
+def crosscheck_run(
+    run: Run, config: RunConfig, count: int, strengths: list[float], steps: int
+) -> list[dict[str, Any]]:
+    """Our FGSM and PGD beside another library's on a finished run's network; see `crosscheck`."""
+    data, model = _finished(run, config)
+    try:
+        images = first(data.test, count)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    rows = list(crosscheck(model, images, strengths, steps))
+    run.write_table("crosscheck.csv", rows)
+    return rows
 
 
 def _require_done(run: Run, config: RunConfig) -> None:

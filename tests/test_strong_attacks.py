@@ -11,6 +11,7 @@ from scipy.fft import dctn
 from sklearn.datasets import load_digits
 from torch import nn
 
+from condlr.analysis.crosscheck import crosscheck
 from condlr.attacks import _balls as balls
 from condlr.attacks._losses import LOSSES, ce, ce_rescaled, dlr, margin
 from condlr.attacks.autoattack import AutoAttack
@@ -283,24 +284,16 @@ def test_wrong_options_are_refused(options, text):
 # Other libraries
 
 
-@pytest.mark.parametrize("eps", [0.02, 0.05, 0.1, 0.2])
-def test_fgsm_is_that_of_foolbox_and_pgd_no_weaker(network, test_images, eps):
-    foolbox = pytest.importorskip("foolbox")
-    x, y = next(test_images.batches(400))
-    reference = foolbox.PyTorchModel(network, bounds=(0, 1), device="cpu")
-    _, moved, _ = foolbox.attacks.LinfFastGradientAttack(random_start=False)(reference, x, y, epsilons=eps)
-    (ours,) = Fgsm([eps]).perturb(network, x, y)
-    torch.testing.assert_close(ours.images, moved)
-    with torch.no_grad():
-        left = (network(moved).argmax(1) == y).float().mean().item()
-    assert share(network, test_images, Fgsm([eps])) == pytest.approx(left)
-
-    for norm, kind, size in (("linf", "Linf", eps), ("l2", "L2", 6 * eps)):
-        attack = getattr(foolbox.attacks, f"{kind}ProjectedGradientDescentAttack")(steps=40)
-        _, _, fooled = attack(reference, x, y, epsilons=size)
-        theirs = 1 - fooled.float().mean().item()
-        for loss in ("ce", "margin"):
-            assert share(network, test_images, Pgd([size], norm=norm, steps=40, loss=loss)) <= theirs + 0.005
+def test_fgsm_is_that_of_foolbox_and_pgd_no_weaker(network, test_images):
+    rows = list(crosscheck(network, test_images, [0.02, 0.05, 0.1, 0.2]))
+    assert len(rows) == 4 + 4 * 2 * 2
+    for row in rows:
+        if row["attack"] == "fgsm":
+            assert row["ours"] == row["foolbox"]
+            assert row["largest_difference"] <= 1e-7
+        else:
+            assert row["ours"] <= row["foolbox"] + 0.005, row
+    assert min(row["ours"] for row in rows) < rows[0]["ours"] - 0.3, "the attacks do something"
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
