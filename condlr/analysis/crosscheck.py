@@ -1,6 +1,7 @@
 """Our attacks beside another library's on the same weights: foolbox (Rauber et al., JOSS 2020)."""
 
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -36,8 +37,7 @@ def crosscheck(
     """
     if find_spec("foolbox") is None:
         raise UserError("the cross-check needs the package foolbox: pip install foolbox")
-    import foolbox
-
+    foolbox: Any = import_module("foolbox")
     ((pixels, labels),) = images.batches(len(images))
     euclidean = pixels[0].numel() ** 0.5 / 5
     with evaluating(model):
