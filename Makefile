@@ -40,7 +40,7 @@ mnist-attacks: $(VENV)/.installed  ## Train eight rows on MNIST, attack them eve
 	$(RUN) scripts/train.py experiment=mnist_attacks seed=0,1
 	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*-s0-*' audit=true conditioning=true cost=true
 	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=fgsm
-	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.03,0.06,0.1]
+	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.03,0.06,0.1] attack.loss=ce
 	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.03,0.06,0.1] attack.loss=margin
 	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*-s0-*' $(HARD) attack=autoattack attack.eps=[0.06]
 	$(MAKE) --no-print-directory tables figures STUDY=mnist_attacks

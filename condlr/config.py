@@ -323,7 +323,10 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
             raise UserError(f"protocol.methods.{name}.{unknown[0]}: the method {name} has no such key")
     model, model_keys = choose("model", "models", values["model"], Architecture)
     dataset, dataset_keys = choose("dataset", "data", values["dataset"], Dataset)
-    attack_keys = values["attack"]
+    attack_keys = {
+        key: [value] if key in ("eps", "iterations") and isinstance(value, int | float) else value
+        for key, value in values["attack"].items()
+    }
     if attack_keys.get("clamp", True) is None:
         attack_keys = attack_keys | {"clamp": protocol.clamp}
     attack, _ = choose("attack", "attacks", attack_keys, Attack)

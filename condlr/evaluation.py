@@ -4,13 +4,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from condlr.attacks._balls import lengths
-from condlr.attacks.base import Attack, Perturbed
+from condlr.attacks.base import Attack, Perturbed, correct
 from condlr.data.base import Images, channels_last
 from condlr.memory import keep_freed_memory
 from condlr.modes import in_eval_mode
@@ -43,10 +43,13 @@ def evaluate(
 
     Returns:
         A row for each of `attack.cells()`, for evaluation.csv: attack, norm, eps, accuracy (correct / n), n,
-        zero_gradient (the fraction of images whose gradient is zero in every pixel; None for an attack
-        without gradients), l2_relative (the mean of ||x' - x||_2 / ||x||_2), queries (the mean number of each
-        image, where the attack counts them) and seconds (of the whole attack, shared equally by its rows).
+        zero_gradient (the fraction of images whose gradient is zero, or no number, in every pixel; None for
+        an attack without gradients), l2_relative (the mean of ||x' - x||_2 / ||x||_2), queries (the mean
+        number of each image, where the attack counts them) and seconds (of the whole attack, shared equally
+        by its rows). An image whose logits are not finite counts as misclassified.
     """
+    if source is not None and attack.source is None:
+        attack = replace(attack, source="given")
     started = time.perf_counter()
     chosen = first(images, attack.images)
     size = batch_size or attack.batch_size
@@ -58,8 +61,8 @@ def evaluate(
             seed = derive_seed(attack.seed, "attack", number)
             for cell, made in enumerate(attack.perturb(source or model, pixels, labels, seed), start=1):
                 with torch.no_grad():
-                    predicted = model(made.images).argmax(1)
-                counts[made.label, made.eps].add(made, pixels, predicted == labels)
+                    hits = correct(model, made.images, labels)
+                counts[made.label, made.eps].add(made, pixels, hits)
                 on_progress(number * len(cells) + cell, total)
     seconds = (time.perf_counter() - started) / len(cells)
     return [
@@ -101,7 +104,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         for parameter, _ in wanted:
             parameter.requires_grad_(False)
-        with in_eval_mode(model), strict(device), _channels_last_inputs(model):
+        with in_eval_mode(model), strict(device), _hooked(model):
             yield
     finally:
         for parameter, flag in wanted:
@@ -109,14 +112,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _channels_last_inputs(model: nn.Module) -> Iterator[None]:
-    handle = model.register_forward_pre_hook(
-        lambda _, inputs: tuple(channels_last(x) if x.ndim == 4 else x for x in inputs)
+def _hooked(model: nn.Module) -> Iterator[None]:
+    """Images go in channels last; logits come out in their type, whatever the network computes in."""
+    handles = (
+        model.register_forward_pre_hook(
+            lambda _, inputs: tuple(channels_last(x) if x.ndim == 4 else x for x in inputs)
+        ),
+        model.register_forward_hook(lambda _, inputs, logits: logits.to(inputs[0].dtype)),
     )
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass

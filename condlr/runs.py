@@ -20,7 +20,7 @@ from condlr.errors import Diverged, Interrupted, UserError
 # What an evaluation leaves in a run, and the columns that tell the rows of each file apart.
 KEYS = {
     "evaluation.csv": ("attack", "norm", "n", "eps"),
-    "audit.csv": ("norm", "eps", "n", "check"),
+    "audit.csv": ("norm", "eps", "n", "attack_seed", "check"),
     "conditioning.csv": ("layer",),
     "guarantees.csv": ("quantity",),
     "cost.csv": ("batch_size",),

@@ -4,6 +4,7 @@ import logging
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from condlr.analysis.conditioning import conditioning
 from condlr.analysis.cost import Cost, cost
 from condlr.analysis.crosscheck import crosscheck
 from condlr.analysis.guarantees import guarantees
+from condlr.analysis.masking import CHECKS, Audit
 from condlr.analysis.masking import IMAGES as MASKING_IMAGES
-from condlr.analysis.masking import Audit
 from condlr.config import RunConfig, check
 from condlr.data.base import Data
 from condlr.engine import Trainer
@@ -45,6 +46,7 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
         Interrupted: after SIGINT or SIGTERM, with a checkpoint written.
     """
     run = Run(config.directory)
+    config = _not_of_itself(run, config)
     info = run.info
     if info.get("status") == "diverged":
         again = f"remove {run.directory} to train it again"
@@ -78,6 +80,7 @@ def evaluate_run(run: Run, config: RunConfig, again: bool = False) -> None:
     What was evaluated before is done once more only if `again`.
     """
     _require_done(run, config)
+    config = _not_of_itself(run, config)
     rows: Sequence[Mapping[str, Any]] = _known(run, config)
     if rows and not again:
         log.info("%s was evaluated already (again=true): %s", run.directory, _summary(rows))
@@ -87,25 +90,31 @@ def evaluate_run(run: Run, config: RunConfig, again: bool = False) -> None:
     log.info("%s: %s", run.directory, _summary(rows))
 
 
+def audit_of(config: RunConfig) -> Audit:
+    """The audit at the largest eps of the config's attack."""
+    try:
+        return Audit(max(config.attack.eps), config.attack.norm, seed=config.attack.seed)
+    except ValueError as error:
+        raise UserError(f"audit: {error}") from error
+
+
 def audit_run(run: Run, config: RunConfig, again: bool = False) -> list[Mapping[str, Any]]:
     """Put a finished run's accuracy at the largest eps of `config.attack` to the test; see `Audit`.
 
     An audit that is there is returned, and made once more only if `again`.
     """
-    try:
-        audit = Audit(max(config.attack.eps), config.attack.norm, seed=config.attack.seed)
-    except ValueError as error:
-        raise UserError(f"audit: {error}") from error
+    audit = audit_of(config)
     data, model = _finished(run, config)
     images = first(data.test, min(config.attack.images or MASKING_IMAGES, len(data.test)))
-    where: Row = {"norm": audit.norm, "eps": audit.eps, "n": len(images)}
-    before = [row for key, row in run.rows("audit.csv").items() if key[:3] == tuple(where.values())]
-    if before and not again:
-        return before
+    where: Row = {"norm": audit.norm, "eps": audit.eps, "n": len(images), "attack_seed": audit.seed}
     dense = Run(run.directory.parent / config.baseline.run_id)
     other = None
     if dense.status == "done" and dense.directory.name != run.directory.name:
         other = load_network(dense, config.baseline, data)
+    before = [row for key, row in run.rows("audit.csv").items() if key[:-1] == tuple(where.values())]
+    left_out = any(row["check"] == "transfer" and row["status"] == "not done" for row in before)
+    if len(before) == len(CHECKS) and not again and not (left_out and other):
+        return before
     with Steps(f"audit of {config.row['label']} at eps={audit.eps:g}") as steps:
         checks = audit.checks(model, images, other, steps.at)
     rows: list[Mapping[str, Any]] = [
@@ -176,11 +185,24 @@ def _finished(run: Run, config: RunConfig) -> tuple[Data, nn.Module]:
     return data, load_network(run, config, data)
 
 
+def _not_of_itself(run: Run, config: RunConfig) -> RunConfig:
+    """The config, with an attack by transfer from the run itself made what it is: one in the white box."""
+    if config.attack.source == "baseline" and config.run_id == config.baseline.run_id:
+        log.info("%s is the dense network itself: attacked with its own images", run.directory)
+        return replace(config, attack=replace(config.attack, source=None))
+    return config
+
+
 def _known(run: Run, config: RunConfig) -> list[Mapping[str, Any]]:
     """The rows of an evaluation that the run has already; none unless it has all of them."""
     attack, n = config.attack, config.attack.images or run.info.get("images", {}).get("test")
     known = run.rows("evaluation.csv")
     wanted = [(label, attack.norm, n, eps) for label, eps in attack.cells()]
+    for row in known.values():
+        if not isinstance(row["accuracy"], str) or not row["accuracy"].replace(".", "", 1).isdigit():
+            raise UserError(
+                f"{run.directory / 'evaluation.csv'} is damaged: an accuracy is {row['accuracy']!r}"
+            )
     return [known[key] for key in wanted] if {*wanted} <= {*known} else []
 
 

@@ -25,8 +25,11 @@ def main(config: DictConfig) -> None:
 
     from condlr.report.analysis import print_conditioning, print_cost, print_guarantees
     from condlr.report.audit import print_audit
-    from condlr.workflow import analyse_conditioning, audit_run, count_cost, evaluate_run
+    from condlr.workflow import analyse_conditioning, audit_of, audit_run, count_cost, evaluate_run
 
+    if asked.audit:
+        for _, run_config in checked:
+            audit_of(run_config)  # a mistake shows before hours of attacks
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     for run, run_config in checked:

@@ -1,6 +1,7 @@
 """The attacks beyond FGSM: in their balls, seeded, as strong as closed forms and other libraries say."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -65,6 +66,20 @@ class Scaled(nn.Module):
 
     def forward(self, x):
         return self.scale * self.network(x)
+
+
+class Round(nn.Module):
+    def forward(self, x):
+        return x + ((x * 4).round() / 4 - x).detach()
+
+
+class Behind16(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x).to(torch.bfloat16)
 
 
 def share(model, images, attack, **kw):
@@ -222,6 +237,42 @@ def test_more_restarts_and_steps_are_never_weaker(network, test_images):
     once, thrice = (share(network, test_images, Pgd([0.1], steps=3, restarts=n)) for n in (1, 4))
     assert thrice < once
     assert share(network, test_images, Pgd([0.1], steps=40)) <= share(network, test_images, Fgsm([0.1]))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_image_that_is_wrong_already_is_not_made_right(network, test_images, norm):
+    """A rounding network: what is wrong at x may be right nearby, and still does not count."""
+    rounding = nn.Sequential(Round(), network)
+    with torch.no_grad():
+        wrong = rounding(next(test_images.batches(400))[0]).argmax(1) != test_images.labels
+    images = Images(test_images.pixels[wrong], test_images.labels[wrong])
+    assert len(images) > 5
+    assert share(rounding, images, Pgd([0.15], norm=norm, steps=3, restarts=3)) == 0
+
+
+def test_losses_of_small_and_of_constant_logits(network, test_images):
+    """The margin's direction knows no scale; a constant network has no gradient, and no NaN is made of it."""
+    for scale in (1e-3, 1e-20, 1e-43):
+        tiny = Scaled(network, scale)
+        for loss in ("margin", "ce_rescaled") if scale > 1e-30 else ("ce_rescaled",):
+            attack = Pgd([0.1], steps=10, loss=loss)
+            assert (
+                share(tiny, test_images, attack) <= share(network, test_images, attack) + 0.04
+                or scale < 1e-30
+            )
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.zeros_(constant[1].weight)
+    for loss in LOSSES:
+        (row,) = evaluate(constant, test_images, Pgd([0.1], steps=2, loss=loss))
+        assert row["zero_gradient"] == row["accuracy"], "only what was right is attacked"
+    for norm in ("linf", "l2"):
+        assert evaluate(constant, test_images, Square([0.1], norm=norm, queries=5))[0]["n"] == 400
+
+
+def test_half_precision_logits_are_attacked_too(network, test_images):
+    half = Behind16(network)
+    for attack in (Pgd([0.1], steps=3), Simba([0.2], iterations=[3]), Fgsm([0.1])):
+        assert evaluate(half, test_images, attack)[-1]["n"] == 400
 
 
 def test_pgd_keeps_the_best_point_of_all(network, test_images):
@@ -412,12 +463,12 @@ def test_every_direction_of_simba_is_tried_once():
 
 def test_transfer_attacks_one_network_with_anothers_images(network, test_images):
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    attack = Pgd([0.1], steps=10, source="baseline")
+    attack = Pgd([0.1], steps=10)
     x, y = next(test_images.batches(400))
     with evaluating(other):
-        (made,) = attack.perturb(other, x, y)
+        (made,) = replace(attack, source="baseline").perturb(other, x, y)
     (row,) = evaluate(network, test_images, attack, source=other)
-    assert row["attack"] == "transfer-pgd10-ce"
+    assert row["attack"] == "transfer-pgd10-margin-source=given"
     with torch.no_grad():
         assert abs(row["accuracy"] - (network(made.images).argmax(1) == y).float().mean().item()) < 0.03
     assert row["accuracy"] > share(network, test_images, Pgd([0.1], steps=10))
@@ -432,7 +483,7 @@ def test_labels_tell_attacks_apart():
         Pgd([0.1], source="baseline").label(), Pgd([0.1], source="runs/a/lenet5-x/").label(),
     ]  # fmt: skip
     assert labels == [
-        "fgsm", "fgm", "pgd50-ce", "pgd50x5-ce", "pgd50-margin-step_size=0.1", "pgd50-ce-seed=2", "noise",
-        "square10", "simba-dct-frequencies=4", "autoattack", "transfer-pgd50-ce",
-        "transfer-pgd50-ce-source=lenet5-x",
+        "fgsm", "fgm", "pgd50-margin", "pgd50x5-margin", "pgd50-margin-step_size=0.1", "pgd50-margin-seed=2",
+        "noise", "square10", "simba-dct-frequencies=4", "autoattack", "transfer-pgd50-margin",
+        "transfer-pgd50-margin-source=a/lenet5-x",
     ]  # fmt: skip

@@ -1,1 +1,1 @@
-"""What trained weights are like: their conditioning."""
+"""What trained networks are like: conditioning, cost, and whether attacks on them can be believed."""

@@ -1,11 +1,10 @@
 """What an iterated attack climbs. Each is (n, classes) logits and (n,) labels -> (n,) values to be large.
 
-`margin` and `dlr` are positive exactly where the image is misclassified, the others also a little before.
+`margin` and `dlr` are positive where the image is misclassified, 0 in a tie; the others also a little before.
 """
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -13,6 +12,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 def ce(logits: Tensor, labels: Tensor) -> Tensor:
     """The cross-entropy without its saturation: log sum_{j != y} e^{z_j} - z_y, the log-odds against y.
+
+    It does not suffer from large logits; with tiny ones it weighs all wrong classes alike, which is weak.
 
     The cross-entropy is log(1 + e^l) of this l, and its gradient (1 - p_y) times that of l: the same
     direction. But in float32 1 - p_y is exactly 0 from a margin of 18 on, the p_j from 104 on: an attack on
@@ -29,8 +30,9 @@ def ce_rescaled(logits: Tensor, labels: Tensor) -> Tensor:
     scale that training gave their logits; with large ones `ce` looks at the strongest wrong class alone.
     """
     held = logits.detach()
-    spread = held.amax(1, keepdim=True) - held.amin(1, keepdim=True)
-    return ce(20 * logits / spread.clamp_min(torch.finfo(logits.dtype).tiny), labels)
+    largest = held.amax(1, keepdim=True)
+    spread = (largest - held.amin(1, keepdim=True)).clamp_min(1e-30)  # 20 / spread stays finite
+    return ce((logits - largest) * (20 / spread), labels)
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -43,7 +45,8 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """The difference of logits ratio (Croce and Hein, ICML 2020, eq. 6), for three classes or more.
 
     (max_{j != y} z_j - z_y) / (z_(1) - z_(3)), where z_(i) is the i-th largest logit: the margin, in units
-    that neither shift nor scale of the logits changes.
+    that neither shift nor scale of the logits changes. It is constant, without a gradient, where the true
+    class is third.
     """
     if logits.shape[1] < 3:
         raise ValueError("loss=dlr needs three classes or more: take margin")

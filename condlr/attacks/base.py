@@ -63,7 +63,7 @@ class Attack(ABC):
         if not self.eps:
             raise ValueError("eps is empty: name at least one strength")
         for value in self.eps:
-            in_range("eps", value, 0, 1 if self.norm == "linf" else math.inf, half_open=self.norm != "linf")
+            in_range("eps", value, 0, 1 if self.norm == "linf" else 1e6)
         self.eps = sorted(set(self.eps))
         if self.images is not None:
             in_range("images", self.images, 1, math.inf)
@@ -83,9 +83,8 @@ class Attack(ABC):
         ]
         if self.source is None:
             return "-".join([self.name(), *unusual])
-        made_on = (
-            [] if self.source == "baseline" else [f"source={self.source.rstrip('/').rpartition('/')[2]}"]
-        )
+        study_and_run = "/".join(self.source.rstrip("/").split("/")[-2:])
+        made_on = [] if self.source == "baseline" else [f"source={study_and_run}"]
         return "-".join(["transfer", self.name(), *unusual, *made_on])
 
     def cells(self) -> list[tuple[str, float]]:
@@ -121,5 +120,15 @@ class OneByOne(Attack):
 
 
 def correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """(n,) bool: which images `model` classifies as `labels` say."""
-    return model(images).argmax(1) == labels
+    """(n,) bool: which images `model` classifies as `labels` say; none whose logits are not finite."""
+    return right(model(images), labels)
+
+
+def right(logits: Tensor, labels: Tensor) -> Tensor:
+    """(n,) bool: where the largest logit is the label's, and all are finite."""
+    return (logits.argmax(1) == labels) & logits.isfinite().all(1)
+
+
+def without_direction(gradient: Tensor) -> Tensor:
+    """(n,) bool: the images whose gradient is 0, or no number, in every pixel."""
+    return ((gradient == 0) | ~gradient.isfinite()).flatten(1).all(1)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from condlr.attacks._balls import radius, steepest
-from condlr.attacks.base import Attack, Perturbed
+from condlr.attacks.base import Attack, Perturbed, without_direction
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Fgsm(Attack):
     def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0) -> Iterator[Perturbed]:
         gradient = cross_entropy_gradient(model, images, labels)
         images, direction = images.detach(), steepest(self.norm, gradient)
-        without = (gradient == 0).flatten(1).all(1)
+        without = without_direction(gradient)
         for eps in self.eps:
             moved = images + radius(self.norm, eps, images) * direction
             yield Perturbed(self.label(), eps, moved.clamp_(0, 1) if self.clamp else moved, without)

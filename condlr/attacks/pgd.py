@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from condlr.attacks._balls import inside, project, radius, steepest
 from condlr.attacks._losses import LOSSES, Loss
-from condlr.attacks.base import OneByOne, Perturbed
+from condlr.attacks.base import OneByOne, Perturbed, right, without_direction
 from condlr.errors import in_range, one_of
 
 
@@ -20,8 +20,9 @@ class Pgd(OneByOne):
 
     d(g) is the steepest direction of the norm, sign(g) or g / ||g||_2, so that a tiny gradient points like a
     large one; P is the projection on the ball of radius eps (eps ||x||_2 for `l2_relative`). An image that is
-    misclassified on the way stays as it is then; of one that never is, the point of the largest loss over all
-    starts is kept. Made on another network (`source`) no image is spared a step: the largest loss decides.
+    misclassified at first or on the way stays as it is then; of one that never is, the point of the largest
+    loss over all starts is kept. Made on another network (`source`) no image is spared a step: the largest
+    loss decides.
 
     Attributes:
         steps: gradients taken from each start.
@@ -37,7 +38,7 @@ class Pgd(OneByOne):
     step_size: float | None = None
     restarts: int = 1
     random_start: bool = True
-    loss: str = "ce"
+    loss: str = "margin"
 
     @override
     def __post_init__(self) -> None:
@@ -58,6 +59,8 @@ class Pgd(OneByOne):
     def strike(self, model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> Perturbed:
         generator = torch.Generator().manual_seed(seed)
         climb = _Climb(model, images, labels, LOSSES[self.loss], stop=self.source is None)
+        if climb.stop and self.random_start:  # what is wrong already is not to be made right
+            climb.look(climb.under_attack, images, last=True)
         radii = radius(self.norm, eps, images)
         step = (1.0 if self.steps == 1 else 2.5 / self.steps) if self.step_size is None else self.step_size
         for _ in range(self.restarts):
@@ -114,13 +117,13 @@ class _Climb:
             logits = self.model(points)
             loss = self.loss(logits, self.labels[at])
         gradient = None if last else torch.autograd.grad(loss.sum(), points)[0]
-        loss, fooled = loss.detach(), logits.detach().argmax(1) != self.labels[at]
+        loss, fooled = loss.detach(), ~right(logits.detach(), self.labels[at])
         higher = (loss > self._highest[at]) | (fooled if self.stop else False)
         better = at[higher]
         self.best[better], self._highest[better] = points.detach()[higher], loss[higher]
         self._fooled[at] |= fooled
         if gradient is not None:
             new = ~self._seen[at]
-            self.without[at] |= new & (gradient == 0).flatten(1).all(1)
+            self.without[at] |= new & without_direction(gradient)
             self._seen[at] = True
         return gradient

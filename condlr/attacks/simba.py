@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr.attacks._losses import ce
-from condlr.attacks.base import Attack, Perturbed
+from condlr.attacks.base import Attack, Perturbed, right
 from condlr.errors import in_range, one_of
 
 
@@ -140,7 +140,7 @@ class _Search:
         with torch.no_grad():
             logits = self.model(points)
         self.queries[at] += 1
-        return ce(logits, self.labels[at]), logits.argmax(1) != self.labels[at]
+        return ce(logits, self.labels[at]), ~right(logits, self.labels[at])
 
     def _accept(self, at: Tensor, moved: Tensor, better: Tensor, odds: Tensor, fooled: Tensor) -> None:
         """Go where it is better."""

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr.attacks._library import NORMS, library, require
-from condlr.attacks.base import OneByOne, Perturbed, correct
+from condlr.attacks._losses import margin
+from condlr.attacks.base import OneByOne, Perturbed, right
 from condlr.errors import in_range
 
 
@@ -18,7 +19,7 @@ class Square(OneByOne):
     """The package pyautoattack's, as AutoAttack sets it: margin loss, p = 0.8, schedule for 10 000 queries.
 
     Attributes:
-        queries: asked about each image at most.
+        queries: asked about each image at most, after a first about the image and one about a first guess.
     """
 
     norms: ClassVar[tuple[str, ...]] = tuple(NORMS)
@@ -49,7 +50,9 @@ class Square(OneByOne):
             # Its layout of memory is the library's: it takes views of images as rows.
             found = images.contiguous(memory_format=torch.contiguous_format).clone()
             queries = torch.ones_like(labels, dtype=torch.float32)
-            at = correct(model, images, labels).nonzero().squeeze(1)
+            # The library fails where there is no margin to lose.
+            logits = model(images)
+            at = (right(logits, labels) & (margin(logits, labels) < 0)).nonzero().squeeze(1)
             if len(at):
                 attack.init_hyperparam(found)
                 asked, moved = attack.attack_single_run(found[at], labels[at])

@@ -27,7 +27,7 @@ def print_audit(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         found = row["found"]
         if row["status"] in ("warning", "note"):
             found += f"\n[yellow]{row['meaning']}[/]"
-        view.add_row(_SIGNS[row["status"]], row["check"], found)
+        view.add_row(_SIGNS.get(row["status"], row["status"]), row["check"], found)
     console.print(view, highlight=False)
 
 
@@ -54,7 +54,9 @@ def markdown(audits: pd.DataFrame) -> str:
             first = run.iloc[0]
             name = f"{title(str(first['label']))}, {100 * first['compression']:g} %, seed {first['seed']}"
             warned = ", ".join(run.loc[run["status"].eq("warning"), "check"]) or "none"
-            found = "<br>".join(f"{_WORDS[row.status]}{row.check}: {row.found}" for row in run.itertuples())
+            found = "<br>".join(
+                f"{_WORDS.get(row.status, '')}{row.check}: {row.found}" for row in run.itertuples()
+            )
             lines.append(f"| {name} | {warned} | {found} |")
         meanings = part[part["status"].isin(["warning", "note"])].drop_duplicates("check")
         lines += ["", *(f"- *{row.check}*: {row.meaning}." for row in meanings.itertuples())]
