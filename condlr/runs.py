@@ -1,6 +1,7 @@
 """The run store: what touches the disk of a run, and nothing else does."""
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -182,7 +183,8 @@ class Run:
 
     def add_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows to evaluation.csv or another of `KEYS`, in place of those of the same key."""
-        self.write_table(name, [*(self.rows(name) | {_key(row, name): row for row in rows}).values()])
+        with _locked(self.directory):
+            self.write_table(name, [*(self.rows(name) | {_key(row, name): row for row in rows}).values()])
 
     def rows(self, name: str) -> dict[tuple[str | float, ...], Mapping[str, Any]]:
         """The rows of evaluation.csv or another of `KEYS`, by their key."""
@@ -242,6 +244,17 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
         for name, lines in others.items():
             lines += [who | row for row in run.read_table(f"{name}.csv")]
     return {"cells": cells, "history": histories} | others
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Alone among the processes of this machine that add to files of `directory`."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _key(row: Mapping[str, Any], name: str) -> tuple[str | float, ...]:

@@ -1,6 +1,7 @@
 """A run from its config to its evaluation: the straight line through all the rooms."""
 
 import logging
+import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from condlr.analysis.crosscheck import crosscheck
 from condlr.analysis.guarantees import guarantees
 from condlr.analysis.masking import CHECKS, Audit
 from condlr.analysis.masking import IMAGES as MASKING_IMAGES
+from condlr.attacks.base import OneByOne
 from condlr.config import RunConfig, check
 from condlr.data.base import Data
 from condlr.engine import Trainer
@@ -54,7 +56,7 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
     if info.get("status") == "done":
         other = "" if info.get("commit") == commit() else f" with the code of {info.get('commit')}"
         log.info("%s is done already%s; remove it to train it again", run.directory, other)
-        if not _known(run, config):
+        if _missing(run, config):
             evaluate_run(run, config)
         return
     device = pick_device(config.device)
@@ -68,10 +70,10 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
         trainer = _trained(run, config, model, data, signals)
         run.note(**_sizes(model))  # a method may have changed the ranks
         run.save_model(model.state_dict(), config.identity)
-        rows = _attacked(run, config, model, data, source)
+        _attack(run, config, model, data, source)
         seconds = sum(float(row["seconds"] or 0) for row in trainer.history)
         run.note(train_seconds=round(seconds, 2))
-    log.info("%s: %s (%.0f s)", run.directory, _summary(rows), seconds)
+    log.info("%s: %s (%.0f s)", run.directory, _summary(_known(run, config)), seconds)
 
 
 def evaluate_run(run: Run, config: RunConfig, again: bool = False) -> None:
@@ -81,13 +83,13 @@ def evaluate_run(run: Run, config: RunConfig, again: bool = False) -> None:
     """
     _require_done(run, config)
     config = _not_of_itself(run, config)
-    rows: Sequence[Mapping[str, Any]] = _known(run, config)
-    if rows and not again:
-        log.info("%s was evaluated already (again=true): %s", run.directory, _summary(rows))
-        return
-    data, model = _finished(run, config)
-    rows = _attacked(run, config, model, data, _source(run, config, data))
-    log.info("%s: %s", run.directory, _summary(rows))
+    if again or _missing(run, config):
+        data, model = _finished(run, config)
+        _attack(run, config, model, data, _source(run, config, data), again)
+        log.info("%s: %s", run.directory, _summary(_known(run, config)))
+    else:
+        known = _summary(_known(run, config))
+        log.info("%s was evaluated already (again=true does it once more): %s", run.directory, known)
 
 
 def audit_of(config: RunConfig) -> Audit:
@@ -145,7 +147,8 @@ def count_cost(run: Run, config: RunConfig) -> Row:
 
     def counted(of: RunConfig, network: nn.Module) -> Cost:
         optimizer = partial(of.method.optimizer, lr=protocol.lr, momentum=protocol.momentum)
-        return cost(network, data.shape, protocol.batch_size, optimizer)
+        counted = cost(network, data.shape, protocol.batch_size, optimizer)
+        return replace(counted, train_flops=of.method.passes * counted.train_flops)
 
     dense = build(config.baseline, data).to(data.train.pixels.device)
     row = counted(config, model).as_dict(counted(config.baseline, dense))
@@ -193,27 +196,36 @@ def _not_of_itself(run: Run, config: RunConfig) -> RunConfig:
     return config
 
 
+def _cells(run: Run, config: RunConfig) -> list[tuple[str, str, int, float]]:
+    """The keys of the rows that the config's attack makes."""
+    attack, n = config.attack, config.attack.images or run.info.get("images", {}).get("test", 0)
+    return [(label, attack.norm, n, eps) for label, eps in attack.cells()]
+
+
 def _known(run: Run, config: RunConfig) -> list[Mapping[str, Any]]:
-    """The rows of an evaluation that the run has already; none unless it has all of them."""
-    attack, n = config.attack, config.attack.images or run.info.get("images", {}).get("test")
+    """The rows of the config's attack that the run has already."""
     known = run.rows("evaluation.csv")
-    wanted = [(label, attack.norm, n, eps) for label, eps in attack.cells()]
-    for row in known.values():
-        if not isinstance(row["accuracy"], str) or not row["accuracy"].replace(".", "", 1).isdigit():
-            raise UserError(
-                f"{run.directory / 'evaluation.csv'} is damaged: an accuracy is {row['accuracy']!r}"
-            )
-    return [known[key] for key in wanted] if {*wanted} <= {*known} else []
+    return [known[key] for key in _cells(run, config) if key in known]
 
 
-def _attacked(
-    run: Run, config: RunConfig, model: nn.Module, data: Data, source: nn.Module | None
-) -> list[Row]:
-    """The rows of an evaluation, which are also kept in the run."""
-    with Steps(f"{config.row['label']} under {config.attack.label()}") as steps:
-        rows = evaluate(model, data.test, config.attack, source=source, on_progress=steps.at)
-    run.add_rows("evaluation.csv", rows)
-    return rows
+def _missing(run: Run, config: RunConfig) -> list[float]:
+    """The strengths of which a row is missing."""
+    known = run.rows("evaluation.csv")
+    return sorted({key[-1] for key in _cells(run, config) if key not in known})
+
+
+def _attack(
+    run: Run, config: RunConfig, model: nn.Module, data: Data, source: nn.Module | None, again: bool = True
+) -> None:
+    """Evaluate at the strengths that are missing, or at all; each is kept as soon as it is known."""
+    wanted = config.attack.eps if again else _missing(run, config)
+    parts = [[eps] for eps in wanted] if isinstance(config.attack, OneByOne) else [wanted]
+    for strengths in parts:
+        attack = replace(config.attack, eps=strengths)
+        at = ", ".join(f"{eps:g}" for eps in strengths)
+        with Steps(f"{config.row['label']} under {attack.label()} at {at}") as steps:
+            rows = evaluate(model, data.test, attack, source=source, on_progress=steps.at)
+        run.add_rows("evaluation.csv", rows)
 
 
 def _source(run: Run, config: RunConfig, data: Data) -> nn.Module | None:
@@ -396,5 +408,11 @@ def _describe(device: torch.device) -> str:
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    cells = (f"{row['attack']} {float(row['eps']):g} {float(row['accuracy']):.2%}" for row in rows)
-    return ", ".join(cells)
+    """`fgsm 0 99.00%, fgsm 0.06 94.00%`; what is no number stands as it is."""
+
+    def shown(value: Any, form: str) -> str:
+        return format(float(value), form) if re.fullmatch(r"[-+.\de]+", str(value)) else str(value)
+
+    return ", ".join(
+        f"{row['attack']} {shown(row['eps'], 'g')} {shown(row['accuracy'], '.2%')}" for row in rows
+    )

@@ -18,9 +18,7 @@ from condlr.runs import Run
 def main(config: DictConfig) -> None:
     """One run, or all that a pattern matches; what is there already is not done again."""
     asked = typed(Evaluation, config)
-    matches = sorted(glob.glob(asked.run))  # noqa: PTH207 (Path.glob takes no absolute patterns)
-    found = [Path(name) for name in matches if (Path(name) / "config.yaml").exists()]
-    runs = [Run(path) for path in found or [Path(asked.run)]]
+    runs, left_out = _runs(asked.run)
     checked = [(run, _as_asked(run, asked)) for run in runs]
 
     from condlr.report.analysis import print_conditioning, print_cost, print_guarantees
@@ -42,6 +40,21 @@ def main(config: DictConfig) -> None:
             print_guarantees(proved, console)
         if asked.cost:
             print_cost(count_cost(run, run_config), console)
+    if left_out:
+        raise UserError(f"not evaluated, for they are not done: {', '.join(left_out)}")
+
+
+def _runs(pattern: str) -> tuple[list[Run], list[str]]:
+    """The run of this name, or those of a pattern that are done; and the names of those that are not."""
+    matches = sorted(glob.glob(pattern))  # noqa: PTH207 (Path.glob takes no absolute patterns)
+    found = [Run(Path(name)) for name in matches if (Path(name) / "config.yaml").exists()]
+    if not found:
+        inside = f": give a run in it, or run='{pattern}/*'" if any(Path(pattern).glob("*/run.json")) else ""
+        raise UserError(f"{pattern} is not a run{inside or ': it has no config.yaml'}")
+    if len(found) == 1:
+        return found, []
+    done = [run for run in found if run.status == "done"]
+    return done, [run.directory.name for run in found if run.status != "done"]
 
 
 def _as_asked(run: Run, asked: Evaluation) -> RunConfig:
@@ -49,6 +62,7 @@ def _as_asked(run: Run, asked: Evaluation) -> RunConfig:
     before = run.read_config()
     attack = dict(asked.attack)
     if attack.get("eps") is None:
+        check(before | {"attack": attack | {"eps": [0.0]}})  # what else is wrong comes first
         attack["eps"] = _strengths(before.get("attack", {}), attack)
     again = before | {"attack": attack, "device": asked.device}
     if asked.data_root:

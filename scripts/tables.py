@@ -21,7 +21,7 @@ def main(config: DictConfig) -> None:
     asked = typed(Report, config)
     cells, directory = results.read(asked.directory), asked.directory
     audits = results.read_if_there(directory, "audit")
-    made = list(tables.tables(cells, Path(asked.paper), audit.warnings(audits)))
+    made = list(tables.tables(cells, Path(asked.paper), audit.Marks(audits)))
     compared = list(tables.by_attack(made))
     console = Console()
     wide = console if console.is_terminal else Console(width=160)

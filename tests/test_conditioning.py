@@ -24,6 +24,7 @@ from condlr.analysis.activations import (
 from condlr.analysis.bounds import certified_radii, lipschitz, pointwise_bound, share_certified
 from condlr.analysis.chain import chain
 from condlr.analysis.conditioning import conditioning, layer_conditions
+from condlr.analysis.guarantees import guarantees
 from condlr.analysis.local import local_condition, worst_condition
 from condlr.analysis.operators import (
     circular_singular_values,
@@ -32,6 +33,7 @@ from condlr.analysis.operators import (
     padded_singular_values,
 )
 from condlr.analysis.proposition import proposition_1
+from condlr.data.base import Images
 from condlr.layers import LowRankConv2d, LowRankLinear
 from condlr.models.base import standardized
 from condlr.models.lenet5 import LeNet5
@@ -949,3 +951,19 @@ def test_bad_arguments_of_proposition_1():
         proposition_1([torch.eye(3), TANH, torch.eye(2)])
     with pytest.raises(ValueError, match="is a matrix"):
         proposition_1([torch.ones(2)])
+
+
+def test_guarantees_of_networks_that_are_no_chain_or_have_no_numbers():
+    """What is measured is told; why the rest is not, too."""
+    images = Images(torch.randint(0, 256, (12, 1, 6, 6), dtype=torch.uint8), torch.zeros(12).long())
+    no_last = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.ReLU())
+    found = {row["quantity"]: row for row in guarantees(no_last, images, [0.1])}
+    assert found["cond(f; x), largest"]["value"] > 0
+    assert "ends in a linear layer" in found["Lipschitz bound"]["note"]
+    whole = nn.Sequential(nn.Flatten(), nn.Linear(36, 5))
+    found = {row["quantity"]: row for row in guarantees(whole, images, [0.1])}
+    assert found["bound / measured, smallest"]["value"] >= 1
+    assert 0 <= found["certified at eps=0.001"]["value"] <= 1
+    nn.init.constant_(whole[1].weight, float("nan"))
+    (row,) = guarantees(whole, images, [0.1])
+    assert "not finite" in row["note"]

@@ -128,6 +128,30 @@ def test_an_audit_and_analyses_up_to_the_tables(script, runs, tmp_path):
     assert "No row was audited" in (results / "table.md").read_text()
 
 
+def test_only_strengths_that_are_missing_are_attacked(script, runs):
+    run, few = runs["condlr"], ["attack=pgd", "attack.steps=2", "attack.images=50"]
+    assert script("evaluate", f"run={run}", *few, "attack.eps=[0,0.1]")[0] == 0
+    before = [row for row in rows(run, "evaluation.csv") if row["attack"] == "pgd2-margin"]
+    status, out, _ = script("evaluate", f"run={run}", *few, "attack.eps=[0,0.1,0.2]")
+    after = [row for row in rows(run, "evaluation.csv") if row["attack"] == "pgd2-margin"]
+    assert status == 0
+    assert after[:2] == before, "down to the seconds that it took"
+    assert [row["eps"] for row in after] == ["0.0", "0.1", "0.2"]
+    assert "pgd2-margin 0.1" in out
+    assert script("evaluate", f"run={run}", *few, "attack.eps=0.3")[0] == 0, "one strength needs no brackets"
+
+
+def test_a_run_of_a_pattern_that_is_not_done_stops_no_other(script, runs):
+    dense = runs["baseline"] / "run.json"
+    dense.write_text(dense.read_text().replace('"status": "done"', '"status": "failed"'))
+    result = script("evaluate", f"run={runs['condlr'].parent}/*", *FEW)
+    complains(result, "not evaluated, for they are not done: lenet5-digits-baseline")
+    assert "60" in {row["n"] for row in rows(runs["condlr"], "evaluation.csv")}
+    complains(
+        script("evaluate", f"run={runs['condlr'].parent}"), r"is not a run: give a run in it, or run='.*/\*'"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [

@@ -296,13 +296,13 @@ def audits(*warned):
 
 
 def test_a_row_that_an_audit_warned_of_is_marked_in_every_format():
-    marks = audit.warnings(audits(("condlr-tau0.1-0.5-1", "float64")))
+    marks = audit.Marks(audits(("condlr-tau0.1-0.5-1", "float64")))
     (table,) = tables.tables(cells(), PAPER, marks)
     text = tables.markdown(table)
     assert "| CondLR τ=0.1 † |" in text
     assert "| Baseline |" in text
-    note = "† not to be trusted, the audit warns: CondLR τ=0.1 50 % (float64). Not audited: Vanilla 50 %."
-    assert note in text
+    assert "† not to be trusted, the audit warns: CondLR τ=0.1 50 % (float64 at ε=0.06)." in text
+    assert "Not audited: Vanilla 50 %." in text
     assert r"CondLR $\tau$=0.1 $^\dagger$" in tables.latex(table)
     console = Console(file=io.StringIO(), width=160)
     tables.print_table(table, console)
@@ -312,10 +312,41 @@ def test_a_row_that_an_audit_warned_of_is_marked_in_every_format():
 
 def test_what_was_not_audited_is_said():
     assert "No row was audited" in tables.markdown(only_table(cells()))
-    (table,) = tables.tables(cells(), PAPER, audit.warnings(audits()))
+    (table,) = tables.tables(cells(), PAPER, audit.Marks(audits()))
     assert table.audit_note == "The audit warns of no row. Not audited: Vanilla 50 %."
-    (other,) = tables.tables(cells(norm="l2"), PAPER, audit.warnings(audits()))
+    (other,) = tables.tables(cells(norm="l2"), PAPER, audit.Marks(audits()))
     assert "No row was audited in this norm" in other.audit_note
+
+
+def test_a_mark_stands_where_its_warning_concerns_the_attack():
+    marks = audit.Marks(audits(("condlr-tau0.1-0.5-1", "float64")))
+    pgd = cells(attack="pgd50-margin")
+    made = list(tables.tables(pd.concat([cells(), pgd]), PAPER, marks))
+    assert [bool(line.warnings) for table in made for line in table.lines if "CondLR" in line.label] == [
+        True,
+        False,
+    ]
+    compared = list(tables.by_attack(made))
+    text = tables.markdown_by_attack(compared[-1])
+    assert "| CondLR τ=0.1 | 50 | 93.00 ±1.41 † | 93.00 ±1.41 |" in text
+    assert "float64 at ε=0.06" in text
+
+
+def test_the_audit_of_most_images_counts():
+    few = audits(("condlr-tau0.1-0.5-1", "float64")).assign(n=5)
+    marks = audit.Marks(pd.concat([few, audits()]))
+    assert marks.of("condlr-tau0.10.5", "linf", "fgsm") == []
+
+
+def test_no_cell_breaks_a_markdown_table():
+    frame = audits().assign(found="the median of ||g||_2 is 1e-3")
+    quantities = pd.DataFrame(
+        [{"run_id": "a", "label": "vanilla", "compression": 0.5, "seed": 0, "quantity": "L", "value": 1.0,
+          "note": "L ||x|| / ||f(x)||"}]
+    )  # fmt: skip
+    for text in (audit.markdown(frame), analysis.guarantees(quantities)):
+        lines = [line.replace("\\|", "") for line in text.splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in lines}) == 1
 
 
 def test_the_audit_as_markdown():

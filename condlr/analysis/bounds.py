@@ -180,7 +180,7 @@ def in_double(model: nn.Module) -> nn.Module:
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     double = in_double(model)
     device = blank(double, ()).device
-    return torch.cat([double(part.to(device).double()) for part in images.split(_BATCH)])
+    return torch.cat([double(part.to(device).double().contiguous()) for part in images.split(_BATCH)])
 
 
 def _weight(layer: nn.Module) -> Tensor:

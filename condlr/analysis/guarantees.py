@@ -25,7 +25,9 @@ def guarantees(model: nn.Module, images: Images, strengths: Sequence[float]) -> 
         images: on which; the local condition numbers on the first ones alone.
         strengths: of attacks in the maximum norm: the share of certified images is told at the largest.
     """
-    pixels, _ = next(images.batches(MEASURED))
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        return [_row("cond(f; x)", None, "the network has weights that are not finite")]
+    pixels = next(images.batches(MEASURED))[0].contiguous()
     double = in_double(model)
     local = local_condition(double, pixels.double())
     driven = worst_condition(double, pixels[:DRIVEN].double(), steps=ASCENT).condition
@@ -37,6 +39,7 @@ def guarantees(model: nn.Module, images: Images, strengths: Sequence[float]) -> 
     try:
         bound = lipschitz(model, pixels.shape[1:])
         proposition = proposition_1(model, pixels.shape[1:])
+        every = torch.cat([certified_radii(model, x, y, bound=bound) for x, y in images.batches(1000)])
     except ValueError as error:
         return [*rows, _row("Lipschitz bound", None, str(error))]
     pointwise = pointwise_bound(model, pixels, bound)
@@ -54,7 +57,6 @@ def guarantees(model: nn.Module, images: Images, strengths: Sequence[float]) -> 
         _row("Proposition 1, corrected", proposition.bound, true),
         _row("Lipschitz bound", bound.constant, f"L = {factors}"),
     ]
-    every = torch.cat([certified_radii(model, x, y, bound=bound) for x, y in images.batches(1000)])
     right = every[every > 0]
     size = pixels[0].numel() ** 0.5
     rows += [

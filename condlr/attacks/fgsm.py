@@ -26,7 +26,7 @@ class Fgsm(Attack):
             for CIFAR-10 (a step of eps sign / std on standardised images is the same one).
     """
 
-    in_label: ClassVar[tuple[str, ...]] = ("clamp",)
+    in_label: ClassVar[tuple[str, ...]] = ("clamp", "seed")  # nothing is drawn
 
     clamp: bool = True
 

@@ -32,6 +32,11 @@ class Method:
         return ()
 
     @property
+    def passes(self) -> int:
+        """How many forward and backward passes a step takes."""
+        return 1
+
+    @property
     def capturable(self) -> bool:
         """Whether `step` can be recorded as a CUDA graph: it reads nothing back and counts nothing in Python.
 

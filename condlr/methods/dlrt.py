@@ -51,6 +51,11 @@ class Dlrt(Method):
     def __post_init__(self) -> None:
         in_range("theta", self.theta, 0, 1, half_open=True)
 
+    @property
+    @override
+    def passes(self) -> int:
+        return 2
+
     @override
     def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
         if not self.theta:

@@ -8,6 +8,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from condlr.report.audit import escaped
 from condlr.report.results import order, title
 
 _LAYERS = ("cond_S", "cond_matrix", "norm", "norm_circular", "cond_circular", "norm_padded", "norm_bound")
@@ -66,7 +67,7 @@ def conditioning(frame: pd.DataFrame) -> str:
         + [shown(row[name]) for name in _LAYERS]
         for row in _ordered(frame)
     ]
-    return f"{_markdown(header, rows)}\n\n{CONDITIONING_LEGEND}\n"
+    return f"**Conditioning of the layers**\n\n{_markdown(header, rows)}\n\n{CONDITIONING_LEGEND}\n"
 
 
 def guarantees(frame: pd.DataFrame) -> str:
@@ -78,7 +79,8 @@ def guarantees(frame: pd.DataFrame) -> str:
     notes = {row["quantity"]: row["note"] for row in reversed(rows)}
     quantities = dict.fromkeys(row["quantity"] for row in rows)
     table = [[q, *(values.get((q, run), "–") for run in runs), str(notes[q])] for q in quantities]
-    return _markdown(["quantity", *(names[run] for run in runs), f"note ({names[runs[0]]})"], table) + "\n"
+    body = _markdown(["quantity", *(names[run] for run in runs), f"note ({names[runs[0]]})"], table)
+    return f"**What is measured and what can be proved of the networks**\n\n{body}\n"
 
 
 def cost(frame: pd.DataFrame) -> str:
@@ -91,7 +93,8 @@ def cost(frame: pd.DataFrame) -> str:
         "In brackets: the part of the dense network's. Peaks are of a step, and of a forward pass, at batch "
     )
     sizes = ", ".join(map(str, sorted(frame["batch_size"].unique())))
-    return f"{_markdown(['run', *_COSTS.values()], rows)}\n\n{note}{sizes}.\n"
+    body = _markdown(["run", *_COSTS.values()], rows)
+    return f"**What the networks cost, counted**\n\n{body}\n\n{note}{sizes}.\n"
 
 
 def shown(value: Any) -> str:
@@ -120,5 +123,6 @@ def _run(row: Mapping[str, Any]) -> str:
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    body = [[escaped(cell) for cell in cells] for cells in rows]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *body)]
     return "\n".join(lines)

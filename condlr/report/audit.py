@@ -31,14 +31,42 @@ def print_audit(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     console.print(view, highlight=False)
 
 
-def warnings(audits: pd.DataFrame | None) -> dict[tuple[str, str], list[str]]:
-    """For each audited row (by row_id) and norm the checks that warned, in any of its runs."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for row in () if audits is None else audits.itertuples():
-        warned = found.setdefault((str(row.row_id), str(row.norm)), [])
-        if row.status == "warning" and row.check not in warned:
-            warned.append(str(row.check))
-    return found
+# What a warning speaks of, where it is not all attacks: the beginnings of their labels.
+_CONCERNS = {
+    "zero gradients": ("fgsm", "fgm"),
+    "rescaled logits": ("fgsm", "fgm"),
+    "float64": ("fgsm", "fgm"),
+    "random noise": ("fgsm", "fgm"),
+    "PGD against FGSM": ("pgd",),
+    "monotone in eps": ("pgd",),
+    "margin against cross-entropy": ("fgsm", "fgm", "pgd"),
+}
+
+
+class Marks:
+    """Which rows of which tables an audit warns of.
+
+    Args:
+        audits: see `condlr.report.results.read`; None where there are none. Of several audits of a row in
+            one norm those of the most images count.
+    """
+
+    def __init__(self, audits: pd.DataFrame | None):
+        self._found: dict[tuple[str, str], dict[str, str]] = {}
+        if audits is None:
+            return
+        most = audits.groupby(["row_id", "norm"])["n"].transform("max")
+        for row in audits[audits["n"].eq(most)].itertuples():
+            warned = self._found.setdefault((str(row.row_id), str(row.norm)), {})
+            if row.status == "warning":
+                warned[str(row.check)] = f"{row.check} at ε={row.eps:g}"
+
+    def of(self, row_id: str, norm: str, attack: str) -> list[str] | None:
+        """The warnings that concern a row under an attack; None if the row was not audited in this norm."""
+        if (row_id, norm) not in self._found:
+            return None
+        warned = self._found[row_id, norm].items()
+        return [text for check, text in warned if attack.startswith(_CONCERNS.get(check, ""))]
 
 
 def markdown(audits: pd.DataFrame) -> str:
@@ -57,11 +85,16 @@ def markdown(audits: pd.DataFrame) -> str:
             found = "<br>".join(
                 f"{_WORDS.get(row.status, '')}{row.check}: {row.found}" for row in run.itertuples()
             )
-            lines.append(f"| {name} | {warned} | {found} |")
+            lines.append(f"| {name} | {warned} | {escaped(found)} |")
         meanings = part[part["status"].isin(["warning", "note"])].drop_duplicates("check")
         lines += ["", *(f"- *{row.check}*: {row.meaning}." for row in meanings.itertuples())]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def escaped(text: str) -> str:
+    """For a cell of a Markdown table."""
+    return text.replace("|", "\\|")
 
 
 _WORDS = {"pass": "", "note": "*note* ", "warning": "**warning** ", "not done": "*not done* "}

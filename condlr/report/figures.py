@@ -1,5 +1,6 @@
 """Figures: one style, one colour for each method everywhere."""
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from itertools import cycle
 from pathlib import Path
@@ -71,7 +72,7 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
             styles = _styles(frame, by_compression=len(parts) == 1)
             for (name, part), (left, right) in zip(parts.items(), axes, strict=True):
                 _accuracies(left, part, styles, compare)
-                left.set_ylabel(f"accuracy under {attack_title(str(known['attack']))}")
+                left.set_ylabel(textwrap.fill(f"accuracy under {attack_title(str(known['attack']))}", 26))
                 _conditions(right, history[history["row_id"].isin(part["row_id"])], styles)
                 left.set_title(name)
             axes[-1, 0].set_xlabel(f"perturbation ε ({norm_title(str(known['norm']))}, pixels in [0, 1])")

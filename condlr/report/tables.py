@@ -1,6 +1,6 @@
 """Tables of accuracy under attack: for the terminal, Markdown, LaTeX and CSV."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from condlr.report.audit import Marks
 from condlr.report.results import (
     CONTEXT,
     ROW,
@@ -136,15 +137,13 @@ def audit_note(lines: Iterable[Line]) -> str:
     return f"{note} Not audited: {', '.join(missing)}." if missing else note
 
 
-def tables(
-    cells: pd.DataFrame, paper: Path, marks: Mapping[tuple[str, str], list[str]] | None = None
-) -> Iterator[Table]:
+def tables(cells: pd.DataFrame, paper: Path, marks: Marks | None = None) -> Iterator[Table]:
     """A table for each combination of dataset, model, protocol with its settings, and attack in a study.
 
     Args:
         cells: see `condlr.report.results.read`.
         paper: the directory of published numbers.
-        marks: see `condlr.report.audit.warnings`.
+        marks: what audits warn of.
     """
     for context, frame in summarize(cells).groupby(CONTEXT, sort=False, dropna=False):
         known = dict(zip(CONTEXT, context, strict=True))
@@ -157,7 +156,7 @@ def tables(
                 c.eps: Cell(c.accuracy, c.std, c.seeds, compare.get((label, compression, c.eps)), c.best)
                 for c in row.itertuples()
             }
-            warnings = (marks or {}).get((row_id, str(known["norm"])))
+            warnings = marks.of(row_id, str(known["norm"]), str(known["attack"])) if marks else None
             name = title(label, variant)
             lines.append(Line(name, compression, _facts(row, compression), row_cells, warnings))
         yield Table(known, lines)
@@ -297,35 +296,42 @@ class Comparison:
         return [f"{attack_title(str(t.context['attack']))} (n={t.context['n']})" for t in self.tables]
 
     @property
-    def lines(self) -> list[tuple[Line, list[Cell | None]]]:
-        """Each row with its cell in each column."""
-        known = [{(line.name, line.compression): line for line in table.lines} for table in self.tables]
+    def lines(self) -> list[tuple[Line, list[Line | None]]]:
+        """Each row: itself, and what it is in each table, if it was attacked so."""
+        known = [
+            {(line.label, line.compression): line for line in table.lines if self.eps in line.cells}
+            for table in self.tables
+        ]
         first = {key: line for lines in reversed(known) for key, line in lines.items()}
         longest = max(known, key=len)
         keys = [*longest, *(key for key in first if key not in longest)]
-        return [
-            (first[key], [lines[key].cells.get(self.eps) if key in lines else None for lines in known])
-            for key in keys
-        ]
+        return [(first[key], [lines.get(key) for lines in known]) for key in keys]
+
+    @property
+    def audit_note(self) -> str:
+        """What audits say of any of the attacks."""
+        notes = {audit_note(table.lines): None for table in self.tables}
+        return " ".join(notes)
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of text."""
+        """Header and rows of text; an accuracy that an audit warns of is marked."""
         rows = [
-            [
-                line.name,
-                f"{100 * line.compression:g}",
-                *("–" if cell is None else cell.ours for cell in cells),
-            ]
-            for line, cells in self.lines
+            [line.label, f"{100 * line.compression:g}", *(self._shown(own) for own in under)]
+            for line, under in self.lines
         ]
         return ["row", "requested", *self.columns], rows
+
+    def _shown(self, line: Line | None) -> str:
+        if line is None:
+            return "–"
+        return f"{line.cells[self.eps].ours}{' †' if line.warnings else ''}"
 
 
 def markdown_by_attack(comparison: Comparison) -> str:
     """As Markdown."""
     header, rows = comparison.rows()
     lines = [f"**{comparison.caption}**", "", _pipe(header), _pipe(["---", *["---:"] * (len(header) - 1)])]
-    return "\n".join([*lines, *map(_pipe, rows), "", audit_note(line for line, _ in comparison.lines)]) + "\n"
+    return "\n".join([*lines, *map(_pipe, rows), "", comparison.audit_note]) + "\n"
 
 
 def print_by_attack(comparison: Comparison, console: Console) -> None:
@@ -338,7 +344,7 @@ def print_by_attack(comparison: Comparison, console: Console) -> None:
         view.add_row(*row)
     console.print(f"[bold]{comparison.caption}[/]\n", highlight=False)
     console.print(view, highlight=False)
-    console.print(f"\n{audit_note(line for line, _ in comparison.lines)}\n", style="dim", highlight=False)
+    console.print(f"\n{comparison.audit_note}\n", style="dim", highlight=False)
 
 
 def by_protocol(made: list[Table]) -> str:
