@@ -23,10 +23,10 @@ def main(config: DictConfig) -> None:
 
     from condlr import benchmark
     from condlr.data.mnist import Mnist
+    from condlr.loading import pick_device
     from condlr.precision import require
     from condlr.report import benchmark as report
     from condlr.runs import environment, write, write_csv
-    from condlr.workflow import pick_device
 
     device = pick_device(asked.device)
     try:

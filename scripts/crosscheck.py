@@ -21,8 +21,8 @@ def main(config: DictConfig) -> None:
         again["data_root"] = asked.data_root
     checked = check(again)
 
+    from condlr.examination import crosscheck_run
     from condlr.report.analysis import print_rows
-    from condlr.workflow import crosscheck_run
 
     rows = crosscheck_run(run, checked, asked.images, asked.eps, asked.steps)
     print_rows(rows, list(rows[0]), Console())

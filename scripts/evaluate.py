@@ -21,9 +21,9 @@ def main(config: DictConfig) -> None:
     runs, left_out = _runs(asked.run)
     checked = [(run, _as_asked(run, asked)) for run in runs]
 
+    from condlr.examination import analyse_conditioning, audit_of, audit_run, count_cost, evaluate_run
     from condlr.report.analysis import print_conditioning, print_cost, print_guarantees
     from condlr.report.audit import print_audit
-    from condlr.workflow import analyse_conditioning, audit_of, audit_run, count_cost, evaluate_run
 
     if asked.audit:
         for _, run_config in checked:

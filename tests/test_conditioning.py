@@ -956,7 +956,7 @@ def test_bad_arguments_of_proposition_1():
 def test_guarantees_of_networks_that_are_no_chain_or_have_no_numbers():
     """What is measured is told; why the rest is not, too."""
     images = Images(torch.randint(0, 256, (12, 1, 6, 6), dtype=torch.uint8), torch.zeros(12).long())
-    no_last = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.ReLU())
+    no_last = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Tanh())
     found = {row["quantity"]: row for row in guarantees(no_last, images, [0.1])}
     assert found["cond(f; x), largest"]["value"] > 0
     assert "ends in a linear layer" in found["Lipschitz bound"]["note"]

@@ -7,7 +7,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from condlr.analysis.masking import CHECKS, Audit, active_test
+from condlr.analysis.masking import CHECKS, Audit
+from condlr.analysis.planting import active_test
 from condlr.attacks.fgsm import Fgsm
 from condlr.data.base import Images
 from condlr.evaluation import evaluate, evaluating
@@ -138,7 +139,7 @@ def test_what_is_planted_is_there_and_hard_to_find_by_chance(honest):
     model, images = honest
     pixels, _ = next(images.batches(30))
     with evaluating(model):
-        check = active_test(model, pixels, Audit(EPS, steps=30), points=200)
+        check = active_test(model, pixels, Audit(EPS, steps=30).pgd("margin"), points=200)
     assert check.status == "pass"
     assert "30 images in 30" in check.found
     assert "random search of 0" in check.found

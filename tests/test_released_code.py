@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import condlr.cli  # noqa: F401  (registers the resolvers that conf/ uses)
 from condlr.config import CONF, check
 from condlr.data.digits import Digits
-from condlr.workflow import build
+from condlr.loading import build
 
 STEPS = 20
 

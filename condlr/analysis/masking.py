@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from condlr.attacks._balls import inside, lengths, on_sphere, radius, steepest
+from condlr.analysis.checks import Check, at_most, not_done, share_of
+from condlr.analysis.planting import active_test
+from condlr.attacks._balls import lengths, on_sphere, steepest
 from condlr.attacks._library import NORMS
 from condlr.attacks._losses import margin
 from condlr.attacks.base import Attack, correct, right, without_direction
@@ -25,7 +26,6 @@ from condlr.attacks.pgd import Pgd
 from condlr.attacks.square import Square
 from condlr.data.base import Images
 from condlr.evaluation import evaluating
-from condlr.layers import LowRankLinear
 from condlr.seeds import derive_seed
 
 IMAGES = 1000
@@ -41,32 +41,7 @@ _SATURATED = 18.0
 _TINY = 1e-10
 # What the median standard deviation of an image's logits is brought to, to see whether FGSM does better.
 _DEVIATIONS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-# Fewer images than this are chance.
-_FEW = 3
 _SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
-
-Status = Literal["pass", "note", "warning", "not done"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding of an audit.
-
-    Attributes:
-        name: of the check.
-        status: `pass`; `warning`, where an accuracy is shown to be too high; `note`, where weaker attacks
-            than ours would be misled; or `not done`.
-        value, limit: what was measured and what it was held against; `found` says in which sense.
-        found: the figures, in words.
-        meaning: what a warning or a note means.
-    """
-
-    name: str
-    status: Status
-    value: float
-    limit: float
-    found: str
-    meaning: str
 
 
 @dataclass
@@ -115,7 +90,7 @@ class Audit:
             parts = (
                 self._smooth, self._gradients, self._scale, self._arithmetic, self._iterated,
                 lambda of: self._black_box(of, dense), self._strengths, self._noise,
-                lambda of: [active_test(of.model, of.pixels[: self.active], self)],
+                lambda of: [active_test(of.model, of.pixels[: self.active], self.pgd("margin"), self.seed)],
             )  # fmt: skip
             for number, part in enumerate(parts, start=1):
                 found += part(subject)
@@ -131,9 +106,9 @@ class Audit:
         with torch.no_grad():
             again = of.model(of.pixels)
         same = torch.isclose(again, of.logits, rtol=1e-4, atol=1e-6, equal_nan=True).all(1)
-        yield _at_most(
-            "repeatable", _share(~same), 0.0, len(same),
-            f"{_share(same):.1%} of the images have the same logits when asked about again",
+        yield at_most(
+            "repeatable", share_of(~same), 0.0, len(same),
+            f"{share_of(same):.1%} of the images have the same logits when asked about again",
             "the network draws at random: attack its expectation, over many draws",
         )  # fmt: skip
         meaning = (
@@ -142,11 +117,11 @@ class Audit:
         try:
             off = of.in_float64().disagreements()
         except RuntimeError:  # of types that do not fit: the network converts what it is given
-            yield _not_done("gradients against differences", "the network does not run in float64", meaning)
+            yield not_done("gradients against differences", "the network does not run in float64", meaning)
             return
-        yield _at_most(
-            "gradients against differences", _share(off), 0.05, len(off),
-            f"for {_share(off):.1%} of the images the margin's gradient is a tenth off its differences",
+        yield at_most(
+            "gradients against differences", share_of(off), 0.05, len(off),
+            f"for {share_of(off):.1%} of the images the margin's gradient is a tenth off its differences",
             meaning,
         )  # fmt: skip
 
@@ -154,13 +129,13 @@ class Audit:
         """Of the cross-entropy, as FGSM takes it."""
         gradient = cross_entropy_gradient(of.model, of.pixels, of.labels)
         sizes = torch.where(without_direction(gradient), 0, lengths(gradient.nan_to_num(0, 0, 0)).flatten())
-        zero, tiny = _share(sizes == 0), _share(sizes < _TINY)
-        yield _at_most(
+        zero, tiny = share_of(sizes == 0), share_of(sizes < _TINY)
+        yield at_most(
             "zero gradients", zero, 0.001, len(sizes),
             f"{zero:.1%} of the images have a gradient that is 0, or no number, in every pixel",
             "attacks on the cross-entropy cannot move these images, robust or not: believe the margin alone",
         )  # fmt: skip
-        yield _at_most(
+        yield at_most(
             "tiny gradients", tiny, 0.01, len(sizes),
             f"{tiny:.1%} below {_TINY:g}; the median of ||g||_2 is {sizes.median():.1e}",
             "attacks that divide by ||g|| + 1e-10, or average the loss, leave these images where they are",
@@ -171,8 +146,8 @@ class Audit:
         """Of the logits: how far they are apart, and whether FGSM would do better with others."""
         margins = (-margin(of.logits, of.labels)).double()
         low, middle, high = margins.quantile(torch.tensor([0.05, 0.5, 0.95]).to(margins)).tolist()
-        share = _share(margins > _SATURATED)
-        yield _at_most(
+        share = share_of(margins > _SATURATED)
+        yield at_most(
             "saturated margins", share, 0.1, of.n,
             f"{share:.1%} above {_SATURATED:g}; margins {low:.1f}, {middle:.1f}, {high:.1f} at 5, 50, 95 %; "
             f"standard deviation of an image's logits {of.logits.std(1).median():.1f}",
@@ -186,7 +161,7 @@ class Audit:
             for wanted in _DEVIATIONS
         }
         best = min(scaled, key=lambda wanted: scaled[wanted])
-        yield _at_most(
+        yield at_most(
             "rescaled logits", plain - scaled[best], 0.01, of.n,
             f"FGSM leaves {plain:.1%}; with logits brought to a deviation of {best:g}, the worst of "
             f"{', '.join(f'{wanted:g}' for wanted in _DEVIATIONS)}, {scaled[best]:.1%}",
@@ -199,20 +174,20 @@ class Audit:
         try:
             double = of.in_float64().left_by(self.fgsm)
         except RuntimeError:
-            yield _not_done("float64", "the network does not run in float64", meaning)
+            yield not_done("float64", "the network does not run in float64", meaning)
             return
-        yield _at_most(
+        yield at_most(
             "float64", single - double, 0.005, of.n,
             f"FGSM leaves {single:.1%} in float32, {double:.1%} in float64", meaning,
         )  # fmt: skip
 
     def _iterated(self, of: "_Subject") -> Iterator[Check]:
         once, ce, by_margin = (of.left_by(a) for a in (self.fgsm, self.pgd("ce"), self.pgd("margin")))
-        yield _at_most(
+        yield at_most(
             "PGD against FGSM", ce - once, 0.0, of.n, f"PGD leaves {ce:.1%}, FGSM {once:.1%}",
             "many small steps do worse than one: the gradient does not point where the loss grows",
         )  # fmt: skip
-        yield _at_most(
+        yield at_most(
             "margin against cross-entropy", ce - by_margin, 0.02, of.n,
             f"PGD on the margin leaves {by_margin:.1%}, on the cross-entropy {ce:.1%}",
             "the cross-entropy hides directions that the margin shows: quote the margin loss",
@@ -224,32 +199,32 @@ class Audit:
         alive = white = torch.stack([of.hits, *white]).all(0)
         meaning = "an attack that sees less finds more: the white-box attacks are not doing their work"
         if dense is None:
-            yield _not_done("transfer", "there is no other network to transfer from", meaning)
+            yield not_done("transfer", "there is no other network to transfer from", meaning)
         else:
             attack = self.pgd("margin")
             attack.source = "baseline"
             moved = of.survivors(attack, made_on=dense)
-            more, alive = _share(white & ~moved), alive & moved
-            yield _at_most(
+            more, alive = share_of(white & ~moved), alive & moved
+            yield at_most(
                 "transfer", more, 0.002, of.n,
-                f"images made on the dense network leave {_share(moved):.1%}, white-box attacks "
-                f"{_share(white):.1%}; {more:.1%} fall to transfer alone",
+                f"images made on the dense network leave {share_of(moved):.1%}, white-box attacks "
+                f"{share_of(white):.1%}; {more:.1%} fall to transfer alone",
                 meaning,
             )  # fmt: skip
         if self.norm in NORMS:
             square = of.survivors(Square([self.eps], norm=self.norm, queries=self.queries))
-            more, alive = _share(white & ~square), alive & square
-            yield _at_most(
+            more, alive = share_of(white & ~square), alive & square
+            yield at_most(
                 "Square", more, 0.002, of.n,
-                f"Square leaves {_share(square):.1%} in {self.queries} queries; {more:.1%} fall to it alone",
+                f"in {self.queries} queries Square leaves {share_of(square):.1%}; {more:.1%} fall to it alone",
                 meaning,
             )  # fmt: skip
         else:
-            yield _not_done("Square", f"the Square attack has no norm {self.norm}", meaning)
+            yield not_done("Square", f"the Square attack has no norm {self.norm}", meaning)
         of.alive, once = alive, of.left_by(self.fgsm)
-        yield _at_most(
-            "FGSM overstates", once - _share(alive), 0.05, of.n,
-            f"{_share(alive):.1%} survive every attack of this audit, {once:.1%} FGSM",
+        yield at_most(
+            "FGSM overstates", once - share_of(alive), 0.05, of.n,
+            f"{share_of(alive):.1%} survive every attack of this audit, {once:.1%} FGSM",
             "the accuracy under FGSM is a sensitivity, far above what an adversary leaves",
             above="note",
         )  # fmt: skip
@@ -265,28 +240,28 @@ class Audit:
         left = [of.left_by(self.pgd("ce", eps, steps=20)) for eps in strengths]
         rise = max((later - earlier for earlier, later in pairwise(left)), default=0.0)
         series = ", ".join(f"{share:.1%} at {eps:.3g}" for eps, share in zip(strengths, left, strict=True))
-        yield _at_most(
+        yield at_most(
             "monotone in eps", rise, 0.005, of.n, f"PGD leaves {series}",
             "a larger ball holds the smaller one: at the larger strength the attack does not do its work",
         )  # fmt: skip
         rest = of.left_by(self.pgd("ce", everything, steps=20))
-        yield _at_most(
+        yield at_most(
             "anything allowed", rest, 1 / of.logits.shape[1], of.n,
             f"at eps={everything:.3g} PGD leaves {rest:.1%}",
             "an attack that may draw any image must leave no more than chance: this one is lost",
         )  # fmt: skip
 
     def _noise(self, of: "_Subject") -> Iterator[Check]:
-        clean, once = _share(of.hits), of.left_by(self.fgsm)
+        clean, once = share_of(of.hits), of.left_by(self.fgsm)
         noise = of.left_by(Noise([self.eps], norm=self.norm))
         found = f"of {clean:.1%}, noise of the same size leaves {noise:.1%}, FGSM {once:.1%}"
         meaning = "the gradient is hardly better than a random direction"
-        if once <= 1 / of.logits.shape[1] or (clean - _share(of.alive)) * of.n < 10:
+        if once <= 1 / of.logits.shape[1] or (clean - share_of(of.alive)) * of.n < 10:
             # The ball is so large that noise destroys the images, or so small that no attack finds anything.
-            yield _not_done("random noise", found, meaning)
+            yield not_done("random noise", found, meaning)
             return
         lost = (clean - noise) / (clean - once) if clean > once else 1.0
-        yield _at_most("random noise", lost, 0.5, of.n, found, meaning)
+        yield at_most("random noise", lost, 0.5, of.n, found, meaning)
 
 
 class Scaled(nn.Module):
@@ -357,146 +332,4 @@ class _Subject:
 
     def left_by(self, attack: Attack, made_on: nn.Module | None = None) -> float:
         """The share of `survivors`."""
-        return _share(self.survivors(attack, made_on))
-
-
-def active_test(model: nn.Module, pixels: Tensor, audit: Audit, points: int = 400) -> Check:
-    """Plant an adversarial example for each image, and see whether the attack finds one.
-
-    After the binarisation test of Zimmermann et al. (NeurIPS 2022): the last linear layer is replaced by
-    one of two classes, separating the features of a point x_h on the surface of the ball from those of
-    `points` points within; so x_h is adversarial, and random search does not find it. What hides gradients
-    after that layer is not seen. With features phi, of
-    mean m and covariance C over the points within (and a ridge of a tenth of its mean eigenvalue), the new
-    layer is w = C^-1 (phi(x_h) - m), its threshold half way between phi(x_h) and the nearest of the others,
-    its logits scaled to the network's margin at x.
-
-    Args:
-        model: in eval mode.
-        pixels: (n, ...), the images.
-        audit: whose PGD on the margin must find x_h, or another point of its class.
-        points: drawn in each ball, and once more to see what random search finds.
-    """
-    features = _Features(model)
-    generator = torch.Generator().manual_seed(derive_seed(audit.seed, "active"))
-    built = found = by_chance = 0
-    try:
-        for x in pixels.split(1):
-            planted = _plant(features, x, audit, points, generator)
-            if planted is None:
-                continue
-            built += 1
-            (made,) = audit.pgd("margin").perturb(planted, x, torch.zeros(1).to(x).long(), seed=built)
-            with torch.no_grad():
-                found += int(planted(made.images).argmax(1))
-                by_chance += int(planted(_draw(x, audit, points, generator)).argmax(1).any())
-    finally:
-        features.remove()
-    meaning = "the attack misses adversarial examples that are known to be there: its accuracies mean little"
-    if not built:
-        return _not_done("active test", "no point on the surface could be told from those within", meaning)
-    return _at_most(
-        "active test", 1 - found / built, 0.05, built,
-        f"PGD finds the planted example of {found} images in {built}, random search of {by_chance}",
-        meaning,
-    )  # fmt: skip
-
-
-def _plant(
-    features: "_Features", x: Tensor, audit: Audit, points: int, generator: torch.Generator
-) -> "_Planted | None":
-    """The network with the new last layer; None where the point on the surface is not separable."""
-    with torch.no_grad():
-        size = radius(audit.norm, audit.eps, x)
-        hidden = (x + size * _surface(audit.norm, x, generator)).clamp(0, 1)
-        inner, own = features(_draw(x, audit, points, generator)).double(), features(hidden).double()[0]
-        clean, own_margin = features(x).double()[0], features.margin
-        mean = inner.mean(0)
-        centred = inner - mean
-        covariance = centred.T @ centred / points
-        # Without a ridge the layer would read what varies least: kinks, which no gradient shows.
-        ridge = 0.1 * covariance.diagonal().mean() * torch.eye(len(mean)).to(covariance)
-        if not ridge.any():  # the features do not see the ball at all
-            return None
-        weight = torch.linalg.solve(covariance + ridge, own - mean)
-        highest, target = (centred @ weight).max(), (own - mean) @ weight
-        if not target > highest:
-            return None
-        threshold = (highest + target) / 2
-        scale = own_margin / (threshold - (clean - mean) @ weight)
-    return _Planted(features, (scale * weight).to(x), (scale * (threshold + mean @ weight)).to(x))
-
-
-def _draw(x: Tensor, audit: Audit, points: int, generator: torch.Generator) -> Tensor:
-    """Points uniform in the ball around one image."""
-    many = x.expand(points, *x.shape[1:])
-    return (many + radius(audit.norm, audit.eps, x) * inside(audit.norm, many, generator)).clamp(0, 1)
-
-
-def _surface(norm: str, x: Tensor, generator: torch.Generator) -> Tensor:
-    """A corner of the cube, or a point of the sphere."""
-    direction = torch.randn(x.shape, generator=generator).to(x)
-    return direction.sign() if norm == "linf" else direction / lengths(direction)
-
-
-class _Features(nn.Module):
-    """What a network hands to its last linear layer; its logits, if it has none.
-
-    Attributes:
-        margin: by how much the largest logit of the first image leads, at the last call.
-    """
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network, self.margin, self._taken = network, 0.0, torch.empty(0)
-        self._handles = [
-            layer.register_forward_pre_hook(self._take)
-            for layer in network.modules()
-            if isinstance(layer, nn.Linear | LowRankLinear)
-        ]
-
-    @override
-    def forward(self, images: Tensor) -> Tensor:
-        self._taken = torch.empty(0)
-        logits = self.network(images)
-        first, second = logits[0].detach().topk(2).values.tolist()
-        self.margin = first - second
-        return (self._taken if len(self._taken) else logits).flatten(1).to(images.dtype)
-
-    def _take(self, layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        self._taken = inputs[0]
-
-    def remove(self) -> None:
-        """Leave the network as it was."""
-        for handle in self._handles:
-            handle.remove()
-
-
-class _Planted(nn.Module):
-    """Two classes: 1 where weight . features > threshold."""
-
-    def __init__(self, features: _Features, weight: Tensor, threshold: Tensor):
-        super().__init__()
-        self.features, self.weight, self.threshold = features, weight, threshold
-
-    @override
-    def forward(self, images: Tensor) -> Tensor:
-        score = self.features(images) @ self.weight - self.threshold
-        return torch.stack([torch.zeros_like(score), score], 1)
-
-
-def _at_most(
-    name: str, value: float, limit: float, n: int, found: str, meaning: str, above: Status = "warning"
-) -> Check:
-    """A check that passes unless `value` is above `limit`, by at least a few of n images, or is no number."""
-    # Shares are counts / n: what is equal but for rounding is equal.
-    status: Status = "pass" if value <= limit + 1e-9 or value * n < _FEW - 1e-6 else above
-    return Check(name, status, value, limit, found, meaning)
-
-
-def _not_done(name: str, why: str, meaning: str) -> Check:
-    return Check(name, "not done", math.nan, math.nan, why, meaning)
-
-
-def _share(which: Tensor) -> float:
-    return which.double().mean().item()
+        return share_of(self.survivors(attack, made_on))
