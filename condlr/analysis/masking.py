@@ -213,10 +213,10 @@ class Audit:
             )  # fmt: skip
         if self.norm in NORMS:
             square = of.survivors(Square([self.eps], norm=self.norm, queries=self.queries))
-            more, alive = share_of(white & ~square), alive & square
+            left, more, alive = share_of(square), share_of(white & ~square), alive & square
             yield at_most(
                 "Square", more, 0.002, of.n,
-                f"in {self.queries} queries Square leaves {share_of(square):.1%}; {more:.1%} fall to it alone",
+                f"Square leaves {left:.1%} in {self.queries} queries; {more:.1%} fall to it alone",
                 meaning,
             )  # fmt: skip
         else:
