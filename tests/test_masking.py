@@ -180,6 +180,15 @@ def test_gradients_of_another_function_are_found_out_without_any_other_network(h
         assert "gradients against differences" in warned({check.name: check for check in found})
 
 
+def test_ties_of_max_pooling_are_no_false_gradients(honest):
+    """Where neighbours are equal, as in a black border, there is no derivative; nearby there is."""
+    model, images = honest
+    black = Images(images.pixels.clone(), images.labels)
+    black.pixels[:, :, :4] = 0
+    pooled = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 10))
+    assert audit(pooled, black)["gradients against differences"].status == "pass"
+
+
 def test_a_network_that_draws_at_random_is_found_out(honest):
     model, images = honest
     noisy = Behind(model, images=lambda x: x + 0.1 * torch.randn_like(x))

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from condlr.analysis.checks import Check, at_most, not_done, share_of
 from condlr.analysis.planting import active_test
-from condlr.attacks._balls import lengths, on_sphere, steepest
+from condlr.attacks._balls import inside, lengths, on_sphere, radius, steepest
 from condlr.attacks._library import NORMS
 from condlr.attacks._losses import margin
 from condlr.attacks.base import Attack, correct, right, without_direction
@@ -115,7 +115,7 @@ class Audit:
             "the gradients are not those of what the network computes: no attack that follows them counts"
         )
         try:
-            off = of.in_float64().disagreements()
+            off = of.in_float64().disagreements(self.fgsm)
         except RuntimeError:  # of types that do not fit: the network converts what it is given
             yield not_done("gradients against differences", "the network does not run in float64", meaning)
             return
@@ -297,22 +297,25 @@ class _Subject:
         """The same, in double precision."""
         return _Subject(copy.deepcopy(self.model).double(), self.pixels.double(), self.labels, self.seed)
 
-    def disagreements(self, step: float = 1e-6) -> Tensor:
+    def disagreements(self, attack: Attack, step: float = 1e-6) -> Tensor:
         """(n,) bool: where the margin's directional derivatives are not its central differences.
 
-        Along the gradient, where the derivative is ||g||_2, and along a random direction. A kink within the
-        step is met by few.
+        Along the gradient, where the derivative is ||g||_2, and along a random direction; at a random point a
+        hundredth of the attack's radius away, for at the images themselves equal pixels may be ties of a
+        max pooling, where there is no derivative. A kink within the step is met by few.
         """
-        images = self.pixels.clone().requires_grad_()
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "directions"))
+        size = 0.01 * radius(attack.norm, attack.eps[0], self.pixels)
+        near = self.pixels + size * inside(attack.norm, self.pixels, generator)
+        images = near.clone().requires_grad_()
         with torch.enable_grad():
             value = margin(self.model(images), self.labels).sum()
         gradient = torch.autograd.grad(value, images)[0].nan_to_num(0, 0, 0)
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "directions"))
         off = torch.zeros_like(self.hits)
         for direction in (steepest("l2", gradient), on_sphere(self.pixels, generator)):
             with torch.no_grad():
-                ahead = margin(self.model(self.pixels + step * direction), self.labels)
-                behind = margin(self.model(self.pixels - step * direction), self.labels)
+                ahead = margin(self.model(near + step * direction), self.labels)
+                behind = margin(self.model(near - step * direction), self.labels)
             quotient, slope = (ahead - behind) / (2 * step), (gradient * direction).flatten(1).sum(1)
             size = torch.maximum(lengths(gradient).flatten(), quotient.abs())
             off |= ~((quotient - slope).abs() <= 0.1 * size + 1e-9 * self.logits.abs().amax(1) / step)
