@@ -182,7 +182,7 @@ def test_gradients_of_another_function_are_found_out_without_any_other_network(h
 
 def test_ties_of_max_pooling_are_no_false_gradients(honest):
     """Where neighbours are equal, as in a black border, there is no derivative; nearby there is."""
-    model, images = honest
+    _, images = honest
     black = Images(images.pixels.clone(), images.labels)
     black.pixels[:, :, :4] = 0
     pooled = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 10))
