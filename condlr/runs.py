@@ -25,6 +25,7 @@ KEYS = {
     "conditioning.csv": ("layer",),
     "guarantees.csv": ("quantity",),
     "cost.csv": ("batch_size",),
+    "crosscheck.csv": ("attack", "norm", "eps"),
 }
 _PARTIAL = ".partial-"
 
@@ -204,11 +205,13 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
         did not get so far), with what tables show of the run. `history`: a line for each run and
         epoch. In both, `cond` is the largest condition number of the layers the run has factored
         (of all layers for a method that does not compress), `cond_all` the largest of all layers.
-        `audit`, `conditioning`, `guarantees`, `cost`: the lines of those files of all runs.
+        `audit` and the other names of `KEYS`: the lines of those files of all runs.
     """
     cells: list[dict[str, Any]] = []
     histories: list[dict[str, Any]] = []
-    others: dict[str, list[dict[str, Any]]] = {"audit": [], "conditioning": [], "guarantees": [], "cost": []}
+    others: dict[str, list[dict[str, Any]]] = {
+        name.removesuffix(".csv"): [] for name in KEYS if name != "evaluation.csv"
+    }
     for path in sorted(study.glob("*/run.json")):
         run = Run(path.parent)
         info = run.info
