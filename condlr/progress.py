@@ -4,9 +4,10 @@ import logging
 import time
 from multiprocessing import current_process
 from types import TracebackType
+from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from condlr.engine import Trainer
@@ -17,25 +18,20 @@ _REFRESH = 0.25  # seconds: reading the loss waits for the device, so it is not 
 _LOG_LINES = 4
 
 
-class LiveLine:
-    """A context whose `batch` and `epoch` are the callbacks of `Trainer.fit`."""
+class _Bar:
+    """A context that draws a bar in a terminal, and nothing elsewhere."""
 
-    def __init__(self, title: str):
+    def __init__(self, title: str, *columns: ProgressColumn, expand: bool = False, **fields: Any):
         self._console = Console(stderr=True)
         # Runs that share a terminal would draw over each other
         self._live = self._console.is_terminal and current_process().name == "MainProcess"
-        self._title = title
-        self._next = 0.0
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
-            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
-            TextColumn("{task.fields[figures]}"),
-            console=self._console, disable=not self._live, transient=True, expand=True,
+            TextColumn("{task.description}"), *columns,
+            console=self._console, disable=not self._live, transient=True, expand=expand,
         )  # fmt: skip
-        self._task = self._bar.add_task(title, figures="", total=None)
+        self._task = self._bar.add_task(title, total=None, **fields)
 
-    def __enter__(self) -> "LiveLine":
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 
@@ -43,6 +39,21 @@ class LiveLine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+
+class LiveLine(_Bar):
+    """A context whose `batch` and `epoch` are the callbacks of `Trainer.fit`."""
+
+    def __init__(self, title: str):
+        super().__init__(
+            title,
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TextColumn("{task.fields[figures]}"),
+            expand=True, figures="",
+        )  # fmt: skip
+        self._title = title
+        self._next = 0.0
 
     def batch(self, trainer: Trainer) -> None:
         """Redraw the live line, a few times a second."""
@@ -72,26 +83,11 @@ class LiveLine:
         log.info("%s  %s", self._title, _figures(trainer.epoch, epochs, *map(float, figures)))  # type: ignore[arg-type]
 
 
-class Steps:
-    """A bar for work of known length that is not training, in a terminal alone."""
+class Steps(_Bar):
+    """A bar for work of known length that is not training."""
 
     def __init__(self, title: str):
-        console = Console(stderr=True)
-        live = console.is_terminal and current_process().name == "MainProcess"
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(),
-            console=console, disable=not live, transient=True,
-        )  # fmt: skip
-        self._task = self._bar.add_task(title, total=None)
-
-    def __enter__(self) -> "Steps":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        super().__init__(title, BarColumn(), TimeRemainingColumn())
 
     def at(self, done: int, total: int) -> None:
         """So much is done."""

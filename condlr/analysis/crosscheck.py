@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from condlr.analysis.checks import share_of
 from condlr.attacks.base import Attack, correct
 from condlr.attacks.fgsm import Fgsm
 from condlr.attacks.pgd import Pgd
@@ -51,7 +52,7 @@ def crosscheck(
         def row(attack: Attack, other: Any) -> dict[str, Any]:
             (ours,), moved = evaluate(model, images, attack, len(images)), theirs(other, attack.eps[0])
             with torch.no_grad():
-                left = correct(model, moved, labels).double().mean().item()
+                left = share_of(correct(model, moved, labels))
             found = {key: ours[key] for key in ("attack", "norm", "eps", "n")}
             found |= {"ours": ours["accuracy"], "foolbox": left, "largest_difference": None}
             if isinstance(attack, Fgsm):

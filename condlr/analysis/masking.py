@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -115,7 +116,7 @@ class Audit:
             "the gradients are not those of what the network computes: no attack that follows them counts"
         )
         try:
-            off = of.in_float64().disagreements(self.fgsm)
+            off = of.in_float64.disagreements(self.fgsm)
         except RuntimeError:  # of types that do not fit: the network converts what it is given
             yield not_done("gradients against differences", "the network does not run in float64", meaning)
             return
@@ -172,7 +173,7 @@ class Audit:
         meaning = "gradients are lost to rounding: attack in float64, or with a margin loss"
         single = of.left_by(self.fgsm)
         try:
-            double = of.in_float64().left_by(self.fgsm)
+            double = of.in_float64.left_by(self.fgsm)
         except RuntimeError:
             yield not_done("float64", "the network does not run in float64", meaning)
             return
@@ -293,6 +294,7 @@ class _Subject:
         self.n = len(labels)
         self._known: dict[str, Tensor] = {}
 
+    @cached_property
     def in_float64(self) -> "_Subject":
         """The same, in double precision."""
         return _Subject(copy.deepcopy(self.model).double(), self.pixels.double(), self.labels, self.seed)

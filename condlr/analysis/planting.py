@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr.analysis.checks import Check, at_most, not_done
-from condlr.attacks._balls import inside, lengths, radius
+from condlr.attacks._balls import inside, on_sphere, radius
 from condlr.attacks.base import Attack
 from condlr.layers import LowRankLinear
 from condlr.seeds import derive_seed
@@ -87,8 +87,8 @@ def _draw(x: Tensor, attack: Attack, points: int, generator: torch.Generator) ->
 
 def _surface(norm: str, x: Tensor, generator: torch.Generator) -> Tensor:
     """A corner of the cube, or a point of the sphere."""
-    direction = torch.randn(x.shape, generator=generator).to(x)
-    return direction.sign() if norm == "linf" else direction / lengths(direction)
+    direction = on_sphere(x, generator)
+    return direction.sign() if norm == "linf" else direction
 
 
 class _Features(nn.Module):

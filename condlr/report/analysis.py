@@ -8,8 +8,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from condlr.report.audit import escaped
-from condlr.report.results import order, title
+from condlr.report.results import order, pipe, title
 
 _LAYERS = ("cond_S", "cond_matrix", "norm", "norm_circular", "cond_circular", "norm_padded", "norm_bound")
 _LAYERS += ("cond_padded",)
@@ -123,6 +122,4 @@ def _run(row: Mapping[str, Any]) -> str:
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    body = [[escaped(cell) for cell in cells] for cells in rows]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *body)]
-    return "\n".join(lines)
+    return "\n".join(map(pipe, (header, ["---"] * len(header), *rows)))

@@ -7,7 +7,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from condlr.report.results import order, title
+from condlr.report.results import order, pipe, title
 
 _SIGNS = {
     "pass": "[green]pass[/]",
@@ -85,16 +85,11 @@ def markdown(audits: pd.DataFrame) -> str:
             found = "<br>".join(
                 f"{_WORDS.get(row.status, '')}{row.check}: {row.found}" for row in run.itertuples()
             )
-            lines.append(f"| {name} | {warned} | {escaped(found)} |")
+            lines.append(pipe([name, warned, found]))
         meanings = part[part["status"].isin(["warning", "note"])].drop_duplicates("check")
         lines += ["", *(f"- *{row.check}*: {row.meaning}." for row in meanings.itertuples())]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
-
-
-def escaped(text: str) -> str:
-    """For a cell of a Markdown table."""
-    return text.replace("|", "\\|")
 
 
 _WORDS = {"pass": "", "note": "*note* ", "warning": "**warning** ", "not done": "*not done* "}

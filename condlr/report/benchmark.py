@@ -10,6 +10,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
+from condlr.report.results import pipe
+
 FORMS = {"dense": "dense", "unconstrained": "U S Vᵀ, free", "condlr": "CondLR", "naive": "CondLR, naive"}
 _COLOURS = {"dense": "#000000", "unconstrained": "#D55E00", "condlr": "#0072B2", "naive": "#999999"}
 _RULES = {"params": "params", "released_code": "released code"}
@@ -51,8 +53,8 @@ def table(rows: pd.DataFrame) -> list[list[str]]:
 
 def markdown(lines: list[list[str]], facts: dict[str, Any]) -> str:
     """The table and what it was measured on."""
-    text = ["| " + " | ".join(HEADER) + " |", "| --- | --- | ---: | --- |" + " ---: |" * (len(HEADER) - 4)]
-    text += ["| " + " | ".join(line) + " |" for line in lines]
+    text = [pipe(HEADER), "| --- | --- | ---: | --- |" + " ---: |" * (len(HEADER) - 4)]
+    text += map(pipe, lines)
     return f"# {facts['device']}\n\n" + "\n".join(text) + "\n\n" + legend(facts) + "\n"
 
 

@@ -10,6 +10,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -81,12 +82,7 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
             handles = _legend(frame, styles, bool(compare), by_compression=len(parts) == 1)
             columns = len(handles) if len(handles) <= 4 else 3 if len(parts) == 1 else 4
             figure.legend(handles=handles, loc="outside lower center", ncols=columns)
-            suffix = "" if number == 1 else f"-{number}"
-            for kind in ("png", "pdf"):
-                path = out / f"robustness{suffix}.{kind}"
-                figure.savefig(path, metadata={"CreationDate": None} if kind == "pdf" else None)
-                yield path
-            plt.close(figure)
+            yield from _saved(figure, out, "robustness", number)
 
 
 def attacks(cells: pd.DataFrame, out: Path) -> Iterator[Path]:
@@ -112,12 +108,17 @@ def attacks(cells: pd.DataFrame, out: Path) -> Iterator[Path]:
             axes.set_xlabel(f"accuracy at ε = {eps:g} ({norm_title(str(known['norm']))})")
             figure.suptitle(setting(known))
             figure.legend(loc="outside right center")
-            suffix = "" if number == 1 else f"-{number}"
-            for kind in ("png", "pdf"):
-                path = out / f"attacks{suffix}.{kind}"
-                figure.savefig(path, metadata={"CreationDate": None} if kind == "pdf" else None)
-                yield path
-            plt.close(figure)
+            yield from _saved(figure, out, "attacks", number)
+
+
+def _saved(figure: Figure, out: Path, name: str, number: int) -> Iterator[Path]:
+    """Write a figure in both formats, a number following the name of all but the first, and close it."""
+    suffix = "" if number == 1 else f"-{number}"
+    for kind in ("png", "pdf"):
+        path = out / f"{name}{suffix}.{kind}"
+        figure.savefig(path, metadata={"CreationDate": None} if kind == "pdf" else None)
+        yield path
+    plt.close(figure)
 
 
 def _marks(axes: Axes, frame: pd.DataFrame, rows: list[tuple[Any, ...]], eps: float) -> None:

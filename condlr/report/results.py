@@ -1,7 +1,7 @@
 """Collected cells as a frame of rows: means over seeds, beside what was published."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -182,6 +182,11 @@ def norm_title(norm: str) -> str:
     """A norm as captions print it."""
     titles = {"linf": "ℓ∞", "l2": "ℓ2", "l2_relative": "ℓ2 as a part of ‖x‖2", "std": "standard deviation"}
     return titles.get(norm, norm)
+
+
+def pipe(cells: Sequence[str]) -> str:
+    """A line of a Markdown table, in which | stands between cells alone."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def setting(context: Mapping[str, object]) -> str:

@@ -18,6 +18,7 @@ from condlr.report.results import (
     network,
     norm_title,
     order,
+    pipe,
     setting,
     summarize,
     title,
@@ -249,8 +250,8 @@ def markdown(table: Table) -> str:
     """As Markdown: a column of published values beside ours."""
     header, rows = _flat(table, lambda cell: f"**{cell.ours}**")
     lines = [f"**{table.caption}**", "", f"`{table.context['settings']}`", ""]
-    lines += [_pipe(header), _pipe(["---", *["---:"] * (len(header) - 1)])]
-    return "\n".join([*lines, *map(_pipe, rows), "", table.audit_note, "", LEGEND]) + "\n"
+    lines += [pipe(header), pipe(["---", *["---:"] * (len(header) - 1)])]
+    return "\n".join([*lines, *map(pipe, rows), "", table.audit_note, "", LEGEND]) + "\n"
 
 
 def by_attack(made: list[Table]) -> Iterator["Comparison"]:
@@ -330,8 +331,8 @@ class Comparison:
 def markdown_by_attack(comparison: Comparison) -> str:
     """As Markdown."""
     header, rows = comparison.rows()
-    lines = [f"**{comparison.caption}**", "", _pipe(header), _pipe(["---", *["---:"] * (len(header) - 1)])]
-    return "\n".join([*lines, *map(_pipe, rows), "", comparison.audit_note]) + "\n"
+    lines = [f"**{comparison.caption}**", "", pipe(header), pipe(["---", *["---:"] * (len(header) - 1)])]
+    return "\n".join([*lines, *map(pipe, rows), "", comparison.audit_note]) + "\n"
 
 
 def print_by_attack(comparison: Comparison, console: Console) -> None:
@@ -386,7 +387,7 @@ def _side_by_side(group: list[Table]) -> str:
         rows.append(row)
     context = group[0].context
     lines = [f"**{network(context)}, {epochs(context)}: accuracy (%) under FGSM, by protocol**", ""]
-    lines += [_pipe(header), _pipe(["---", *["---:"] * (len(header) - 1)]), *map(_pipe, rows)]
+    lines += [pipe(header), pipe(["---", *["---:"] * (len(header) - 1)]), *map(pipe, rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -404,7 +405,7 @@ def training(history: pd.DataFrame) -> str:
     """
     names = ("orthonormality error", "cond(S)")
     header = ["row", "requested", "protocol", "seed", "epochs", "steps", "loss", "cond", *names]
-    lines = [_pipe(header), _pipe(["---", *["---:"] * (len(header) - 1)])]
+    lines = [pipe(header), pipe(["---", *["---:"] * (len(header) - 1)])]
     trained = history[history["epoch"] > 0]
     trained = trained.assign(_place=order(trained["label"]))
     keys = ["protocol", "compression", "_place", "label", "run_id"]
@@ -418,7 +419,7 @@ def training(history: pd.DataFrame) -> str:
             f"{first['train_loss']:.3f} → {last['train_loss']:.3f}", _number(last["cond"]),
             *("" if pd.isna(audit) else form(audit) for audit, form in zip(audits, _FORMS, strict=True)),
         ]  # fmt: skip
-        lines.append(_pipe(cells))
+        lines.append(pipe(cells))
     return "\n".join([*lines, "", TRAINING_LEGEND]) + "\n"
 
 
@@ -468,10 +469,6 @@ def _flat(table: Table, emphasise: Callable[[Cell], str]) -> tuple[list[str], li
             row += [_shown(line, eps, emphasise), *([paper] if table.has_published else [])]
         rows.append(row)
     return header, rows
-
-
-def _pipe(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 _TEX = {
