@@ -34,7 +34,7 @@ FORMS = ("measured", "factored", "multiplied")
 AUGMENTATIONS = ("none", "crop_flip")
 
 # What does not make a run another run: where things lie, what it runs on and how, and how it is attacked.
-_NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "forms", "attack")
+_NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "forms", "record_every", "attack")
 # Keys of a protocol that act only where another group refers to them, and count there.
 _REFERRED = ("batch_norm_momentum", "clamp", "methods")
 
@@ -52,13 +52,14 @@ class Protocol:
         lr_milestones, lr_factor: from epoch m on (counted from 0) lr is multiplied by the factor,
             for each m of the milestones.
         held_out: fraction of the training images kept for validation.
-        rank_rule, classifier, init: see `condlr.factorization.Scheme`.
+        rank_rule, classifier, init, decay: see `condlr.factorization.Scheme`.
         augmentation: of training images, `none` or `crop_flip` (`condlr.data._augmentation`).
         batch_norm_momentum: of running statistics, as PyTorch counts it; for models that have them.
         clamp: whether adversarial images are clamped to [0, 1].
         methods: for a method, by name, the options that differ between protocols.
 
-    The last three are what other groups refer to: `conf/model`, `conf/attack`, `conf/method`.
+    clamp, batch_norm_momentum and methods are what other groups refer to: `conf/attack`, `conf/model`,
+    `conf/method`.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Protocol:
     batch_norm_momentum: float
     clamp: bool
     methods: dict[str, dict[str, Any]]
+    decay: float | None = None
 
     def __post_init__(self) -> None:
         in_range("epochs", self.epochs, 1, math.inf)
@@ -107,6 +109,7 @@ class _Schema:
     device: str
     precision: str
     forms: Any
+    record_every: int
 
 
 @dataclass
@@ -227,6 +230,7 @@ class RunConfig:
     device: str
     precision: str
     forms: str | dict[str, str]
+    record_every: int
 
     @property
     def fingerprint(self) -> str:
@@ -303,6 +307,7 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         one_of("device", values["device"], DEVICES)
         one_of("precision", values["precision"], PRECISIONS)
         _check_forms(values["forms"])
+        in_range("record_every", values["record_every"], 0, math.inf, half_open=True)
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", values["study"]):
             raise ValueError(f"study must be a plain name of letters, digits, - _ .; got {values['study']!r}")
     except ValueError as error:
@@ -332,7 +337,7 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     attack, _ = choose("attack", "attacks", attack_keys, Attack)
     compression = values["compression"] if method.compresses else None
     try:
-        scheme = Scheme(compression, protocol.rank_rule, protocol.classifier, protocol.init)
+        scheme = Scheme(compression, protocol.rank_rule, protocol.classifier, protocol.init, protocol.decay)
     except ValueError as error:
         raise UserError(f"protocol.{error}") from None
 
@@ -340,14 +345,19 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         "method": method_keys,
         "model": model_keys,
         "dataset": {key: value for key, value in dataset_keys.items() if key != "download"},
-        "protocol": {key: value for key, value in values["protocol"].items() if key not in _REFERRED},
+        # What a protocol leaves at None is as if it had no such key: a new one renames no run.
+        "protocol": {
+            key: value
+            for key, value in values["protocol"].items()
+            if key not in _REFERRED and value is not None
+        },
         "compression": compression,
     }
     return RunConfig(
         identity, _label(method, method_keys, protocol),
         dataset, model, method, scheme, protocol, attack, values["seed"], values["study"],
         Path(values["runs_dir"]), Path(values["data_root"]), values["device"], values["precision"],
-        values["forms"],
+        values["forms"], values["record_every"],
     )  # fmt: skip
 
 

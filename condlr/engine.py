@@ -43,6 +43,11 @@ class EpochTotals:
         """The totals before the first batch."""
         return cls(torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), device=device))
 
+    @property
+    def so_far(self) -> tuple[float, float, int]:
+        """loss, correct and images, read back from the device."""
+        return self.loss.item(), self.correct.item(), self.images
+
     def clear(self) -> None:
         """Back to zero, in the same tensors."""
         self.loss.zero_()
@@ -66,6 +71,9 @@ class Trainer:
         batch: batches completed of the epoch under way.
         step: optimiser steps taken.
         history: a row for each epoch completed, row 0 the initial network.
+        record_every: steps from one row of `records` to the next; 0: none.
+        records: like history, but within epochs: loss and accuracy over the batches of the epoch since
+            the row before, the layers' condition numbers, and the seconds it took to find these.
     """
 
     model: nn.Module
@@ -78,12 +86,15 @@ class Trainer:
     batch: int = 0
     step: int = 0
     history: list[HistoryRow] = field(default_factory=list)
+    record_every: int = 0
+    records: list[HistoryRow] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.optimizer = self.method.optimizer(self.model, self.protocol.lr, self.protocol.momentum)
         self.device = self.data.train.pixels.device
         require(self.precision, self.device)
         self.totals = EpochTotals.zero(self.device)
+        self._recorded = (0.0, 0.0, 0)
         graphed = self.device.type == "cuda" and self.method.capturable
         self._graph = GraphedStep(self._take_step) if graphed else None
         keep_freed_memory()
@@ -116,6 +127,8 @@ class Trainer:
         """
         if not self.history:
             self.history.append(self._row(None))
+            if self.record_every:
+                self.records.append(self._record())
         while self.epoch < self.protocol.epochs:
             self._finish_epoch(on_batch)
             on_epoch(self)
@@ -138,6 +151,7 @@ class Trainer:
         row = self._row(self.totals)
         self.epoch, self.batch = self.epoch + 1, 0
         self.totals.clear()
+        self._recorded = (0.0, 0.0, 0)
         self.history.append(row | {"epoch": self.epoch})
 
     def _take_batches(
@@ -156,6 +170,8 @@ class Trainer:
                 self.totals.seconds, clock = self.totals.seconds + now - clock, now
                 if self.device.type == "cpu" and not self.totals.loss.isfinite():
                     self.require_finite()  # elsewhere looking at the loss would stall the device
+                if self.record_every and self.step % self.record_every == 0:
+                    self.records.append(self._record())
                 on_batch(self)
                 clock = time.perf_counter()
         self.require_finite()
@@ -218,6 +234,17 @@ class Trainer:
             row |= {f"audit_{name}": value for name, value in self.method.audit(self.model).items()}
         return row
 
+    def _record(self) -> HistoryRow:
+        """The records' row for the network as it is."""
+        clock = time.perf_counter()
+        before, self._recorded = self._recorded, self.totals.so_far
+        loss, correct, images = (now - then for now, then in zip(self._recorded, before, strict=True))
+        row: HistoryRow = {"step": self.step, "epoch": self.epoch}
+        row["train_loss"] = loss / images if images else None
+        row["train_accuracy"] = correct / images if images else None
+        row |= {f"cond_{name}": value for name, value in layer_conditions(self.model).items()}
+        return row | {"seconds": time.perf_counter() - clock}
+
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on, as tensors and plain values."""
         cuda = self.device.type == "cuda"
@@ -230,6 +257,8 @@ class Trainer:
             "step": self.step,
             "totals": {name: getattr(self.totals, name) for name in EpochTotals.__dataclass_fields__},
             "history": self.history,
+            "records": self.records,
+            "recorded": self._recorded,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
@@ -246,7 +275,8 @@ class Trainer:
         )
         if self._graph:  # what was recorded knows the tensors from before
             self._graph = GraphedStep(self._take_step)
-        self.history = state["history"]
+        self.history, self.records = state["history"], state["records"]
+        self._recorded = tuple(state["recorded"])
         torch.set_rng_state(state["random"].cpu())
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from condlr.analysis.conditioning import conditioning
+from condlr.analysis.conditioning import conditioning, spectra
 from condlr.analysis.cost import Cost, cost
 from condlr.analysis.crosscheck import crosscheck
 from condlr.analysis.guarantees import guarantees
@@ -119,6 +119,28 @@ def crosscheck_run(
     rows = list(crosscheck(model, images, strengths, steps))
     run.write_table("crosscheck.csv", rows)
     return rows
+
+
+def record_spectra(run: Run, config: RunConfig, data: Data) -> None:
+    """Keep the singular values of each layer at the start of training and at its end."""
+    start = build(config, data)
+    # A method may move the weights when it makes its optimiser: where training starts is after that
+    config.method.optimizer(start, config.protocol.lr, config.protocol.momentum)
+    networks = {"start": start, "end": load_network(run, config, data)}
+    rows: list[Row] = [
+        {"when": when, "layer": name, "index": index, "singular_value": value}
+        for when, network in networks.items()
+        for name, values in spectra(network).items()
+        for index, value in enumerate(values.tolist(), start=1)
+    ]
+    run.write_table("spectra.csv", rows)
+
+
+def complete(run: Run, config: RunConfig) -> None:
+    """Add to a finished run what this version of the project keeps of one, where it is not there."""
+    if not run.read_table("spectra.csv"):
+        data, _ = _finished(run, config)
+        record_spectra(run, config, data)
 
 
 def attack_run(

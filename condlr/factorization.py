@@ -1,6 +1,7 @@
 """Put low-rank layers into any network, measure what that saves, and export plain layers again."""
 
 import copy
+import math
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -30,12 +31,15 @@ class Scheme:
         init: `spectral`, the truncated SVD of the dense layer's initial weight; `released_code`,
             the same for linear layers, but random orthonormal U, V and S = diag(sort |N(0, 1)|) for
             convolutions.
+        decay: None leaves the singular values at that; a number b >= 1 makes them sigma_1 b^(-k),
+            k = 0 ... r-1, the ill-conditioned start of arXiv 2306.01485, Figure 2 (there b = 2).
     """
 
     compression: float | None = None
     rank_rule: str = "params"
     classifier: str = "compressed"
     init: str = "spectral"
+    decay: float | None = None
 
     def __post_init__(self) -> None:
         one_of("rank_rule", self.rank_rule, RANK_RULES)
@@ -43,6 +47,8 @@ class Scheme:
         one_of("init", self.init, INITS)
         if self.compression is not None:
             in_range("compression", self.compression, 0, 1, half_open=True)
+        if self.decay is not None:
+            in_range("decay", self.decay, 1, math.inf, half_open=True)
 
     def ranks(self, model: nn.Module, exclude: Collection[str] = ()) -> dict[str, int]:
         """The rank of each layer of `model` that is to be factored, by name."""
@@ -71,6 +77,7 @@ def factorize(
     rank_rule: str = "params",
     classifier: str = "compressed",
     init: str = "spectral",
+    decay: float | None = None,
     core: str = "full",
 ) -> nn.Module:
     """A copy of `model` whose `nn.Linear` and `nn.Conv2d` layers are low-rank.
@@ -88,7 +95,7 @@ def factorize(
         rank_rule: `params` or `released_code`, see `condlr.ranks.rank_for`.
         classifier: what becomes of the last linear layer: `compressed` like any other, `dense`, or
             factored at `full_rank`. A classifier of few classes loses accuracy at a small rank.
-        init: see `Scheme`.
+        init, decay: see `Scheme`.
         core: `full` makes triples U S V^T; `diagonal` U diag(s) V^T; `none` pairs U V^T.
 
     Raises:
@@ -126,6 +133,8 @@ def factorize(
         layer = made[dense] = kind.like(dense, rank, core)  # type: ignore[arg-type]
         if init == "released_code" and isinstance(layer, LowRankConv2d):
             _gaussian_spectrum(layer)
+        if decay is not None:
+            _decaying_spectrum(name, layer, decay)
     left = [
         f"{name} ({reason})"
         for name in sorted(names)
@@ -241,12 +250,21 @@ def _gaussian_spectrum(layer: LowRankConv2d) -> None:
     sigma = torch.randn(layer.rank, device=layer.U.device, dtype=layer.U.dtype).abs()
     sigma = sigma.sort(descending=True).values
     U, V = (_random_orthonormal(factor) for factor in (layer.U, layer.V))
-    if layer.S is None:
-        U, V = U * sigma.sqrt(), V * sigma.sqrt()
-    else:
-        layer.S.copy_(torch.diag(sigma) if layer.S.ndim == 2 else sigma)
-    layer.U.copy_(U)
-    layer.V.copy_(V)
+    layer.set_svd(U, sigma, V)
+
+
+@torch.no_grad()
+def _decaying_spectrum(name: str, layer: LowRank, decay: float) -> None:
+    """The singular values sigma_1, sigma_1 / decay, sigma_1 / decay^2 ... with the layer's own vectors."""
+    r, smallest = layer.rank, torch.finfo(layer.U.dtype).tiny
+    P, sigma, Qh = torch.linalg.svd(layer.matrix.double(), full_matrices=False)
+    if sigma[0].log() - (r - 1) * math.log(decay) < math.log(smallest):
+        raise ValueError(
+            f"decay={decay:g} over the {r} singular values of {name} ends below what {layer.U.dtype} holds "
+            f"({smallest:.2g}): take a smaller decay, or a higher compression"
+        )
+    values = sigma[0] * decay ** -torch.arange(r, dtype=sigma.dtype, device=sigma.device)
+    layer.set_svd(P[:, :r], values, Qh[:r].mT)
 
 
 def _random_orthonormal(like: Tensor) -> Tensor:

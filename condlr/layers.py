@@ -102,7 +102,11 @@ class LowRank(nn.Module):
         Khodak et al., ICLR 2021). Computed in float64.
         """
         P, sigma, Qh = torch.linalg.svd(W.double(), full_matrices=False)
-        P, sigma, Q = P[:, : self.rank], sigma[: self.rank], Qh[: self.rank].mT
+        self.set_svd(P[:, : self.rank], sigma[: self.rank], Qh[: self.rank].mT)
+
+    @torch.no_grad()
+    def set_svd(self, P: Tensor, sigma: Tensor, Q: Tensor) -> None:
+        """Set the factors to W = P diag(sigma) Q^T, of (n, r), (r,), (m, r); see `set_matrix`."""
         if self.S is None:
             P, Q = P * sigma.sqrt(), Q * sigma.sqrt()
         else:

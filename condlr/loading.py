@@ -19,9 +19,9 @@ def build(config: RunConfig, data: Data) -> nn.Module:
     torch.manual_seed(derive_seed(config.seed, "init"))
     try:
         dense = standardized(config.model.build(data.shape, data.classes), data.standard)
+        return config.method.apply(dense, config.scheme)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return config.method.apply(dense, config.scheme)
 
 
 def load_network(run: Run, config: RunConfig, data: Data) -> nn.Module:

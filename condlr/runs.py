@@ -26,8 +26,11 @@ KEYS = {
     "guarantees.csv": ("quantity",),
     "cost.csv": ("batch_size",),
     "crosscheck.csv": ("attack", "norm", "eps"),
+    "spectra.csv": ("when", "layer", "index"),
 }
 _PARTIAL = ".partial-"
+# What run.json says of how a run went.
+_OUTCOME = ("status", "reason", "started", "ended", "attempts", "train_seconds", "record_seconds")
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ class Run:
 
     def forget_results(self) -> None:
         """Remove what an earlier training left, before one that starts afresh."""
-        for name in ("model.safetensors", "history.csv", *KEYS):
+        for name in ("model.safetensors", "history.csv", "steps.csv", *KEYS):
             (self.directory / name).unlink(missing_ok=True)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
@@ -205,12 +208,14 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
         did not get so far), with what tables show of the run. `history`: a line for each run and
         epoch. In both, `cond` is the largest condition number of the layers the run has factored
         (of all layers for a method that does not compress), `cond_all` the largest of all layers.
-        `audit` and the other names of `KEYS`: the lines of those files of all runs.
+        `runs`: a line for each run, how it went. `steps`, `audit` and the other names of `KEYS`: the
+        lines of those files of all runs.
     """
     cells: list[dict[str, Any]] = []
     histories: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
     others: dict[str, list[dict[str, Any]]] = {
-        name.removesuffix(".csv"): [] for name in KEYS if name != "evaluation.csv"
+        name.removesuffix(".csv"): [] for name in ("steps.csv", *KEYS) if name != "evaluation.csv"
     }
     for path in sorted(study.glob("*/run.json")):
         run = Run(path.parent)
@@ -244,9 +249,16 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
             renamed = {("attack_seconds" if key == "seconds" else key): row[key] for key in row}
             cells.append(who | facts | renamed)
         histories += history
+        runs.append(
+            who
+            | {key: info.get(key) for key in _OUTCOME}
+            | {key: facts[key] for key in ("device", "commit", "train_compression", "deploy_compression")}
+            | info.get("versions", {})
+            | {"ranks": " ".join(f"{k}={r}" for k, r in info.get("ranks", {}).items())}
+        )
         for name, lines in others.items():
             lines += [who | row for row in run.read_table(f"{name}.csv")]
-    return {"cells": cells, "history": histories} | others
+    return {"cells": cells, "runs": runs, "history": histories} | others
 
 
 @contextmanager

@@ -13,7 +13,17 @@ from condlr.config import RunConfig
 from condlr.data.base import Data
 from condlr.engine import Trainer
 from condlr.errors import Diverged, Interrupted, UserError
-from condlr.examination import attack_run, evaluate_run, known, missing, not_of_itself, source_of, summary
+from condlr.examination import (
+    attack_run,
+    complete,
+    evaluate_run,
+    known,
+    missing,
+    not_of_itself,
+    record_spectra,
+    source_of,
+    summary,
+)
 from condlr.factorization import low_rank_layers, measure
 from condlr.forms import choose_forms, forms, set_forms
 from condlr.loading import build, load_data, pick_device
@@ -44,6 +54,7 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
     if info.get("status") == "done":
         other = "" if info.get("commit") == commit() else f" with the code of {info.get('commit')}"
         log.info("%s is done already%s; remove it to train it again", run.directory, other)
+        complete(run, config)
         if missing(run, config):
             evaluate_run(run, config)
         return
@@ -58,16 +69,22 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
         trainer = _trained(run, config, model, data, signals)
         run.note(**_sizes(model))  # a method may have changed the ranks
         run.save_model(model.state_dict(), config.identity)
+        record_spectra(run, config, data)
         attack_run(run, config, model, data, source)
-        seconds = sum(float(row["seconds"] or 0) for row in trainer.history)
-        run.note(train_seconds=round(seconds, 2))
+        seconds, recording = (
+            sum(float(row["seconds"] or 0) for row in rows) for rows in (trainer.history, trainer.records)
+        )
+        run.note(train_seconds=round(seconds, 2), record_seconds=round(recording, 2))
     log.info("%s: %s (%.0f s)", run.directory, summary(known(run, config)), seconds)
 
 
 def _trained(run: Run, config: RunConfig, model: nn.Module, data: Data, signals: "_Signals") -> Trainer:
     """Train to the end, from the checkpoint if there is one, keeping the run's files up to date."""
     try:
-        trainer = Trainer(model, config.method, data, config.protocol, config.seed, config.precision)
+        trainer = Trainer(
+            model, config.method, data, config.protocol, config.seed, config.precision,
+            record_every=config.record_every,
+        )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error
     fingerprint = f"{config.fingerprint}-{data.digest}"
@@ -91,12 +108,18 @@ def _trained(run: Run, config: RunConfig, model: nn.Module, data: Data, signals:
 
         def on_epoch(trainer: Trainer) -> None:
             run.save_checkpoint(trainer.state_dict(), fingerprint)
-            run.write_table("history.csv", trainer.history)
+            _write_progress(run, trainer)
             line.epoch(trainer)
 
         trainer.fit(on_batch, on_epoch)
-    run.write_table("history.csv", trainer.history)  # a kill may have come between checkpoint and history
+    _write_progress(run, trainer)  # a kill may have come between checkpoint and history
     return trainer
+
+
+def _write_progress(run: Run, trainer: Trainer) -> None:
+    run.write_table("history.csv", trainer.history)
+    if trainer.records:
+        run.write_table("steps.csv", trainer.records)
 
 
 def _choose_forms(trainer: Trainer, config: RunConfig) -> None:

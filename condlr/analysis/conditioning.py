@@ -31,20 +31,32 @@ def layer_conditions(model: nn.Module) -> dict[str, float]:
     ||W|| ||W^+||, arXiv 2306.01485, section 3). In float64. For a convolution this is not the
     conditioning of the operator on images.
     """
-    conditions = {}
+    return {
+        name: math.inf if sigma[-1] == 0 else (sigma[0] / sigma[-1]).item()
+        for name, sigma in spectra(model).items()
+    }
+
+
+@torch.no_grad()
+def spectra(model: nn.Module) -> dict[str, Tensor]:
+    """The singular values of each linear and convolution layer's matrix, by the name of the layer.
+
+    Descending, in float64: min(n, m) of a dense weight, kernels viewed as out x (in kh kw); the r that may
+    differ from 0 of a low-rank one. NaN for weights that are not finite.
+    """
+    values = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LowRank):
-            sigma = layer.singular_values() if torch.isfinite(layer.matrix).all() else None
+            finite, rank = torch.isfinite(layer.matrix).all(), layer.rank
+            sigma = layer.singular_values if finite else None
         elif isinstance(layer, nn.Linear | nn.Conv2d):
             weight = layer.weight.double().flatten(1)
-            sigma = torch.linalg.svdvals(weight) if torch.isfinite(weight).all() else None
+            finite, rank = torch.isfinite(weight).all(), min(weight.shape)
+            sigma = partial(torch.linalg.svdvals, weight) if finite else None
         else:
             continue
-        if sigma is None:
-            conditions[name] = math.nan
-        else:
-            conditions[name] = (sigma[0] / sigma[-1]).item() if sigma[-1] > 0 else math.inf
-    return conditions
+        values[name] = sigma() if sigma else torch.full((rank,), math.nan, dtype=torch.float64)
+    return values
 
 
 def conditioning(

@@ -51,7 +51,9 @@ class Method:
     def factored(self, model: nn.Module, scheme: Scheme, core: str = "full") -> nn.Module:
         """`model` with low-rank layers as `scheme` says; `model` itself if it asks for none."""
         ranks = scheme.ranks(model)
-        return factorize(model, ranks=ranks, init=scheme.init, core=core) if ranks else model
+        if not ranks:
+            return model
+        return factorize(model, ranks=ranks, init=scheme.init, decay=scheme.decay, core=core)
 
     def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
         """A plain optimiser; constraints hang on it as step hooks. Here: SGD with momentum."""

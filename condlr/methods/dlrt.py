@@ -66,7 +66,7 @@ class Dlrt(Method):
             n, m = model.get_parameter(f"{name}.weight").flatten(1).shape
             if not (scheme.classifier == "full_rank" and name == linear[-1]):
                 ranks[name] = min(rank, max(min(n, m) // 2, 1))
-        return factorize(model, ranks=ranks, init=scheme.init) if ranks else model
+        return factorize(model, ranks=ranks, init=scheme.init, decay=scheme.decay) if ranks else model
 
     @override
     def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:

@@ -71,7 +71,8 @@ class SvdPrune(Method):
         if self.pipeline == "fixed_rank":
             return self.factored(model, scheme, core="diagonal")
         full = Scheme(0.0, "released_code", scheme.classifier, scheme.init)
-        return factorize(model, ranks=full.ranks(model), init=scheme.init, core="diagonal")
+        ranks = full.ranks(model)
+        return factorize(model, ranks=ranks, init=scheme.init, decay=scheme.decay, core="diagonal")
 
     @override
     def penalty(self, model: nn.Module) -> Tensor | float:

@@ -48,6 +48,8 @@ class Vanilla(Method):
     def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
         factored = self.factored(model, scheme, core="none")
         if self.init == "gaussian":
+            if scheme.decay is not None:
+                raise ValueError("decay is of singular values: method.init=gaussian draws none")
             for name, layer in low_rank_layers(factored).items():
                 dense = model.get_parameter(f"{name}.weight")
                 variance = dense.detach().square().mean().div(layer.rank).sqrt().item()
