@@ -4,11 +4,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STUDY ?= default
 
-.PHONY: help demo test tables figures mnist-attacks benchmark clean
+.PHONY: help demo test tables figures report reproduce-mnist reproduce-cifar10 mnist-attacks benchmark clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 # The stamp is newer than what it was made from, so a second call installs nothing.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -34,6 +34,26 @@ tables: $(VENV)/.installed  ## Collect the runs of STUDY, print and write its ta
 figures: $(VENV)/.installed  ## Draw the figures of STUDY from its collected results
 	$(RUN) scripts/figures.py study=$(STUDY)
 
+report: $(VENV)/.installed  ## Write the report of STUDY, one HTML page, from its collected results
+	$(RUN) scripts/report.py study=$(STUDY)
+
+# What is missing is run, and what was interrupted goes on. ARGS are keys of train.yaml for all runs: ARGS='seed=0'
+define reproduce
+	$(foreach experiment,$(1),$(RUN) scripts/estimate.py experiment=$(experiment) study=$(STUDY) $(ARGS)
+	)
+	$(foreach experiment,$(1),-$(RUN) scripts/train.py experiment=$(experiment) study=$(STUDY) $(ARGS)
+	)
+	$(MAKE) --no-print-directory tables figures report STUDY=$(STUDY)
+endef
+
+reproduce-mnist: STUDY = reproduce_mnist
+reproduce-mnist: $(VENV)/.installed  ## Run what is missing of Table 2 and Figures 1 and 2, LeNet5 on MNIST; report
+	$(call reproduce,reproduce_mnist figure2)
+
+reproduce-cifar10: STUDY = reproduce_cifar10
+reproduce-cifar10: $(VENV)/.installed  ## Run what is missing of Table 3, VGG16 on CIFAR-10 (a GPU's work); report
+	$(call reproduce,reproduce_cifar10)
+
 # What stronger attacks than FGSM are tried on
 HARD := attack.images=1000
 mnist-attacks: $(VENV)/.installed  ## Train eight rows on MNIST, attack them every way, audit the attacks (hours)
@@ -43,7 +63,7 @@ mnist-attacks: $(VENV)/.installed  ## Train eight rows on MNIST, attack them eve
 	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.03,0.06,0.1] attack.loss=ce
 	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.03,0.06,0.1] attack.loss=margin
 	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*-s0-*' $(HARD) attack=autoattack attack.eps=[0.06]
-	$(MAKE) --no-print-directory tables figures STUDY=mnist_attacks
+	$(MAKE) --no-print-directory tables figures report STUDY=mnist_attacks
 
 benchmark: $(VENV)/.installed  ## Measure what a training step costs here, dense, low-rank and constrained
 	$(RUN) scripts/benchmark.py $(ARGS)

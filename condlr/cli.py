@@ -26,8 +26,12 @@ OmegaConf.register_new_resolver("condlr.run_id", lambda *, _root_: check(_root_)
 OmegaConf.register_new_resolver("condlr.scratch", lambda: f"{tempfile.gettempdir()}/condlr", replace=True)
 
 
-def command(config_name: str) -> Callable[[Task], Callable[[], NoReturn]]:
+def command(
+    config_name: str, at_end: Callable[[], None] = lambda: None
+) -> Callable[[Task], Callable[[], NoReturn]]:
     """Make `task` a program that is configured by `conf/<config_name>.yaml` and the command line.
+
+    `at_end` is called once when all runs of a sweep are through.
 
     A user's mistake ends in one line on stderr and exit status 1; in a sweep after the other runs, but
     for a config that cannot be. A signal ends in 128 + its number. HYDRA_FULL_ERROR=1 shows tracebacks.
@@ -59,6 +63,7 @@ def command(config_name: str) -> Callable[[Task], Callable[[], NoReturn]]:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to us
             try:
                 main()
+                at_end()
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)
                 sys.exit(128 + signal.SIGINT)

@@ -60,7 +60,7 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
         return
     device = pick_device(config.device)
     facts = {"run_id": config.run_id, "study": config.study, "row": config.row}
-    with run.recording(**facts, **environment(), device=_describe(device)), _Signals() as signals:
+    with run.recording(**facts, **environment(), device=describe(device)), _Signals() as signals:
         run.write_config(written)
         data = load_data(config, device)
         source = source_of(run, config, data)
@@ -80,20 +80,14 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
 
 def _trained(run: Run, config: RunConfig, model: nn.Module, data: Data, signals: "_Signals") -> Trainer:
     """Train to the end, from the checkpoint if there is one, keeping the run's files up to date."""
-    try:
-        trainer = Trainer(
-            model, config.method, data, config.protocol, config.seed, config.precision,
-            record_every=config.record_every,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    trainer = trainer_for(config, model, data)
     fingerprint = f"{config.fingerprint}-{data.digest}"
     if state := run.load_checkpoint(fingerprint):
         trainer.load_state_dict(state)
         log.info("%s goes on from epoch %d, batch %d", run.directory, trainer.epoch, trainer.batch)
     else:
         run.forget_results()
-        _choose_forms(trainer, config)
+        choose_run_forms(trainer, config)
     run.note(forms=forms(model))
     row = config.row
 
@@ -122,7 +116,18 @@ def _write_progress(run: Run, trainer: Trainer) -> None:
         run.write_table("steps.csv", trainer.records)
 
 
-def _choose_forms(trainer: Trainer, config: RunConfig) -> None:
+def trainer_for(config: RunConfig, model: nn.Module, data: Data) -> Trainer:
+    """The trainer of a run, before its first batch."""
+    try:
+        return Trainer(
+            model, config.method, data, config.protocol, config.seed, config.precision,
+            record_every=config.record_every,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def choose_run_forms(trainer: Trainer, config: RunConfig) -> None:
     """Give each low-rank layer, if there are any, the form that the config says, or the faster one."""
     if not low_rank_layers(trainer.model):
         return
@@ -191,7 +196,8 @@ def _images(data: Data) -> dict[str, Any]:
     return counts | {"digest": data.digest, "official": data.official}
 
 
-def _describe(device: torch.device) -> str:
+def describe(device: torch.device) -> str:
+    """The device in words, for run.json."""
     return (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"

@@ -69,7 +69,8 @@ class Noisy(LeNet5):
 def trainer(method, data, **changes):
     torch.manual_seed(5)
     scheme = Scheme(0.5 if method.compresses else None, classifier="dense")
-    return Trainer(method.apply(Noisy(), scheme), method, data, protocol(**changes), seed=0)
+    model = method.apply(Noisy(), scheme)
+    return Trainer(model, method, data, protocol(**changes), seed=0, record_every=3)
 
 
 class Stop(Exception):
@@ -102,10 +103,11 @@ def test_an_interrupted_run_ends_with_the_same_bits(name, data, stop_at, tmp_pat
     for key, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, second.model.state_dict()[key]), key
     timing = {"seconds", "images_per_second"}
-    for a, b in zip(whole.history, second.history, strict=True):
-        assert {k: v for k, v in a.items() if k not in timing} == {
-            k: v for k, v in b.items() if k not in timing
-        }
+    for mine, other in ((whole.history, second.history), (whole.records, second.records)):
+        for a, b in zip(mine, other, strict=True):
+            assert {k: v for k, v in a.items() if k not in timing} == {
+                k: v for k, v in b.items() if k not in timing
+            }
 
 
 def test_checkpoints_hold_plain_values_only(data):
@@ -129,6 +131,29 @@ def test_history(data):
         largest = max(row[f"cond_{layer}"] for layer in ("conv1", "conv2", "fc1"))
         assert largest == pytest.approx(row["audit_cond_S"], rel=1e-3)
         assert {"cond_conv1", "cond_fc1", "cond_fc2", "held_out_accuracy", "images_per_second"} <= row.keys()
+
+
+def test_records_within_epochs(data):
+    """Every third of 4 batches an epoch: a line's loss is the mean over the batches since the line before."""
+    losses = []
+    method = METHODS["vanilla"]
+    t = trainer(method, data, epochs=3)
+    taken = t._take_step
+    t._take_step = lambda *batch: taken(*batch) or losses.append((float(t.totals.loss), t.totals.images))  # type: ignore[method-assign]
+    t.fit()
+    assert [row["step"] for row in t.records] == [0, 3, 6, 9, 12]
+    assert [row["epoch"] for row in t.records] == [0, 0, 1, 2, 2]
+    assert t.records[0]["train_loss"] is None
+    assert t.records[0]["cond_conv1"] == t.history[0]["cond_conv1"]
+    assert t.records[-1]["cond_fc1"] == t.history[-1]["cond_fc1"]
+    batch = t.protocol.batch_size
+    assert t.records[1]["train_loss"] == pytest.approx(losses[2][0] / (3 * batch))
+    assert t.records[2]["train_loss"] == pytest.approx(losses[5][0] / (2 * batch))
+    assert t.records[3]["train_loss"] == pytest.approx(losses[8][0] / batch)
+    assert t.records[4]["train_loss"] == pytest.approx(
+        (losses[11][0] - losses[8][0]) / (len(data.train) - batch)
+    )
+    assert all(0 <= row["train_accuracy"] <= 1 for row in t.records[1:])
 
 
 def test_loss_and_accuracy_count_every_image_once(data):

@@ -312,3 +312,33 @@ def test_a_layer_takes_the_rank_of_the_factors_it_loads(core):
             condlr.factorize(
                 nn.Sequential(nn.Conv2d(2, 8, 3), nn.Linear(9, 7)), ranks={"0": 3, "1": 3}, core=core
             ).load_state_dict(state)
+
+
+@pytest.mark.parametrize("core", ["full", "diagonal", "none"])
+@pytest.mark.parametrize("init", ["spectral", "released_code"])
+def test_an_ill_conditioned_start_has_singular_values_that_decay_by_powers(core, init):
+    """sigma_1 b^(-k) to the last of 100, with the vectors and the largest value that the layer would have had."""
+    scheme = {"rank_rule": "released_code", "classifier": "dense", "init": init, "core": core}
+    torch.manual_seed(3)
+    plain = condlr.factorize(LeNet5(), 0.8, **scheme)
+    torch.manual_seed(3)
+    net = condlr.factorize(LeNet5(), 0.8, decay=2.0, **scheme)
+    for name, layer in low_rank_layers(net).items():
+        usual = low_rank_layers(plain)[name]
+        sigma, r = layer.singular_values(), layer.rank
+        expected = usual.singular_values()[0] * 0.5 ** torch.arange(r, dtype=torch.float64)
+        torch.testing.assert_close(sigma, expected, rtol=1e-5, atol=0)
+        U, V = usual.U.double(), usual.V.double()
+        P, Q = (torch.linalg.qr(X).Q for X in (U, V))
+        spanned = P @ P.mT @ layer.matrix.double() @ Q @ Q.mT  # the spaces are the same
+        torch.testing.assert_close(spanned, layer.matrix.double(), rtol=0, atol=1e-6)
+    assert torch.equal(net.get_parameter("fc2.weight"), plain.get_parameter("fc2.weight"))
+
+
+def test_a_start_that_float32_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match=r"decay=2 over the 250 singular values of fc1 ends below .* smaller"):
+        condlr.factorize(LeNet5(), 0.5, rank_rule="released_code", classifier="dense", decay=2.0)
+    with pytest.raises(ValueError, match="decay must be"):
+        Scheme(0.5, decay=0.5)
+    with pytest.raises(ValueError, match="decay is of singular values"):
+        Vanilla(init="gaussian").apply(LeNet5(), Scheme(0.8, classifier="dense", decay=2.0))

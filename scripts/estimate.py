@@ -1,0 +1,37 @@
+#!/usr/bin/env python3
+"""Say what is left to do of a sweep, and how long it will take; takes the arguments of train.py."""
+
+from omegaconf import DictConfig
+
+from condlr.cli import command
+from condlr.config import RunConfig, check
+
+_asked: list[RunConfig] = []
+
+
+def estimate() -> None:
+    """Try a few steps of each row that is not done, and print what follows."""
+    if not _asked:  # --help
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    from condlr.estimate import Estimate
+    from condlr.report.estimate import print_estimate
+
+    console, found = Console(), Estimate()
+    for config in track(
+        _asked, "trying each row", console=console, transient=True, disable=not console.is_terminal
+    ):
+        found.add(config)
+    print_estimate(found, console)
+
+
+@command("estimate", at_end=estimate)
+def main(config: DictConfig) -> None:
+    """Note one run of the sweep."""
+    _asked.append(check(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""What is left of a sweep and how long it takes: through the command line, on digits."""
+
+import re
+
+from test_cli import SMALL, script  # noqa: F401  (a fixture)
+
+from condlr.estimate import Pace, Row
+from condlr.report.estimate import duration
+
+SWEEP = [*SMALL, "protocol.epochs=3", "method=baseline,vanilla", "seed=0,1"]
+
+
+def test_what_is_done_is_not_counted(script, tmp_path):  # noqa: F811
+    status, out, _ = script("estimate", "-m", *SWEEP)
+    assert status == 0
+    assert "default: 4 runs, 0 done, 4 to do" in out
+    lines = {
+        line.split()[0]: line.split() for line in out.splitlines() if line[:8] in ("Baseline", "Vanilla ")
+    }
+    assert [lines[name][3:5] for name in ("Baseline", "Vanilla")] == [["2", "6"], ["2", "6"]]
+    assert all(float(lines[name][5]) > 0 for name in lines)
+    assert re.search(r"about \d+ s here \(cpu, \d threads?\), one run after the other", out)
+    assert not (tmp_path / "runs").exists(), "an estimate leaves nothing behind"
+
+    assert script("train", *SMALL, "protocol.epochs=3", "method=baseline")[0] == 0
+    assert "4 runs, 1 done, 3 to do" in script("estimate", "-m", *SWEEP)[1]
+    # Done, but for an attack
+    out = script("estimate", *SMALL, "protocol.epochs=3", "method=baseline", "attack.eps=[0.3]")[1]
+    assert "1 run, 0 done, 1 to do" in out
+    row = next(line for line in out.splitlines() if line.startswith("Baseline"))
+    assert row.split()[3:5] == ["1", "0"]
+    out = script("estimate", *SMALL, "protocol.epochs=3", "method=baseline")[1]
+    assert out == "default: 1 run, 1 done, 0 to do\n"
+
+
+def test_a_mistake_is_one_line(script):  # noqa: F811
+    status, out, err = script("estimate", *SMALL, "compression=2")
+    assert status == 1
+    assert "Traceback" not in out + err
+    assert err == "error: compression must be in [0, 1); got 2\n"
+
+
+def test_the_sum():
+    assert Row("vanilla", 0.5, runs=2, epochs=30, attacks=2, pace=Pace(10, 7)).seconds == 314
+    assert Row("vanilla", 0.5, runs=2, done=2).seconds == 0
+
+
+def test_durations_are_readable():
+    known = {
+        5.4: "5 s",
+        90: "2 min",
+        59.6 * 60: "1 h 0 min",
+        3600 * 3.5: "3 h 30 min",
+        86400 * 1.5: "1 day 12 h",
+    }
+    assert {seconds: duration(seconds) for seconds in known} == known
