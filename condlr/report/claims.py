@@ -1,0 +1,212 @@
+"""What the paper concludes from its tables and Figure 2 (arXiv 2306.01485, section 5), put to our runs."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from condlr.report.results import CONTEXT, attack_title, setting, summarize, title
+
+CONSTRAINED = ("condlr-tau0", "condlr-tau0.1", "condlr-tau0.5")
+ORTHOGONAL = ("cayley_sgd", "projected_sgd")
+UNCONSTRAINED = ("dlrt", "vanilla", "svd_prune")
+
+# Accuracy is kept if no more than this is lost. The paper's own rows on MNIST lose up to half of it.
+LOSS = 0.01
+
+RULE = (
+    "Two rows are told apart (>, <; otherwise ≈) where their means differ by more than two standard errors "
+    "of the difference; the variance of a mean is the larger of that between seeds and that of drawing the "
+    "test images, over the number of seeds. A claim of several comparisons is supported, if all are decided "
+    "for it; partly so, if some are; not supported, if some are decided against it and none for it; "
+    "undecided, if none is decided. ±: standard deviation between seeds."
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper and what our runs say of it.
+
+    Attributes:
+        title: a few words.
+        statement: what the paper says.
+        where: the setting of the runs.
+        verdict: `supported`, `partly`, `not supported`, `undecided`, or `no runs`.
+        evidence: the numbers, a line for each row compared with: `Baseline 93.50: CondLR τ=0 50 % 94.77
+            ±0.12 (>), ...`.
+    """
+
+    title: str
+    statement: str
+    where: str
+    verdict: str
+    evidence: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """A row's accuracy."""
+
+    name: str
+    value: float
+    std: float
+    variance: float
+
+    def __str__(self) -> str:
+        spread = "" if math.isnan(self.std) else f" ±{100 * self.std:.2f}"
+        return f"{self.name} {100 * self.value:.2f}{spread}"
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """The claim that `left` is above `right`, or no more than `slack` below it."""
+
+    left: _Mean
+    right: _Mean
+    slack: float = 0.0
+
+    @property
+    def sign(self) -> int:
+        """1: decided for the claim; -1: against it; 0: not decided."""
+        difference = self.left.value - self.right.value + self.slack
+        margin = 2 * math.sqrt(self.left.variance + self.right.variance)
+        return 0 if abs(difference) <= margin else int(math.copysign(1, difference))
+
+
+def claims(cells: pd.DataFrame) -> list[Claim]:
+    """Every claim that the runs of a study have a word on.
+
+    The claims on robustness are put to each attack's largest strength, one after the other.
+
+    Args:
+        cells: see `condlr.report.results.read`.
+    """
+    found: list[Claim] = []
+    for context, frame in summarize(cells).groupby(CONTEXT, sort=False, dropna=False):
+        known = dict(zip(CONTEXT, context, strict=True))
+        if "decay=" in str(known["settings"]):
+            found += _of_start(_Rows(frame, 0.0), setting(known), str(known["settings"]))
+        else:
+            found += _of_tables(frame, known)
+    return [claim for claim in found if claim.verdict != "no runs"]
+
+
+def _of_tables(frame: pd.DataFrame, known: dict[str, object]) -> Iterator[Claim]:
+    eps = frame["eps"].max()
+    clean, robust = _Rows(frame, 0.0), _Rows(frame, eps)
+    where = setting(known)
+    under = f"{where}, {attack_title(str(known['attack']))} at ε={eps:g}"
+    if len(clean) > 0:
+        yield _claim(
+            "Accuracy is kept",
+            f"CondLR keeps the accuracy of the dense network (here: loses at most {100 * LOSS:g} point).",
+            where,
+            [
+                _Comparison(a, b, LOSS)
+                for a in clean.of(CONSTRAINED, 0.5, 0.8)
+                for b in clean.of(["baseline"], 0)
+            ],
+        )
+    if eps == 0:
+        return
+    dense = robust.of(["baseline"], 0)
+    for compression, more in ((0.5, ""), (0.8, " (claimed for MNIST)")):
+        yield _claim(
+            f"More robust than the dense network at {100 * compression:g} %",
+            f"CondLR at {100 * compression:g} % compression is more robust than the dense network{more}.",
+            under,
+            robust.pairs(robust.of(CONSTRAINED, compression), dense),
+        )
+    yield _claim(
+        "More robust than orthogonal methods",
+        "CondLR at 50 % compression outperforms Cayley SGD and projected SGD, which do not compress.",
+        under,
+        robust.pairs(robust.of(CONSTRAINED, 0.5), robust.of(ORTHOGONAL, 0)),
+    )
+    free = robust.of(UNCONSTRAINED, 0.5, 0.8)
+    yield _claim(
+        "Low rank without constraint is less robust than the dense network",
+        "DLRT, Vanilla and SVD prune lose robustness against the dense network.",
+        under,
+        [_Comparison(a, b) for b in free for a in dense],
+    )
+    yield _claim(
+        "CondLR is the most robust at each compression",
+        "At each compression CondLR is more robust than DLRT, Vanilla and SVD prune.",
+        under,
+        [
+            pair
+            for c in (0.5, 0.8)
+            for pair in robust.pairs(robust.of(CONSTRAINED, c), robust.of(UNCONSTRAINED, c))
+        ],
+    )
+    yield _claim(
+        "CondLR at 80 % beats the others at 50 %",
+        "CondLR at 80 % compression is more robust than the other low-rank methods at 50 %.",
+        under,
+        robust.pairs(robust.of(CONSTRAINED, 0.8), robust.of(UNCONSTRAINED, 0.5)),
+    )
+
+
+def _of_start(rows: "_Rows", where: str, settings: str) -> Iterator[Claim]:
+    base = next(part for part in settings.split() if part.startswith("decay=")).removeprefix("decay=")
+    good = rows.of([*CONSTRAINED, "dlrt"], 0.5, 0.8)
+    yield _claim(
+        "Insensitive to an ill-conditioned start",
+        "From singular values that decay exponentially CondLR and DLRT train well, Vanilla and SVD prune "
+        "deteriorate.",
+        f"{where}, singular values σ₁·{base}⁻ᵏ at the start, accuracy on the test images",
+        rows.pairs(good, rows.of(["vanilla", "svd_prune"], 0.5, 0.8)),
+    )
+
+
+class _Rows:
+    """The accuracies of a table's rows at one strength."""
+
+    def __init__(self, frame: pd.DataFrame, eps: float):
+        self._means: dict[tuple[str, float], _Mean] = {}
+        for row in frame[frame["eps"].eq(eps) & frame["variant"].eq("")].itertuples():
+            seeds, p = int(row.seeds), float(row.accuracy)  # type: ignore[arg-type]
+            between = 0.0 if math.isnan(row.std) else row.std**2  # type: ignore[arg-type]
+            variance = max(between, p * (1 - p) / int(row.n)) / seeds  # type: ignore[arg-type]
+            percent = f" {100 * row.compression:g} %" if row.compression else ""  # type: ignore[operator]
+            key = str(row.label), float(row.compression)  # type: ignore[arg-type]
+            name = f"{title(str(row.label))}{percent}"
+            self._means[key] = _Mean(name, p, float(row.std), variance)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self._means)
+
+    def of(self, labels: Iterable[str], *compressions: float) -> list[_Mean]:
+        """The means of these rows, of those that there are."""
+        keys = [(label, compression) for compression in compressions for label in labels]
+        return [self._means[key] for key in keys if key in self._means]
+
+    @staticmethod
+    def pairs(left: Sequence[_Mean], right: Sequence[_Mean]) -> list[_Comparison]:
+        """Each of the left with each of the right."""
+        return [_Comparison(a, b) for b in right for a in left]
+
+
+def _claim(name: str, statement: str, where: str, comparisons: Sequence[_Comparison]) -> Claim:
+    signs = [comparison.sign for comparison in comparisons]
+    pro, contra = signs.count(1), signs.count(-1)
+    if not signs:
+        verdict = "no runs"
+    elif pro == len(signs):
+        verdict = "supported"
+    elif pro:
+        verdict = "partly"
+    else:
+        verdict = "not supported" if contra else "undecided"
+    return Claim(name, statement, where, verdict, tuple(_evidence(comparisons)))
+
+
+def _evidence(comparisons: Sequence[_Comparison]) -> Iterator[str]:
+    words = {1: ">", 0: "≈", -1: "<"}
+    for right in dict.fromkeys(comparison.right for comparison in comparisons):
+        against = [comparison for comparison in comparisons if comparison.right == right]
+        lefts = ", ".join(f"{comparison.left} ({words[comparison.sign]})" for comparison in against)
+        less = f" − {100 * against[0].slack:g}" if against[0].slack else ""
+        yield f"{right}{less}: {lefts}"

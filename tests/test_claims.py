@@ -1,0 +1,97 @@
+"""The paper's claims put to runs: what counts as support, and what does not."""
+
+import pandas as pd
+import pytest
+
+from condlr.report import claims
+
+
+def study(robust, clean=0.99, seeds=(0.001, -0.001), n=10_000, **changes):
+    """Rows at eps 0 and 0.06: {(label, compression): accuracy at 0.06}, a run for each of `seeds`."""
+    return pd.DataFrame(
+        {
+            "run_id": f"{label}{compression}{seed}", "row_id": f"{label}{compression}", "dataset": "mnist",
+            "model": "lenet5", "protocol": "paper", "epochs": 3, "settings": "lr=0.1", "attack": "fgsm",
+            "norm": "linf", "n": n, "label": label, "compression": compression, "options": "", "seed": seed,
+            "status": "done", "eps": eps, "accuracy": (accuracy if eps else clean) + deviation,
+            "cond": 1.0, "cond_all": 1.0, "seconds": 1.0, "train_compression": 0.5, "deploy_compression": 0.5,
+        }
+        | changes
+        for (label, compression), accuracy in robust.items()
+        for seed, deviation in enumerate(seeds)
+        for eps in (0.0, 0.06)
+    )  # fmt: skip
+
+
+def verdicts(cells):
+    return {claim.title: claim.verdict for claim in claims.claims(cells)}
+
+
+CONDLR = {(label, c): v for c, v in ((0.5, 0.96), (0.8, 0.95)) for label in claims.CONSTRAINED}
+OTHERS = {(label, c): v for c, v in ((0.5, 0.92), (0.8, 0.90)) for label in claims.UNCONSTRAINED}
+
+
+def test_a_paper_whose_claims_all_hold():
+    cells = study({("baseline", 0.0): 0.93, ("cayley_sgd", 0.0): 0.94} | CONDLR | OTHERS)
+    assert verdicts(cells) == dict.fromkeys(
+        [
+            "Accuracy is kept",
+            "More robust than the dense network at 50 %",
+            "More robust than the dense network at 80 %",
+            "More robust than orthogonal methods",
+            "Low rank without constraint is less robust than the dense network",
+            "CondLR is the most robust at each compression",
+            "CondLR at 80 % beats the others at 50 %",
+        ],
+        "supported",
+    )
+
+
+@pytest.mark.parametrize(
+    ("taus", "verdict"),
+    [
+        ((0.96, 0.96, 0.96), "supported"),
+        ((0.96, 0.93, 0.90), "partly"),
+        ((0.93, 0.93, 0.90), "not supported"),
+        ((0.93, 0.931, 0.929), "undecided"),
+    ],
+)
+def test_one_claim_of_three_comparisons(taus, verdict):
+    rows = dict(zip([(label, 0.5) for label in claims.CONSTRAINED], taus, strict=True))
+    cells = study({("baseline", 0.0): 0.93} | rows)
+    assert verdicts(cells)["More robust than the dense network at 50 %"] == verdict
+
+
+def test_a_difference_within_the_noise_of_seeds_or_images_decides_nothing():
+    rows = {("baseline", 0.0): 0.93, ("condlr-tau0", 0.5): 0.94}
+    name = "More robust than the dense network at 50 %"
+    assert verdicts(study(rows))[name] == "supported"
+    assert verdicts(study(rows, seeds=(0.02, -0.02)))[name] == "undecided"
+    assert verdicts(study(rows, n=500))[name] == "undecided"
+    assert verdicts(study(rows, seeds=(0.0,)))[name] == "supported"
+
+
+def test_accuracy_is_kept_if_no_more_than_a_point_is_lost():
+    cells = study({("baseline", 0.0): 0.9, ("condlr-tau0", 0.5): 0.9})
+    ours = cells["label"].eq("condlr-tau0") & cells["eps"].eq(0)
+    for lost, verdict in ((0.002, "supported"), (0.01, "undecided"), (0.03, "not supported")):
+        changed = cells.assign(accuracy=cells["accuracy"].where(~ours, cells["accuracy"] - lost))
+        assert verdicts(changed)["Accuracy is kept"] == verdict
+
+
+def test_a_claim_without_its_rows_is_not_made():
+    assert verdicts(study({("vanilla", 0.5): 0.9})) == {}
+
+
+def test_the_ill_conditioned_start_is_a_claim_of_its_own():
+    """Its runs have no part in the claims on robustness."""
+    rows = {("condlr-tau0", 0.8): 0.9, ("dlrt", 0.8): 0.9, ("vanilla", 0.8): 0.1, ("svd_prune", 0.8): 0.1}
+    cells = study(rows, settings="lr=0.1 decay=2.0")
+    cells.loc[cells["label"].isin(["vanilla", "svd_prune"]), "accuracy"] -= 0.5
+    (claim,) = claims.claims(cells)
+    assert claim.title == "Insensitive to an ill-conditioned start"
+    assert claim.verdict == "supported"
+    assert "σ₁·2.0⁻ᵏ" in claim.where
+    assert claim.evidence[0] == (
+        "Vanilla 80 % 49.00 ±0.14: CondLR τ=0 80 % 99.00 ±0.14 (>), DLRT 80 % 99.00 ±0.14 (>)"
+    )
