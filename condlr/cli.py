@@ -15,14 +15,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from condlr.config import CONF, check, one_line
+from condlr.config import CONF, check_any, one_line
 from condlr.errors import Interrupted, UserError
 
 log = logging.getLogger(__name__)
 
 Task = Callable[[DictConfig], None]
 
-OmegaConf.register_new_resolver("condlr.run_id", lambda *, _root_: check(_root_).run_id, replace=True)
+OmegaConf.register_new_resolver("condlr.run_id", lambda *, _root_: check_any(_root_).run_id, replace=True)
 OmegaConf.register_new_resolver("condlr.scratch", lambda: f"{tempfile.gettempdir()}/condlr", replace=True)
 
 

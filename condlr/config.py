@@ -21,6 +21,7 @@ from condlr.ranks import RANK_RULES
 from condlr.registry import available, find
 
 if TYPE_CHECKING:
+    from condlr.analysis.flow import Settings
     from condlr.attacks.base import Attack
     from condlr.data.base import Dataset
     from condlr.factorization import Scheme
@@ -34,7 +35,7 @@ FORMS = ("measured", "factored", "multiplied")
 AUGMENTATIONS = ("none", "crop_flip")
 
 # What does not make a run another run: where things lie, what it runs on and how, and how it is attacked.
-_NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "forms", "record_every", "attack")
+_NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "forms", "record_every", "attack", "flow")
 # Keys of a protocol that act only where another group refers to them, and count there.
 _REFERRED = ("batch_norm_momentum", "clamp", "methods")
 
@@ -110,6 +111,7 @@ class _Schema:
     precision: str
     forms: Any
     record_every: int
+    flow: Any = None
 
 
 @dataclass
@@ -167,6 +169,13 @@ class Report:
     def directory(self) -> Path:
         """Where the study's results lie."""
         return Path(self.results_dir) / self.study
+
+
+@dataclass
+class Page(Report):
+    """Keys of `scripts/report.py`."""
+
+    runs_dir: str
 
 
 @dataclass
@@ -286,6 +295,26 @@ class RunConfig:
         )
 
 
+@dataclass(frozen=True)
+class FlowConfig:
+    """The config of a run that follows a matrix flow instead of training a network: `experiment=theorem1`."""
+
+    flow: "Settings"
+    identity: dict[str, Any]
+    study: str
+    runs_dir: Path
+
+    @property
+    def run_id(self) -> str:
+        """For example `flow-3fa9c1d2`."""
+        return f"flow-{fingerprint(self.identity)}"
+
+    @property
+    def directory(self) -> Path:
+        """Where the run lives."""
+        return self.runs_dir / self.study / self.run_id
+
+
 def fingerprint(identity: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits that differ where two identities do."""
     text = json.dumps(identity, sort_keys=True)
@@ -308,8 +337,7 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         one_of("precision", values["precision"], PRECISIONS)
         _check_forms(values["forms"])
         in_range("record_every", values["record_every"], 0, math.inf, half_open=True)
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", values["study"]):
-            raise ValueError(f"study must be a plain name of letters, digits, - _ .; got {values['study']!r}")
+        _check_study(values["study"])
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -359,6 +387,26 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         Path(values["runs_dir"]), Path(values["data_root"]), values["device"], values["precision"],
         values["forms"], values["record_every"],
     )  # fmt: skip
+
+
+def check_any(config: DictConfig | Mapping[str, Any]) -> RunConfig | FlowConfig:
+    """`check`, or what it is for the config of a matrix flow."""
+    values = resolved(config)
+    if values.get("flow") is None:
+        return check(config)
+    from condlr.analysis.flow import Settings
+
+    keys = _typed(Settings, values["flow"], "flow")
+    try:
+        _check_study(values["study"])
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return FlowConfig(_made(Settings, keys, "flow"), keys, values["study"], Path(values["runs_dir"]))
+
+
+def _check_study(study: Any) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", str(study)):
+        raise ValueError(f"study must be a plain name of letters, digits, - _ .; got {study!r}")
 
 
 def _check_forms(forms: Any) -> None:

@@ -208,24 +208,29 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
         did not get so far), with what tables show of the run. `history`: a line for each run and
         epoch. In both, `cond` is the largest condition number of the layers the run has factored
         (of all layers for a method that does not compress), `cond_all` the largest of all layers.
-        `runs`: a line for each run, how it went. `steps`, `audit` and the other names of `KEYS`: the
-        lines of those files of all runs.
+        `runs`: a line for each run, how it went. `steps`, `flow`, `audit` and the other names of `KEYS`:
+        the lines of those files of all runs. A run of a matrix flow has lines in `flow` alone.
     """
     cells: list[dict[str, Any]] = []
     histories: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
     others: dict[str, list[dict[str, Any]]] = {
-        name.removesuffix(".csv"): [] for name in ("steps.csv", *KEYS) if name != "evaluation.csv"
+        name.removesuffix(".csv"): [] for name in ("steps.csv", "flow.csv", *KEYS) if name != "evaluation.csv"
     }
     for path in sorted(study.glob("*/run.json")):
         run = Run(path.parent)
         info = run.info
-        if not {"run_id", "status"} <= info.keys() or not isinstance(info.get("row"), dict):
+        about = {} if "flow" in info else info.get("row")  # a flow is no row of a table
+        if not {"run_id", "status"} <= info.keys() or not isinstance(about, dict):
             raise UserError(f"{path} is not a whole record of a run: remove this run, or train it again")
         if info["run_id"] != path.parent.name:
             raise UserError(f"{path} is of the run {info['run_id']}: a copy would count twice, move it away")
-        who = {"study": study.name, "run_id": info["run_id"]} | info["row"]
-        compresses = info["row"].get("compresses")
+        who = {"study": study.name, "run_id": info["run_id"]} | about
+        for name, lines in others.items():
+            lines += [who | line for line in run.read_table(f"{name}.csv")]
+        if not about:
+            continue
+        compresses = about.get("compresses")
         factored = [f"cond_{name}" for name in info.get("ranks", {})] if compresses else []
         try:
             history = [who | row | _largest(row, factored) for row in run.read_table("history.csv")]
@@ -256,8 +261,6 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
             | info.get("versions", {})
             | {"ranks": " ".join(f"{k}={r}" for k, r in info.get("ranks", {}).items())}
         )
-        for name, lines in others.items():
-            lines += [who | row for row in run.read_table(f"{name}.csv")]
     return {"cells": cells, "runs": runs, "history": histories} | others
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from condlr.config import RunConfig
+from condlr.analysis.flow import errors
+from condlr.config import FlowConfig, RunConfig
 from condlr.data.base import Data
 from condlr.engine import Trainer
 from condlr.errors import Diverged, Interrupted, UserError
@@ -28,7 +29,7 @@ from condlr.factorization import low_rank_layers, measure
 from condlr.forms import choose_forms, forms, set_forms
 from condlr.loading import build, load_data, pick_device
 from condlr.precision import training
-from condlr.progress import LiveLine
+from condlr.progress import LiveLine, Steps
 from condlr.runs import Run, commit, environment
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,24 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
         )
         run.note(train_seconds=round(seconds, 2), record_seconds=round(recording, 2))
     log.info("%s: %s (%.0f s)", run.directory, summary(known(run, config)), seconds)
+
+
+def follow(config: FlowConfig, written: dict[str, Any]) -> None:
+    """Follow a matrix flow, where that is not done yet, and keep its errors.
+
+    Args:
+        config: the run.
+        written: its resolved config, for config.yaml.
+    """
+    run = Run(config.directory)
+    if run.status == "done":
+        log.info("%s is done already; remove it to run it again", run.directory)
+        return
+    with run.recording(run_id=config.run_id, study=config.study, flow=config.identity, **environment()):
+        run.write_config(written)
+        with Steps("flow") as steps:
+            run.write_table("flow.csv", errors(config.flow, steps.at))
+    log.info("%s: done", run.directory)
 
 
 def _trained(run: Run, config: RunConfig, model: nn.Module, data: Data, signals: "_Signals") -> Trainer:

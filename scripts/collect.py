@@ -18,18 +18,18 @@ def main(config: DictConfig) -> None:
     asked = typed(Collection, config)
     source = Path(asked.runs_dir) / asked.study
     tables = collect(source)
-    cells = tables["cells"]
-    if not cells:
+    if not any(tables.values()):
         raise UserError(f"there is no run in {source}")
     target = Path(asked.results_dir) / asked.study
     target.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
-        if rows or name == "history":
+        if rows or (name == "history" and tables["cells"]):
             write_csv(target / f"{name}.csv", rows)
         else:
             (target / f"{name}.csv").unlink(missing_ok=True)
-    runs = Counter({cell["run_id"]: cell["status"] for cell in cells}.values())
-    print(f"{target}: {len(cells)} cells of {', '.join(f'{n} {status}' for status, n in runs.items())} runs")
+    counts = Counter(run["status"] for run in tables["runs"])
+    runs = ", ".join(f"{n} {status}" for status, n in counts.items())
+    print(f"{target}: {len(tables['cells'])} cells of {runs} runs" if runs else f"{target}: a matrix flow")
 
 
 if __name__ == "__main__":

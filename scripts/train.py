@@ -4,17 +4,20 @@
 from omegaconf import DictConfig
 
 from condlr.cli import command
-from condlr.config import check, resolved
+from condlr.config import FlowConfig, check_any, resolved
 
 
 @command("train")
 def main(config: DictConfig) -> None:
     """One run; under `-m` or `experiment=...`, each run of a sweep."""
-    checked = check(config)
+    checked = check_any(config)
 
-    from condlr.workflow import train
+    from condlr.workflow import follow, train
 
-    train(checked, resolved(config))
+    if isinstance(checked, FlowConfig):
+        follow(checked, resolved(config))
+    else:
+        train(checked, resolved(config))
 
 
 if __name__ == "__main__":
