@@ -8,7 +8,11 @@ import pytest
 from rich.console import Console
 
 from condlr.errors import UserError
-from condlr.report import analysis, audit, figures, results, tables
+from condlr.report import analysis, audit, comparisons, results, tables
+from condlr.report.latex import latex
+from condlr.report.markdown import markdown
+from condlr.report.terminal import print_sheet
+from condlr.report.training import training
 
 PAPER = Path(__file__).resolve().parent.parent / "results" / "paper"
 
@@ -68,7 +72,7 @@ def test_runs_of_different_settings_are_in_tables_of_their_own():
     other = cells(settings="lr=0.2 lr_milestones=[7,9]")
     other["row_id"] += "other"
     captions = [
-        tables.markdown(table).splitlines()[2] for table in tables.tables(pd.concat([cells(), other]), PAPER)
+        markdown(table.sheet).splitlines()[2] for table in tables.tables(pd.concat([cells(), other]), PAPER)
     ]
     assert captions == ["`lr=0.1 lr_milestones=[7,9]`", "`lr=0.2 lr_milestones=[7,9]`"]
 
@@ -78,14 +82,18 @@ def test_a_strength_that_one_row_lacks_shifts_nothing():
     extra = extra[extra["label"].eq("condlr-tau0.1") & extra["seed"].eq(0) & extra["eps"].eq(0)]
     table = only_table(pd.concat([cells(), extra.assign(eps=0.03, accuracy=0.5)]))
     assert table.strengths == [0.0, 0.03, 0.06]
-    rows = {line.split("|")[1].strip(): line.split("|") for line in tables.markdown(table).splitlines()[6:9]}
-    header = tables.markdown(table).splitlines()[4].split("|")
+    rows = {
+        line.split("|")[1].strip(): line.split("|")
+        for line in markdown(table.sheet).splitlines()[6:]
+        if line.startswith("|")
+    }
+    header = markdown(table.sheet).splitlines()[4].split("|")
     column = header.index(" ε=0.03 ")
     assert rows["Baseline"][column] == " – "
     assert rows["CondLR τ=0.1"][column] == " 50.00 ", "and what has no rival is not the best"
-    assert rows["CondLR τ=0.1"][header.index(" ε=0.06 ")] == " **93.00 ±1.41** "
+    assert rows["CondLR τ=0.1"][header.index(" ε=0.06 ")] == " **<ins>93.00 ±1.41</ins>** "
     assert rows["CondLR τ=0.1"][header.index(" seeds ")] == " 1-2 "
-    assert tables.latex(table).count("--") >= 2
+    assert latex(table.sheet).count("--") >= 2
 
 
 def test_runs_that_are_not_done_do_not_count():
@@ -98,7 +106,7 @@ def test_runs_that_are_not_done_do_not_count():
 
 def test_the_best_of_each_compression_is_marked():
     table = only_table(cells())
-    best = {(line.label, eps) for line in table.lines for eps, cell in line.cells.items() if cell.best}
+    best = {(line.label, eps) for line in table.lines for eps, cell in line.cells.items() if cell.group_best}
     assert best == {("Vanilla", 0.0), ("CondLR τ=0.1", 0.06)}, "a row alone is the best of nothing"
 
 
@@ -124,21 +132,26 @@ def test_nothing_is_compared_where_nothing_was_published():
 
 
 def test_markdown():
-    lines = tables.markdown(only_table(cells())).splitlines()
+    text = markdown(only_table(cells()).sheet)
+    lines = text.splitlines()
     assert (
         lines[0] == "**LeNet5 on MNIST, protocol paper, 3 epochs: accuracy (%) under FGSM (ℓ∞), 100 images**"
     )
     assert lines[2] == "`lr=0.1 lr_milestones=[7,9]`"
-    assert "| clean | published | ε=0.06 | published |" in lines[4]
-    assert {line.count("|") for line in lines[4:9]} == {lines[4].count("|")}
-    assert "| **93.00 ±1.41** | 96.68 |" in lines[7]
-    assert "| 12.3 |" in lines[7]
+    assert "| clean | ε=0.06 |" in lines[4]
+    assert {line.count("|") for line in lines if line.startswith("|")} == {lines[4].count("|")}
+    (ours,) = (i for i, line in enumerate(lines) if line.startswith("| CondLR τ=0.1 |"))
+    assert lines[ours].endswith("| **<ins>93.00 ±1.41</ins>** |")
+    assert lines[ours + 1].startswith("| *arXiv v1* |")
+    assert lines[ours + 1].endswith("| 98.73 | 96.68 |")
+    assert lines[ours + 2].endswith("| -1.73 | -3.68‡ |")
+    assert "| 12.3 |" in lines[ours]
 
 
 def test_latex_is_escaped_and_balanced():
-    text = tables.latex(only_table(cells()))
+    text = latex(only_table(cells()).sheet)
     assert r"CondLR $\tau$=0.1" in text
-    assert r"\textbf{93.00 $\pm$1.41}" in text
+    assert r"\cellcolor{gray!25}\textbf{93.00 $\pm$1.41}" in text
     assert text.count(r"\begin") == text.count(r"\end")
     assert text.count("{") == text.count("}")
     assert all(ord(letter) < 128 for letter in text)
@@ -150,7 +163,7 @@ def test_latex_is_escaped_and_balanced():
 
 def printed(table, width):
     console = Console(file=io.StringIO(), width=width)
-    tables.print_table(table, console)
+    print_sheet(table.sheet, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -168,7 +181,7 @@ def test_a_narrow_terminal_cuts_no_number(width):
 
 def test_the_terminal_shows_every_row():
     text = printed(only_table(cells()), 160)
-    for word in ("Baseline", "CondLR τ=0.1", "Vanilla", "published", "96.68", "93.00 ±1.41", "ε=0.06"):
+    for word in ("Baseline", "CondLR τ=0.1", "Vanilla", "arXiv v1", "96.68", "93.00 ±1.41", "ε=0.06"):
         assert word in text
 
 
@@ -186,60 +199,19 @@ def test_what_is_left_out_is_counted():
     assert not results.left_out(cells())
 
 
-def test_variants_have_colours_of_their_own():
-    other = cells(options="slope=0.5 tau=0.1")
-    other["row_id"] += "other"
-    styles = figures._styles(results.summarize(pd.concat([cells(), other])), by_compression=True)
-    assert len({(str(s["color"]), str(s["linestyle"])) for s in styles.values()}) == 6
-
-
-def test_the_figure_is_drawn(tmp_path):
-    history = cells().drop_duplicates("run_id").assign(step=1)
-    history = pd.concat([history.assign(step=step, cond=2.0**step) for step in range(4)])
-    paths = list(figures.robustness(cells(), history, PAPER, tmp_path))
-    assert [path.name for path in paths] == ["robustness.png", "robustness.pdf"]
-    assert paths[0].read_bytes().startswith(b"\x89PNG")
-    assert paths[1].read_bytes().startswith(b"%PDF")
-    first = paths[1].read_bytes()
-    list(figures.robustness(cells(), history, PAPER, tmp_path))
-    assert paths[1].read_bytes() == first, "the same results give the same file"
-
-
 def test_protocols_stand_side_by_side():
     other = cells(protocol="released_code", settings="lr_factor=0.3")
     other["accuracy"] -= 0.1
     other["row_id"] += "other"
     made = list(tables.tables(pd.concat([cells(), other[other["label"] != "vanilla"]]), PAPER))
-    lines = tables.by_protocol(made).splitlines()
+    (sheet,) = comparisons.by_protocol(made)
+    lines = markdown(sheet).splitlines()
     assert lines[0] == "**LeNet5 on MNIST, 3 epochs: accuracy (%) under FGSM, by protocol**"
-    assert lines[2].count("released_code") == lines[2].count("paper") == lines[2].count("published") == 2
+    assert lines[2].count("released_code") == lines[2].count("paper") == lines[2].count("arXiv v1") == 2
     rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines[4:]}
     assert rows["Baseline"] == ["0", "99.00", "89.00", "99.08", "90.00", "80.00", "93.28"]
     assert rows["Vanilla"] == ["50", "98.00 ±1.41", "–", "98.70", "92.00 ±1.41", "–", "90.94"]
-    assert tables.by_protocol(made[:1]) == ""
-
-
-def test_many_rows_get_panels_by_compression(tmp_path):
-    frames = [cells()]
-    for label in ("dlrt", "svd_prune", "condlr-unit", "condlr-tau0"):
-        frame = cells()
-        frame = frame[frame["label"].eq("vanilla") & frame["seed"].eq(0)]
-        frames.append(frame.assign(label=label, row_id=label, compression=0.8, run_id=label))
-    every = pd.concat(frames)
-    history = every.drop_duplicates("run_id").assign(step=0)
-    summary = results.summarize(every)
-    parts = figures._parts(summary)
-    assert list(parts) == ["compression 50 %", "compression 80 %"]
-    assert {*parts["compression 80 %"]["label"]} == {
-        "baseline",
-        "dlrt",
-        "svd_prune",
-        "condlr-unit",
-        "condlr-tau0",
-    }
-    assert list(figures._parts(results.summarize(cells()))) == [""]
-    made = list(figures.robustness(every, history, PAPER, tmp_path))
-    assert all(path.stat().st_size > 1000 for path in made)
+    assert not list(comparisons.by_protocol(made[:1]))
 
 
 def test_rows_are_named_and_ordered_as_in_the_paper():
@@ -266,7 +238,9 @@ def test_how_each_run_went():
                 | {"epoch": epoch, "step": 10 * epoch, "train_loss": loss, "cond": cond}
                 | {"audit_orthonormality_error": error if audited else None}
             )
-    rows = [line.strip("| ").split(" | ") for line in tables.training(pd.DataFrame(lines)).splitlines()[2:7]]
+    rows = [
+        line.strip("| ").split(" | ") for line in markdown(training(pd.DataFrame(lines))).splitlines()[4:9]
+    ]
     assert [row[0] for row in rows] == ["Baseline", "CondLR τ=0.1", "CondLR τ=0.1", "Vanilla", "Vanilla"]
     assert [row[3] for row in rows] == ["0", "0", "1", "0", "1"]
     assert all(row[4:8] == ["2", "20", "2.000 → 1.250", "1.10"] for row in rows)
@@ -298,20 +272,20 @@ def audits(*warned):
 def test_a_row_that_an_audit_warned_of_is_marked_in_every_format():
     marks = audit.Marks(audits(("condlr-tau0.1-0.5-1", "float64")))
     (table,) = tables.tables(cells(), PAPER, marks)
-    text = tables.markdown(table)
+    text = markdown(table.sheet)
     assert "| CondLR τ=0.1 † |" in text
     assert "| Baseline |" in text
     assert "† not to be trusted, the audit warns: CondLR τ=0.1 50 % (float64 at ε=0.06)." in text
     assert "Not audited: Vanilla 50 %." in text
-    assert r"CondLR $\tau$=0.1 $^\dagger$" in tables.latex(table)
+    assert r"CondLR $\tau$=0.1 $^\dagger$" in latex(table.sheet)
     console = Console(file=io.StringIO(), width=160)
-    tables.print_table(table, console)
+    print_sheet(table.sheet, console)
     assert "CondLR τ=0.1 †" in console.file.getvalue()
     assert "Not audited: Vanilla 50 %" in console.file.getvalue()
 
 
 def test_what_was_not_audited_is_said():
-    assert "No row was audited" in tables.markdown(only_table(cells()))
+    assert "No row was audited" in markdown(only_table(cells()).sheet)
     (table,) = tables.tables(cells(), PAPER, audit.Marks(audits()))
     assert table.audit_note == "The audit warns of no row. Not audited: Vanilla 50 %."
     (other,) = tables.tables(cells(norm="l2"), PAPER, audit.Marks(audits()))
@@ -326,8 +300,8 @@ def test_a_mark_stands_where_its_warning_concerns_the_attack():
         True,
         False,
     ]
-    compared = list(tables.by_attack(made))
-    text = tables.markdown_by_attack(compared[-1])
+    compared = list(comparisons.by_attack(made))
+    text = markdown(compared[-1].sheet)
     assert "| CondLR τ=0.1 | 50 | 93.00 ±1.41 † | 93.00 ±1.41 |" in text
     assert "float64 at ε=0.06" in text
 
@@ -365,16 +339,19 @@ def test_attacks_of_one_strength_stand_side_by_side():
     stronger = cells(attack="pgd50x3-margin")
     stronger = stronger[stronger["eps"].eq(0.06) & stronger["label"].ne("vanilla")].assign(accuracy=0.5)
     made = list(tables.tables(pd.concat([cells(), stronger]), PAPER))
-    (comparison,) = tables.by_attack(made)
+    (comparison,) = comparisons.by_attack(made)
     assert comparison.eps == 0.06
-    assert comparison.columns == ["FGSM (n=100)", "PGD-50×3 on the margin (n=100)"]
-    text = tables.markdown_by_attack(comparison)
+    names = [column.name for column in comparison.sheet.columns]
+    assert names == ["requested", "FGSM (n=100)", "PGD-50×3 on the margin (n=100)"]
+    text = markdown(comparison.sheet)
     assert "| CondLR τ=0.1 | 50 | 93.00 ±1.41 | 50.00 ±0.00 |" in text
     assert "| Vanilla | 50 | 92.00 ±1.41 | – |" in text
     console = Console(file=io.StringIO(), width=100)
-    tables.print_by_attack(comparison, console)
+    print_sheet(comparison.sheet, console)
     assert "50.00 ±0.00" in console.file.getvalue()
-    assert not list(tables.by_attack(list(tables.tables(cells(), PAPER)))), "one attack has nothing beside it"
+    assert not list(comparisons.by_attack(list(tables.tables(cells(), PAPER)))), (
+        "one attack has nothing beside it"
+    )
 
 
 @pytest.mark.parametrize(
@@ -389,17 +366,6 @@ def test_attacks_of_one_strength_stand_side_by_side():
 )  # fmt: skip
 def test_attacks_have_names_a_person_can_read(label, text):
     assert results.attack_title(label) == text
-
-
-def test_figures_are_of_attacks_with_a_curve(tmp_path):
-    alone = cells(attack="autoattack")
-    both = pd.concat([cells(), alone[alone["eps"].eq(0.06)]])
-    history = pd.DataFrame(
-        [{"row_id": f"{label}{c}", "seed": 0, "step": s, "cond": 2.0, "label": label, "compression": c}
-         for label, c in [("baseline", 0.0), ("condlr-tau0.1", 0.5), ("vanilla", 0.5)] for s in (0, 10)]
-    )  # fmt: skip
-    names = [path.name for path in figures.robustness(both, history, PAPER, tmp_path)]
-    assert names == ["robustness.png", "robustness.pdf"]
 
 
 def test_numbers_of_analyses_are_readable():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from condlr.errors import UserError
+from condlr.report.published import camera_ready, published
 
 # The columns that runs of one table share; each combination is a table of its own.
 CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm", "n"]
@@ -25,8 +26,12 @@ _TITLES = {
     "svd_prune": "SVD prune",
 }
 _NEEDED = {
-    "cells": {*CONTEXT, *_MEANS, *ROW, "options", "official_data", "seed", "eps", "accuracy", "status"}
-    - {"variant"},
+    "cells": {
+        *CONTEXT,
+        *_MEANS,
+        *("label", "compression", "row_id", "options", "official_data", "device", "seed", "eps", "accuracy"),
+        "status",
+    },
     "history": {"label", "compression", "row_id", "seed", "step", "cond"},
     "audit": {
         "label",
@@ -43,11 +48,19 @@ _NEEDED = {
     },
     "conditioning": {"run_id", "label", "compression", "seed", "layer", "n", "m", "rank"},
     "guarantees": {"run_id", "label", "compression", "seed", "quantity", "value", "note"},
-    "cost": {"run_id", "label", "compression", "seed", "batch_size"},
+    "cost": {"run_id", "row_id", "label", "compression", "seed", "batch_size", "train_flops"},
+    "flow": {
+        *("flow", "sweep", "integrator", "eta", "eta_measured", "learning_rate", "steps", "time", "error"),
+        *("bound_one", "bound_all", "lambda_limit", "sigma_min", "in_band"),
+    },
+    "runs": {"row_id", "run_id", "seed", "status"},
+    "steps": {"row_id", "seed", "step", "train_loss", "train_accuracy"},
+    "spectra": {"row_id", "seed", "when", "layer", "index", "singular_value"},
 }
 
 
 _NUMBERS = {"eps", "n", "accuracy", "compression", "cond", "cond_all", "seconds", "step", "seed", "epochs"}
+_NUMBERS |= {"train_loss", "train_accuracy", "index", "singular_value", "train_flops"}
 
 
 def read(study: Path, name: str = "cells") -> pd.DataFrame:
@@ -62,7 +75,7 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
         raise UserError(f"{path} is not a table of results ({error})") from error
     if missing := sorted(_NEEDED[name] - {*frame.columns}):
         raise UserError(f"{path} lacks the columns {', '.join(missing)}: collect the runs again")
-    for column in _NUMBERS & {*frame.columns}:
+    for column in [name for name in frame if name in _NUMBERS or name.startswith("cond_")]:
         if not pd.api.types.is_numeric_dtype(frame[column]):
             raise UserError(f"{path} has something else than numbers in the column {column}")
     return frame
@@ -131,31 +144,31 @@ def left_out(cells: pd.DataFrame) -> str:
     )
 
 
-def published(directory: Path, dataset: str, model: str) -> dict[tuple[str, float, float], float]:
-    """Published FGSM accuracies by (label, compression, eps); empty where nothing was published."""
-    values = {}
-    for path in sorted(directory.glob(f"table*_{model}_{dataset}.csv")):
-        for row in pd.read_csv(path).to_dict("records"):
-            label = {"condlr_mean": "condlr-unit"}.get(row["method"], row["method"])
-            if label == "condlr":
-                label = f"condlr-tau{row['tau']:g}"
-            for column, value in row.items():
-                if str(column).startswith("eps_"):
-                    eps = float(str(column).removeprefix("eps_"))
-                    values[label, row["compression_percent"] / 100, eps] = float(value)
-    return values
-
-
 def comparison(
     context: Mapping[str, object], cells: pd.DataFrame, paper: Path
 ) -> dict[tuple[str, float, float], float]:
-    """The published values to set beside a table: those of FGSM, if the images were the official ones."""
-    if (
-        not str(context["attack"]).startswith("fgsm")
-        or not cells["official_data"].dropna().astype(bool).all()
-    ):
+    """The values of arXiv v1 to set beside a table: those of FGSM, if it is comparable with the paper's."""
+    if not str(context["attack"]).startswith("fgsm") or not comparable(context, cells):
         return {}
     return published(paper, str(context["dataset"]), str(context["model"]))
+
+
+def quoted(
+    context: Mapping[str, object], cells: pd.DataFrame, paper: Path
+) -> dict[tuple[str, float, float], float]:
+    """The camera-ready values to set beside a table: under FGSM, and under PGD in the Euclidean norm."""
+    attack, norm = str(context["attack"]), str(context["norm"])
+    kind = "fgsm" if attack.startswith("fgsm") else f"{attack[:3]}_{norm}"
+    return (
+        camera_ready(paper, kind, str(context["dataset"]), str(context["model"]))
+        if comparable(context, cells)
+        else {}
+    )
+
+
+def comparable(context: Mapping[str, object], cells: pd.DataFrame) -> bool:
+    """Whether the images of all runs were the official ones, and no start was made ill-conditioned."""
+    return bool(cells["official_data"].dropna().astype(bool).all()) and not decay(context)
 
 
 def attack_title(label: str) -> str:
@@ -191,15 +204,27 @@ def pipe(cells: Sequence[str]) -> str:
 
 def setting(context: Mapping[str, object]) -> str:
     """What a table's rows share, for its caption: `LeNet5 on MNIST, protocol paper, 10 epochs`."""
-    return f"{network(context)}, protocol {context['protocol']}, {epochs(context)}"
+    base = decay(context)
+    start = f", singular values falling as {base}⁻ⁱ at the start" if base else ""
+    return f"{network(context)}, protocol {context['protocol']}, {epochs(context)}{start}"
+
+
+def decay(context: Mapping[str, object]) -> str:
+    """The base of an ill-conditioned start; empty where there was none."""
+    found = re.search(r"(?:^| )decay=([\d.e+-]+)", str(context["settings"]))
+    return f"{float(found[1]):g}" if found else ""
 
 
 def network(context: Mapping[str, object]) -> str:
     """`LeNet5 on MNIST`."""
-    names = {"lenet5": "LeNet5", "mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
-    names |= {"vgg16": "VGG16", "vgg19": "VGG19"}
-    model, dataset = (names.get(str(context[key]), context[key]) for key in ("model", "dataset"))
-    return f"{model} on {dataset}"
+    names = {"lenet5": "LeNet5", "vgg16": "VGG16", "vgg19": "VGG19"}
+    return f"{names.get(str(context['model']), context['model'])} on {dataset(context)}"
+
+
+def dataset(context: Mapping[str, object]) -> str:
+    """`CIFAR-10`."""
+    names = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+    return names.get(str(context["dataset"]), str(context["dataset"]))
 
 
 def epochs(context: Mapping[str, object]) -> str:
@@ -210,6 +235,19 @@ def epochs(context: Mapping[str, object]) -> str:
 def title(label: str, variant: str = "") -> str:
     """A row as tables and legends print it: `CondLR τ=0.1`, and its variant if there is one."""
     name, *options = label.split("-")
-    if name == "condlr":
+    if name == "condlr" and options:
         options[0] = "s=1" if options[0] == "unit" else options[0].replace("tau", "τ=")
     return " ".join([_TITLES.get(name, name), *options, variant]).rstrip()
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s`, `42 s`, `7 min 10 s`, `3 h 20 min`, `5 days 4 h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    days, hours = divmod(whole // 3600, 24)
+    return f"{days} {'day' if days == 1 else 'days'} {hours} h"

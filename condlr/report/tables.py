@@ -1,104 +1,166 @@
-"""Tables of accuracy under attack: for the terminal, Markdown, LaTeX and CSV."""
+"""Tables of accuracy under attack: what we measured, and beside it what was published."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
-from rich.table import Table as RichTable
 
 from condlr.report.audit import Marks
+from condlr.report.protocols import differences
+from condlr.report.published import NUMBERS, slips
 from condlr.report.results import (
     CONTEXT,
     ROW,
     attack_title,
     comparison,
+    dataset,
     epochs,
     network,
     norm_title,
     order,
-    pipe,
+    quoted,
     setting,
     summarize,
     title,
 )
+from condlr.report.sheet import Column, Row, Sheet, Value
 
 LEGEND = (
     "requested, measured, deployed: compression (%) asked for, of the weights trained, and of the exported "
     "network. cond: largest condition number of the factored layers (of all layers where none is); "
     "cond all: of all layers, the dense classifier among them. s: seconds of training. "
-    "Bold: best of the rows of its compression."
+    "±: sample standard deviation over seeds."
 )
-
-TRAINING_LEGEND = (
-    "loss: mean over the first epoch and over the last. cond: largest condition number at the end, as in the "
-    "table of accuracies. orthonormality error: max |U^T U - I| (of V, or of the weight itself, alike), "
-    "cond(S): both the largest of all layers and epochs, in float64; empty where a method promises neither."
+_PUBLISHED = "arXiv v1: as Tables 2 and 3 of arXiv 2306.01485v1 print, after 120 epochs."
+_QUOTED = "camera-ready: the NeurIPS 2023 version, as arXiv 2505.08022 quotes it."
+_DIFFERENCE = (
+    "difference: ours less arXiv v1 (less camera-ready where v1 has no value), in points. ‡: it exceeds two "
+    "sample standard deviations of ours, which at least two seeds have"
 )
-_AUDITS = ("audit_orthonormality_error", "audit_cond_S")
-_FORMS: tuple[Callable[[float], str], ...] = (lambda value: f"{value:.1e}", lambda value: f"{value:.6g}")
 
 # What a narrow terminal does without, first to last.
-_SPARE = ("cond all", "deployed", "s", "seeds", "measured", "requested")
+_SPARE = ("cond all", "deployed", "s", "seeds", "measured", "cond")
+# The paper attacked all test images of either dataset.
+_TEST_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
 class Cell:
-    """An accuracy: ours, its spread over seeds, and the published one."""
+    """Accuracies at one strength, as fractions: ours with its spread over seeds, and the published ones."""
 
-    accuracy: float
-    std: float
-    seeds: int
-    published: float | None
-    best: bool
+    accuracy: float | None = None
+    std: float = float("nan")
+    seeds: int = 0
+    published: float | None = None
+    camera_ready: float | None = None
+    group_best: bool = False
+    best: bool = False
 
     @property
     def ours(self) -> str:
-        """In percent, with +- where there are several seeds."""
+        """In percent, with ± where there are several seeds."""
         spread = "" if pd.isna(self.std) else f" ±{100 * self.std:.2f}"
-        return f"{100 * self.accuracy:.2f}{spread}"
+        return f"{_percent(self.accuracy)}{spread}"
 
     @property
-    def paper(self) -> str:
-        """The published value in percent, or nothing."""
-        return "" if self.published is None else f"{100 * self.published:.2f}"
+    def difference(self) -> float | None:
+        """Ours less the published one (arXiv v1 before camera-ready), a fraction."""
+        published = self.camera_ready if self.published is None else self.published
+        return None if self.accuracy is None or published is None else self.accuracy - published
+
+    @property
+    def beyond(self) -> bool:
+        """Whether the difference exceeds two standard deviations of ours, which at least two seeds have."""
+        known = self.difference is not None and self.seeds > 1
+        return known and abs(self.difference) - 2 * self.std > 1e-9  # equal but for rounding is not more
+
+    def value(self, kind: str) -> Value:
+        """What a row of a kind prints here, see `condlr.report.sheet.Row`."""
+        if kind == "ours":
+            return Value(self.ours, self.group_best, self.best)
+        if kind == "difference":
+            text = "" if self.difference is None else f"{round(100 * self.difference, 2) + 0.0:+.2f}"
+            return Value(text, beyond=self.beyond)
+        known = self.published if kind == "published" else self.camera_ready
+        return Value("" if known is None else _percent(known))
+
+
+# The rows that a line of a table is printed as, and what they are called.
+_KINDS = {
+    "ours": "", "published": "  arXiv v1", "camera-ready": "  camera-ready", "difference": "  difference"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table; not every row was attacked at every strength."""
+    """A row of a table; not every row was run, or attacked at every strength."""
 
     label: str
     compression: float
     facts: dict[str, str]
     cells: dict[float, Cell]
     warnings: list[str] | None = None
+    measured: float | None = None
 
     @property
     def name(self) -> str:
         """The label, marked if an audit warned."""
         return f"{self.label} †" if self.warnings else self.label
 
+    @property
+    def described(self) -> str:
+        """The label and the compression."""
+        return f"{self.label} {100 * self.compression:g} %" if self.compression else self.label
+
+    @property
+    def ran(self) -> bool:
+        """Whether any cell is ours."""
+        return any(cell.accuracy is not None for cell in self.cells.values())
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of rows that have something to say, first our own."""
+        cells = self.cells.values()
+        return [k for k in _KINDS if k == "ours" or any(cell.value(k).text for cell in cells)]
+
 
 @dataclass(frozen=True)
 class Table:
-    """What all formats show: rows in groups of one compression, the best of each group marked."""
+    """Rows in the order of the paper, in groups of one compression.
 
-    context: dict[str, object]
+    Attributes:
+        number: of the paper's table whose rows these are, if they are; then every row that it has is
+            here, run or not.
+        differences: how these runs differ from what the paper says, where it published anything.
+        slips: what Table 1 of the paper prints differently.
+    """
+
+    context: Mapping[str, object]
     lines: list[Line] = field(default_factory=list)
+    number: int | None = None
+    differences: Sequence[str] = ()
+    slips: Sequence[str] = ()
 
     @property
     def caption(self) -> str:
         """What the rows share."""
         attack = f"{attack_title(str(self.context['attack']))} ({norm_title(str(self.context['norm']))})"
         images = f"{self.context['n']:,} images"
-        return f"{setting(self.context)}: accuracy (%) under {attack}, {images}"
+        number = f"Table {self.number}. " if self.number else ""
+        return f"{number}{setting(self.context)}: accuracy (%) under {attack}, {images}"
 
     @property
     def audit_note(self) -> str:
         """What audits say of the rows."""
         return audit_note(self.lines)
+
+    @property
+    def missing(self) -> str:
+        """Which of the paper's rows were not run; empty if all were, or none is the paper's."""
+        absent = [line.described for line in self.lines if not line.ran]
+        return f"Not run yet, {len(absent)} of the paper's rows: {', '.join(absent)}." if absent else ""
 
     @property
     def strengths(self) -> list[float]:
@@ -108,26 +170,45 @@ class Table:
     @property
     def has_published(self) -> bool:
         """Whether any cell has a published value."""
-        return any(cell.published is not None for line in self.lines for cell in line.cells.values())
+        return any(len(line.kinds) > 1 for line in self.lines)
 
     @property
-    def groups(self) -> list[list[Line]]:
-        """The lines, split where the compression changes."""
-        groups: dict[float, list[Line]] = {}
-        for line in self.lines:
-            groups.setdefault(line.compression, []).append(line)
-        return list(groups.values())
+    def notes(self) -> list[str]:
+        """What a reader must know of the numbers."""
+        notes = [self.missing, self.audit_note, *_published_notes([self]), LEGEND]
+        return [note for note in notes if note]
+
+    @property
+    def sheet(self) -> Sheet:
+        """As a sheet: below a row of ours, rows of published values and of differences."""
+        facts = [name for name in self.lines[0].facts if name != "requested"]
+        settings = str(self.context["settings"])
+        return _sheet(self.caption, [_Part(self, "", facts, self.strengths)], self.notes, [settings])
+
+
+def _published_notes(made: Sequence[Table]) -> list[str]:
+    """What published values are, and how ours are made otherwise."""
+    kinds = {kind for table in made for line in table.lines for kind in line.kinds}
+    notes = []
+    if "published" in kinds:
+        notes.append(_PUBLISHED)
+    if "camera-ready" in kinds:
+        notes.append(_QUOTED)
+    if "difference" in kinds:
+        single = all(cell.seeds < 2 for t in made for line in t.lines for cell in line.cells.values())
+        notes.append(f"{_DIFFERENCE}{' (no row here has them)' if single else ''}.")
+    for table in made:
+        if table.differences:
+            of = f"{network(table.context)}, what differs" if len(made) > 1 else "What differs"
+            notes.append(f"{of} from the paper's text. {'. '.join(table.differences)}.")
+    return [*notes, *(slip for table in made for slip in table.slips)]
 
 
 def audit_note(lines: Iterable[Line]) -> str:
     """One sentence or two: which rows an audit warned of, and which were not audited."""
-    lines = list(lines)
-    texts = {}
-    for line in lines:
-        compression = f" {100 * line.compression:g} %" if line.compression else ""
-        texts[id(line)] = f"{line.label}{compression}"
-    warned = [f"{texts[id(line)]} ({', '.join(line.warnings)})" for line in lines if line.warnings]
-    missing = [texts[id(line)] for line in lines if line.warnings is None]
+    lines = [line for line in lines if line.ran]
+    warned = [f"{line.described} ({', '.join(line.warnings)})" for line in lines if line.warnings]
+    missing = [line.described for line in lines if line.warnings is None]
     if len(missing) == len(lines):
         return "No row was audited in this norm (audit=true): read these accuracies as upper bounds."
     note = (
@@ -148,336 +229,213 @@ def tables(cells: pd.DataFrame, paper: Path, marks: Marks | None = None) -> Iter
     """
     for context, frame in summarize(cells).groupby(CONTEXT, sort=False, dropna=False):
         known = dict(zip(CONTEXT, context, strict=True))
-        compare = comparison(known, cells, paper)
-        rivals = frame.groupby(["compression", "eps"])["accuracy"]
-        best = rivals.transform("max").eq(frame["accuracy"]) & rivals.transform("size").gt(1)
+        first, second = comparison(known, cells, paper), quoted(known, cells, paper)
+        printed: dict[tuple[str, float], dict[float, Cell]] = {}
+        for label, compression, eps in dict.fromkeys([*first, *second]):
+            key = label, compression, eps
+            cell = Cell(published=first.get(key), camera_ready=second.get(key))
+            printed.setdefault((label, compression), {})[eps] = cell
+        paper_table = NUMBERS.get((str(known["model"]), str(known["dataset"])))
+        number = paper_table if first and known["n"] == _TEST_IMAGES else None
         lines = []
-        for (label, compression, row_id, variant), row in frame.assign(best=best).groupby(ROW, sort=False):
-            row_cells = {
-                c.eps: Cell(c.accuracy, c.std, c.seeds, compare.get((label, compression, c.eps)), c.best)
-                for c in row.itertuples()
-            }
+        for (label, compression, row_id, variant), row in _with_best(frame).groupby(ROW, sort=False):
+            beside = printed.get((label, compression), {})
+            row_cells = dict(beside) if number else {}
+            row_cells |= {c.eps: _cell(c, beside.get(c.eps, Cell())) for c in row.itertuples()}
             warnings = marks.of(row_id, str(known["norm"]), str(known["attack"])) if marks else None
-            name = title(label, variant)
-            lines.append(Line(name, compression, _facts(row, compression), row_cells, warnings))
-        yield Table(known, lines)
+            name, measured = title(label, variant), row.iloc[0]["train_compression"]
+            lines.append((label, Line(name, compression, _facts(row), row_cells, warnings, measured)))
+        if number:
+            ran = {(label, line.compression) for label, line in lines}
+            lines += [(key[0], _not_run(*key, row)) for key, row in printed.items() if key not in ran]
+            lines = _in_order(lines)
+        told = differences(known, _of(known, cells)) if first or second else []
+        yield Table(known, [line for _, line in lines], number, told, _slips(known, paper) if number else ())
 
 
-def _facts(row: pd.DataFrame, compression: float) -> dict[str, str]:
+def _of(context: Mapping[str, object], cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells of one table."""
+    same = pd.Series(True, index=cells.index)
+    for name in CONTEXT:
+        same &= (
+            cells[name].fillna("").eq(context[name]) if name == "settings" else cells[name].eq(context[name])
+        )
+    return cells.loc[same]
+
+
+def _with_best(frame: pd.DataFrame) -> pd.DataFrame:
+    """The cells with `group_best` and `best`; what has no rival is the best of nothing."""
+    accuracy = frame["accuracy"].round(9)  # means over seeds tie but for rounding
+    marks = {}
+    for mark, keys in {"group_best": ["compression", "eps"], "best": ["eps"]}.items():
+        rivals = accuracy.groupby([frame[key] for key in keys])
+        marks[mark] = rivals.transform("max").eq(accuracy) & rivals.transform("size").gt(1)
+    return frame.assign(**marks)
+
+
+def _cell(row: object, beside: Cell) -> Cell:
+    ours = {name: getattr(row, name) for name in ("accuracy", "std", "seeds", "group_best", "best")}
+    return Cell(**ours, published=beside.published, camera_ready=beside.camera_ready)
+
+
+def _facts(row: pd.DataFrame) -> dict[str, str]:
     first, fewest, most = row.iloc[0], row["seeds"].min(), row["seeds"].max()
     return {
-        "requested": f"{100 * compression:g}",
-        "measured": _percent(first["train_compression"]),
-        "deployed": _percent(first["deploy_compression"]),
-        "cond": _number(first["cond"]),
-        "cond all": _number(first["cond_all"]),
+        "requested": f"{100 * first['compression']:g}",
+        "measured": f"{round(100 * first['train_compression'], 1) + 0.0:.1f}",  # + 0.0 makes -0.0 plain
+        "deployed": f"{round(100 * first['deploy_compression'], 1) + 0.0:.1f}",
+        "cond": short(first["cond"]),
+        "cond all": short(first["cond_all"]),
         "seeds": f"{most}" if fewest == most else f"{fewest}-{most}",
         "s": f"{first['seconds']:.0f}",
     }
 
 
-def _percent(fraction: float) -> str:
-    return f"{round(100 * fraction, 1) + 0.0:.1f}"  # + 0.0 makes -0.0 plain
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}" if value >= 10 else f"{value:.2f}"
-
-
-def print_table(table: Table, console: Console) -> None:
-    """To a terminal: the published value stands below ours.
-
-    No number is ever cut: a narrow terminal gets fewer columns, and is told so.
-    """
-    facts, strengths = list(table.lines[0].facts), table.strengths
-    for spare in _SPARE:
-        if _width(table, facts, strengths) > console.width:
-            facts.remove(spare)
-    while _width(table, facts, strengths) > console.width and len(strengths) > 2:
-        strengths = [*strengths[:-1:2], strengths[-1]]
-    view = RichTable(box=None, pad_edge=False, header_style="bold")
-    view.add_column("row", no_wrap=True)
-    for name in facts:
-        view.add_column(name, justify="right", no_wrap=True)
-    for eps in strengths:
-        view.add_column(_strength(eps), justify="right", no_wrap=True)
-    for group in table.groups:
-        for line in group:
-            ours = [_shown(line, eps, lambda cell: f"[bold]{cell.ours}[/]") for eps in strengths]
-            view.add_row(line.name, *(line.facts[name] for name in facts), *ours)
-            if any(cell.published is not None for cell in line.cells.values()):
-                paper = [f"[dim]{line.cells[eps].paper if eps in line.cells else ''}[/]" for eps in strengths]
-                view.add_row("[dim]  published[/]", *[""] * len(facts), *paper)
-        view.add_row()
-    console.print(f"[bold]{table.caption}[/]\n[dim]{table.context['settings']}[/]\n", highlight=False)
-    # Where even the narrowest table is too wide, lines run on rather than lose digits.
-    width, console.width = console.width, max(console.width, _width(table, facts, strengths))
-    console.print(view, highlight=False)
-    console.width = width
-    hidden = [
-        *(set(table.lines[0].facts) - {*facts}),
-        *(_strength(e) for e in table.strengths if e not in strengths),
-    ]
-    if hidden:
-        console.print(f"Not shown for want of width: {', '.join(hidden)}.", style="dim", highlight=False)
-    console.print(f"{table.audit_note}\n{LEGEND}\n", style="dim", highlight=False)
-
-
-def _width(table: Table, facts: list[str], strengths: list[float]) -> int:
-    """Characters that a terminal needs for these columns, two between each."""
-    columns = [[line.name for line in table.lines] + ["  published"]]
-    columns += [[name, *(line.facts[name] for line in table.lines)] for name in facts]
-    columns += [
-        [_strength(eps), *(_shown(line, eps, lambda cell: cell.ours) for line in table.lines)]
-        for eps in strengths
-    ]
-    return sum(max(map(len, column)) + 2 for column in columns)
-
-
-def _strength(eps: float) -> str:
-    return f"ε={eps:g}" if eps else "clean"
-
-
-def _shown(line: Line, eps: float, emphasise: Callable[[Cell], str]) -> str:
-    """A cell's text, emphasised if it is the best; a dash where the row was not attacked so."""
-    if eps not in line.cells:
-        return "–"
-    cell = line.cells[eps]
-    return emphasise(cell) if cell.best else cell.ours
-
-
-def markdown(table: Table) -> str:
-    """As Markdown: a column of published values beside ours."""
-    header, rows = _flat(table, lambda cell: f"**{cell.ours}**")
-    lines = [f"**{table.caption}**", "", f"`{table.context['settings']}`", ""]
-    lines += [pipe(header), pipe(["---", *["---:"] * (len(header) - 1)])]
-    return "\n".join([*lines, *map(pipe, rows), "", table.audit_note, "", LEGEND]) + "\n"
-
-
-def by_attack(made: list[Table]) -> Iterator["Comparison"]:
-    """Attacks of one strength side by side, for each strength at which there are several.
-
-    Args:
-        made: see `tables`.
-    """
-    alike: dict[tuple[object, ...], list[Table]] = {}
-    for table in made:
-        shared = [name for name in CONTEXT if name not in ("attack", "n")]
-        alike.setdefault(tuple(table.context[name] for name in shared), []).append(table)
-    for group in alike.values():
-        for eps in sorted({eps for table in group for eps in table.strengths} - {0.0}):
-            among = [table for table in group if eps in table.strengths]
-            if len({str(table.context["attack"]) for table in among}) > 1:
-                yield Comparison(eps, sorted(among, key=lambda table: _mean(table, eps), reverse=True))
-
-
-def _mean(table: Table, eps: float) -> tuple[int, float]:
-    """For an order from many images to few, and from weak attacks to strong ones."""
-    values = [line.cells[eps].accuracy for line in table.lines if eps in line.cells]
-    return int(str(table.context["n"])), sum(values) / len(values)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What several attacks of one strength leave of each row."""
-
-    eps: float
-    tables: list[Table]
-
-    @property
-    def caption(self) -> str:
-        """What the columns share."""
-        context = self.tables[0].context
-        norm = norm_title(str(context["norm"]))
-        return f"{setting(context)}: accuracy (%) at ε={self.eps:g} ({norm}), by attack"
-
-    @property
-    def columns(self) -> list[str]:
-        """The attacks, with the number of images."""
-        return [f"{attack_title(str(t.context['attack']))} (n={t.context['n']})" for t in self.tables]
-
-    @property
-    def lines(self) -> list[tuple[Line, list[Line | None]]]:
-        """Each row: itself, and what it is in each table, if it was attacked so."""
-        known = [
-            {(line.label, line.compression): line for line in table.lines if self.eps in line.cells}
-            for table in self.tables
-        ]
-        first = {key: line for lines in reversed(known) for key, line in lines.items()}
-        longest = max(known, key=len)
-        keys = [*longest, *(key for key in first if key not in longest)]
-        return [(first[key], [lines.get(key) for lines in known]) for key in keys]
-
-    @property
-    def audit_note(self) -> str:
-        """What audits say of any of the attacks."""
-        notes = {audit_note(table.lines): None for table in self.tables}
-        return " ".join(notes)
-
-    def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of text; an accuracy that an audit warns of is marked."""
-        rows = [
-            [line.label, f"{100 * line.compression:g}", *(self._shown(own) for own in under)]
-            for line, under in self.lines
-        ]
-        return ["row", "requested", *self.columns], rows
-
-    def _shown(self, line: Line | None) -> str:
-        if line is None:
-            return "–"
-        return f"{line.cells[self.eps].ours}{' †' if line.warnings else ''}"
-
-
-def markdown_by_attack(comparison: Comparison) -> str:
-    """As Markdown."""
-    header, rows = comparison.rows()
-    lines = [f"**{comparison.caption}**", "", pipe(header), pipe(["---", *["---:"] * (len(header) - 1)])]
-    return "\n".join([*lines, *map(pipe, rows), "", comparison.audit_note]) + "\n"
-
-
-def print_by_attack(comparison: Comparison, console: Console) -> None:
-    """To a terminal."""
-    header, rows = comparison.rows()
-    view = RichTable(box=None, pad_edge=False, header_style="bold")
-    for name in header:
-        view.add_column(name, justify="left" if name == "row" else "right", no_wrap=name == "row")
-    for row in rows:
-        view.add_row(*row)
-    console.print(f"[bold]{comparison.caption}[/]\n", highlight=False)
-    console.print(view, highlight=False)
-    console.print(f"\n{comparison.audit_note}\n", style="dim", highlight=False)
-
-
-def by_protocol(made: list[Table]) -> str:
-    """As Markdown: what each protocol gives for a row, and the published value, side by side.
-
-    For tables of one network, dataset and number of epochs under FGSM; a part for each of these that
-    has several protocols, at four strengths at most. Empty where none has.
-    """
-    alike: dict[tuple[object, ...], list[Table]] = {}
-    for table in made:
-        if str(table.context["attack"]).startswith("fgsm"):
-            key = tuple(table.context[name] for name in ("dataset", "model", "epochs", "norm", "n"))
-            alike.setdefault(key, []).append(table)
-    # Two tables of one protocol, which differ in a setting, would be columns of one name.
-    comparable = [
-        group
-        for group in alike.values()
-        if len({table.context["protocol"] for table in group}) == len(group) > 1
-    ]
-    return "\n".join(map(_side_by_side, comparable))
-
-
-def _side_by_side(group: list[Table]) -> str:
-    protocols = [str(table.context["protocol"]) for table in group]
-    known = [{(line.label, line.compression): line for line in table.lines} for table in group]
-    # The rows of the longest table, in its order, then what only others have.
-    keys = list(dict.fromkeys(key for lines in sorted(known, key=len, reverse=True) for key in lines))
-    strengths = _four(sorted({eps for table in group for eps in table.strengths}))
-    header = ["row", "requested"]
-    for eps in strengths:
-        header += [f"{_strength(eps)} {protocols[0]}", *protocols[1:], "published"]
-    rows = []
-    for key in keys:
-        row = [key[0], f"{100 * key[1]:g}"]
-        for eps in strengths:
-            cells = [lines[key].cells.get(eps) if key in lines else None for lines in known]
-            published = next((cell.paper for cell in cells if cell is not None and cell.paper), "")
-            row += [*("–" if cell is None else cell.ours for cell in cells), published]
-        rows.append(row)
-    context = group[0].context
-    lines = [f"**{network(context)}, {epochs(context)}: accuracy (%) under FGSM, by protocol**", ""]
-    lines += [pipe(header), pipe(["---", *["---:"] * (len(header) - 1)]), *map(pipe, rows)]
-    return "\n".join(lines) + "\n"
-
-
-def _four(strengths: list[float]) -> list[float]:
-    """The first, the last, and two between."""
-    last = len(strengths) - 1
-    return [strengths[i] for i in sorted({0, round(last / 3), round(2 * last / 3), last})]
-
-
-def training(history: pd.DataFrame) -> str:
-    """As Markdown: how each run went, its loss from the first epoch to the last, and its constraints.
-
-    Args:
-        history: see `condlr.report.results.read`.
-    """
-    names = ("orthonormality error", "cond(S)")
-    header = ["row", "requested", "protocol", "seed", "epochs", "steps", "loss", "cond", *names]
-    lines = [pipe(header), pipe(["---", *["---:"] * (len(header) - 1)])]
-    trained = history[history["epoch"] > 0]
-    trained = trained.assign(_place=order(trained["label"]))
-    keys = ["protocol", "compression", "_place", "label", "run_id"]
-    ordered = trained.sort_values([*keys, "epoch"])
-    for (protocol, compression, _, label, _), run in ordered.groupby(keys, sort=False):
-        first, last = run.iloc[0], run.iloc[-1]
-        audits = [run[column].max() if column in run else float("nan") for column in _AUDITS]
-        cells = [
-            title(str(label)), f"{100 * float(compression):g}", str(protocol), str(last["seed"]),
-            str(last["epoch"]), str(last["step"]),
-            f"{first['train_loss']:.3f} → {last['train_loss']:.3f}", _number(last["cond"]),
-            *("" if pd.isna(audit) else form(audit) for audit, form in zip(audits, _FORMS, strict=True)),
-        ]  # fmt: skip
-        lines.append(pipe(cells))
-    return "\n".join([*lines, "", TRAINING_LEGEND]) + "\n"
-
-
-def latex(table: Table) -> str:
-    """As LaTeX: a `tabular` in a `table`, for the packages booktabs and graphicx."""
-    header, rows = _flat(table, lambda cell: rf"\textbf{{{cell.ours}}}")
-    lines = [
-        r"\begin{table}", r"\centering\small", rf"\caption{{{_tex(table.caption)}.}}",
-        r"\resizebox{\textwidth}{!}{%",
-        rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule",
-        " & ".join(map(_tex, header)) + r" \\",
-    ]  # fmt: skip
-    remaining = iter(rows)
-    for group in table.groups:
-        lines.append(r"\midrule")
-        lines += [" & ".join(map(_tex, next(remaining))) + r" \\" for _ in group]
-    lines += [
-        r"\bottomrule",
-        r"\end{tabular}}",
-        rf"\par\footnotesize {_tex(table.audit_note)}",
-        r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def frame(table: Table) -> pd.DataFrame:
-    """As data: a line for each cell, fractions and not percent."""
-    return pd.DataFrame(
-        table.context
-        | {"row": line.label, "compression": line.compression, "eps": eps, "accuracy": cell.accuracy}
-        | {"std": cell.std, "seeds": cell.seeds, "published": cell.published, "best": cell.best}
-        for line in table.lines
-        for eps, cell in line.cells.items()
+def _not_run(label: str, compression: float, cells: dict[float, Cell]) -> Line:
+    names = ("measured", "deployed", "cond", "cond all", "seeds", "s")
+    return Line(
+        title(label), compression, {"requested": f"{100 * compression:g}"} | dict.fromkeys(names, "–"), cells
     )
 
 
-def _flat(table: Table, emphasise: Callable[[Cell], str]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of text, with a `published` column beside each eps where anything was published."""
-    header = ["row", *table.lines[0].facts]
-    for eps in table.strengths:
-        header += [_strength(eps), *(["published"] if table.has_published else [])]
-    rows = []
-    for line in table.lines:
-        row = [line.name, *line.facts.values()]
-        for eps in table.strengths:
-            paper = line.cells[eps].paper if eps in line.cells else ""
-            row += [_shown(line, eps, emphasise), *([paper] if table.has_published else [])]
-        rows.append(row)
-    return header, rows
+def _in_order(lines: list[tuple[str, Line]]) -> list[tuple[str, Line]]:
+    """By compression, then as in the paper; variants of a row as they were."""
+    places = order(pd.Series([label for label, _ in lines], dtype=str))
+    keys = [(line.compression, place, label) for (label, line), place in zip(lines, places, strict=True)]
+    return [lines[i] for i in sorted(range(len(lines)), key=keys.__getitem__)]
 
 
-_TEX = {
-    "%": r"\%", "_": r"\_", "ε": r"$\varepsilon$", "τ": r"$\tau$", "ℓ∞": r"$\ell_\infty$", "±": r"$\pm$",
-    "–": "--", "†": r"$^\dagger$", "ℓ2": r"$\ell_2$", "‖x‖2": r"$\|x\|_2$", "×": r"$\times$",
-}  # fmt: skip
+def _slips(context: Mapping[str, object], paper: Path) -> list[str]:
+    """What Table 1 prints for cells of another table, a sentence a row."""
+    number = NUMBERS[str(context["model"]), str(context["dataset"])]
+    found: dict[tuple[str, float], list] = {}
+    for slip in slips(paper, str(context["dataset"]), str(context["model"])):
+        found.setdefault((slip.label, slip.compression), []).append(slip)
+    return [
+        f"{network(context)}, {title(label)} at {100 * compression:g} %, ε={_listed(s.eps for s in row)}: "
+        f"Table 1 prints {_listed(100 * s.first for s in row)}, "
+        f"Table {number} prints {_listed(100 * s.other for s in row)}."
+        for (label, compression), row in found.items()
+    ]
 
 
-def _tex(text: str) -> str:
-    for plain, escaped in _TEX.items():
-        text = text.replace(plain, escaped)
-    return text
+def _listed(numbers: Iterable[float]) -> str:
+    return ", ".join(f"{number:.4g}" for number in numbers)
+
+
+def _percent(fraction: float | None) -> str:
+    return "–" if fraction is None else f"{100 * fraction:.2f}"
+
+
+def short(value: float) -> str:
+    """A condition number: three digits."""
+    return f"{value:.3g}" if value >= 10 else f"{value:.2f}"
+
+
+def strength(eps: float) -> str:
+    """As columns are headed."""
+    return f"ε={eps:g}" if eps else "clean"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The columns of one table in a sheet."""
+
+    table: Table
+    block: str
+    facts: Sequence[str]
+    strengths: Sequence[float]
+
+    @property
+    def columns(self) -> list[Column]:
+        facts = [Column(n, self.block, spare=_SPARE.index(n) if n in _SPARE else None) for n in self.facts]
+        return facts + [Column(strength(eps), self.block, strength=True) for eps in self.strengths]
+
+    def lines(self) -> dict[tuple[float, str], Line]:
+        return {(line.compression, line.label): line for line in self.table.lines}
+
+    def values(self, line: Line | None, kind: str) -> list[Value]:
+        none = Value("–" if kind == "ours" else "")
+        if line is None:
+            return [none] * (len(self.facts) + len(self.strengths))
+        facts = [Value(line.facts[name] if kind == "ours" else "") for name in self.facts]
+        return facts + [line.cells[e].value(kind) if e in line.cells else none for e in self.strengths]
+
+
+def _sheet(caption: str, parts: Sequence[_Part], notes: Sequence[str], settings: Sequence[str]) -> Sheet:
+    """Tables side by side: their rows of one name and compression are one."""
+    known = [part.lines() for part in parts]
+    groups: dict[float, list[Row]] = {}
+    for key in dict.fromkeys(key for lines in known for key in lines):
+        own = [lines.get(key) for lines in known]
+        some = [line for line in own if line is not None]
+        for kind, name in _KINDS.items():
+            if any(kind in line.kinds for line in some):
+                named = name or max((line.name for line in some), key=len)  # one that is marked is longer
+                requested = Value(some[0].facts["requested"] if kind == "ours" else "")
+                values = [v for part, line in zip(parts, own, strict=True) for v in part.values(line, kind)]
+                groups.setdefault(key[0], []).append(Row(named, [requested, *values], kind))
+    columns = [Column("requested")]
+    columns += [column for part in parts for column in part.columns]
+    return Sheet(caption, columns, [groups[compression] for compression in sorted(groups)], notes, settings)
+
+
+def table1(made: Sequence[Table], paper: Path) -> Iterator[Sheet]:
+    """Table 1 of the paper, for each protocol: Table 2 and Table 3 at four strengths, side by side.
+
+    Args:
+        made: see `tables`; of one study or of several. Where one of the two networks was not trained,
+            its columns hold what was published.
+        paper: the directory of published numbers.
+    """
+    ours = {n: [table for table in made if table.number == n] for n in NUMBERS.values()}
+    for protocol in dict.fromkeys(
+        str(table.context["protocol"]) for tables in ours.values() for table in tables
+    ):
+        alike = [[t for t in tables if t.context["protocol"] == protocol] for tables in ours.values()]
+        for pair in zip_longest(*alike):
+            parts, which = [], []
+            for table, (model, name) in zip(pair, NUMBERS, strict=True):
+                table = table or _only_published(model, name, paper)
+                strengths = table.strengths if not table.number else _published_strengths(table)
+                parts.append(_Part(table, dataset(table.context), ["measured", "seeds"], strengths[::2]))
+                trained = epochs(table.context) if table.number else "not run"
+                which.append(f"{network(table.context)} ({trained})")
+            shown = [part.table for part in parts]
+            notes = [f"{network(t.context)}: {t.missing}" for t in shown if t.number and t.missing]
+            notes += [f"{network(t.context)}: {t.audit_note}" for t in shown if t.number]
+            settings = [f"{t.context['dataset']}: {t.context['settings']}" for t in shown if t.number]
+            caption = f"Table 1. {' and '.join(which)}, protocol {protocol}: accuracy (%) under FGSM (ℓ∞)"
+            yield _sheet(caption, parts, [*notes, *_published_notes(shown), LEGEND], settings)
+
+
+def _only_published(model: str, name: str, paper: Path) -> Table:
+    """A table of which nothing was run."""
+    context = {"model": model, "dataset": name, "attack": "fgsm", "norm": "linf", "settings": ""}
+    nothing = pd.DataFrame({"official_data": []})
+    first, second = comparison(context, nothing, paper), quoted(context, nothing, paper)
+    rows: dict[tuple[str, float], dict[float, Cell]] = {}
+    for (label, compression, eps), value in first.items():
+        cell = Cell(published=value, camera_ready=second.get((label, compression, eps)))
+        rows.setdefault((label, compression), {})[eps] = cell
+    return Table(
+        context, [_not_run(*key, cells) for key, cells in rows.items()], slips=_slips(context, paper)
+    )
+
+
+def _published_strengths(table: Table) -> list[float]:
+    return sorted({e for line in table.lines for e, c in line.cells.items() if c.published is not None})
+
+
+def frame(table: Table) -> pd.DataFrame:
+    """As data: a line for each cell; fractions, but for the requested percentage."""
+    return pd.DataFrame(
+        {
+            **table.context, "table": table.number, "row": line.label, "requested": line.compression,
+            "measured": line.measured, "eps": eps, "v1": cell.published, "camera_ready": cell.camera_ready,
+            "accuracy": cell.accuracy, "std": cell.std, "seeds": cell.seeds, "difference": cell.difference,
+            "beyond": cell.beyond, "group_best": cell.group_best, "best": cell.best,
+        }
+        for line in table.lines
+        for eps, cell in line.cells.items()
+    )  # fmt: skip

@@ -1,0 +1,120 @@
+"""Tables of a study side by side: attacks of one strength, and protocols."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from condlr.report.results import CONTEXT, attack_title, epochs, network, norm_title, setting
+from condlr.report.sheet import Column, Row, Sheet, Value
+from condlr.report.tables import Line, Table, audit_note, strength
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What several attacks of one strength leave of each row."""
+
+    eps: float
+    tables: Sequence[Table]
+
+    @property
+    def sheet(self) -> Sheet:
+        """A column for each attack; an accuracy that an audit warns of is marked."""
+        context = self.tables[0].context
+        norm = norm_title(str(context["norm"]))
+        caption = f"{setting(context)}: accuracy (%) at ε={self.eps:g} ({norm}), by attack"
+        attacks = [f"{attack_title(str(t.context['attack']))} (n={t.context['n']})" for t in self.tables]
+        columns = [Column("requested"), *map(Column, attacks)]
+        known = [_by_row(table, self.eps) for table in self.tables]
+        groups: dict[float, list[Row]] = {}
+        for label, compression in _rows(known):
+            values = [self._value(lines.get((label, compression))) for lines in known]
+            row = Row(label, [Value(f"{100 * compression:g}"), *values])
+            groups.setdefault(compression, []).append(row)
+        notes = {audit_note(table.lines): None for table in self.tables}
+        return Sheet(caption, columns, [*groups.values()], [" ".join(notes)])
+
+    def _value(self, line: Line | None) -> Value:
+        return Value("–" if line is None else f"{line.cells[self.eps].ours}{' †' if line.warnings else ''}")
+
+
+def by_attack(made: Sequence[Table]) -> Iterator[Comparison]:
+    """Attacks of one strength side by side, for each strength at which there are several.
+
+    Args:
+        made: see `condlr.report.tables.tables`.
+    """
+    alike: dict[tuple[object, ...], list[Table]] = {}
+    for table in made:
+        shared = [name for name in CONTEXT if name not in ("attack", "n")]
+        alike.setdefault(tuple(table.context[name] for name in shared), []).append(table)
+    for group in alike.values():
+        for eps in sorted({eps for table in group for eps in table.strengths} - {0.0}):
+            among = [table for table in group if _by_row(table, eps)]
+            if len({str(table.context["attack"]) for table in among}) > 1:
+                yield Comparison(eps, sorted(among, key=lambda table: _mean(table, eps), reverse=True))
+
+
+def _mean(table: Table, eps: float) -> tuple[int, float]:
+    """For an order from many images to few, and from weak attacks to strong ones."""
+    values = [line.cells[eps].accuracy or 0.0 for line in _by_row(table, eps).values()]
+    return int(str(table.context["n"])), sum(values) / len(values)
+
+
+def by_protocol(made: Sequence[Table]) -> Iterator[Sheet]:
+    """What each protocol gives for a row, and the published value, side by side.
+
+    For tables of one network, dataset and number of epochs under FGSM; a sheet for each of these that
+    has several protocols, at four strengths at most.
+    """
+    alike: dict[tuple[object, ...], list[Table]] = {}
+    for table in made:
+        if str(table.context["attack"]).startswith("fgsm"):
+            key = tuple(table.context[name] for name in ("dataset", "model", "epochs", "norm", "n"))
+            alike.setdefault(key, []).append(table)
+    for group in alike.values():
+        # Two tables of one protocol, which differ in a setting, would be columns of one name.
+        if len({table.context["protocol"] for table in group}) == len(group) > 1:
+            yield _side_by_side(group)
+
+
+def _side_by_side(group: Sequence[Table]) -> Sheet:
+    known = [_by_row(table) for table in group]
+    strengths = _four(sorted({eps for table in group for eps in table.strengths}))
+    columns = [Column("requested")]
+    for eps in strengths:
+        names = [*(str(table.context["protocol"]) for table in group), "arXiv v1"]
+        columns += [Column(name, strength(eps)) for name in names]
+    groups: dict[float, list[Row]] = {}
+    for key in _rows(known):
+        values = [Value(f"{100 * key[1]:g}")]
+        for eps in strengths:
+            cells = [lines[key].cells.get(eps) if key in lines else None for lines in known]
+            published = next(
+                (c.value("published") for c in cells if c and c.published is not None), Value("")
+            )
+            values += [*(cell.value("ours") if cell else Value("–") for cell in cells), published]
+        # The best of a protocol's rows, not of a row's protocols, is marked in the protocol's own table.
+        groups.setdefault(key[1], []).append(Row(key[0], [Value(value.text) for value in values]))
+    context = group[0].context
+    caption = f"{network(context)}, {epochs(context)}: accuracy (%) under FGSM, by protocol"
+    return Sheet(caption, columns, [*groups.values()])
+
+
+def _by_row(table: Table, eps: float | None = None) -> dict[tuple[str, float], Line]:
+    """The rows that were run, or that were attacked at a strength."""
+    return {
+        (line.label, line.compression): line
+        for line in table.lines
+        if (line.ran if eps is None else eps in line.cells and line.cells[eps].accuracy is not None)
+    }
+
+
+def _rows(known: Sequence[dict[tuple[str, float], Line]]) -> list[tuple[str, float]]:
+    """The rows of the longest table, in its order, then what only others have; by compression."""
+    keys = dict.fromkeys(key for lines in sorted(known, key=len, reverse=True) for key in lines)
+    return sorted(keys, key=lambda key: key[1])
+
+
+def _four(strengths: list[float]) -> list[float]:
+    """The first, the last, and two between."""
+    last = len(strengths) - 1
+    return [strengths[i] for i in sorted({0, round(last / 3), round(2 * last / 3), last})]

@@ -1,0 +1,23 @@
+"""Sheets as Markdown, for GitHub."""
+
+from condlr.report.results import pipe
+from condlr.report.sheet import Sheet, Value
+
+
+def markdown(sheet: Sheet) -> str:
+    """Caption, table and notes. GitHub shades no cell: the best of a group is underlined."""
+    head = [f"**{sheet.caption}**", "", *(f"`{line}`" for line in sheet.settings)]
+    lines = [*head, ""] if sheet.settings else head
+    lines += [pipe(["row", *(column.heading for column in sheet.columns)])]
+    lines += [pipe(["---", *["---:"] * len(sheet.columns)])]
+    for group in sheet.groups:
+        for row in group:
+            name = row.name if row.kind == "ours" else f"*{row.name.strip()}*"
+            lines.append(pipe([name, *map(_marked, row.values)]))
+    notes = [f"- {note}" for note in sheet.legend("<ins>Underlined</ins>", "**Bold**")]
+    return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n"
+
+
+def _marked(value: Value) -> str:
+    text = f"<ins>{value.text}</ins>" if value.group_best else value.text
+    return f"**{text}**" if value.best else text + "‡" * value.beyond

@@ -1,0 +1,91 @@
+"""How the settings of runs differ from what the paper's text says, in words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from omegaconf import OmegaConf
+
+from condlr.config import CONF
+from condlr.report.results import title
+
+_MEANINGS = {
+    "lr_milestones": "the epochs at which the learning rate is lowered",
+    "lr_factor": "what the learning rate is multiplied by there",
+    "held_out": "the part of the training images that is kept back for validation",
+    "augmentation": "of training images",
+    "rank_rule": "params solves r(n+m+r) = (1-compression)nm, released code takes "
+    "ceil((1-compression) min(n,m)), which removes fewer weights",
+    "classifier": "the last linear layer of low-rank networks",
+    "init": "how low-rank layers start",
+    "batch_norm_momentum": "the weight of the new batch in running statistics",
+    "centre": "of the band of singular values",
+    "preconditioner": "of the steps of U and V",
+    "momentum": "where or whether momentum acts on constrained factors",
+    "projection": "of S for τ=0",
+    "inner_iterations": "of the Cayley transform",
+    "first": "where the Cayley iteration starts",
+    "cap": "of the step",
+    "tall": "matrices with more outputs than inputs",
+    "start": "of the weights",
+    "unit_rows": "rows are normalised before each step",
+    "qr_period": "steps between orthonormalisations by QR",
+}  # fmt: skip
+
+
+def differences(context: Mapping[str, object], cells: pd.DataFrame) -> list[str]:
+    """What differs from the paper's text: a phrase for the settings and one for each kind of row; maybe none.
+
+    Args:
+        context: what the rows share, see `condlr.report.results.CONTEXT`.
+        cells: the cells of those rows.
+    """
+    paper = _paper(str(context["model"]), str(context["dataset"]))
+    settings = {"epochs": context["epochs"], **_keys(context["settings"])}
+    known = {"settings": _differing(settings, paper)}
+    if "unclamped" in str(context["attack"]):
+        known["settings"].append("adversarial images are not clamped to [0, 1] (paper: they are)")
+    for label, options in cells.drop_duplicates(["label", "options"])[["label", "options"]].itertuples(
+        index=False
+    ):
+        name = str(label).partition("-")[0]
+        own, stated = _keys(options), paper["methods"].get(name, {})
+        if label == "condlr-unit":
+            own.pop("centre", None)  # what makes the row, under any protocol
+        known["settings"] += _differing({key: v for key, v in own.items() if key not in stated}, paper)
+        known.setdefault(title(name), []).extend(_differing(own, stated))
+    return [f"{name}: {'; '.join(dict.fromkeys(found))}" for name, found in known.items() if found]
+
+
+def _differing(keys: Mapping[str, Any], paper: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} {_text(value)} (paper: {_text(paper[key])}{_meaning(key)})"
+        for key, value in keys.items()
+        if key in paper and value != paper[key]
+    ]
+
+
+def _meaning(key: str) -> str:
+    return f"; {_MEANINGS[key]}" if key in _MEANINGS else ""
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value).replace("_", " ")
+
+
+def _keys(text: object) -> dict[str, Any]:
+    """`lr=0.1 lr_milestones=[70,100]` as a mapping."""
+    parts = str(text).split() if isinstance(text, str) else []
+    return OmegaConf.to_container(OmegaConf.from_dotlist(parts))  # type: ignore[return-value]
+
+
+def _paper(model: str, dataset: str) -> dict[str, Any]:
+    """The protocol `paper` for a network and a dataset."""
+    protocol = CONF / "protocol"
+    parts = [
+        protocol / "paper.yaml",
+        protocol / "model" / f"paper_{model}.yaml",
+        protocol / "dataset" / f"paper_{dataset}.yaml",
+    ]
+    merged = OmegaConf.merge(*(OmegaConf.load(path) for path in parts if path.exists()))
+    return OmegaConf.to_container(merged)  # type: ignore[return-value]

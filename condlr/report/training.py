@@ -1,0 +1,44 @@
+"""How each run of a study went."""
+
+from collections.abc import Callable
+
+import pandas as pd
+
+from condlr.report.results import order, title
+from condlr.report.sheet import Column, Row, Sheet, Value
+from condlr.report.tables import short
+
+LEGEND = (
+    "loss: mean over the first epoch and over the last. cond: largest condition number at the end, as in the "
+    "table of accuracies. orthonormality error: max |U^T U - I| (of V, or of the weight itself, alike), "
+    "cond(S): both the largest of all layers and epochs, in float64; empty where a method promises neither."
+)
+_AUDITS = ("audit_orthonormality_error", "audit_cond_S")
+_FORMS: tuple[Callable[[float], str], ...] = (lambda value: f"{value:.1e}", lambda value: f"{value:.6g}")
+
+
+def training(history: pd.DataFrame) -> Sheet:
+    """A row for each run: its loss from the first epoch to the last, and its constraints.
+
+    Args:
+        history: see `condlr.report.results.read`.
+    """
+    names = ("requested", "protocol", "seed", "epochs", "steps", "loss", "cond")
+    names += ("orthonormality error", "cond(S)")
+    trained = history[history["epoch"] > 0]
+    trained = trained.assign(_place=order(trained["label"]))
+    keys = ["protocol", "compression", "_place", "label", "run_id"]
+    ordered = trained.sort_values([*keys, "epoch"])
+    groups: dict[tuple[str, float], list[Row]] = {}
+    for (protocol, compression, _, label, _), run in ordered.groupby(keys, sort=False):
+        first, last = run.iloc[0], run.iloc[-1]
+        audits = [run[column].max() if column in run else float("nan") for column in _AUDITS]
+        texts = [
+            f"{100 * float(compression):g}", str(protocol), str(last["seed"]),
+            str(last["epoch"]), str(last["step"]),
+            f"{first['train_loss']:.3f} → {last['train_loss']:.3f}", short(last["cond"]),
+            *("" if pd.isna(audit) else form(audit) for audit, form in zip(audits, _FORMS, strict=True)),
+        ]  # fmt: skip
+        row = Row(title(str(label)), [*map(Value, texts)])
+        groups.setdefault((str(protocol), float(compression)), []).append(row)
+    return Sheet("How each run went", [*map(Column, names)], [*groups.values()], [LEGEND])
