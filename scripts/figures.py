@@ -7,19 +7,21 @@ from omegaconf import DictConfig
 
 from condlr.cli import command
 from condlr.config import Report, typed
+from condlr.errors import UserError
 
 
 @command("figures")
 def main(config: DictConfig) -> None:
-    """Read <results_dir>/<study>/*.csv, write robustness and attacks, .png and .pdf, beside them."""
-    from condlr.report import figures, results
+    """Read <results_dir>/<study>/*.csv, draw what they allow, .png and .pdf, beside them."""
+    from condlr.report.figures import drawings
 
     asked = typed(Report, config)
-    cells, history = results.read(asked.directory), results.read(asked.directory, "history")
-    for path in figures.robustness(cells, history, Path(asked.paper), asked.directory):
-        print(path)
-    for path in figures.attacks(cells, asked.directory):
-        print(path)
+    made = 0
+    for drawing in drawings(asked.directory, Path(asked.paper), asked.directory):
+        print(drawing.png, drawing.pdf, sep="\n")
+        made += 1
+    if not made:
+        raise UserError(f"nothing to draw in {asked.directory}: no attack of several strengths or rows")
 
 
 if __name__ == "__main__":

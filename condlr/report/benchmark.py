@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
+from condlr.report._style import saved, style
 from condlr.report.results import pipe
 
 FORMS = {"dense": "dense", "unconstrained": "U S Vᵀ, free", "condlr": "CondLR", "naive": "CondLR, naive"}
@@ -81,7 +81,7 @@ def figure(rows: pd.DataFrame, facts: dict[str, Any], out: Path) -> Iterator[Pat
     """A bar for each form, a panel for each network: `<device>.png` and `.pdf` in `out`."""
     parts = _by_part(rows)
     networks = list(dict.fromkeys(parts["network"]))
-    with mpl.style.context(Path(__file__).parent / "condlr.mplstyle"):
+    with style():
         tallest = max((parts["network"] == network).sum() for network in networks)
         size = (7.0, 1.1 + 0.19 * tallest)
         panels, axes = plt.subplots(1, len(networks), figsize=size, layout="constrained", squeeze=False)
@@ -95,11 +95,7 @@ def figure(rows: pd.DataFrame, facts: dict[str, Any], out: Path) -> Iterator[Pat
         handles.append(Patch(facecolor="white", edgecolor="0.3", hatch="////", label="of which constraint"))
         panels.legend(handles=handles, loc="outside lower center", ncols=len(handles))
         panels.suptitle(f"{facts['device']}, batch {facts['batch_size']}, {facts['precision']}")
-        for kind in ("png", "pdf"):
-            path = out / f"{facts['device']}.{kind}"
-            panels.savefig(path, metadata={"CreationDate": None} if kind == "pdf" else None)
-            yield path
-        plt.close(panels)
+        yield from saved(panels, out, facts["device"])
 
 
 def _bars(axes: Axes, parts: pd.DataFrame) -> None:

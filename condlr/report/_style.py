@@ -1,0 +1,169 @@
+"""What all figures share: one style, a colour for each method, a dash and a mark for each compression."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import count, cycle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatterSciNotation, MaxNLocator, NullLocator
+
+from condlr.report.results import CONTEXT, ROW, title
+
+# Okabe and Ito's palette and, for more, Tol's: colour-blind readers can tell them apart.
+COLOURS = {
+    "baseline": "#000000",
+    "cayley_sgd": "#E69F00",
+    "projected_sgd": "#882255",
+    "condlr-tau0": "#56B4E9",
+    "condlr-tau0.1": "#0072B2",
+    "condlr-tau0.5": "#009E73",
+    "condlr-unit": "#CC79A7",
+    "dlrt": "#999933",
+    "vanilla": "#D55E00",
+    "svd_prune": "#661100",
+}
+# The columns that the runs of one figure share, whatever they were attacked with.
+TRAINING = [name for name in CONTEXT if name not in ("attack", "norm", "n")]
+WIDTH = 7.0  # inches: a page's text
+_SPARE_COLOURS = ("#6699CC", "#888888", "#44AA99", "#AA4499", "#332288")
+_DASHES = {0.0: "-", 0.5: "-", 0.8: (0, (4, 1.5))}
+_MARKS = ("D", "o", "s", "^", "v", "P")
+
+Styles = dict[str, dict[str, Any]]
+
+
+class Drawing(NamedTuple):
+    """A figure in both its files, and what it shows."""
+
+    png: Path
+    pdf: Path
+    caption: str
+
+
+def style() -> AbstractContextManager[None]:
+    """The one style file, for a while."""
+    return mpl.style.context(Path(__file__).parent / "condlr.mplstyle")
+
+
+def saved(figure: Figure, out: Path, name: str, number: int = 1) -> Iterator[Path]:
+    """Write a figure in both formats, a number following the name of all but the first, and close it."""
+    suffix = "" if number == 1 else f"-{number}"
+    for kind in ("png", "pdf"):
+        path = out / f"{name}{suffix}.{kind}"
+        figure.savefig(path, metadata={"CreationDate": None} if kind == "pdf" else None)
+        yield path
+    plt.close(figure)
+
+
+def groups(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What stands in one row of panels, by its title: dense rows stand in all of them."""
+    dense = frame["compression"].eq(0)
+    compressions = sorted(frame.loc[~dense, "compression"].unique())
+    if frame["row_id"].nunique() <= 6 or len(compressions) < 2:
+        return {"": frame}
+    return {
+        f"compression {100 * compression:g} %": frame.loc[dense | frame["compression"].eq(compression)]
+        for compression in compressions
+    }
+
+
+def rows_of(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a frame, in its order."""
+    return frame.loc[:, ROW].drop_duplicates()
+
+
+def styles(frame: pd.DataFrame, by_compression: bool) -> Styles:
+    """A colour for each method, maybe a dash for each compression; variants get colours of their own."""
+    spare, taken, found = cycle(_SPARE_COLOURS), set(), {}
+    by_compression = by_compression and len({*frame["compression"]} - {0.0}) > 1
+    for label, compression, row_id, _ in rows_of(frame).itertuples(index=False):
+        usual = label in COLOURS and (label, compression) not in taken
+        taken.add((label, compression))
+        colour = COLOURS[label] if usual else next(spare)
+        dash = _DASHES.get(compression, (0, (2, 1))) if by_compression else "-"
+        found[row_id] = {"color": colour, "linestyle": dash}
+    return found
+
+
+def marks(frame: pd.DataFrame) -> dict[float, str]:
+    """A mark for each requested compression, a diamond for dense rows."""
+    requested = sorted({*frame["compression"]} - {0.0})
+    return {0.0: _MARKS[0]} | dict(zip(requested, cycle(_MARKS[1:]), strict=False))
+
+
+def row_title(label: str, compression: float, variant: str = "") -> str:
+    """`CondLR τ=0.1, 80 %`."""
+    return title(label, variant) + (f", {100 * compression:g} %" if compression else "")
+
+
+def legend(frame: pd.DataFrame, drawn: Styles, by_compression: bool, **line: Any) -> list[Line2D]:
+    """A handle for each row, or, where compression is told otherwise, for each method and variant."""
+    handles: dict[str, Line2D] = {}
+    for label, compression, row_id, variant in rows_of(frame).itertuples(index=False):
+        text = row_title(label, compression if by_compression else 0, variant)
+        handles.setdefault(text, Line2D([], [], label=text, **drawn[row_id] | line))
+    return [*handles.values()]
+
+
+def below(figure: Figure, lines: Sequence[Line2D], columns: int = 4, marks: Sequence[Line2D] = ()) -> None:
+    """A legend under all panels, where it hides nothing; `marks` stand in columns of their own."""
+    height = next(h for h in count(1) if sum(-(-len(part) // h) for part in (lines, marks)) <= columns)
+    blank = Line2D([], [], linestyle="none", label=" ")
+    handles = [handle for part in (lines, marks) for handle in [*part, *[blank] * (-len(part) % height)]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) // height)
+
+
+def panels(number: int, columns: int, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of that number of panels; places of the grid that stay over are empty."""
+    lines = -(-number // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(WIDTH, 0.9 + height * lines), layout="constrained", squeeze=False, **shared
+    )
+    for empty in axes.flat[number:]:
+        empty.set_visible(False)
+    for panel in axes.flat[max(number - columns, 0) : number]:
+        panel.tick_params(labelbottom=True)
+    return figure, [*axes.flat[:number]]
+
+
+def percent(axis: Axis) -> None:
+    """Fractions are printed as percent."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.10g} %"))
+
+
+def log_axis(axis: Axis, values: pd.Series | np.ndarray) -> None:
+    """A logarithmic axis with a few numbers that a person reads at a glance."""
+    values = np.asarray(values, dtype=float)
+    values = values[np.isfinite(values) & (values > 0)]
+    low, high = (values.min(), values.max()) if len(values) else (1.0, 10.0)
+    decades = np.log10(high / low)
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})  # type: ignore[attr-defined]
+    axis.set_minor_locator(NullLocator())
+    if decades < 0.35:
+        # Too narrow for 1, 2, 5
+        axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    else:
+        every = max(1, int(np.ceil(decades / 6)))
+        within = (1, 2, 5) if decades < 2.2 else (1,)
+        first, last = every * int(np.floor(np.log10(low) / every)), int(np.ceil(np.log10(high))) + every
+        axis.set_major_locator(
+            FixedLocator([sub * 10.0**power for power in range(first, last, every) for sub in within])
+        )
+    if low >= 1e-4 and high < 1e6:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    else:
+        axis.set_major_formatter(LogFormatterSciNotation())
+
+
+def facts(known: Mapping[str, object]) -> str:
+    """The last sentence of a caption: what all its runs share and no axis says."""
+    return f"Settings: {known['settings']}." if known["settings"] else ""

@@ -1,0 +1,158 @@
+"""Figures of what attacks leave: accuracy against strength, and attack beside attack."""
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from condlr.report import _style
+from condlr.report._style import COLOURS, WIDTH, Drawing, Styles
+from condlr.report.results import CONTEXT, ROW, attack_title, comparison, norm_title, setting, summarize
+
+_DOTS, _SPARSE_DOTS = (0, (1, 1.2)), (0, (1, 3.5))
+
+
+def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Path) -> Iterator[Drawing]:
+    """Accuracy against eps, and condition number against optimiser step, for each table of a study.
+
+    Left: mean over seeds, a band of one standard deviation where there are several, published
+    values dotted. Right: the largest condition number of the layers a row factors (of all layers for
+    a dense row), every seed a line. An attack of one strength has no curve. More than six rows get a
+    pair of panels for each compression, with the dense rows in all of them.
+
+    Args:
+        cells, history: see `condlr.report.results.read`.
+        paper: the directory of published numbers.
+        out: where `robustness.png` and `.pdf` go; a number follows the name for a second table.
+    """
+    tables = [
+        (context, frame)
+        for context, frame in summarize(cells).groupby(CONTEXT, sort=False, dropna=False)
+        if frame["eps"].nunique() > 1
+    ]
+    for number, (context, frame) in enumerate(tables, start=1):
+        known = dict(zip(CONTEXT, context, strict=True))
+        compare = comparison(known, cells, paper)
+        attack = attack_title(str(known["attack"]))
+        parts = _style.groups(frame)
+        alone = len(parts) == 1
+        with _style.style():
+            size = (WIDTH, 2.6 if alone else 0.8 + 2.4 * len(parts))
+            figure, axes = plt.subplots(
+                len(parts), 2, figsize=size, layout="constrained", squeeze=False, sharey="col"
+            )
+            styles = _style.styles(frame, by_compression=alone)
+            for (name, part), (left, right) in zip(parts.items(), axes, strict=True):
+                _accuracies(left, part, styles, compare)
+                left.set_ylabel(textwrap.fill(f"accuracy under {attack}", 26))
+                _conditions(right, history[history["row_id"].isin(part["row_id"])], styles)
+                left.set_title(name)
+                right.set_title(name)
+            _limit(axes[0, 0], frame)
+            _style.log_axis(axes[0, 1].yaxis, history.loc[history["row_id"].isin(frame["row_id"]), "cond"])
+            axes[-1, 0].set_xlabel(f"perturbation ε ({norm_title(str(known['norm']))}, pixels in [0, 1])")
+            axes[-1, 1].set_xlabel("optimiser step")
+            figure.suptitle(setting(known))
+            handles = _style.legend(frame, styles, by_compression=alone)
+            if compare:
+                handles.append(Line2D([], [], color="0.5", linestyle=_DOTS, linewidth=0.9, label="published"))
+            _style.below(figure, handles, 3 if alone and len(handles) > 4 else 4)
+            caption = (
+                f"{setting(known)}: "
+                f"accuracy under {attack} on {known['n']:,} images against its strength ε "
+                "(mean over seeds, band: one standard deviation"
+                + (", dotted: as published" if compare else "")
+                + "), and the largest condition number of the layers that a row factors, of all layers for "
+                f"dense rows, epoch by epoch (a line for each seed). {_style.facts(known)}"
+            )
+            yield Drawing(*_style.saved(figure, out, "robustness", number), caption)
+
+
+def attacks(cells: pd.DataFrame, out: Path) -> Iterator[Drawing]:
+    """What attacks of one strength leave of each row, where a study has several, at the strength with most.
+
+    A line for each row, a mark for each attack, means over seeds; hollow, the accuracy without attack.
+
+    Args:
+        cells: see `condlr.report.results.read`.
+        out: where `attacks.png` and `.pdf` go; a number follows the name for a second figure.
+    """
+    shared = [name for name in CONTEXT if name not in ("attack", "n")]
+    found = []
+    for context, frame in summarize(cells).groupby(shared, sort=False, dropna=False):
+        counts = frame[frame["eps"] > 0].groupby("eps")["attack"].nunique()
+        if counts.max() > 1:
+            found.append((dict(zip(shared, context, strict=True)), frame, counts.idxmax()))
+    for number, (known, frame, eps) in enumerate(found, start=1):
+        with _style.style():
+            rows = [*_style.rows_of(frame).itertuples(index=False, name=None)][::-1]
+            figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.22 * len(rows)), layout="constrained")
+            _marks(axes, frame, rows, eps)
+            norm = norm_title(str(known["norm"]))
+            axes.set_xlabel(f"accuracy at ε = {eps:g} ({norm})")
+            figure.suptitle(setting(known))
+            figure.legend(loc="outside right center")
+            caption = (
+                f"{setting(known)}: "
+                f"what each attack leaves at ε = {eps:g} ({norm}), means over seeds; n is "
+                f"the number of test images. {_style.facts(known)}"
+            )
+            yield Drawing(*_style.saved(figure, out, "attacks", number), caption)
+
+
+def _marks(axes: Axes, frame: pd.DataFrame, rows: list[tuple[Any, ...]], eps: float) -> None:
+    places = {row_id: place for place, (_, _, row_id, _) in enumerate(rows)}
+    clean = frame[frame["eps"].eq(0)].drop_duplicates("row_id")
+    heights = clean["row_id"].map(places)
+    axes.plot(
+        clean["accuracy"], heights, "o", color="0.4", markerfacecolor="none", markersize=5, label="no attack"
+    )
+    shapes, colours = cycle("Dsv^P*X"), cycle([*COLOURS.values()][1:])
+    at = frame[frame["eps"].eq(eps)]
+    # From many images to few, from weak attacks to strong ones
+    at = at.assign(_left=at.groupby(["n", "attack"])["accuracy"].transform("mean"))
+    at = at.sort_values(["n", "_left"], ascending=False, kind="stable")
+    for (attack, n), part in at.groupby(["attack", "n"], sort=False):
+        label = f"{attack_title(str(attack))} (n={n:,})"
+        heights = part["row_id"].map(places)
+        axes.plot(
+            part["accuracy"], heights, next(shapes), color=next(colours), markersize=5, alpha=0.9, label=label
+        )
+    texts = [_style.row_title(label, compression, variant) for label, compression, _, variant in rows]
+    axes.set_yticks(range(len(rows)), texts)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    _style.percent(axes.xaxis)
+
+
+def _accuracies(axes: Axes, frame: pd.DataFrame, styles: Styles, compare: Mapping[tuple, float]) -> None:
+    for (label, compression, row_id, _), row in frame.groupby(ROW, sort=False):
+        style = styles[row_id]
+        axes.plot(row["eps"], row["accuracy"], marker="o", **style)
+        if row["seeds"].max() > 1:
+            low, high = row["accuracy"] - row["std"], row["accuracy"] + row["std"]
+            axes.fill_between(row["eps"], low, high, color=style["color"], alpha=0.15, linewidth=0)
+        points = [(eps, compare.get((label, compression, eps))) for eps in row["eps"]]
+        known = [(eps, value) for eps, value in points if value is not None]
+        if known:
+            dots = _DOTS if style["linestyle"] == "-" else _SPARSE_DOTS
+            axes.plot(*zip(*known, strict=True), linestyle=dots, linewidth=0.9, color=style["color"])
+
+
+def _limit(axes: Axes, frame: pd.DataFrame) -> None:
+    """Published lines far below ours leave the panel rather than squeeze it."""
+    low, high = frame["accuracy"].min(), frame["accuracy"].max()
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(max(bottom, low - 0.25 * (high - low)), top)
+    _style.percent(axes.yaxis)
+
+
+def _conditions(axes: Axes, history: pd.DataFrame, styles: Styles) -> None:
+    for (row_id, _), run in history.groupby(["row_id", "seed"], sort=False):
+        axes.plot(run["step"], run["cond"], **styles[row_id])
+    axes.set_ylabel("largest cond(W)")

@@ -1,0 +1,177 @@
+"""Figures of training, step by step: Figures 1 and 2 of the paper."""
+
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from condlr.report import _style
+from condlr.report._style import ROW, TRAINING, WIDTH, Drawing
+from condlr.report.results import decay, setting, summarize
+
+_DASHES = ("-", (0, (5, 1.2)), (0, (2.5, 1)), (0, (5, 1, 1, 1)))
+_PREFIX = "cond_"
+
+
+def conditioning(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterator[Drawing]:
+    """The condition number of every layer against optimiser steps, a panel for each row (Figure 1).
+
+    A layer has one colour and dash in all panels: the geometric mean over seeds, each seed faintly.
+
+    Args:
+        cells, steps: see `condlr.report.results.read`.
+        out: where `conditioning.png` and `.pdf` go; a number follows the name for a second table.
+    """
+    for number, (known, frame) in enumerate(_tables(cells, steps), start=1):
+        layers = _layers(frame)
+        lines = _layer_styles(layers)
+        rows = [*frame.groupby(ROW, sort=False)]
+        with _style.style():
+            columns = 3 if len(rows) in (5, 6, 9) else min(4, len(rows))
+            figure, axes = _style.panels(len(rows), columns, 1.55, sharex=True, sharey=True)
+            for axis, ((label, compression, _, variant), row) in zip(axes, rows, strict=True):
+                for layer, line in lines.items():
+                    _layer(axis, row, _PREFIX + layer, line)
+                axis.set_title(_style.row_title(label, compression, variant))
+            _style.log_axis(axes[0].yaxis, frame[[_PREFIX + layer for layer in layers]].to_numpy())
+            for axis in axes[::columns]:
+                axis.set_ylabel("cond(W)")
+            for axis in axes[-columns:]:
+                axis.set_xlabel("optimiser step")
+            figure.suptitle(setting(known))
+            handles = [Line2D([], [], label=layer, **line) for layer, line in lines.items()]
+            _style.below(figure, handles, 6)
+            caption = (
+                f"Evolution of the layers' condition numbers during training: {setting(known)}; "
+                f"geometric mean over {_seeds(frame)}, each seed faintly. {_style.facts(known)}"
+            )
+            yield Drawing(*_style.saved(figure, out, "conditioning", number), caption)
+
+
+def start(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterator[Drawing]:
+    """Loss, accuracy and prod_i cond(W_i) against steps, from ill-conditioned starts (Figure 2).
+
+    A line for each row: the mean over seeds with a band of one standard deviation; for the product,
+    both of its logarithm. Runs that were not started so have no such figure.
+
+    Args:
+        cells, steps: see `condlr.report.results.read`.
+        out: where `start.png` and `.pdf` go; a number follows the name for a second table.
+    """
+    tables = [(known, frame) for known, frame in _tables(cells, steps) if decay(known)]
+    for number, (known, frame) in enumerate(tables, start=1):
+        frame = frame.assign(_product=product(frame))
+        # Lines of rows that do not learn lie upon each other: dashes let the lower ones through
+        dashes = cycle(_DASHES)
+        styles = {
+            row_id: line | {"linestyle": next(dashes)}
+            for row_id, line in _style.styles(frame, by_compression=False).items()
+        }
+        with _style.style():
+            figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.7), layout="constrained")
+            for (_, _, row_id, _), row in frame.groupby(ROW, sort=False):
+                for axis, column in zip(axes, ("train_loss", "train_accuracy", "_product"), strict=True):
+                    _band(axis, row, column, styles[row_id])
+            axes[0].set_ylabel("loss of training batches")
+            axes[1].set_ylabel("accuracy on training batches")
+            _style.percent(axes[1].yaxis)
+            axes[2].set_ylabel("∏ᵢ cond(Wᵢ), all layers")
+            _style.log_axis(axes[2].yaxis, frame["_product"])
+            _first(axes[2], frame)
+            for axis in axes:
+                axis.set_xlabel("optimiser step")
+            figure.suptitle(setting(known))
+            _style.below(figure, _style.legend(frame, styles, by_compression=True))
+            caption = (
+                f"{setting(known)}: "
+                "loss and accuracy on the training batches since the point before, and the "
+                "product of the condition numbers of all layers; mean over "
+                f"{_seeds(frame)} (geometric for the product), band: one standard deviation (of the "
+                f"logarithm for the product). {_style.facts(known)}"
+            )
+            yield Drawing(*_style.saved(figure, out, "start", number), caption)
+
+
+def product(steps: pd.DataFrame) -> pd.Series:
+    """prod_i cond(W_i) over all layers that the frame knows; missing where one is."""
+    return steps[[_PREFIX + layer for layer in _layers(steps)]].prod(axis=1, skipna=False)
+
+
+def _tables(cells: pd.DataFrame, steps: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """The steps of each table's rows in the table's order, without layers that its network has not."""
+    rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
+    recorded = steps[["row_id", "seed", "step", *(c for c in steps if c.startswith(("train_", _PREFIX)))]]
+    merged = rows.merge(recorded, on="row_id")
+    for context, frame in merged.groupby(TRAINING, sort=False, dropna=False):
+        known: dict[str, Any] = dict(zip(TRAINING, context, strict=True))
+        absent = [_PREFIX + layer for layer in _layers(frame) if frame[_PREFIX + layer].isna().all()]
+        frame = frame.drop(columns=absent)
+        if _layers(frame):
+            yield known, frame
+
+
+def _layers(frame: pd.DataFrame) -> list[str]:
+    return [name.removeprefix(_PREFIX) for name in frame if name.startswith(_PREFIX)]
+
+
+def _layer_styles(layers: list[str]) -> _style.Styles:
+    """From the first layer to the last, dark to light; dashes for eyes that see no colours."""
+    shades = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(layers)))
+    pairs = zip(layers, shades, cycle(_DASHES), strict=False)
+    return {layer: {"color": shade, "linestyle": dash} for layer, shade, dash in pairs}
+
+
+def _layer(axis: Axes, row: pd.DataFrame, column: str, line: dict) -> None:
+    runs = [run for _, run in row.groupby("seed", sort=False)]
+    if len(runs) > 1:
+        for run in runs:
+            axis.plot(run["step"], run[column], **line, linewidth=0.5, alpha=0.4)
+    steps, mean, _ = _over_seeds(row, np.log(row[column]))
+    axis.plot(steps, np.exp(mean), **line)
+
+
+def _band(axis: Axes, row: pd.DataFrame, column: str, line: dict) -> None:
+    """Mean and one standard deviation over seeds; of logarithms where the column is a product."""
+    logarithmic = column == "_product"
+    steps, mean, std = _over_seeds(row, np.log(row[column]) if logarithmic else row[column])
+    low, high = mean - std, mean + std
+    if logarithmic:
+        mean, low, high = np.exp(mean), np.exp(low), np.exp(high)
+    axis.plot(steps, mean, **line)
+    axis.fill_between(steps, low, high, color=line["color"], alpha=0.18, linewidth=0)
+
+
+def _over_seeds(row: pd.DataFrame, values: pd.Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, and mean and sample standard deviation (NaN for one seed) of `values` at each."""
+    found = values.groupby(row["step"]).agg(["mean", "std"])
+    return found.index.to_numpy(), found["mean"].to_numpy(), found["std"].to_numpy()
+
+
+def _first(axis: Axes, frame: pd.DataFrame) -> None:
+    """Say where the products start: their lines fall within a few steps, along the axis."""
+    first = frame.loc[frame["step"].eq(0), "_product"]
+    low, high = first.min(), first.max()
+    if not np.isfinite(low) or low <= 0:
+        return
+    text = f"start: {_power(low)}" + ("" if high < 10 * low else f" to {_power(high)}")
+    axis.plot([0], [high], "o", color="0.3", markersize=3.5, zorder=3, clip_on=False)
+    axis.annotate(text, (0, high), (6, 4), textcoords="offset points", va="bottom", fontsize=7, color="0.3")
+
+
+def _power(value: float) -> str:
+    if value < 1e4:
+        return f"{value:.3g}"
+    exponent = int(np.floor(np.log10(value)))
+    return rf"${value / 10.0**exponent:.1f} \cdot 10^{{{exponent}}}$"
+
+
+def _seeds(frame: pd.DataFrame) -> str:
+    low, high = (frame.groupby("row_id")["seed"].nunique().agg(how) for how in ("min", "max"))
+    return "one seed" if high == 1 else f"{high} seeds" if low == high else f"{low} to {high} seeds"

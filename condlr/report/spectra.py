@@ -1,0 +1,71 @@
+"""The figure of singular values, layer by layer, before and after training."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from condlr.report import _style
+from condlr.report._style import ROW, TRAINING, Drawing, Styles
+from condlr.report.results import setting, summarize
+
+# Above the end, which hides it where training changed little
+_START = {"color": "0.25", "linestyle": (0, (1, 2)), "linewidth": 0.9, "zorder": 3}
+_COLUMNS = 4
+
+
+def spectra(cells: pd.DataFrame, values: pd.DataFrame, out: Path) -> Iterator[Drawing]:
+    """Singular values against their index, a panel for each layer: the start dotted, the end solid.
+
+    Geometric means over seeds. More than six rows get panels for each compression.
+
+    Args:
+        cells, values: `cells` and `spectra`, see `condlr.report.results.read`.
+        out: where `spectra.png` and `.pdf` go; a number follows the name for a second table.
+    """
+    rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
+    merged = rows.merge(values[["row_id", "seed", "when", "layer", "index", "singular_value"]], on="row_id")
+    for number, (context, frame) in enumerate(merged.groupby(TRAINING, sort=False, dropna=False), start=1):
+        known = dict(zip(TRAINING, context, strict=True))
+        layers = [*frame["layer"].drop_duplicates()]
+        parts = _style.groups(frame)
+        columns = min(len(layers), _COLUMNS)
+        lines = -(-len(layers) // columns)
+        styles = _style.styles(frame, by_compression=len(parts) == 1)
+        with _style.style():
+            figure, axes = _style.panels(len(parts) * lines * columns, columns, 1.75)
+            for place, (name, part) in enumerate(parts.items()):
+                first = place * lines * columns
+                _part(axes[first : first + lines * columns], part, layers, styles)
+                for axis in axes[first : first + lines * columns : columns]:
+                    axis.set_ylabel(f"{name}\nsingular value".lstrip())
+            for axis in axes[-columns:]:
+                axis.set_xlabel("index")
+            figure.suptitle(setting(known))
+            handles = _style.legend(frame, styles, by_compression=len(parts) == 1)
+            handles.append(Line2D([], [], label="at the start", **_START))
+            _style.below(figure, handles)
+            caption = (
+                f"{setting(known)}: "
+                "singular values of each layer at the end of training and, dotted, at its "
+                f"start; geometric means over seeds. {_style.facts(known)}"
+            )
+            yield Drawing(*_style.saved(figure, out, "spectra", number), caption)
+
+
+def _part(axes: list[Axes], frame: pd.DataFrame, layers: list[str], styles: Styles) -> None:
+    for axis, layer in zip(axes, layers, strict=False):
+        shown = frame[frame["layer"].eq(layer)]
+        for when in ("start", "end"):
+            for (_, _, row_id, _), row in shown[shown["when"].eq(when)].groupby(ROW, sort=False):
+                with np.errstate(divide="ignore"):
+                    mean = np.exp(np.log(row["singular_value"]).groupby(row["index"]).mean())
+                axis.plot(mean.index, mean, **(_START if when == "start" else styles[row_id]))
+        _style.log_axis(axis.xaxis, shown["index"])
+        _style.log_axis(axis.yaxis, shown["singular_value"])
+        axis.set_title(layer)
+    for axis in axes[len(layers) :]:
+        axis.set_visible(False)

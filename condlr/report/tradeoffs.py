@@ -1,0 +1,169 @@
+"""Figures of what robustness costs: accuracy against compression, and against time and FLOPs."""
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from condlr.report import _style
+from condlr.report._style import TRAINING, Drawing, Styles
+from condlr.report.results import attack_title, norm_title, setting, summarize
+
+_SAME = 0.005  # compressions nearer than this would hide each other
+_ATTACK = ["attack", "norm", "n"]
+
+
+def compression(cells: pd.DataFrame, out: Path) -> Iterator[Drawing]:
+    """Accuracy, clean and at the largest eps of each attack, against the compression that was measured.
+
+    Filled: the weights of training; hollow: those of the exported network, where they differ; bars: one
+    standard deviation over seeds. A study of dense rows alone has no such figure.
+
+    Args:
+        cells: see `condlr.report.results.read`.
+        out: where `compression.png` and `.pdf` go; a number follows the name for a second table.
+    """
+    tables = [
+        (known, frame) for known, frame in _tables(summarize(cells)) if frame["compression"].nunique() > 1
+    ]
+    for number, (known, frame) in enumerate(tables, start=1):
+        styles, marks = _style.styles(frame, by_compression=False), _style.marks(frame)
+        shown = _at_full_strength(frame)
+        with _style.style():
+            columns = min(len(shown), 3)
+            figure, axes = _style.panels(len(shown), columns, 2.3, sharex=True)
+            for axis, (name, part) in zip(axes, shown.items(), strict=True):
+                _compressions(axis, part, styles, marks)
+                axis.set_title(textwrap.fill(name, 72 // columns))
+            for axis in axes[::columns]:
+                axis.set_ylabel("accuracy")
+            for axis in axes[-columns:]:
+                axis.set_xlabel("weights removed")
+            figure.suptitle(setting(known))
+            exported = Line2D([], [], **_hollow(_point(marks, 0)), label="exported")
+            _style.below(figure, _methods(frame, styles), 5, [*_marks(frame, marks), exported])
+            caption = (
+                f"{setting(known)}: "
+                "accuracy against the fraction of weights that were really removed, in training (filled) "
+                "and exported (hollow, where it differs); bars: one standard deviation over seeds. "
+                f"{_style.facts(known)}"
+            )
+            yield Drawing(*_style.saved(figure, out, "compression", number), caption)
+
+
+def cost(cells: pd.DataFrame, counted: pd.DataFrame | None, out: Path) -> Iterator[Drawing]:
+    """Accuracy at the largest eps against seconds of a training run and, where counted, FLOPs.
+
+    Of several attacks the one of most rows and images is shown. Bars: one standard deviation over seeds.
+
+    Args:
+        cells: see `condlr.report.results.read`.
+        counted: the table `cost`, of FLOPs; None where the runs were not analysed so.
+        out: where `cost.png` and `.pdf` go; a number follows the name for a second table.
+    """
+    spread = cells[cells["status"].eq("done")].drop_duplicates("run_id").groupby("row_id")["seconds"].std()
+    tables = [(known, frame) for known, frame in _tables(summarize(cells)) if _timed(frame)]
+    for number, (known, frame) in enumerate(tables, start=1):
+        frame = frame.assign(seconds_std=frame["row_id"].map(spread))
+        name, part = _broadest(frame)
+        axes_of = {f"seconds of training, {_device(cells, part)}": ("seconds", "seconds_std")}
+        if counted is not None and {*part["row_id"]} <= {*counted["row_id"]}:
+            flops = counted.groupby("row_id")["train_flops"].mean()
+            part = part.assign(train_flops=part["row_id"].map(flops) / 1e6, none=float("nan"))
+            axes_of["MFLOPs to train on an image"] = ("train_flops", "none")
+        styles, marks = _style.styles(frame, by_compression=False), _style.marks(frame)
+        with _style.style():
+            figure, axes = _style.panels(len(axes_of), len(axes_of), 2.5, sharey=True)
+            for axis, (text, (column, std)) in zip(axes, axes_of.items(), strict=True):
+                for row in part.to_dict("records"):
+                    point = _point(marks, row["compression"], styles[row["row_id"]]["color"])
+                    axis.errorbar(
+                        row[column], row["accuracy"], yerr=row["std"], xerr=row[std], elinewidth=0.9, **point
+                    )
+                if part[column].max() > 10 * part[column].min():
+                    _style.log_axis(axis.xaxis, part[column])
+                axis.set_xlabel(text)
+            _style.percent(axes[0].yaxis)
+            axes[0].set_ylabel(textwrap.fill(f"accuracy: {name}", 30))
+            figure.suptitle(setting(known))
+            _style.below(figure, _methods(frame, styles), 5, _marks(frame, marks))
+            caption = (
+                f"{setting(known)}: accuracy ({name}) against what training costs; bars: one standard "
+                f"deviation over seeds. {_style.facts(known)}"
+            )
+            yield Drawing(*_style.saved(figure, out, "cost", number), caption)
+
+
+def _tables(summary: pd.DataFrame) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:
+    for context, frame in summary.groupby(TRAINING, sort=False, dropna=False):
+        yield dict(zip(TRAINING, context, strict=True)), frame
+
+
+def _at_full_strength(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What stands in each panel, by its title: no attack, then each attack at its largest eps."""
+    clean = frame[frame["eps"].eq(0)].sort_values("n", ascending=False, kind="stable")
+    shown = {} if clean.empty else {"no attack": clean.drop_duplicates("row_id")}
+    for (attack, norm, n), part in frame.groupby(_ATTACK, sort=False):
+        eps = part["eps"].max()
+        if eps > 0:
+            strength = f"ε = {eps:g} ({norm_title(str(norm))})".replace(" ", "\xa0")
+            name = f"{attack_title(str(attack))}, {strength}, n\xa0=\xa0{n:,}"
+            shown[name] = part[part["eps"].eq(eps)]
+    return shown
+
+
+def _broadest(frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+    """The attack that most rows were put to, of these the one on most images."""
+    shown = _at_full_strength(frame)
+    attacked = {name: part for name, part in shown.items() if part["eps"].max() > 0} or shown
+    return max(attacked.items(), key=lambda item: (item[1]["row_id"].nunique(), item[1]["n"].max()))
+
+
+def _timed(frame: pd.DataFrame) -> bool:
+    return len({*frame["row_id"]}) > 1 and any(frame["seconds"].notna())
+
+
+def _device(cells: pd.DataFrame, part: pd.DataFrame) -> str:
+    """Where the runs were trained: times of several devices don't compare."""
+    devices = cells.loc[cells["row_id"].isin(part["row_id"]), "device"].dropna().unique()
+    return str(devices[0]).replace("1 threads", "1 thread") if len(devices) == 1 else "on several devices"
+
+
+def _compressions(axis: Axes, part: pd.DataFrame, styles: Styles, marks: dict[float, str]) -> None:
+    for row in part.to_dict("records"):
+        point = _point(marks, row["compression"], styles[row["row_id"]]["color"])
+        trained, exported = row["train_compression"], row["deploy_compression"]
+        axis.errorbar(trained, row["accuracy"], yerr=row["std"], elinewidth=0.9, **point)
+        if abs(exported - trained) > _SAME:
+            height, colour = row["accuracy"], point["color"]
+            axis.plot([trained, exported], [height, height], color=colour, linewidth=0.6, alpha=0.5)
+            axis.plot(exported, height, **_hollow(point), zorder=3)
+    _style.percent(axis.xaxis)
+    _style.percent(axis.yaxis)
+
+
+def _point(marks: dict[float, str], compression: float, colour: str = "0.4") -> dict[str, Any]:
+    return {
+        "color": colour, "marker": marks.get(compression, "o"), "linestyle": "none", "markersize": 5,
+        "markeredgecolor": "white", "markeredgewidth": 0.6,
+    }  # fmt: skip
+
+
+def _hollow(point: dict[str, Any]) -> dict[str, Any]:
+    return point | {"markerfacecolor": "white", "markeredgecolor": point["color"], "markersize": 3.5}
+
+
+def _methods(frame: pd.DataFrame, styles: Styles) -> list[Line2D]:
+    return _style.legend(frame, styles, by_compression=False, linestyle="-", linewidth=4)
+
+
+def _marks(frame: pd.DataFrame, marks: dict[float, str]) -> list[Line2D]:
+    """A handle for each requested compression."""
+    return [
+        Line2D([], [], **_point(marks, each), label=f"requested {100 * each:g} %" if each else "dense")
+        for each in sorted({*frame["compression"]})
+    ]
