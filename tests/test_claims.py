@@ -91,7 +91,7 @@ def test_the_ill_conditioned_start_is_a_claim_of_its_own():
     (claim,) = claims.claims(cells)
     assert claim.title == "Insensitive to an ill-conditioned start"
     assert claim.verdict == "supported"
-    assert "σ₁·2.0⁻ᵏ" in claim.where
+    assert "falling as 2⁻ⁱ at the start" in claim.where
     assert claim.evidence[0] == (
         "Vanilla 80 % 49.00 ±0.14: CondLR τ=0 80 % 99.00 ±0.14 (>), DLRT 80 % 99.00 ±0.14 (>)"
     )

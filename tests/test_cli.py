@@ -23,6 +23,7 @@ from condlr.data.digits import Digits
 from condlr.report import results
 
 ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ("robustness", "compression", "cost", "spectra")
 SMALL = ["dataset=digits", "protocol=demo", "protocol.epochs=1", "attack.eps=[0,0.1]"]
 
 
@@ -593,9 +594,13 @@ def test_collect_tables_and_figures_end_to_end(script, tmp_path):
     assert script("figures", "study=two")[0] == 0
     results = tmp_path / "results" / "two"
     assert {path.name for path in results.iterdir()} == {
-        "cells.csv", "history.csv", "table.csv", "table.md", "training.md", "table.tex",
-        "robustness.png", "robustness.pdf",
+        "cells.csv", "runs.csv", "history.csv", "spectra.csv", "training.md",
+        *(f"table.{kind}" for kind in ("csv", "md", "tex", "html")),
+        *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf")),
     }  # fmt: skip
+    assert script("report", "study=two")[0] == 0
+    assert "CondLR" in (results / "report.html").read_text()
+    assert "](robustness.png)" in (results / "report.md").read_text()
     cells = (results / "cells.csv").read_text()
     (results / "cells.csv").write_text("a,b\n1,2\n")
     complains(script("tables", "study=two"), "cells.csv lacks the columns")
@@ -603,6 +608,63 @@ def test_collect_tables_and_figures_end_to_end(script, tmp_path):
     complains(script("tables", "study=two"), "cells.csv has something else than numbers")
     (results / "cells.csv").write_bytes(bytes(range(256)))
     complains(script("tables", "study=two"), "cells.csv")
+
+
+def test_a_matrix_flow_end_to_end(script, tmp_path):
+    small = [
+        "experiment=theorem1",
+        "flow.steps=[4,64]",
+        "flow.etas=[0.01]",
+        "flow.flows=[rotation]",
+        "flow.weak=[]",
+    ]
+    complains(script("train", *small, "flow.tau=-1"), r"flow.tau must be")
+    complains(script("train", *small, "flow.rank=half"), r"flow.rank: Value 'half'.*could not be converted")
+    assert script("train", *small)[0] == 0
+    assert "is done already" in "".join(map(str, script("train", *small)))
+    for name in ("collect", "tables", "figures", "report"):
+        status, out, err = script(name, "study=theorem1")
+        assert status == 0, out + err
+    written = {path.name for path in (tmp_path / "results" / "theorem1").iterdir()}
+    assert written == {
+        "flow.csv", "theorem1.md", "theorem1.png", "theorem1.pdf", "report.html", "report.md",
+    }  # fmt: skip
+    assert "experiment=theorem1" in (tmp_path / "results" / "theorem1" / "report.md").read_text()
+
+
+def test_an_ill_conditioned_start_through_the_command_line(script, tmp_path):
+    start = [
+        *SMALL,
+        "compression=0.8",
+        "protocol.rank_rule=released_code",
+        "protocol.decay=2",
+        "record_every=5",
+    ]
+    complains(script("train", *start, "protocol.decay=0.5"), r"protocol.decay must be in \[1, inf")
+    complains(script("train", *start, "record_every=-1"), r"record_every must be in \[0, inf")
+    complains(
+        script("train", *start, "protocol.decay=10", "study=lost"),
+        r"decay=10 over the 100 singular values of fc1 ends",
+    )
+    status, out, err = script("train", *start)
+    assert status == 0, out + err
+    run = run_of(tmp_path)
+    steps = list(csv.DictReader((run / "steps.csv").open()))
+    assert [int(row["step"]) for row in steps] == [0, 5, 10]
+    assert float(steps[0]["cond_fc1"]) == pytest.approx(2.0**99, rel=1e-3)
+    assert float(steps[1]["cond_fc1"]) <= 1.1001
+    spectra = list(csv.DictReader((run / "spectra.csv").open()))
+    ends = {(row["when"], row["layer"]) for row in spectra}
+    assert ends == {(when, layer) for when in ("start", "end") for layer in ("conv1", "conv2", "fc1", "fc2")}
+    values = [
+        float(row["singular_value"]) for row in spectra if (row["when"], row["layer"]) == ("start", "fc1")
+    ]
+    assert len(values) == 100
+    assert values[0] / values[1] == pytest.approx(2, rel=1e-5)
+    # The spectra of a run from before they were kept are found when it is asked for again
+    (run / "spectra.csv").unlink()
+    assert script("train", *start)[0] == 0
+    assert list(csv.DictReader((run / "spectra.csv").open())) == spectra
 
 
 def test_help_and_mistakes_answer_without_torch():

@@ -317,7 +317,7 @@ def test_a_layer_takes_the_rank_of_the_factors_it_loads(core):
 @pytest.mark.parametrize("core", ["full", "diagonal", "none"])
 @pytest.mark.parametrize("init", ["spectral", "released_code"])
 def test_an_ill_conditioned_start_has_singular_values_that_decay_by_powers(core, init):
-    """sigma_1 b^(-k) to the last of 100, with the vectors and the largest value that the layer would have had."""
+    """sigma_1 b^(-k) to the last of 100, with the layer's own vectors and its own largest value."""
     scheme = {"rank_rule": "released_code", "classifier": "dense", "init": init, "core": core}
     torch.manual_seed(3)
     plain = condlr.factorize(LeNet5(), 0.8, **scheme)
@@ -336,7 +336,9 @@ def test_an_ill_conditioned_start_has_singular_values_that_decay_by_powers(core,
 
 
 def test_a_start_that_float32_cannot_hold_is_refused():
-    with pytest.raises(ValueError, match=r"decay=2 over the 250 singular values of fc1 ends below .* smaller"):
+    with pytest.raises(
+        ValueError, match=r"decay=2 over the 250 singular values of fc1 ends below .* smaller"
+    ):
         condlr.factorize(LeNet5(), 0.5, rank_rule="released_code", classifier="dense", decay=2.0)
     with pytest.raises(ValueError, match="decay must be"):
         Scheme(0.5, decay=0.5)

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from condlr.estimate import Estimate
-from condlr.report.results import title
+from condlr.report.results import duration, title
 
 
 def print_estimate(estimate: Estimate, console: Console) -> None:
@@ -32,17 +32,3 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
     console.print(view, highlight=False)
     total = duration(sum(row.seconds for row in rows))
     console.print(f"about {total} here ({estimate.device}), one run after the other", highlight=False)
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `7 min`, `3 h 20 min`, `5 days 4 h`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours} h {minutes} min"
-    days, hours = divmod(hours, 24)
-    return f"{days} {'day' if days == 1 else 'days'} {hours} h"

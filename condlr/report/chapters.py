@@ -1,0 +1,267 @@
+"""What a study's results say, put together as a document."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from urllib.parse import quote
+
+import pandas as pd
+
+from condlr.report import analysis, audit, comparisons, tables, theorem
+from condlr.report.claims import RULE, Claim, claims
+from condlr.report.content import (
+    Block,
+    Commands,
+    Document,
+    Facts,
+    Folded,
+    Fragment,
+    Grid,
+    Link,
+    Section,
+    Verdicts,
+)
+from condlr.report.figures import drawings
+from condlr.report.provenance import Provenance, experiments, names_seeds, provenance
+from condlr.report.results import (
+    CONTEXT,
+    attack_title,
+    duration,
+    left_out,
+    network,
+    norm_title,
+    order,
+    read,
+    read_if_there,
+    setting,
+    summarize,
+    title,
+)
+from condlr.report.training import training
+
+_ANALYSES = {
+    "conditioning": "Conditioning, layer by layer",
+    "guarantees": "What is measured and what can be proved",
+    "cost": "Cost, counted",
+}
+_STATUSES = ("pass", "note", "warning", "not done")
+
+
+def document(study: Path, paper: Path, runs_dir: Path) -> Document:
+    """The report of a study.
+
+    Args:
+        study: the directory of its collected results, in which the report will lie.
+        paper: the directory of published numbers.
+        runs_dir: where the folders of runs lie, by study.
+    """
+    flow = read_if_there(study, "flow")
+    if flow is not None and not (study / "cells.csv").exists():
+        return Document(f"{study.name}: a matrix flow", [], _sections(_of_flow(study, paper, flow)))
+    cells, history = read(study), read(study, "history")
+    audits = read_if_there(study, "audit")
+    origin = provenance(cells, read_if_there(study, "runs"), study.name)
+    evaluated = bool((cells["status"].eq("done") & cells["eps"].notna()).any())
+    sections = {
+        "Claims of the paper": _claims(cells) if evaluated else (),
+        "Accuracy": _accuracy(cells, paper, audits) if evaluated else (),
+        "Theorem 1": () if flow is None else [Fragment(theorem.markdown(flow))],
+        "Figures": drawings(study, paper, study) if evaluated else (),
+        "Audit of the attacks": () if audits is None else _audits(audits),
+        "Analyses": _analyses(study),
+        "Training": _training(history),
+        "Runs": [_runs(cells, origin, history, study, runs_dir / study.name)],
+        "Provenance": [Facts([*origin.facts()])],
+        "To make it again": _commands(study, cells, origin),
+    }
+    contexts = cells[["dataset", "model"]].drop_duplicates().to_dict("records")
+    networks = " and ".join(network(context) for context in contexts)
+    lead = _lead(cells, origin, study, evaluated)
+    return Document(f"{study.name}: {networks}", [*lead], _sections(sections))
+
+
+def _sections(blocks: Mapping[str, Iterable[Block]]) -> list[Section]:
+    """Those that hold anything."""
+    return [Section(heading, made) for heading, content in blocks.items() if (made := [*content])]
+
+
+def _of_flow(study: Path, paper: Path, flow: pd.DataFrame) -> dict[str, Iterable[Block]]:
+    """The sections of a study that follows a matrix flow and trains no network."""
+    return {
+        "Theorem 1": [Fragment(theorem.markdown(flow))],
+        "Figures": drawings(study, paper, study),
+        "To make it again": [Commands(_lines(study, ""))],
+    }
+
+
+def _lead(cells: pd.DataFrame, origin: Provenance, study: Path, evaluated: bool) -> Iterator[Block]:
+    """One paragraph: what was run, and what is left at the largest strength."""
+    rows, seeds, runs = cells["row_id"].nunique(), len(origin.seeds), len(origin.runs)
+    statuses = ", ".join(f"{count} {status}" for status, count in origin.statuses.items())
+    text = f"{_count(rows, 'row')}, {_count(seeds, 'seed')}: {_count(runs, 'run')} ({statuses})."
+    if origin.missing:
+        text += f" **{origin.missing} of the {origin.planned} runs of the experiment are missing.**"
+    yield " ".join([text, *(_outcomes(cells) if evaluated else ["No run is done and evaluated yet."])])
+    if (study / "README.md").exists():
+        yield Link("Notes on this study", "README.md")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _outcomes(cells: pd.DataFrame) -> Iterator[str]:
+    """For each setting, the dense row and the best row of each compression under its first attack."""
+    frame = summarize(cells)
+    frame = frame[frame["eps"] > 0]
+    shared = [name for name in CONTEXT if name not in ("attack", "n")]
+    for context, part in frame.groupby(shared, sort=False, dropna=False):
+        known = dict(zip(shared, context, strict=True))
+        under = _usual(part)
+        n, attack = under.iloc[0][["n", "attack"]]
+        under = under[under["eps"].eq(under["eps"].max())]
+        best = under.loc[under.groupby("compression")["accuracy"].idxmax()].sort_values("compression")
+        parts = (
+            f"{title(row.label, row.variant)} {_percent(row.accuracy, row.std)}"
+            f" at {100 * row.compression:g} % compression"
+            if row.compression
+            else f"{title(row.label, row.variant)} {_percent(row.accuracy, row.std)} uncompressed"
+            for row in best.itertuples()
+        )
+        strength = f"ε={under['eps'].max():g} ({norm_title(str(known['norm']))})"
+        yield (
+            f"{setting(known)}: the most accurate rows under {attack_title(attack)} at {strength}, "
+            f"{n:,} images, are {', '.join(parts)}."
+        )
+
+
+def _usual(cells: pd.DataFrame) -> pd.DataFrame:
+    """Of the attack that most rows were put to, those cells with the most images: FGSM's as a rule."""
+    if "attack" not in cells or cells["attack"].isna().all():
+        return cells.iloc[:0]
+    counts = cells.groupby(["n", "attack"])["row_id"].nunique()
+    n, attack = max(counts.index, key=lambda key: (counts[key], key[0]))
+    return cells.loc[cells["attack"].eq(attack) & cells["n"].eq(n)]
+
+
+def _percent(accuracy: float, std: float) -> str:
+    return f"{100 * accuracy:.2f}{'' if pd.isna(std) else f' ±{100 * std:.2f}'} %"
+
+
+def _claims(cells: pd.DataFrame) -> Iterator[Block]:
+    found: dict[tuple[str, str], list[Claim]] = {}
+    for claim in claims(cells):
+        found.setdefault((claim.title, claim.statement), []).append(claim)
+    if found:
+        yield RULE
+        yield from map(Verdicts, found.values())
+
+
+def _accuracy(cells: pd.DataFrame, paper: Path, audits: pd.DataFrame | None) -> Iterator[Block]:
+    made = list(tables.tables(cells, paper, audit.Marks(audits)))
+    yield from comparisons.by_protocol(made)
+    yield from tables.table1(made, paper)
+    yield from (table.sheet for table in made)
+    yield from (comparison.sheet for comparison in comparisons.by_attack(made))
+    if absent := left_out(cells):
+        yield f"Not in the tables: {absent}."
+
+
+def _audits(audits: pd.DataFrame) -> Iterator[Block]:
+    """How many checks of each audit passed and which did not; in the folds, what each found."""
+    header = ["row", "ε", "images", "passed", "notes", "warnings", "not done"]
+    rows = []
+    placed = audits.assign(_place=order(audits["label"]))
+    keys = ["compression", "_place", "label", "seed", "norm", "eps", "n"]
+    for _, part in placed.sort_values(keys, kind="stable").groupby(keys, sort=False):
+        first = part.iloc[0]
+        found = {status: part.loc[part["status"].eq(status), "check"] for status in _STATUSES}
+        row = [_name(first), f"{first['eps']:g} ({norm_title(first['norm'])})", f"{first['n']:,}"]
+        rows.append([*row, str(len(found["pass"])), *(", ".join(found[s]) or "–" for s in _STATUSES[1:])])
+    warned = audits.loc[audits["status"].eq("warning"), "row_id"].nunique()
+    yield (
+        f"{len(rows)} audits of {audits['check'].nunique()} checks each: "
+        + (f"**{warned} rows are warned of**." if warned else "no row is warned of.")
+    )
+    yield Grid(header, rows)
+    summary = "What each check found, and what notes and warnings mean"
+    yield Folded(summary, [Fragment(audit.markdown(audits))])
+
+
+def _analyses(study: Path) -> Iterator[Block]:
+    for name, summary in _ANALYSES.items():
+        frame = read_if_there(study, name)
+        if frame is not None:
+            yield Folded(summary, [Fragment(getattr(analysis, name)(frame))])
+
+
+def _training(history: pd.DataFrame) -> Iterator[Block]:
+    if history["epoch"].gt(0).any():
+        summary = "Losses, condition numbers and constraints of each run"
+        yield Folded(summary, [training(history)])
+
+
+def _runs(
+    cells: pd.DataFrame, origin: Provenance, history: pd.DataFrame, study: Path, folders: Path
+) -> Folded:
+    """A line for each run, with its last figures and a link to its folder, if that is there."""
+    placed = origin.runs.assign(_place=order(origin.runs["label"]))
+    ordered = placed.sort_values(["protocol", "epochs", "compression", "_place", "label", "seed", "run_id"])
+    usual = _usual(cells)
+    attack, strongest = ("", 0.0) if usual.empty else (usual["attack"].iloc[0], usual["eps"].max())
+    accuracies = usual.set_index(["run_id", "eps"])["accuracy"].to_dict()
+    cond = cells.drop_duplicates("run_id").set_index("run_id")["cond"]
+    losses = history.groupby("run_id")["train_loss"].last().to_dict()
+    why = bool(ordered["reason"].notna().any())
+    under = [f"{attack_title(str(attack))} ε={strongest:g}"] if strongest else []
+    header = ["row", "status", *["reason"] * why, "trained", "last loss", "cond", "clean", *under, "folder"]
+    rows = []
+    for run in ordered.to_dict("records"):
+        name = run["run_id"]
+        known = [accuracies.get((name, eps)) for eps in (0.0, strongest)[: 1 + len(under)]]
+        folder = folders / name
+        here = Link(name, f"{quote(Path(os.path.relpath(folder, study)).as_posix())}/")
+        rows.append([
+            _name(run), run["status"], *[_word(run.get("reason"))] * why, _time(run["train_seconds"]),
+            analysis.shown(losses.get(name)), analysis.shown(cond.get(name)),
+            *("–" if value is None else f"{100 * value:.2f}" for value in known),
+            here if folder.is_dir() else name,
+        ])  # fmt: skip
+    return Folded(f"{len(rows)} runs: status, time, last figures and folder", [Grid(header, rows)])
+
+
+def _name(run: pd.Series | dict) -> str:
+    compression = f" {100 * run['compression']:g} %" if run["compression"] else ""
+    return f"{title(str(run['label']))}{compression}, seed {run['seed']}"
+
+
+def _word(value: object) -> str:
+    return str(value) if isinstance(value, str) else "–"
+
+
+def _time(seconds: float) -> str:
+    return "–" if pd.isna(seconds) else duration(seconds)
+
+
+def _commands(study: Path, cells: pd.DataFrame, origin: Provenance) -> Iterator[Block]:
+    """The lines that train, evaluate and report the study, as far as its results tell."""
+    attacks = {*cells["attack"].dropna()} - {*_usual(cells)["attack"]} if "attack" in cells else ()
+    others = [attack_title(attack) for attack in sorted(attacks)]
+    lines = _lines(study, f" seed={','.join(map(str, origin.seeds))}")
+    if not lines[0].startswith("python scripts/train.py"):
+        yield "The runs were trained one by one: `config.yaml` in the folder of each says how."
+    if others:
+        yield f"Attacked afterwards, too, with `scripts/evaluate.py attack=...`: {'; '.join(others)}."
+    yield Commands(lines)
+
+
+def _lines(study: Path, seeds: str) -> list[str]:
+    lines = [
+        f"python scripts/train.py experiment={name}{'' if names_seeds(name) else seeds}"
+        for name in experiments(study.name)
+    ]
+    if keys := [
+        f"{name}=true" for name in ("audit", "conditioning", "cost") if (study / f"{name}.csv").exists()
+    ]:
+        lines.append(f"python scripts/evaluate.py run='runs/{study.name}/*' {' '.join(keys)}")
+    return [*lines, *(f"make {target} STUDY={study.name}" for target in ("tables", "figures", "report"))]

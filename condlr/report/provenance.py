@@ -1,0 +1,200 @@
+"""Where the numbers of a study come from: code, machines, seeds, dates, time; as its tables record them."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from omegaconf import OmegaConf
+
+from condlr.config import CONF
+from condlr.report.results import ROW, duration, network, title
+
+_SHARED = ["dataset", "model", "protocol", "epochs", "settings"]
+_VERSIONS = ("python", "condlr", "torch", "torchvision", "numpy", "hydra-core")
+_RECORDED = ("reason", "started", "ended", "train_seconds", "record_seconds", "device", "commit")
+_UNKNOWN = "not recorded"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the records of a study's runs say, a line for each run.
+
+    Attributes:
+        runs: one line for each run, with the columns of runs.csv; without values where neither that nor
+            cells.csv says anything.
+        attack_seconds: of all attacks at the end of training and after it.
+        planned: how many runs the study's experiments name; None where there is no such experiment.
+    """
+
+    runs: pd.DataFrame
+    attack_seconds: float
+    planned: int | None
+
+    @property
+    def statuses(self) -> dict[str, int]:
+        """How many runs are done, and how many diverged, failed ..., most first."""
+        counts = Counter(self.runs["status"]).most_common()
+        return dict(sorted(counts, key=lambda count: count[0] != "done"))
+
+    @property
+    def missing(self) -> int:
+        """How many runs of the study's experiments there are no records of."""
+        return max((self.planned or 0) - len(self.runs), 0)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Every seed of any run."""
+        return sorted(int(seed) for seed in self.runs["seed"].unique())
+
+    @property
+    def incomplete(self) -> dict[str, list[int]]:
+        """The seeds that a row lacks and another row of the same setting has, by the row's name."""
+        found = {}
+        for _, alike in self.runs.fillna({"settings": ""}).groupby(_SHARED, sort=False, dropna=False):
+            seeds = {*map(int, alike["seed"])}
+            for (label, compression, _), runs in alike.groupby(ROW[:3], sort=False):
+                if lacking := sorted(seeds - {*map(int, runs["seed"])}):
+                    found[f"{title(label)}{f', {100 * compression:g} %' if compression else ''}"] = lacking
+        return found
+
+    @property
+    def overhead(self) -> float:
+        """Seconds spent recording condition numbers for one second of training; NaN where not recorded."""
+        known = self.runs[self.runs["record_seconds"].notna() & self.runs["train_seconds"].gt(0)]
+        return float(known["record_seconds"].sum() / known["train_seconds"].sum()) if len(known) else math.nan
+
+    def facts(self) -> Iterator[tuple[str, str]]:
+        """Each fact with its name, in words."""
+        yield "runs", self._counts()
+        if self.incomplete:
+            parts = (f"{row} (seed {', '.join(map(str, seeds))})" for row, seeds in self.incomplete.items())
+            yield "seeds that only other rows have", "; ".join(parts)
+        yield "seeds", ", ".join(map(str, self.seeds))
+        for setting in self._settings():
+            yield "setting", setting
+        yield "images", self._official()
+        yield "commit", self._words("commit", mark=" (with changes that were not committed)")
+        versions = ((name, self._words(name)) for name in _VERSIONS)
+        known = [f"{name} {words}" for name, words in versions if words != _UNKNOWN]
+        yield "versions", ", ".join(known) or _UNKNOWN
+        yield "device", self._words("device")
+        yield "dates", self._dates()
+        yield "training", self._times()
+        yield "recording condition numbers", self._overhead()
+        yield "attacks", duration(self.attack_seconds) if self.attack_seconds else _UNKNOWN
+
+    def _counts(self) -> str:
+        counts = ", ".join(f"{count} {status}" for status, count in self.statuses.items())
+        return f"{counts}; {self.missing} of the {self.planned} planned missing" if self.missing else counts
+
+    def _settings(self) -> Iterator[str]:
+        for context, runs in self.runs.fillna({"settings": ""}).groupby(_SHARED, sort=False, dropna=False):
+            known = dict(zip(_SHARED, context, strict=True))
+            yield (
+                f"{network(known)}, protocol {known['protocol']}, {known['epochs']} epochs "
+                f"({len(runs)} runs): `{known['settings']}`"
+            )
+
+    def _official(self) -> str:
+        official = self.runs["official_data"].dropna()
+        if official.empty:
+            return _UNKNOWN
+        return (
+            "the official files" if official.astype(bool).all() else "not the official files of the data set"
+        )
+
+    def _dates(self) -> str:
+        started, ended = self.runs["started"].dropna(), self.runs["ended"].dropna()
+        if started.empty:
+            return _UNKNOWN
+        last = f"the last ended {_date(ended.max())}" if len(ended) else "none has ended"
+        return f"the first run started {_date(started.min())}, {last}"
+
+    def _times(self) -> str:
+        seconds = self.runs["train_seconds"].dropna()
+        if seconds.empty:
+            return _UNKNOWN
+        least, median, most = (duration(value) for value in seconds.quantile([0, 0.5, 1]))
+        total = f"{duration(seconds.sum())} for {len(seconds)} runs"
+        return f"{total}; of a run {median} (median; {least} to {most})"
+
+    def _overhead(self) -> str:
+        if math.isnan(self.overhead):
+            return _UNKNOWN
+        total = duration(self.runs["record_seconds"].sum())
+        return f"{total}, {100 * self.overhead:.1f} % of the training time, which does not count it"
+
+    def _words(self, name: str, mark: str = "") -> str:
+        """The values of a column, the most frequent first, with how often each is found."""
+        known = self.runs[name].dropna()
+        values = Counter(known.astype(str)).most_common()
+        if len(known) < len(self.runs):
+            values.append((_UNKNOWN, len(self.runs) - len(known)))
+        words = [
+            (f"{value.removesuffix('+')}{mark}" if mark and value.endswith("+") else value, count)
+            for value, count in values
+        ]
+        return words[0][0] if len(words) == 1 else "; ".join(f"{word} ({n} runs)" for word, n in words)
+
+
+def provenance(cells: pd.DataFrame, runs: pd.DataFrame | None, study: str) -> Provenance:
+    """What the tables of a study say of its runs.
+
+    Args:
+        cells, runs: see `condlr.report.results.read`; `runs` is None where it was not collected.
+        study: whose experiments say how many runs there should be.
+    """
+    first = cells.drop_duplicates("run_id").rename(columns={"seconds": "train_seconds"})
+    if runs is not None:
+        first = runs.merge(first[["run_id", "official_data"]], on="run_id", how="left")
+    lacking = [name for name in (*_RECORDED, *_VERSIONS) if name not in first]
+    attacks = ["run_id", "attack", "norm", "n"]
+    timed = "attack_seconds" in cells
+    seconds = float(cells.drop_duplicates(attacks)["attack_seconds"].sum()) if timed else 0.0
+    return Provenance(first.assign(**dict.fromkeys(lacking, math.nan)), seconds, planned(study))
+
+
+def planned(study: str, folder: Path = CONF / "experiment") -> int | None:
+    """How many runs the experiments of a study sweep over; None if there are none."""
+    choices = [_choices(name, folder) for name in experiments(study, folder)]
+    return sum(math.prod(found.values()) for found in choices if found) or None
+
+
+def experiments(study: str, folder: Path = CONF / "experiment") -> list[str]:
+    """The names of the experiments whose runs are a study: their files say so themselves.
+
+    One that takes another as its default and leaves the study at that is a part of the other.
+    """
+    found = [path.stem for path in sorted(folder.glob("*.yaml")) if _study(path) == study]
+    return sorted(found, key=lambda name: name != study)
+
+
+def names_seeds(experiment: str, folder: Path = CONF / "experiment") -> bool:
+    """Whether the experiment's sweep has seeds of its own."""
+    return "seed" in _choices(experiment, folder)
+
+
+def _study(path: Path) -> object:
+    return OmegaConf.select(OmegaConf.load(path), "study")
+
+
+def _choices(name: str, folder: Path) -> dict[str, int]:
+    """How many values each key of an experiment's sweep takes, with those of the experiments it extends."""
+    path = folder / f"{name}.yaml"
+    if not path.exists():
+        return {}
+    config = OmegaConf.load(path)
+    found: dict[str, int] = {}
+    for default in OmegaConf.select(config, "defaults") or ():
+        if isinstance(default, str) and default != "_self_":
+            found |= _choices(default, folder)
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    return found | {str(key): len(str(values).split(",")) for key, values in params.items()}
+
+
+def _date(text: str) -> str:
+    """`2026-11-23 21:22 +0000`, from what run.json notes."""
+    return f"{text[:10]} {text[11:16]} {text[19:]}".rstrip()

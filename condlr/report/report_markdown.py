@@ -1,0 +1,117 @@
+"""A report as Markdown, for where the repository is read; figures and runs by their relative paths."""
+
+import re
+from functools import singledispatch
+from html import escape
+from urllib.parse import quote
+
+from condlr.report._style import Drawing
+from condlr.report.content import (
+    Block,
+    Commands,
+    Document,
+    Facts,
+    Folded,
+    Fragment,
+    Grid,
+    Link,
+    Section,
+    Verdicts,
+    alternative,
+    numeric,
+)
+from condlr.report.markdown import markdown
+from condlr.report.results import pipe
+from condlr.report.sheet import Sheet
+
+
+def render(document: Document) -> str:
+    """The whole text."""
+    contents = "\n".join(f"- [{section.heading}](#{section.anchor})" for section in document.sections)
+    parts = [f"# {plain(document.title)}", *map(block, document.lead), contents]
+    return "\n\n".join([*parts, *map(_section, document.sections)]) + "\n"
+
+
+def _section(section: Section) -> str:
+    return "\n\n".join([f"## {section.heading}", *map(block, section.blocks)])
+
+
+@singledispatch
+def block(content: Block) -> str:
+    """A part of a report as Markdown."""
+    raise TypeError(f"a report has no {type(content).__name__}")
+
+
+@block.register
+def _(content: str) -> str:
+    return plain(content)
+
+
+@block.register
+def _(content: Link) -> str:
+    return _cell(content)
+
+
+@block.register
+def _(content: Facts) -> str:
+    lines = (pipe([plain(name), plain(text)]) for name, text in content.rows)
+    return "\n".join([pipe(["", ""]), pipe(["---", "---"]), *lines])
+
+
+@block.register
+def _(content: Grid) -> str:
+    rule = ["---:" if number else "---" for number in numeric(content.rows)]
+    lines = [pipe([*map(_cell, row)]) for row in content.rows]
+    return "\n".join([pipe([*map(plain, content.header)]), pipe(rule), *lines])
+
+
+@block.register
+def _(content: Fragment) -> str:
+    return content.markdown.strip()
+
+
+@block.register
+def _(content: Sheet) -> str:
+    return markdown(content).strip()
+
+
+@block.register
+def _(content: Drawing) -> str:
+    return f"![{_label(alternative(content))}]({quote(content.png.name)})\n\n{plain(content.caption)}"
+
+
+@block.register
+def _(content: Verdicts) -> str:
+    first = content.claims[0]
+    lines = [f"### {plain(first.title)}", "", plain(first.statement), ""]
+    for claim in content.claims:
+        lines.append(f"- **{claim.verdict}**: {plain(claim.where)}")
+        lines += [f"  - {plain(line)}" for line in claim.evidence]
+    return "\n".join(lines)
+
+
+@block.register
+def _(content: Commands) -> str:
+    return "\n".join(["```sh", *content.lines, "```"])
+
+
+@block.register
+def _(content: Folded) -> str:
+    inside = "\n\n".join(map(block, content.blocks))
+    return f"<details>\n<summary>{escape(content.summary)}</summary>\n\n{inside}\n\n</details>"
+
+
+def plain(text: str) -> str:
+    """Text in which < opens no HTML, but in code, where it does not anyway."""
+    parts = re.split(r"(`[^`]+`)", " ".join(text.split()))
+    parts[::2] = [part.replace("&", "&amp;").replace("<", "&lt;") for part in parts[::2]]
+    return "".join(parts)
+
+
+def _cell(cell: str | Link) -> str:
+    return f"[{_label(cell.text)}]({cell.target})" if isinstance(cell, Link) else plain(cell)
+
+
+def _label(text: str) -> str:
+    """The text of a link or a picture, which a bracket would end."""
+    return re.sub(r"([\[\]])", r"\\\1", plain(text))

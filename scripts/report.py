@@ -1,0 +1,27 @@
+#!/usr/bin/env python3
+"""Write the report of a study: one HTML page, and the same as Markdown."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from condlr.cli import command
+from condlr.config import Page, typed
+
+
+@command("report")
+def main(config: DictConfig) -> None:
+    """Read <results_dir>/<study>/*.csv and figures, write report.html and report.md beside them."""
+    from condlr.report import page, report_markdown
+    from condlr.report.chapters import document
+    from condlr.runs import write
+
+    asked = typed(Page, config)
+    made = document(asked.directory, Path(asked.paper), Path(asked.runs_dir))
+    for name, text in {"report.html": page.render(made), "report.md": report_markdown.render(made)}.items():
+        write(asked.directory / name, text.encode())
+        print(asked.directory / name)
+
+
+if __name__ == "__main__":
+    main()
