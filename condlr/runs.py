@@ -220,7 +220,8 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
     for path in sorted(study.glob("*/run.json")):
         run = Run(path.parent)
         info = run.info
-        about = {} if "flow" in info else info.get("row")  # a flow is no row of a table
+        # A matrix flow is no row of a table
+        about = {"commit": info.get("commit")} if "flow" in info else info.get("row")
         if not {"run_id", "status"} <= info.keys() or not isinstance(about, dict):
             raise UserError(f"{path} is not a whole record of a run: remove this run, or train it again")
         if info["run_id"] != path.parent.name:
@@ -228,7 +229,9 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
         who = {"study": study.name, "run_id": info["run_id"]} | about
         for name, lines in others.items():
             lines += [who | line for line in run.read_table(f"{name}.csv")]
-        if not about:
+        if "flow" in info:
+            for line in others["flow"]:
+                line |= info.get("versions", {})
             continue
         compresses = about.get("compresses")
         factored = [f"cond_{name}" for name in info.get("ranks", {})] if compresses else []

@@ -180,7 +180,7 @@ def test_rows_figure_and_page(tmp_path):
     assert all(path.stat().st_size > 5000 for path in paths)
 
     page = theorem.markdown(frame)
-    table, words = page.strip().split("\n\n")
+    table, _, words = page.strip().split("\n\n")
     assert len(table.splitlines()) == 2 + 6
     # The exact solution at the horizon is one, whatever the learning rate beside it
     ours = exact.loc[exact["sweep"] == "rate"]

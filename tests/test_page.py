@@ -232,12 +232,15 @@ def test_a_study_of_which_nothing_is_done_has_a_report(study):
 def test_a_study_of_a_matrix_flow_has_a_report(tmp_path):
     (tmp_path / "f").mkdir()
     settings = Settings(n=9, m=8, rank=3, steps=[1, 4, 16], etas=[0.05], weak=[0.1, 1.0], weak_steps=16)
-    pd.DataFrame(errors(settings)).to_csv(tmp_path / "f" / "flow.csv", index=False)
+    frame = pd.DataFrame(errors(settings)).assign(commit="0123456789ab+", torch="2.9")
+    frame.to_csv(tmp_path / "f" / "flow.csv", index=False)
     content = document(tmp_path / "f", PAPER, tmp_path)
-    assert [section.heading for section in content.sections] == ["Theorem 1", "Figures", "To make it again"]
+    assert [section.heading for section in content.sections] == [
+        "Theorem 1", "Figures", "Provenance", "To make it again",
+    ]  # fmt: skip
     parsed = Parsed(page.render(content))
     assert len(parsed.all("img")) == 2
-    assert "rotation" in {*parsed.text}
+    assert {"rotation", "0123456789ab (with changes that were not committed)"} <= {*parsed.text}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from condlr.report.content import (
     Verdicts,
 )
 from condlr.report.figures import drawings
-from condlr.report.provenance import Provenance, experiments, names_seeds, provenance
+from condlr.report.provenance import Provenance, experiments, names_seeds, of_flow, provenance
 from condlr.report.results import (
     CONTEXT,
     attack_title,
@@ -57,7 +57,9 @@ def document(study: Path, paper: Path, runs_dir: Path) -> Document:
     """
     flow = read_if_there(study, "flow")
     if flow is not None and not (study / "cells.csv").exists():
-        return Document(f"{study.name}: a matrix flow", [], _sections(_of_flow(study, paper, flow)))
+        return Document(
+            f"{study.name}: a matrix flow", [theorem.LEAD], _sections(_of_flow(study, paper, flow))
+        )
     cells, history = read(study), read(study, "history")
     audits = read_if_there(study, "audit")
     origin = provenance(cells, read_if_there(study, "runs"), study.name)
@@ -65,7 +67,7 @@ def document(study: Path, paper: Path, runs_dir: Path) -> Document:
     sections = {
         "Claims of the paper": _claims(cells) if evaluated else (),
         "Accuracy": _accuracy(cells, paper, audits) if evaluated else (),
-        "Theorem 1": () if flow is None else [Fragment(theorem.markdown(flow))],
+        "Theorem 1": () if flow is None else [theorem.LEAD, Fragment(theorem.markdown(flow))],
         "Figures": drawings(study, paper, study) if evaluated else (),
         "Audit of the attacks": () if audits is None else _audits(audits),
         "Analyses": _analyses(study),
@@ -90,6 +92,7 @@ def _of_flow(study: Path, paper: Path, flow: pd.DataFrame) -> dict[str, Iterable
     return {
         "Theorem 1": [Fragment(theorem.markdown(flow))],
         "Figures": drawings(study, paper, study),
+        "Provenance": [Facts([*of_flow(flow)])],
         "To make it again": [Commands(_lines(study, ""))],
     }
 

@@ -157,6 +157,15 @@ def provenance(cells: pd.DataFrame, runs: pd.DataFrame | None, study: str) -> Pr
     return Provenance(first.assign(**dict.fromkeys(lacking, math.nan)), seconds, planned(study))
 
 
+def of_flow(flow: pd.DataFrame) -> Iterator[tuple[str, str]]:
+    """Each fact of a matrix flow with its name, in words."""
+    first = flow.iloc[0]
+    commit = str(first["commit"])
+    changed = " (with changes that were not committed)" if commit.endswith("+") else ""
+    yield "commit", f"{commit.removesuffix('+')}{changed}"
+    yield "versions", ", ".join(f"{name} {first[name]}" for name in _VERSIONS if name in flow)
+
+
 def planned(study: str, folder: Path = CONF / "experiment") -> int | None:
     """How many runs the experiments of a study sweep over; None if there are none."""
     choices = [_choices(name, folder) for name in experiments(study, folder)]

@@ -51,7 +51,7 @@ _NEEDED = {
     "cost": {"run_id", "row_id", "label", "compression", "seed", "batch_size", "train_flops"},
     "flow": {
         *("flow", "sweep", "integrator", "eta", "eta_measured", "learning_rate", "steps", "time", "error"),
-        *("bound_one", "bound_all", "lambda_limit", "sigma_min", "in_band"),
+        *("bound_one", "bound_all", "lambda_limit", "sigma_min", "in_band", "commit"),
     },
     "runs": {"row_id", "run_id", "seed", "status"},
     "steps": {"row_id", "seed", "step", "train_loss", "train_accuracy"},
