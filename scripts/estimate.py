@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Say what is left to do of a sweep, and how long it will take; takes the arguments of train.py."""
 
+import sys
+
 from omegaconf import DictConfig
 
 from condlr.cli import command
@@ -36,4 +38,6 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    # Each row is tried alone, in this process, whatever will run the sweep
+    sys.argv = [word for word in sys.argv if not word.startswith(("hydra/launcher=", "hydra.launcher."))]
     main()

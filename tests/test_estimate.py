@@ -10,7 +10,7 @@ SWEEP = [*SMALL, "protocol.epochs=3", "method=baseline,vanilla", "seed=0,1"]
 
 
 def test_what_is_done_is_not_counted(script, tmp_path):  # noqa: F811
-    status, out, _ = script("estimate", "-m", *SWEEP)
+    status, out, _ = script("estimate", "-m", "hydra/launcher=several", "hydra.launcher.n_jobs=2", *SWEEP)
     assert status == 0
     assert "default: 4 runs, 0 done, 4 to do" in out
     lines = {
