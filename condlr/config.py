@@ -269,11 +269,19 @@ class RunConfig:
             "compresses": self.method.compresses,
             "protocol": self.protocol.name,
             "epochs": self.protocol.epochs,
-            "settings": _as_text(self.identity["protocol"], without=("name", "epochs")),
+            "settings": _as_text(self.identity["protocol"] | self._unusual, without=("name", "epochs")),
             "options": _as_text(options, without=("name",)),
             "seed": self.seed,
             "row_id": fingerprint({key: v for key, v in self.identity.items() if key != "seed"}),
         }
+
+    @property
+    def _unusual(self) -> dict[str, Any]:
+        """What else the runs of one table share, where it is not as usual: precision, part of the data."""
+        usual = {field.name: field.default for field in fields(self.dataset)}
+        keys = self.identity["dataset"].items()
+        unusual = {key: value for key, value in keys if key != "name" and value != usual.get(key)}
+        return unusual | ({} if self.precision == "float32" else {"precision": self.precision})
 
     @property
     def directory(self) -> Path:
@@ -396,6 +404,8 @@ def check_any(config: DictConfig | Mapping[str, Any]) -> RunConfig | FlowConfig:
         return check(config)
     from condlr.analysis.flow import Settings
 
+    if not isinstance(values["flow"], dict):
+        raise UserError(f"flow must be a group of keys, as in experiment=theorem1; got {values['flow']!r}")
     keys = _typed(Settings, values["flow"], "flow")
     try:
         _check_study(values["study"])

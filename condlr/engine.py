@@ -275,8 +275,9 @@ class Trainer:
         )
         if self._graph:  # what was recorded knows the tensors from before
             self._graph = GraphedStep(self._take_step)
-        self.history, self.records = state["history"], state["records"]
-        self._recorded = tuple(state["recorded"])
+        self.history = state["history"]
+        # Checkpoints of condlr before it kept records have none
+        self.records, self._recorded = state.get("records", []), tuple(state.get("recorded", (0.0, 0.0, 0)))
         torch.set_rng_state(state["random"].cpu())
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)

@@ -3,10 +3,12 @@
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from condlr.config import RunConfig
 from condlr.data.base import Data
 from condlr.engine import Trainer
+from condlr.errors import Diverged
 from condlr.evaluation import evaluate, first
 from condlr.examination import missing
 from condlr.loading import build, load_data, pick_device
@@ -35,6 +37,7 @@ class Row:
     runs: int = 0
     done: int = 0
     diverged: int = 0
+    hopeless: bool = False
     epochs: int = 0
     attacks: int = 0
     pace: Pace | None = None
@@ -53,9 +56,16 @@ class Estimate:
     study: str = ""
     device: str = ""
     _data: tuple[object, Data] | None = None
+    _counted: set[Path] = field(default_factory=set)
 
     def add(self, config: RunConfig) -> None:
-        """Count a run; the first of its row that is not done is tried for a few seconds."""
+        """Count a run; the first of its row that is not done is tried for a few seconds.
+
+        A method that does not compress is one run for all compressions of a sweep.
+        """
+        if config.directory in self._counted:
+            return
+        self._counted.add(config.directory)
         facts = config.row
         row = self.rows.setdefault(facts["row_id"], Row(facts["label"], facts["compression"]))
         self.study, row.runs = config.study, row.runs + 1
@@ -68,7 +78,11 @@ class Estimate:
             if run.status != "done":
                 row.epochs += config.protocol.epochs - _epochs(run)
             row.attacks += 1
-            row.pace = row.pace or self._try(config)
+            if row.pace is None and not row.hopeless:
+                try:
+                    row.pace = self._try(config)
+                except Diverged:
+                    row.hopeless = True
 
     def _try(self, config: RunConfig) -> Pace:
         data = self._load(config)

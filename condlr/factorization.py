@@ -31,7 +31,7 @@ class Scheme:
         init: `spectral`, the truncated SVD of the dense layer's initial weight; `released_code`,
             the same for linear layers, but random orthonormal U, V and S = diag(sort |N(0, 1)|) for
             convolutions.
-        decay: None leaves the singular values at that; a number b >= 1 makes them sigma_1 b^(-k),
+        decay: None leaves the singular values at that; a number b > 1 makes them sigma_1 b^(-k),
             k = 0 ... r-1, the ill-conditioned start of arXiv 2306.01485, Figure 2 (there b = 2).
     """
 
@@ -49,6 +49,8 @@ class Scheme:
             in_range("compression", self.compression, 0, 1, half_open=True)
         if self.decay is not None:
             in_range("decay", self.decay, 1, math.inf, half_open=True)
+            if self.decay == 1:
+                raise ValueError("decay must be above 1: powers of 1 do not decay")
 
     def ranks(self, model: nn.Module, exclude: Collection[str] = ()) -> dict[str, int]:
         """The rank of each layer of `model` that is to be factored, by name."""

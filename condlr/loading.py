@@ -8,6 +8,7 @@ from torch import nn
 from condlr.config import RunConfig
 from condlr.data.base import Data
 from condlr.errors import UserError
+from condlr.factorization import low_rank_layers
 from condlr.forms import set_forms
 from condlr.models.base import standardized
 from condlr.runs import Run
@@ -19,9 +20,12 @@ def build(config: RunConfig, data: Data) -> nn.Module:
     torch.manual_seed(derive_seed(config.seed, "init"))
     try:
         dense = standardized(config.model.build(data.shape, data.classes), data.standard)
-        return config.method.apply(dense, config.scheme)
+        model = config.method.apply(dense, config.scheme)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if config.scheme.decay is not None and not low_rank_layers(model):
+        raise UserError("protocol.decay is of layers that are factored, and this method factors none")
+    return model
 
 
 def load_network(run: Run, config: RunConfig, data: Data) -> nn.Module:

@@ -230,6 +230,10 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
         for name, lines in others.items():
             lines += [who | line for line in run.read_table(f"{name}.csv")]
         if "flow" in info:
+            if len({line["run_id"] for line in others["flow"]}) > 1:
+                raise UserError(
+                    f"{study} holds several matrix flows: give each a study of its own (study=...)"
+                )
             for line in others["flow"]:
                 line |= info.get("versions", {})
             continue

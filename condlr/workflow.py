@@ -55,6 +55,8 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
     if info.get("status") == "done":
         other = "" if info.get("commit") == commit() else f" with the code of {info.get('commit')}"
         log.info("%s is done already%s; remove it to train it again", run.directory, other)
+        if config.record_every and not run.read_table("steps.csv"):
+            log.warning("%s was trained without record_every: it has no steps.csv", run.directory)
         complete(run, config)
         if missing(run, config):
             evaluate_run(run, config)
@@ -104,6 +106,8 @@ def _trained(run: Run, config: RunConfig, model: nn.Module, data: Data, signals:
     if state := run.load_checkpoint(fingerprint):
         trainer.load_state_dict(state)
         log.info("%s goes on from epoch %d, batch %d", run.directory, trainer.epoch, trainer.batch)
+        if config.record_every and not trainer.records:
+            log.warning("%s began without record_every: its steps.csv begins here", run.directory)
     else:
         run.forget_results()
         choose_run_forms(trainer, config)

@@ -13,7 +13,7 @@ _asked: list[RunConfig] = []
 
 def estimate() -> None:
     """Try a few steps of each row that is not done, and print what follows."""
-    if not _asked:  # --help
+    if not _asked:  # --help, or a matrix flow
         return
     from rich.console import Console
     from rich.progress import track
@@ -33,8 +33,10 @@ def estimate() -> None:
 def main(config: DictConfig) -> None:
     """Note one run of the sweep."""
     checked = check_any(config)
-    if isinstance(checked, RunConfig):  # a matrix flow takes seconds
+    if isinstance(checked, RunConfig):
         _asked.append(checked)
+    else:
+        print(f"{checked.study}: a matrix flow takes a minute")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,35 @@ def test_a_difference_within_the_noise_of_seeds_or_images_decides_nothing():
     assert verdicts(study(rows))[name] == "supported"
     assert verdicts(study(rows, seeds=(0.02, -0.02)))[name] == "undecided"
     assert verdicts(study(rows, n=500))[name] == "undecided"
-    assert verdicts(study(rows, seeds=(0.0,)))[name] == "supported"
+    many = {(label, 0.0): 0.93 for label in claims.ORTHOGONAL}
+    assert verdicts(study(rows | many, seeds=(0.02, -0.02, 0.0)))[name] == "undecided"
+
+
+def test_one_seed_decides_nothing_by_itself():
+    """Its variance is that of the other rows of the table; where there is none, nothing is told apart."""
+    name = "More robust than the dense network at 50 %"
+    rows = {("baseline", 0.0): 0.93, ("condlr-tau0", 0.5): 0.94}
+    single = study(rows, seeds=(0.0,))
+    assert verdicts(single)[name] == "undecided"
+    for spread, verdict in ((0.001, "supported"), (0.02, "undecided")):
+        others = study({("vanilla", 0.5): 0.9}, seeds=(spread, -spread))
+        assert verdicts(pd.concat([single, others]))[name] == verdict
+
+
+def test_an_accuracy_that_is_no_number_decides_nothing():
+    cells = study({("baseline", 0.0): 0.93, ("condlr-tau0", 0.5): 0.94})
+    cells.loc[cells["label"].eq("baseline"), "accuracy"] = float("nan")
+    assert verdicts(cells) == {}
+
+
+def test_attacks_on_other_numbers_of_images_are_told_apart():
+    cells = study({("baseline", 0.0): 0.93, ("condlr-tau0", 0.5): 0.96})
+    found = claims.claims(pd.concat([cells.assign(n=1000), cells]))
+    where = {claim.where.rpartition(", ")[2] for claim in found if claim.title.startswith("More robust")}
+    assert where == {"10,000 images", "1,000 images"}
+    assert [claim.where for claim in found if claim.title == "Accuracy is kept"] == [
+        "LeNet5 on MNIST, protocol paper, 3 epochs, 10,000 images"
+    ]
 
 
 def test_accuracy_is_kept_if_no_more_than_a_point_is_lost():

@@ -619,6 +619,7 @@ def test_a_matrix_flow_end_to_end(script, tmp_path):
         "flow.weak=[]",
     ]
     complains(script("train", *small, "flow.tau=-1"), r"flow.tau must be")
+    complains(script("train", "flow=3"), r"flow must be a group of keys")
     complains(script("train", *small, "flow.rank=half"), r"flow.rank: Value 'half'.*could not be converted")
     assert script("train", *small)[0] == 0
     assert "is done already" in "".join(map(str, script("train", *small)))
@@ -630,6 +631,8 @@ def test_a_matrix_flow_end_to_end(script, tmp_path):
         "flow.csv", "theorem1.md", "theorem1.png", "theorem1.pdf", "report.html", "report.md",
     }  # fmt: skip
     assert "experiment=theorem1" in (tmp_path / "results" / "theorem1" / "report.md").read_text()
+    script("train", *small, "flow.speed=2")
+    complains(script("collect", "study=theorem1"), "holds several matrix flows")
 
 
 def test_an_ill_conditioned_start_through_the_command_line(script, tmp_path):
@@ -641,6 +644,7 @@ def test_an_ill_conditioned_start_through_the_command_line(script, tmp_path):
         "record_every=5",
     ]
     complains(script("train", *start, "protocol.decay=0.5"), r"protocol.decay must be in \[1, inf")
+    complains(script("train", *start, "method=baseline", "study=lost"), "this method factors none")
     complains(script("train", *start, "record_every=-1"), r"record_every must be in \[0, inf")
     complains(
         script("train", *start, "protocol.decay=10", "study=lost"),
@@ -661,6 +665,7 @@ def test_an_ill_conditioned_start_through_the_command_line(script, tmp_path):
     ]
     assert len(values) == 100
     assert values[0] / values[1] == pytest.approx(2, rel=1e-5)
+    assert "has no steps.csv" not in "".join(map(str, script("train", *start)))
     # The spectra of a run from before they were kept are found when it is asked for again
     (run / "spectra.csv").unlink()
     assert script("train", *start)[0] == 0

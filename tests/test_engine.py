@@ -110,6 +110,16 @@ def test_an_interrupted_run_ends_with_the_same_bits(name, data, stop_at, tmp_pat
             }
 
 
+def test_a_checkpoint_from_before_there_were_records_is_gone_on_with(data):
+    t = trainer(METHODS["vanilla"], data, epochs=1)
+    t.fit()
+    old = {key: value for key, value in t.state_dict().items() if not key.startswith("record")}
+    second = trainer(METHODS["vanilla"], data, epochs=2)
+    second.load_state_dict(old)
+    second.fit()
+    assert [row["step"] for row in second.records] == [6]
+
+
 def test_checkpoints_hold_plain_values_only(data):
     t = trainer(METHODS["released"], data)
     t.fit()

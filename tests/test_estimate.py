@@ -32,6 +32,22 @@ def test_what_is_done_is_not_counted(script, tmp_path):  # noqa: F811
     assert out == "default: 1 run, 1 done, 0 to do\n"
 
 
+def test_a_run_counts_once_and_a_row_that_diverges_is_said(script):  # noqa: F811
+    sweep = [
+        *SMALL,
+        "protocol.epochs=3",
+        "method=baseline,vanilla",
+        "compression=0.5,0.8",
+        "protocol.lr=0.1,1e9",
+    ]
+    status, out, err = script("estimate", "-m", *sweep)
+    assert status == 0, err
+    assert "default: 6 runs, 0 done, 6 to do" in out
+    assert len(re.findall(r"diverges within seconds", out)) == 3
+    assert re.search(r"about [\d.]+ s here", out)
+    assert script("estimate", "experiment=theorem1")[1] == "theorem1: a matrix flow takes a minute\n"
+
+
 def test_a_mistake_is_one_line(script):  # noqa: F811
     status, out, err = script("estimate", *SMALL, "compression=2")
     assert status == 1

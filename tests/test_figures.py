@@ -63,7 +63,7 @@ def history(frame):
 
 def steps(frame):
     """Layers a and b: cond 10^4 and 10 at first, then 2 and 3; seed 1 has twice, and twice, of that."""
-    runs = frame.drop_duplicates("run_id")[["row_id", "seed", "label", "compression"]]
+    runs = frame.drop_duplicates("run_id")[["run_id", "row_id", "seed", "label", "compression"]]
     twice = 1.0 + runs["seed"].eq(1)
     return pd.concat(
         runs.assign(
@@ -75,7 +75,7 @@ def steps(frame):
 
 
 def values(frame):
-    runs = frame.drop_duplicates("run_id")[["row_id", "seed"]]
+    runs = frame.drop_duplicates("run_id")[["run_id", "row_id", "seed"]]
     return pd.concat(
         runs.assign(when=when, layer=layer, index=index, singular_value=(1 + runs["seed"]) * 0.5**index)
         for when in ("start", "end") for layer in ("conv1", "fc1") for index in range(1, 5)
@@ -265,8 +265,8 @@ def test_all_figures_of_all_tables(tmp_path):
 
 
 def test_a_matrix_flow_needs_no_other_table(tmp_path):
-    settings = Settings(n=9, m=8, rank=3, steps=(1, 4), etas=(0.05,), weak=(1.0,), weak_steps=4)
-    write(tmp_path, flow=pd.DataFrame(errors(settings)))
+    settings = Settings(n=9, m=8, rank=3, steps=[1, 4], etas=[0.05], weak=[1.0], weak_steps=4)
+    write(tmp_path, flow=pd.DataFrame(errors(settings)).assign(commit="a"))
     made = [*drawings(tmp_path, PAPER, tmp_path)]
     assert [(drawing.png.name, drawing.pdf.name) for drawing in made] == [
         ("theorem1.png", "theorem1.pdf"), ("theorem1-2.png", "theorem1-2.pdf"),

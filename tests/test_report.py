@@ -373,3 +373,19 @@ def test_numbers_of_analyses_are_readable():
         analysis.shown(v) for v in (None, float("nan"), float("inf"), 12345678, 0.25, 1234.5, 1.5e12, "x")
     ]
     assert shown == ["–", "–", "∞", "12,345,678", "0.25", "1,234", "1.5e+12", "x"]
+
+
+def test_precision_and_part_of_the_data_make_a_table_of_their_own():
+    """Tables share their settings, and what is not as usual is one of them."""
+    from hydra import compose, initialize_config_dir
+
+    from condlr.config import CONF, check
+
+    def settings(*overrides):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return check(compose("train", overrides=list(overrides))).row["settings"]
+
+    usual = settings("dataset=digits")
+    assert settings("dataset=digits", "precision=bf16") == f"{usual} precision=bf16"
+    assert settings("dataset=digits", "dataset.train_images=500") == f"{usual} train_images=500"
+    assert "precision" not in usual

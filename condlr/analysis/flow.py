@@ -396,7 +396,7 @@ def _ends(flow: Flow, settings: Settings, every: Sequence[int]) -> Iterator[tupl
 
 
 def _row(flow: Flow, found: Assumptions, rate: float, steps: int, W: Tensor) -> dict[str, Any]:
-    time = rate * steps
+    time = round(rate * steps, 12)  # T / k * k is T
     difference = W - matrix(flow, time)
     lost = not bool(difference.isfinite().all())
     return {

@@ -13,7 +13,17 @@ from matplotlib.lines import Line2D
 
 from condlr.report import _style
 from condlr.report._style import COLOURS, WIDTH, Drawing, Styles
-from condlr.report.results import CONTEXT, ROW, attack_title, comparison, norm_title, setting, summarize
+from condlr.report.results import (
+    CONTEXT,
+    ROW,
+    attack_title,
+    comparison,
+    done_runs,
+    norm_title,
+    own,
+    setting,
+    summarize,
+)
 
 _DOTS, _SPARSE_DOTS = (0, (1, 1.2)), (0, (1, 3.5))
 
@@ -31,6 +41,7 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
         paper: the directory of published numbers.
         out: where `robustness.png` and `.pdf` go; a number follows the name for a second table.
     """
+    history = history.loc[history["run_id"].isin(done_runs(cells))]
     tables = [
         (context, frame)
         for context, frame in summarize(cells).groupby(CONTEXT, sort=False, dropna=False)
@@ -38,7 +49,7 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
     ]
     for number, (context, frame) in enumerate(tables, start=1):
         known = dict(zip(CONTEXT, context, strict=True))
-        compare = comparison(known, cells, paper)
+        compare = comparison(known, own(known, cells), paper)
         attack = attack_title(str(known["attack"]))
         parts = _style.groups(frame)
         alone = len(parts) == 1

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from condlr.report.results import CONTEXT, attack_title, decay, setting, summarize, title
@@ -17,10 +18,11 @@ LOSS = 0.01
 
 RULE = (
     "Two rows are told apart (>, <; otherwise ≈) where their means differ by more than two standard errors "
-    "of the difference; the variance of a mean is the larger of that between seeds and that of drawing the "
-    "test images, over the number of seeds. A claim of several comparisons is supported, if all are decided "
-    "for it; partly so, if some are; not supported, if some are decided against it and none for it; "
-    "undecided, if none is decided. ±: standard deviation between seeds."
+    "of the difference. The variance of a mean is that between seeds, but no less than that of drawing the "
+    "test images, over the number of seeds; a row of one seed or two, which say little of it, has the mean "
+    "variance of its table's rows, and where no row has two seeds nothing is told apart. A claim of several "
+    "comparisons is supported, if all are decided for it; partly so, if some are; not supported, if some are "
+    "decided against it and none for it; undecided, if none is decided. ±: standard deviation between seeds."
 )
 
 
@@ -71,7 +73,7 @@ class _Comparison:
         """1: decided for the claim; -1: against it; 0: not decided."""
         difference = self.left.value - self.right.value + self.slack
         margin = 2 * math.sqrt(self.left.variance + self.right.variance)
-        return 0 if abs(difference) <= margin else int(math.copysign(1, difference))
+        return int(math.copysign(1, difference)) if abs(difference) > margin else 0  # NaN: not decided
 
 
 def claims(cells: pd.DataFrame) -> list[Claim]:
@@ -83,33 +85,35 @@ def claims(cells: pd.DataFrame) -> list[Claim]:
         cells: see `condlr.report.results.read`.
     """
     found: list[Claim] = []
-    for context, frame in summarize(cells).groupby(CONTEXT, sort=False, dropna=False):
+    clean: set[tuple[object, ...]] = set()
+    summary = summarize(cells).sort_values("n", ascending=False, kind="stable")
+    for context, frame in summary.groupby(CONTEXT, sort=False, dropna=False):
         known = dict(zip(CONTEXT, context, strict=True))
+        images = f"{known['n']:,} images"
+        trained = tuple(known[name] for name in CONTEXT if name not in ("attack", "norm", "n"))
         if decay(known):
-            found += _of_start(_Rows(frame, 0.0), setting(known))
-        else:
-            found += _of_tables(frame, known)
+            found += _of_start(_Rows(frame, 0.0), f"{setting(known)}, {images}")
+            continue
+        if trained not in clean:  # without an attack all attacks are one
+            found += _of_accuracy(_Rows(frame, 0.0), f"{setting(known)}, {images}")
+            clean.add(trained)
+        if (eps := frame["eps"].max()) > 0:
+            under = f"{attack_title(str(known['attack']))} at ε={eps:g}"
+            found += _of_robustness(_Rows(frame, eps), f"{setting(known)}, {under}, {images}")
     return [claim for claim in found if claim.verdict != "no runs"]
 
 
-def _of_tables(frame: pd.DataFrame, known: dict[str, object]) -> Iterator[Claim]:
-    eps = frame["eps"].max()
-    clean, robust = _Rows(frame, 0.0), _Rows(frame, eps)
-    where = setting(known)
-    under = f"{where}, {attack_title(str(known['attack']))} at ε={eps:g}"
-    if len(clean) > 0:
-        yield _claim(
-            "Accuracy is kept",
-            f"CondLR keeps the accuracy of the dense network (here: loses at most {100 * LOSS:g} point).",
-            where,
-            [
-                _Comparison(a, b, LOSS)
-                for a in clean.of(CONSTRAINED, 0.5, 0.8)
-                for b in clean.of(["baseline"], 0)
-            ],
-        )
-    if eps == 0:
-        return
+def _of_accuracy(clean: "_Rows", where: str) -> Iterator[Claim]:
+    dense = clean.of(["baseline"], 0)
+    yield _claim(
+        "Accuracy is kept",
+        f"CondLR keeps the accuracy of the dense network (here: loses at most {100 * LOSS:g} point).",
+        where,
+        [_Comparison(a, b, LOSS) for a in clean.of(CONSTRAINED, 0.5, 0.8) for b in dense],
+    )
+
+
+def _of_robustness(robust: "_Rows", under: str) -> Iterator[Claim]:
     dense = robust.of(["baseline"], 0)
     for compression, more in ((0.5, ""), (0.8, " (claimed for MNIST)")):
         yield _claim(
@@ -155,7 +159,7 @@ def _of_start(rows: "_Rows", where: str) -> Iterator[Claim]:
         "Insensitive to an ill-conditioned start",
         "From singular values that decay exponentially CondLR and DLRT train well, Vanilla and SVD prune "
         "deteriorate.",
-        f"{where}, accuracy on the test images",
+        f"{where}, no attack",
         rows.pairs(good, rows.of(["vanilla", "svd_prune"], 0.5, 0.8)),
     )
 
@@ -165,17 +169,16 @@ class _Rows:
 
     def __init__(self, frame: pd.DataFrame, eps: float):
         self._means: dict[tuple[str, float], _Mean] = {}
-        for row in frame[frame["eps"].eq(eps) & frame["variant"].eq("")].itertuples():
+        rows = frame[frame["eps"].eq(eps) & frame["variant"].eq("")]
+        usual = rows["std"].pow(2).mean()  # NaN where no row has two seeds
+        for row in rows.itertuples():
             seeds, p = int(row.seeds), float(row.accuracy)  # type: ignore[arg-type]
-            between = 0.0 if math.isnan(row.std) else row.std**2  # type: ignore[arg-type]
-            variance = max(between, p * (1 - p) / int(row.n)) / seeds  # type: ignore[arg-type]
+            between = row.std**2 if seeds > 2 else usual  # type: ignore[operator]
+            variance = np.maximum(between, p * (1 - p) / int(row.n)) / seeds  # type: ignore[arg-type]
             percent = f" {100 * row.compression:g} %" if row.compression else ""  # type: ignore[operator]
             key = str(row.label), float(row.compression)  # type: ignore[arg-type]
             name = f"{title(str(row.label))}{percent}"
             self._means[key] = _Mean(name, p, float(row.std), variance)  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        return len(self._means)
 
     def of(self, labels: Iterable[str], *compressions: float) -> list[_Mean]:
         """The means of these rows, of those that there are."""

@@ -30,5 +30,9 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
                 f"{row.epochs}", f"{row.pace.epoch:.1f}", f"{row.pace.attack:.1f}", duration(row.seconds),
             )  # fmt: skip
     console.print(view, highlight=False)
+    for row in rows:
+        if row.hopeless:
+            name = f"{title(row.label)} {100 * row.compression:g} %"
+            console.print(f"{name} diverges within seconds: try a smaller protocol.lr", highlight=False)
     total = duration(sum(row.seconds for row in rows))
     console.print(f"about {total} here ({estimate.device}), one run after the other", highlight=False)

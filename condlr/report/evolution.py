@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from condlr.report import _style
 from condlr.report._style import ROW, TRAINING, WIDTH, Drawing
-from condlr.report.results import decay, setting, summarize
+from condlr.report.results import decay, done_runs, setting, summarize
 
 _DASHES = ("-", (0, (5, 1.2)), (0, (2.5, 1)), (0, (5, 1, 1, 1)))
 _PREFIX = "cond_"
@@ -107,6 +107,7 @@ def product(steps: pd.DataFrame) -> pd.Series:
 def _tables(cells: pd.DataFrame, steps: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     """The steps of each table's rows in the table's order, without layers that its network has not."""
     rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
+    steps = steps.loc[steps["run_id"].isin(done_runs(cells))]
     recorded = steps[["row_id", "seed", "step", *(c for c in steps if c.startswith(("train_", _PREFIX)))]]
     merged = rows.merge(recorded, on="row_id")
     for context, frame in merged.groupby(TRAINING, sort=False, dropna=False):

@@ -16,6 +16,7 @@ th, td { padding: 0.15rem 0.6rem; text-align: left; white-space: nowrap; font-we
 tr > :first-child { position: sticky; left: 0; background: #fff; }
 thead th { font-weight: 600; vertical-align: bottom; }
 thead th[scope=colgroup] { text-align: center; border-bottom: 1px solid #999; }
+tbody th { white-space: normal; min-width: 6rem; max-width: 14rem; overflow-wrap: anywhere; }
 .number { text-align: right; }
 tbody { border-top: 1px solid #999; }
 .published, .camera-ready, .difference { color: #5a5a5a; font-size: 0.85em; }

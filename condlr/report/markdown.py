@@ -1,21 +1,30 @@
 """Sheets as Markdown, for GitHub."""
 
+import re
+
 from condlr.report.results import pipe
 from condlr.report.sheet import Sheet, Value
 
 
 def markdown(sheet: Sheet) -> str:
     """Caption, table and notes. GitHub shades no cell: the best of a group is underlined."""
-    head = [f"**{sheet.caption}**", "", *(f"`{line}`" for line in sheet.settings)]
+    head = [f"**{plain(sheet.caption)}**", "", *(f"`{line}`" for line in sheet.settings)]
     lines = [*head, ""] if sheet.settings else head
     lines += [pipe(["row", *(column.heading for column in sheet.columns)])]
     lines += [pipe(["---", *["---:"] * len(sheet.columns)])]
     for group in sheet.groups:
         for row in group:
-            name = row.name if row.kind == "ours" else f"*{row.name.strip()}*"
+            name = plain(row.name) if row.kind == "ours" else f"*{row.name.strip()}*"
             lines.append(pipe([name, *map(_marked, row.values)]))
     notes = [f"- {note}" for note in sheet.legend("<ins>Underlined</ins>", "**Bold**")]
     return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n"
+
+
+def plain(text: str) -> str:
+    """Text in which < opens no HTML, but in code, where it does not anyway."""
+    parts = re.split(r"(`[^`]+`)", " ".join(text.split()))
+    parts[::2] = [part.replace("&", "&amp;").replace("<", "&lt;") for part in parts[::2]]
+    return "".join(parts)
 
 
 def _marked(value: Value) -> str:

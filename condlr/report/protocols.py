@@ -70,6 +70,8 @@ def _meaning(key: str) -> str:
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "none"
     return str(value).lower() if isinstance(value, bool) else str(value).replace("_", " ")
 
 

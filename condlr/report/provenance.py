@@ -57,7 +57,8 @@ class Provenance:
             seeds = {*map(int, alike["seed"])}
             for (label, compression, _), runs in alike.groupby(ROW[:3], sort=False):
                 if lacking := sorted(seeds - {*map(int, runs["seed"])}):
-                    found[f"{title(label)}{f', {100 * compression:g} %' if compression else ''}"] = lacking
+                    name = f"{title(label)}{f', {100 * compression:g} %' if compression else ''}"
+                    found[name] = sorted({*found.get(name, []), *lacking})
         return found
 
     @property

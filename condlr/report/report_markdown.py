@@ -20,7 +20,7 @@ from condlr.report.content import (
     alternative,
     numeric,
 )
-from condlr.report.markdown import markdown
+from condlr.report.markdown import markdown, plain
 from condlr.report.results import pipe
 from condlr.report.sheet import Sheet
 
@@ -99,13 +99,6 @@ def _(content: Commands) -> str:
 def _(content: Folded) -> str:
     inside = "\n\n".join(map(block, content.blocks))
     return f"<details>\n<summary>{escape(content.summary)}</summary>\n\n{inside}\n\n</details>"
-
-
-def plain(text: str) -> str:
-    """Text in which < opens no HTML, but in code, where it does not anyway."""
-    parts = re.split(r"(`[^`]+`)", " ".join(text.split()))
-    parts[::2] = [part.replace("&", "&amp;").replace("<", "&lt;") for part in parts[::2]]
-    return "".join(parts)
 
 
 def _cell(cell: str | Link) -> str:

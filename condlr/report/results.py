@@ -1,8 +1,9 @@
 """Collected cells as a frame of rows: means over seeds, beside what was published."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -32,7 +33,7 @@ _NEEDED = {
         *("label", "compression", "row_id", "options", "official_data", "device", "seed", "eps", "accuracy"),
         "status",
     },
-    "history": {"label", "compression", "row_id", "seed", "step", "cond"},
+    "history": {"run_id", "label", "compression", "row_id", "seed", "step", "cond"},
     "audit": {
         "label",
         "compression",
@@ -54,13 +55,30 @@ _NEEDED = {
         *("bound_one", "bound_all", "lambda_limit", "sigma_min", "in_band", "commit"),
     },
     "runs": {"row_id", "run_id", "seed", "status"},
-    "steps": {"row_id", "seed", "step", "train_loss", "train_accuracy"},
-    "spectra": {"row_id", "seed", "when", "layer", "index", "singular_value"},
+    "steps": {"run_id", "row_id", "seed", "step", "train_loss", "train_accuracy"},
+    "spectra": {"run_id", "row_id", "seed", "when", "layer", "index", "singular_value"},
 }
 
 
 _NUMBERS = {"eps", "n", "accuracy", "compression", "cond", "cond_all", "seconds", "step", "seed", "epochs"}
-_NUMBERS |= {"train_loss", "train_accuracy", "index", "singular_value", "train_flops"}
+_NUMBERS |= {
+    "train_compression",
+    "deploy_compression",
+    "train_loss",
+    "train_accuracy",
+    "index",
+    "singular_value",
+    "train_flops",
+}
+
+
+# What else must hold in each line of a table that has such a column.
+_RULES: dict[str, Callable[[pd.DataFrame], Any]] = {
+    "label": lambda frame: frame["label"].notna(),
+    "row_id": lambda frame: frame["row_id"].notna(),
+    "n": lambda frame: frame["n"].notna() | (frame["eps"].isna() if "eps" in frame else False),
+    "options": lambda frame: frame["options"].fillna("").str.fullmatch(r"(\S+=\S*( |$))*"),
+}
 
 
 def read(study: Path, name: str = "cells") -> pd.DataFrame:
@@ -78,6 +96,9 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
     for column in [name for name in frame if name in _NUMBERS or name.startswith("cond_")]:
         if not pd.api.types.is_numeric_dtype(frame[column]):
             raise UserError(f"{path} has something else than numbers in the column {column}")
+    for column, rule in _RULES.items():
+        if column in frame and not rule(frame).all():
+            raise UserError(f"{path} is damaged in the column {column}: collect the runs again")
     return frame
 
 
@@ -94,7 +115,7 @@ def summarize(cells: pd.DataFrame) -> pd.DataFrame:
         seed), seeds, and the means of cond, cond_all, seconds, train_compression, deploy_compression.
         `variant` tells rows of one label apart: the options in which they differ.
     """
-    done = cells[cells["status"].eq("done") & cells["eps"].notna()]
+    done = cells[cells["status"].eq("done") & cells["eps"].notna() & cells["accuracy"].notna()]
     if done.empty:
         raise UserError("no run of this study is done and evaluated yet")
     done = done.fillna({"options": "", "settings": ""}).reset_index(drop=True)
@@ -108,6 +129,11 @@ def summarize(cells: pd.DataFrame) -> pd.DataFrame:
     frame = frame.assign(_rank=order(frame["label"]))
     keys = ["compression", "_rank", "label", "variant", "row_id", "eps"]
     return frame.sort_values(keys, kind="stable").drop(columns="_rank").reset_index(drop=True)
+
+
+def done_runs(cells: pd.DataFrame) -> pd.Series:
+    """The run_id of every run that the tables show."""
+    return cells.loc[cells["status"].eq("done") & cells["eps"].notna(), "run_id"].drop_duplicates()
 
 
 def order(labels: pd.Series) -> pd.Series:
@@ -142,6 +168,16 @@ def left_out(cells: pd.DataFrame) -> str:
         f"{title(run.label)} {100 * run.compression:g} % seed {run.seed} ({run.status})"
         for run in unfinished.itertuples()
     )
+
+
+def own(context: Mapping[str, object], cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells of one table."""
+    same = pd.Series(True, index=cells.index)
+    for name in CONTEXT:
+        same &= (
+            cells[name].fillna("").eq(context[name]) if name == "settings" else cells[name].eq(context[name])
+        )
+    return cells.loc[same]
 
 
 def comparison(

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from condlr.report import _style
 from condlr.report._style import ROW, TRAINING, Drawing, Styles
-from condlr.report.results import setting, summarize
+from condlr.report.results import done_runs, setting, summarize
 
 # Above the end, which hides it where training changed little
 _START = {"color": "0.25", "linestyle": (0, (1, 2)), "linewidth": 0.9, "zorder": 3}
@@ -27,6 +27,7 @@ def spectra(cells: pd.DataFrame, values: pd.DataFrame, out: Path) -> Iterator[Dr
         out: where `spectra.png` and `.pdf` go; a number follows the name for a second table.
     """
     rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
+    values = values.loc[values["run_id"].isin(done_runs(cells))]
     merged = rows.merge(values[["row_id", "seed", "when", "layer", "index", "singular_value"]], on="row_id")
     for number, (context, frame) in enumerate(merged.groupby(TRAINING, sort=False, dropna=False), start=1):
         known = dict(zip(TRAINING, context, strict=True))

@@ -20,6 +20,7 @@ from condlr.report.results import (
     network,
     norm_title,
     order,
+    own,
     quoted,
     setting,
     summarize,
@@ -229,7 +230,8 @@ def tables(cells: pd.DataFrame, paper: Path, marks: Marks | None = None) -> Iter
     """
     for context, frame in summarize(cells).groupby(CONTEXT, sort=False, dropna=False):
         known = dict(zip(CONTEXT, context, strict=True))
-        first, second = comparison(known, cells, paper), quoted(known, cells, paper)
+        mine = own(known, cells)
+        first, second = comparison(known, mine, paper), quoted(known, mine, paper)
         printed: dict[tuple[str, float], dict[float, Cell]] = {}
         for label, compression, eps in dict.fromkeys([*first, *second]):
             key = label, compression, eps
@@ -249,18 +251,8 @@ def tables(cells: pd.DataFrame, paper: Path, marks: Marks | None = None) -> Iter
             ran = {(label, line.compression) for label, line in lines}
             lines += [(key[0], _not_run(*key, row)) for key, row in printed.items() if key not in ran]
             lines = _in_order(lines)
-        told = differences(known, _of(known, cells)) if first or second else []
+        told = differences(known, mine) if first or second else []
         yield Table(known, [line for _, line in lines], number, told, _slips(known, paper) if number else ())
-
-
-def _of(context: Mapping[str, object], cells: pd.DataFrame) -> pd.DataFrame:
-    """The cells of one table."""
-    same = pd.Series(True, index=cells.index)
-    for name in CONTEXT:
-        same &= (
-            cells[name].fillna("").eq(context[name]) if name == "settings" else cells[name].eq(context[name])
-        )
-    return cells.loc[same]
 
 
 def _with_best(frame: pd.DataFrame) -> pd.DataFrame:
