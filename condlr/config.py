@@ -110,7 +110,7 @@ class _Schema:
     device: str
     precision: str
     forms: Any
-    record_every: int
+    record_every: int = 0
     flow: Any = None
 
 

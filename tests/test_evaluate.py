@@ -212,3 +212,14 @@ def test_a_damaged_audit_is_one_line(script, one_run):
     arguments = [f"run={one_run}", "attack.images=20", "attack.eps=[0.1]", "audit=true"]
     complains(script("evaluate", *arguments), r"audit.csv is damaged \(no column 'n'\)")
     (one_run / "audit.csv").unlink()
+
+
+def test_a_run_whose_config_is_from_before_a_key_was_there_is_evaluated(script, runs):
+    run = runs["condlr"]
+    config = run / "config.yaml"
+    lines = config.read_text().splitlines(keepends=True)
+    old = [line for line in lines if not line.startswith(("record_every:", "flow:", "  decay:"))]
+    assert len(old) == len(lines) - 3
+    config.write_text("".join(old))
+    status, out, err = script("evaluate", f"run={run}", "attack.eps=[0.3]")
+    assert status == 0, out + err
