@@ -128,7 +128,7 @@ def record_spectra(run: Run, config: RunConfig, data: Data) -> None:
     config.method.optimizer(start, config.protocol.lr, config.protocol.momentum)
     networks = {"start": start, "end": load_network(run, config, data)}
     rows: list[Row] = [
-        {"when": when, "layer": name, "index": index, "singular_value": value}
+        {"when": when, "layer": name, "index": index, "singular_value": f"{value:.7g}"}
         for when, network in networks.items()
         for name, values in spectra(network).items()
         for index, value in enumerate(values.tolist(), start=1)

@@ -228,7 +228,10 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
             raise UserError(f"{path} is of the run {info['run_id']}: a copy would count twice, move it away")
         who = {"study": study.name, "run_id": info["run_id"]} | about
         for name, lines in others.items():
-            lines += [who | line for line in run.read_table(f"{name}.csv")]
+            # Of the long ones a line says whose it is, and no more
+            short = {key: who.get(key) for key in ("run_id", "row_id", "seed")}
+            start = short if name in ("steps", "spectra") else who
+            lines += [start | line for line in run.read_table(f"{name}.csv")]
         if "flow" in info:
             if len({line["run_id"] for line in others["flow"]}) > 1:
                 raise UserError(

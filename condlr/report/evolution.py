@@ -145,6 +145,9 @@ def _band(axis: Axes, row: pd.DataFrame, column: str, line: dict) -> None:
     low, high = mean - std, mean + std
     if logarithmic:
         mean, low, high = np.exp(mean), np.exp(low), np.exp(high)
+    else:  # neither a loss nor an accuracy is below 0, nor an accuracy above 1
+        low = np.maximum(low, 0)
+        high = np.minimum(high, 1) if column == "train_accuracy" else high
     axis.plot(steps, mean, **line)
     axis.fill_between(steps, low, high, color=line["color"], alpha=0.18, linewidth=0)
 
