@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatterSciNotation, MaxNLocator, NullLocator
 
-from condlr.report.results import CONTEXT, ROW, title
+from condlr.report.results import CONTEXT, ROW, row_title
 
 # Okabe and Ito's palette and, for more, Tol's: colour-blind readers can tell them apart.
 COLOURS = {
@@ -98,11 +98,6 @@ def marks(frame: pd.DataFrame) -> dict[float, str]:
     """A mark for each requested compression, a diamond for dense rows."""
     requested = sorted({*frame["compression"]} - {0.0})
     return {0.0: _MARKS[0]} | dict(zip(requested, cycle(_MARKS[1:]), strict=False))
-
-
-def row_title(label: str, compression: float, variant: str = "") -> str:
-    """`CondLR τ=0.1, 80 %`."""
-    return title(label, variant) + (f", {100 * compression:g} %" if compression else "")
 
 
 def legend(frame: pd.DataFrame, drawn: Styles, by_compression: bool, **line: Any) -> list[Line2D]:

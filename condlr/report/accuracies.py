@@ -21,6 +21,7 @@ from condlr.report.results import (
     done_runs,
     norm_title,
     own,
+    row_title,
     setting,
     summarize,
 )
@@ -135,7 +136,7 @@ def _marks(axes: Axes, frame: pd.DataFrame, rows: list[tuple[Any, ...]], eps: fl
         axes.plot(
             part["accuracy"], heights, next(shapes), color=next(colours), markersize=5, alpha=0.9, label=label
         )
-    texts = [_style.row_title(label, compression, variant) for label, compression, _, variant in rows]
+    texts = [row_title(label, compression, variant) for label, compression, _, variant in rows]
     axes.set_yticks(range(len(rows)), texts)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     _style.percent(axes.xaxis)

@@ -8,7 +8,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from condlr.report.results import order, pipe, title
+from condlr.report.results import order, pipe, run_title
 
 _LAYERS = ("cond_S", "cond_matrix", "norm", "norm_circular", "cond_circular", "norm_padded", "norm_bound")
 _LAYERS += ("cond_padded",)
@@ -62,7 +62,7 @@ def conditioning(frame: pd.DataFrame) -> str:
     """As Markdown: a line for each run and layer."""
     header = ["run", "layer", "n × m", "rank", *(name.replace("_", " ") for name in _LAYERS)]
     rows = [
-        [_run(row), row["layer"], f"{row['n']} × {row['m']}", shown(row["rank"])]
+        [run_title(row), row["layer"], f"{row['n']} × {row['m']}", shown(row["rank"])]
         + [shown(row[name]) for name in _LAYERS]
         for row in _ordered(frame)
     ]
@@ -73,7 +73,7 @@ def guarantees(frame: pd.DataFrame) -> str:
     """As Markdown: a line for each quantity, a column for each run; and what the first run notes of it."""
     rows = _ordered(frame)
     runs = list(dict.fromkeys(row["run_id"] for row in rows))
-    names = {row["run_id"]: _run(row) for row in rows}
+    names = {row["run_id"]: run_title(row) for row in rows}
     values = {(row["quantity"], row["run_id"]): shown(row["value"]) for row in rows}
     notes = {row["quantity"]: row["note"] for row in reversed(rows)}
     quantities = dict.fromkeys(row["quantity"] for row in rows)
@@ -85,7 +85,7 @@ def guarantees(frame: pd.DataFrame) -> str:
 def cost(frame: pd.DataFrame) -> str:
     """As Markdown: a line for each run, each count with its part of the dense network's."""
     rows = [
-        [_run(row), *(f"{shown(row[key])} ({row[f'{key}_ratio']:.2f})" for key in _COSTS)]
+        [run_title(row), *(f"{shown(row[key])} ({row[f'{key}_ratio']:.2f})" for key in _COSTS)]
         for row in _ordered(frame)
     ]
     note = (
@@ -114,11 +114,6 @@ def _ordered(frame: pd.DataFrame) -> list[dict[str, Any]]:
     placed = frame.assign(_place=order(frame["label"]))
     keys = ["compression", "_place", "label", "seed", "run_id"]
     return placed.sort_values(keys, kind="stable").to_dict("records")
-
-
-def _run(row: Mapping[str, Any]) -> str:
-    compression = f" {100 * row['compression']:g} %" if row["compression"] else ""
-    return f"{title(row['label'])}{compression}, seed {row['seed']}"
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -33,6 +33,7 @@ from condlr.report.results import (
     order,
     read,
     read_if_there,
+    run_title,
     setting,
     summarize,
     title,
@@ -179,7 +180,7 @@ def _audits(audits: pd.DataFrame) -> Iterator[Block]:
     for _, part in placed.sort_values(keys, kind="stable").groupby(keys, sort=False):
         first = part.iloc[0]
         found = {status: part.loc[part["status"].eq(status), "check"] for status in _STATUSES}
-        row = [_name(first), f"{first['eps']:g} ({norm_title(first['norm'])})", f"{first['n']:,}"]
+        row = [run_title(first), f"{first['eps']:g} ({norm_title(first['norm'])})", f"{first['n']:,}"]
         rows.append([*row, str(len(found["pass"])), *(", ".join(found[s]) or "–" for s in _STATUSES[1:])])
     warned = audits.loc[audits["status"].eq("warning"), "row_id"].nunique()
     yield (
@@ -225,17 +226,12 @@ def _runs(
         folder = folders / name
         here = Link(name, f"{quote(Path(os.path.relpath(folder, study)).as_posix())}/")
         rows.append([
-            _name(run), run["status"], *[_word(run.get("reason"))] * why, _time(run["train_seconds"]),
+            run_title(run), run["status"], *[_word(run.get("reason"))] * why, _time(run["train_seconds"]),
             analysis.shown(losses.get(name)), analysis.shown(cond.get(name)),
             *("–" if value is None else f"{100 * value:.2f}" for value in known),
             here if folder.is_dir() else name,
         ])  # fmt: skip
     return Folded(f"{len(rows)} runs: status, time, last figures and folder", [Grid(header, rows)])
-
-
-def _name(run: pd.Series | dict) -> str:
-    compression = f" {100 * run['compression']:g} %" if run["compression"] else ""
-    return f"{title(str(run['label']))}{compression}, seed {run['seed']}"
 
 
 def _word(value: object) -> str:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from condlr.report import _style
 from condlr.report._style import ROW, TRAINING, WIDTH, Drawing
-from condlr.report.results import decay, done_runs, setting, summarize
+from condlr.report.results import decay, done_runs, row_title, setting, summarize
 
 _DASHES = ("-", (0, (5, 1.2)), (0, (2.5, 1)), (0, (5, 1, 1, 1)))
 _PREFIX = "cond_"
@@ -39,7 +39,7 @@ def conditioning(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterato
             for axis, ((label, compression, _, variant), row) in zip(axes, rows, strict=True):
                 for layer, line in lines.items():
                     _layer(axis, row, _PREFIX + layer, line)
-                axis.set_title(_style.row_title(label, compression, variant))
+                axis.set_title(row_title(label, compression, variant))
             _style.log_axis(axes[0].yaxis, frame[[_PREFIX + layer for layer in layers]].to_numpy())
             for axis in axes[::columns]:
                 axis.set_ylabel("cond(W)")

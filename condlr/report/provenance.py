@@ -10,7 +10,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from condlr.config import CONF
-from condlr.report.results import ROW, duration, network, title
+from condlr.report.results import ROW, duration, network, row_title
 
 _SHARED = ["dataset", "model", "protocol", "epochs", "settings"]
 _VERSIONS = ("python", "condlr", "torch", "torchvision", "numpy", "hydra-core")
@@ -57,7 +57,7 @@ class Provenance:
             seeds = {*map(int, alike["seed"])}
             for (label, compression, _), runs in alike.groupby(ROW[:3], sort=False):
                 if lacking := sorted(seeds - {*map(int, runs["seed"])}):
-                    name = f"{title(label)}{f', {100 * compression:g} %' if compression else ''}"
+                    name = row_title(str(label), float(compression))
                     found[name] = sorted({*found.get(name, []), *lacking})
         return found
 

@@ -276,6 +276,17 @@ def title(label: str, variant: str = "") -> str:
     return " ".join([_TITLES.get(name, name), *options, variant]).rstrip()
 
 
+def row_title(label: str, compression: float, variant: str = "") -> str:
+    """`CondLR τ=0.1, 80 %`."""
+    return title(label, variant) + (f", {100 * compression:g} %" if compression else "")
+
+
+def run_title(run: Mapping[str, Any] | pd.Series) -> str:
+    """`CondLR τ=0.1 80 %, seed 0`."""
+    compression = f" {100 * run['compression']:g} %" if run["compression"] else ""
+    return f"{title(str(run['label']))}{compression}, seed {run['seed']}"
+
+
 def duration(seconds: float) -> str:
     """`4.2 s`, `42 s`, `7 min 10 s`, `3 h 20 min`, `5 days 4 h`."""
     whole = round(seconds)
