@@ -17,12 +17,14 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from condlr.config import CONF, check_any, one_line
 from condlr.errors import Interrupted, UserError
+from condlr.sweep import register
 
 log = logging.getLogger(__name__)
 
 Task = Callable[[DictConfig], None]
 
 OmegaConf.register_new_resolver("condlr.run_id", lambda *, _root_: check_any(_root_).run_id, replace=True)
+register()
 OmegaConf.register_new_resolver("condlr.scratch", lambda: f"{tempfile.gettempdir()}/condlr", replace=True)
 
 
@@ -40,6 +42,7 @@ def command(
 
     def decorate(task: Task) -> Callable[[], NoReturn]:
         def guarded(config: DictConfig) -> None:
+            multirun = HydraConfig.get().mode == RunMode.MULTIRUN
             os.chdir(HydraConfig.get().runtime.cwd)  # paths are relative to where the command was given
             try:
                 task(config)
@@ -50,11 +53,12 @@ def command(
                 line = explain(error)
                 if verbose or line is None:
                     log.error("the run failed", exc_info=True)
+                elif multirun:
+                    log.error("error: %s", line)  # also in the run's own log, which the sweep's summary names
                 else:
                     print(f"error: {line}", file=sys.stderr)
-                if HydraConfig.get().mode == RunMode.MULTIRUN:
-                    raise  # the launcher goes on with the other runs, and Hydra reports at the end
-                sys.exit(1)
+                if not multirun:
+                    sys.exit(1)
 
         guarded.__name__, guarded.__doc__, guarded.__module__ = task.__name__, task.__doc__, task.__module__
         main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)

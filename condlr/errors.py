@@ -13,6 +13,22 @@ class Diverged(UserError):
     """Training met a loss that is not finite."""
 
 
+class Held(UserError):
+    """Another process is at work on a run.
+
+    Attributes:
+        owner: which, as a `condlr.locks.Owner`.
+    """
+
+    def __init__(self, message: str, owner: object) -> None:
+        super().__init__(message)
+        self.owner = owner
+
+
+class Lost(UserError):
+    """Another process has taken a run over: what it writes is not to be written over."""
+
+
 class Interrupted(Exception):
     """The run was asked to stop by a signal, and has written its checkpoint."""
 

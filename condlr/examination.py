@@ -16,7 +16,7 @@ from condlr.analysis.crosscheck import crosscheck
 from condlr.analysis.guarantees import guarantees
 from condlr.analysis.masking import CHECKS, IMAGES, Audit
 from condlr.attacks.base import OneByOne
-from condlr.config import RunConfig, check
+from condlr.config import FlowConfig, RunConfig, check
 from condlr.data.base import Data
 from condlr.errors import UserError
 from condlr.evaluation import Row, evaluate, first
@@ -134,6 +134,15 @@ def record_spectra(run: Run, config: RunConfig, data: Data) -> None:
         for index, value in enumerate(values.tolist(), start=1)
     ]
     run.write_table("spectra.csv", rows)
+
+
+def finished(run: Run, config: RunConfig | FlowConfig) -> bool:
+    """Whether nothing is left to do of a run: it is done, and evaluated as its config asks."""
+    if run.status != "done":
+        return False
+    return isinstance(config, FlowConfig) or bool(
+        run.read_table("spectra.csv") and not missing(run, not_of_itself(run, config))
+    )
 
 
 def complete(run: Run, config: RunConfig) -> None:

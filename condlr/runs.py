@@ -1,7 +1,6 @@
 """The run store: what touches the disk of a run, and nothing else does."""
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -16,7 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from condlr.errors import Diverged, Interrupted, UserError
+from condlr.errors import Diverged, Held, Interrupted, Lost, UserError
+from condlr.locks import Lock
 
 # What an evaluation leaves in a run, and the columns that tell the rows of each file apart.
 KEYS = {
@@ -77,12 +77,20 @@ class Run:
         self.note(status="running", started=first, ended=None, reason=None, attempts=attempts, **facts)
         try:
             yield
+        except Lost:
+            raise  # run.json is another process's now
         except BaseException as error:
             status = {Diverged: "diverged", Interrupted: "interrupted", KeyboardInterrupt: "interrupted"}
             reason = " ".join(str(error).split()) or type(error).__name__
             self._note_end(status.get(type(error), "failed"), reason)
             raise
         self._note_end("done", None)
+
+    def note_death(self, reason: str) -> None:
+        """Say of a run whose process is dead, and could not say so itself, that it failed."""
+        with suppress(Held), Lock(self.directory):
+            if self.status == "running":
+                self._note_end("failed", reason)
 
     def _note_end(self, status: str, reason: str | None) -> None:
         try:
@@ -187,7 +195,7 @@ class Run:
 
     def add_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows to evaluation.csv or another of `KEYS`, in place of those of the same key."""
-        with _locked(self.directory):
+        with Lock(self.directory, "rows", wait=True):
             self.write_table(name, [*(self.rows(name) | {_key(row, name): row for row in rows}).values()])
 
     def rows(self, name: str) -> dict[tuple[str | float, ...], Mapping[str, Any]]:
@@ -272,17 +280,6 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
             | {"ranks": " ".join(f"{k}={r}" for k, r in info.get("ranks", {}).items())}
         )
     return {"cells": cells, "runs": runs, "history": histories} | others
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Alone among the processes of this machine that add to files of `directory`."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _key(row: Mapping[str, Any], name: str) -> tuple[str | float, ...]:

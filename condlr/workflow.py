@@ -1,16 +1,13 @@
 """A run from its config to its evaluation: the straight line through all the rooms."""
 
 import logging
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
 from condlr.analysis.flow import errors
-from condlr.config import FlowConfig, RunConfig
+from condlr.config import FlowConfig, RunConfig, check_any
 from condlr.data.base import Data
 from condlr.engine import Trainer
 from condlr.errors import Diverged, Interrupted, UserError
@@ -18,8 +15,8 @@ from condlr.examination import (
     attack_run,
     complete,
     evaluate_run,
+    finished,
     known,
-    missing,
     not_of_itself,
     record_spectra,
     source_of,
@@ -28,48 +25,67 @@ from condlr.examination import (
 from condlr.factorization import low_rank_layers, measure
 from condlr.forms import choose_forms, forms, set_forms
 from condlr.loading import build, load_data, pick_device
+from condlr.locks import Lock
 from condlr.precision import training
 from condlr.progress import LiveLine, Steps
 from condlr.runs import Run, commit, environment
+from condlr.signals import Signals
 
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, written: dict[str, Any]) -> None:
-    """Do what is missing of a run: train it, or go on from its checkpoint, and attack it.
+def carry_out(values: dict[str, Any]) -> None:
+    """Do what is missing of a run, of a network or a matrix flow.
 
     Args:
-        config: the run.
-        written: its resolved config, for config.yaml.
+        values: its resolved config.
 
     Raises:
         UserError: and its subclasses, with the run's status and reason noted in run.json.
+        Held: another process is at work on it.
         Interrupted: after SIGINT or SIGTERM, with a checkpoint written.
     """
+    config = check_any(values)
     run = Run(config.directory)
-    config = not_of_itself(run, config)
-    info = run.info
-    if info.get("status") == "diverged":
-        again = f"remove {run.directory} to train it again"
-        raise Diverged(f"{config.run_id} has {info.get('reason')} ({again})")
-    if info.get("status") == "done":
-        other = "" if info.get("commit") == commit() else f" with the code of {info.get('commit')}"
-        log.info("%s is done already%s; remove it to train it again", run.directory, other)
-        if config.record_every and not run.read_table("steps.csv"):
-            log.warning("%s was trained without record_every: it has no steps.csv", run.directory)
-        complete(run, config)
-        if missing(run, config):
-            evaluate_run(run, config)
+    if isinstance(config, RunConfig):
+        config = not_of_itself(run, config)
+    if finished(run, config):
+        _say_done(run, config)
         return
+    with Signals() as signals, Lock(run.directory) as lock:
+        info = run.info  # as whoever had the lock before has left it
+        if info.get("status") == "diverged":
+            again = f"remove {run.directory} to train it again"
+            raise Diverged(f"{config.run_id} has {info.get('reason')} ({again})")
+        if isinstance(config, FlowConfig):
+            _follow(run, config, values)
+        elif info.get("status") == "done":
+            _say_done(run, config)
+            complete(run, config)
+            evaluate_run(run, config)
+        else:
+            _train(run, config, values, signals, lock)
+
+
+def _say_done(run: Run, config: RunConfig | FlowConfig) -> None:
+    made = run.info.get("commit")
+    other = "" if made == commit() else f" with the code of {made}"
+    log.info("%s is done already%s; remove it to train it again", run.directory, other)
+    if isinstance(config, RunConfig) and config.record_every and not run.read_table("steps.csv"):
+        log.warning("%s was trained without record_every: it has no steps.csv", run.directory)
+
+
+def _train(run: Run, config: RunConfig, written: dict[str, Any], signals: Signals, lock: Lock) -> None:
+    """Train a run, or go on from its checkpoint, and attack it."""
     device = pick_device(config.device)
     facts = {"run_id": config.run_id, "study": config.study, "row": config.row}
-    with run.recording(**facts, **environment(), device=describe(device)), _Signals() as signals:
+    with run.recording(**facts, **environment(), device=describe(device)):
         run.write_config(written)
         data = load_data(config, device)
         source = source_of(run, config, data)
         model = build(config, data).to(device)
         run.note(**_sizes(model), images=_images(data))
-        trainer = _trained(run, config, model, data, signals)
+        trainer = _trained(run, config, model, data, signals, lock)
         run.note(**_sizes(model))  # a method may have changed the ranks
         run.save_model(model.state_dict(), config.identity)
         record_spectra(run, config, data)
@@ -81,17 +97,8 @@ def train(config: RunConfig, written: dict[str, Any]) -> None:
     log.info("%s: %s (%.0f s)", run.directory, summary(known(run, config)), seconds)
 
 
-def follow(config: FlowConfig, written: dict[str, Any]) -> None:
-    """Follow a matrix flow, where that is not done yet, and keep its errors.
-
-    Args:
-        config: the run.
-        written: its resolved config, for config.yaml.
-    """
-    run = Run(config.directory)
-    if run.status == "done":
-        log.info("%s is done already; remove it to run it again", run.directory)
-        return
+def _follow(run: Run, config: FlowConfig, written: dict[str, Any]) -> None:
+    """Follow a matrix flow, and keep its errors."""
     with run.recording(run_id=config.run_id, study=config.study, flow=config.identity, **environment()):
         run.write_config(written)
         with Steps("flow") as steps:
@@ -99,7 +106,9 @@ def follow(config: FlowConfig, written: dict[str, Any]) -> None:
     log.info("%s: done", run.directory)
 
 
-def _trained(run: Run, config: RunConfig, model: nn.Module, data: Data, signals: "_Signals") -> Trainer:
+def _trained(
+    run: Run, config: RunConfig, model: nn.Module, data: Data, signals: Signals, lock: Lock
+) -> Trainer:
     """Train to the end, from the checkpoint if there is one, keeping the run's files up to date."""
     trainer = trainer_for(config, model, data)
     fingerprint = f"{config.fingerprint}-{data.digest}"
@@ -116,21 +125,34 @@ def _trained(run: Run, config: RunConfig, model: nn.Module, data: Data, signals:
 
     with LiveLine(f"{row['label']} {row['compression']:g} s{row['seed']}") as line, signals.deferred():
 
+        def keep(trainer: Trainer) -> None:
+            lock.require()
+            run.save_checkpoint(trainer.state_dict(), fingerprint)
+
         def on_batch(trainer: Trainer) -> None:
             line.batch(trainer)
+            lock.says = _progress(trainer)
             if signals.received:
                 trainer.require_finite()
-                run.save_checkpoint(trainer.state_dict(), fingerprint)
+                keep(trainer)
                 raise Interrupted(signals.received)
 
         def on_epoch(trainer: Trainer) -> None:
-            run.save_checkpoint(trainer.state_dict(), fingerprint)
+            keep(trainer)
             _write_progress(run, trainer)
             line.epoch(trainer)
 
         trainer.fit(on_batch, on_epoch)
     _write_progress(run, trainer)  # a kill may have come between checkpoint and history
     return trainer
+
+
+def _progress(trainer: Trainer) -> dict[str, Any]:
+    """How far a run is, for who looks at its lock."""
+    return {
+        "epoch": trainer.epoch, "epochs": trainer.protocol.epochs,
+        "batch": trainer.batch, "batches": trainer.batches, "seconds": round(trainer.totals.seconds, 2),
+    }  # fmt: skip
 
 
 def _write_progress(run: Run, trainer: Trainer) -> None:
@@ -169,48 +191,6 @@ def _sizes(model: nn.Module) -> dict[str, Any]:
     """The ranks and the measured compression of a network."""
     ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
     return {"ranks": ranks, "weights": measure(model).as_dict()}
-
-
-class _Signals:
-    """Turns the first SIGINT or SIGTERM into `Interrupted`; a second one acts as without us.
-
-    Attributes:
-        received: the signal, while it is `deferred`: whoever defers looks at it and raises.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._deferring = False
-        self._before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-
-    def __enter__(self) -> "_Signals":
-        with suppress(ValueError):  # not the main thread: whoever runs us handles signals
-            for signum in self._before:
-                signal.signal(signum, self._handle)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with suppress(ValueError):
-            for signum, handler in self._before.items():
-                signal.signal(signum, handler)
-
-    def _handle(self, signum: int, frame: object) -> None:
-        self.__exit__()
-        if not self._deferring:
-            raise Interrupted(signum)
-        log.warning("%s: stopping after this batch", signal.Signals(signum).name)
-        self.received = signum
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Let the body finish what it is at; a signal that it did not see is raised at its end."""
-        self._deferring = True
-        try:
-            yield
-        finally:
-            self._deferring = False
-        if self.received:
-            raise Interrupted(self.received)
 
 
 def _images(data: Data) -> dict[str, Any]:

@@ -1,23 +1,24 @@
 #!/usr/bin/env python3
 """Train a network and attack it; `python scripts/train.py --help` shows what can be chosen."""
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from condlr.cli import command
-from condlr.config import FlowConfig, check_any, resolved
+from condlr.config import check_any, resolved
 
 
 @command("train")
 def main(config: DictConfig) -> None:
-    """One run; under `-m` or `experiment=...`, each run of a sweep."""
-    checked = check_any(config)
+    """One run; under `-m` or `experiment=...`, each run of a sweep, in a process of its own."""
+    check_any(config)
 
-    from condlr.workflow import follow, train
-
-    if isinstance(checked, FlowConfig):
-        follow(checked, resolved(config))
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        from condlr.sweep import carry_out
     else:
-        train(checked, resolved(config))
+        from condlr.workflow import carry_out
+    carry_out(resolved(config))
 
 
 if __name__ == "__main__":

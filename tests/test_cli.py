@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,8 @@ def script(tmp_path, monkeypatch, capfd):
             runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
         return stop.value.code, *capfd.readouterr()
 
-    return run
+    yield run
+    forkserver._forkserver._stop()  # which has this test's stdout and stderr for its own
 
 
 def run_of(tmp_path, study="default"):
@@ -286,16 +288,18 @@ def test_a_sweep_runs_a_method_without_compression_once_and_goes_on_after_a_fail
         "lenet5-digits-condlr-tau0.1-c0.5-s0", "lenet5-digits-condlr-tau0.1-c0.8-s0",
         "lenet5-digits-vanilla-c0.5-s0", "lenet5-digits-vanilla-c0.8-s0",
     ]  # fmt: skip
-    assert out.count("is done already") == 1
+    assert "runs/sweep: 5 runs: 5 done" in out
     broken = next((tmp_path / "runs" / "sweep").glob("*baseline*"))
     (broken / "run.json").write_text("{")
     (next((tmp_path / "runs" / "sweep").glob("*condlr*c0.8*")) / "run.json").unlink()
     status, out, err = script("train", *sweep)
     assert status == 1
-    assert "run.json cannot be read" in err
-    assert "Traceback" not in err
-    assert out.count("is done already") == 3, "the runs after the broken one were looked at"
-    assert "fgsm 0" in out, "and the missing one was done"
+    assert "5 runs, 2 to do" in out, "what is done is not launched"
+    assert "5 runs: 1 done, 3 done before, 1 failed" in out
+    assert re.search(r"failed  Baseline, seed 0: \S+run.json cannot be read.*log: \S+/train.log", out)
+    assert "run.json cannot be read" in (broken / "train.log").read_text()
+    assert err == "error: 1 of 5 runs are not done; the same command tries those again that did not diverge\n"
+    assert "Traceback" not in out
 
 
 def test_several_runs_at_once_end_as_one_by_one(tmp_path):
@@ -329,7 +333,8 @@ def test_several_runs_at_once_end_as_one_by_one(tmp_path):
     failed = sweep("failing", "protocol.lr=0.05,1e9", "method=baseline", *together)
     assert failed.returncode == 1
     assert "Traceback" not in failed.stdout + failed.stderr
-    assert "diverged" in failed.stderr
+    assert "1 done, 1 diverged" in failed.stdout
+    assert "1 of 2 runs are not done" in failed.stderr
     statuses = [
         json.loads(path.read_text())["status"] for path in (tmp_path / "runs" / "failing").glob("*/run.json")
     ]

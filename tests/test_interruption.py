@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from condlr.errors import Interrupted
-from condlr.workflow import _Signals
+from condlr.signals import Signals
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [
@@ -158,11 +158,11 @@ def test_a_signal_is_never_lost():
     """One that comes while nobody looks is raised as soon as it may be; elsewhere at once."""
     before = signal.getsignal(signal.SIGINT)
     for signum in (signal.SIGINT, signal.SIGTERM):
-        with pytest.raises(Interrupted) as stop, _Signals() as signals, signals.deferred():
+        with pytest.raises(Interrupted) as stop, Signals() as signals, signals.deferred():
             os.kill(os.getpid(), signum)
             assert signals.received == signum
         assert stop.value.signum == signum
-        with pytest.raises(Interrupted), _Signals():
+        with pytest.raises(Interrupted), Signals():
             os.kill(os.getpid(), signum)
             pytest.fail("went on after a signal")
     assert signal.getsignal(signal.SIGINT) is before

@@ -1,0 +1,115 @@
+"""A run of a sweep in a process of its own: its crash costs no other run, whatever launched it."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from condlr.errors import Interrupted, UserError
+from condlr.signals import Signals
+
+# A server process imports torch once, and each run is forked off it. On Linux alone: the system libraries of
+# others do not survive a fork.
+_START = "forkserver" if sys.platform == "linux" else "spawn"
+# What runs import, some of it late: the optimisers' own imports, the digits' library.
+_PRELOAD = ["condlr.workflow", "torch._dynamo", "sklearn.datasets"]
+_PARENT = os.getppid()
+
+
+class Killed(UserError):
+    """The process ended without a word: killed, out of memory, or crashed in native code."""
+
+
+class _Elsewhere(Exception):
+    """What a traceback of another process looked like; the cause of an error that came from there."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+def call_apart(function: Callable[..., None], *arguments: Any) -> None:
+    """`function(*arguments)` in a process of its own.
+
+    The process is asked to stop (SIGTERM), and waited for, when this one is; and stops by itself when this
+    one dies.
+
+    Args:
+        function: one that can be imported, with arguments that can be pickled.
+
+    Raises:
+        Killed: the process was killed or crashed.
+        UserError: it was asked to stop, and not by us.
+        Interrupted: we were asked to stop.
+        Exception: what the function raised there.
+    """
+    context: Any = multiprocessing.get_context(_START)
+    if _START == "forkserver":
+        context.set_forkserver_preload(_PRELOAD)
+    receiver, sender = context.Pipe(duplex=False)
+    name = multiprocessing.current_process().name  # by which progress bars know whether they are alone
+    process = context.Process(target=_work, args=(sender, function, arguments), name=name)
+    with Signals():
+        process.start()
+        sender.close()
+        try:
+            error = _result(process, receiver)
+        except BaseException:
+            process.terminate()
+            process.join()
+            raise
+    if isinstance(error, Interrupted):
+        name = signal.Signals(error.signum).name
+        raise UserError(f"the run's process was stopped by {name}: the same command goes on from there")
+    if error is not None:
+        raise error
+    if code := process.exitcode:
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        why = " (out of memory?)" if -code == signal.SIGKILL else ""
+        raise Killed(f"the run's process {how}{why}: the same command goes on from its last checkpoint")
+
+
+def _result(process: Any, receiver: Connection) -> Exception | None:
+    """Wait for the process to end; the error it ended with, if it could say."""
+    error = None
+    waiting: list[Any] = [receiver, process.sentinel]
+    while process.sentinel in waiting:
+        for ready in wait(waiting, timeout=1.0):
+            waiting.remove(ready)
+            if ready is receiver:
+                try:
+                    error, trace = receiver.recv()
+                    error.__cause__ = _Elsewhere(trace)
+                except EOFError:
+                    pass
+        # The workers of a pool outlive who started them; then nobody wants what they do
+        if multiprocessing.current_process().name != "MainProcess" and os.getppid() != _PARENT:
+            raise Interrupted(signal.SIGTERM)
+    process.join()
+    return error
+
+
+def _work(sender: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """What the process does."""
+    os.setpgid(0, 0)  # Ctrl-C in a terminal goes to all processes of a group: this one is told by its parent
+    threading.Thread(target=_stop_when_orphaned, daemon=True).start()
+    try:
+        function(*arguments)
+    except Exception as error:
+        trace = traceback.format_exc()
+        try:
+            sender.send((error, trace))
+        except Exception:  # one that cannot be pickled
+            sender.send((RuntimeError(f"{type(error).__name__}: {error}"), trace))
+        sys.exit(128 + error.signum if isinstance(error, Interrupted) else 1)
+
+
+def _stop_when_orphaned() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,52 @@
+"""SIGINT and SIGTERM as an exception that comes when it may."""
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from condlr.errors import Interrupted
+
+log = logging.getLogger(__name__)
+
+
+class Signals:
+    """Turns the first SIGINT or SIGTERM into `Interrupted`; a second one acts as without us.
+
+    Attributes:
+        received: the signal, while it is `deferred`: whoever defers looks at it and raises.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._deferring = False
+        self._before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def __enter__(self) -> "Signals":
+        with suppress(ValueError):  # not the main thread: whoever runs us handles signals
+            for signum in self._before:
+                signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(ValueError):
+            for signum, handler in self._before.items():
+                signal.signal(signum, handler)
+
+    def _handle(self, signum: int, frame: object) -> None:
+        self.__exit__()
+        if not self._deferring:
+            raise Interrupted(signum)
+        log.warning("%s: stopping after this batch", signal.Signals(signum).name)
+        self.received = signum
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let the body finish what it is at; a signal that it did not see is raised at its end."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+        if self.received:
+            raise Interrupted(self.received)

@@ -1,0 +1,228 @@
+"""Sweeps: what is asked for, what is left to do of it, and what came of it, under every launcher.
+
+Launchers know nothing of runs that are done, that another process is at, or whose process died. The run
+store does: a sweep launches only what it says is left to do, and at the end asks it what came of that.
+"""
+
+import logging
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins import basic_sweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import configure_log
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from condlr.config import FlowConfig, RunConfig, check_any
+from condlr.errors import Interrupted, UserError
+from condlr.locks import Lock, owners
+from condlr.processes import Killed, call_apart
+from condlr.runs import Run, read_csv, write_csv
+
+log = logging.getLogger(__name__)
+
+PLAN = "planned.csv"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a sweep, with the arguments that make it."""
+
+    overrides: list[str]
+    config: RunConfig | FlowConfig
+
+    @property
+    def run(self) -> Run:
+        """Its directory."""
+        return Run(self.config.directory)
+
+    @property
+    def study(self) -> Path:
+        """The directory of its study."""
+        return self.config.directory.parent
+
+    @property
+    def log(self) -> Path:
+        """What was said of it while it was at work."""
+        return self.config.directory / "train.log"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a job: `state` is one of `STATES`."""
+
+    job: Job
+    state: str
+    reason: str = ""
+
+
+# How runs end, in the words of a summary; those after the first three are no reason to be content.
+STATES = ("done", "skipped", "elsewhere", "diverged", "failed", "interrupted", "not started")
+
+
+@dataclass
+class StudySweeperConf:
+    """The keys of hydra.sweeper: `params` are values to sweep over, by key, as an experiment names them."""
+
+    _target_: str = f"{basic_sweeper.__name__}.StudySweeper"
+    params: dict[str, str] | None = None
+
+
+class StudySweeper(Sweeper):
+    """A sweep over all combinations, like Hydra's own, which knows the run store.
+
+    All configs are checked before the first run starts, a run that several arguments make is one run, and
+    what is done is not launched.
+    """
+
+    def __init__(self, params: Mapping[str, str] | None) -> None:
+        self.params = dict(params or {})
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take what Hydra gives each sweeper."""
+        self._config, self._loader = config, hydra_context.config_loader
+        self._launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Launch what is left to do, and say what came of all; exit status 1 if not all are content."""
+        jobs = self._jobs(arguments)
+        left = [job for job in jobs if not _closed(job)]
+        plan(jobs)
+        studies = ", ".join(dict.fromkeys(str(job.study) for job in jobs))
+        log.info("%s: %d run%s, %d to do", studies, len(jobs), "s" if len(jobs) > 1 else "", len(left))
+        trouble = ""
+        if left:
+            try:
+                self._launcher.launch([job.overrides for job in left], initial_job_idx=0)
+            except (SystemExit, Interrupted, KeyboardInterrupt):
+                raise
+            except Exception as error:  # a launcher's own: a worker that died, a scheduler that is away
+                log.debug("the launcher failed", exc_info=True)
+                trouble = " ".join(f"{type(error).__name__}: {error}".split())
+        launched = {id(job) for job in left}
+        outcomes = [outcome(job, id(job) in launched) for job in jobs]
+
+        from condlr.report.sweep import print_outcomes
+
+        print_outcomes(outcomes, studies)
+        if trouble:
+            print(f"error: the launcher failed ({trouble[:300]})", file=sys.stderr)
+        if bad := sum(STATES.index(found.state) > 2 for found in outcomes):
+            again = "the same command tries those again that did not diverge"
+            raise UserError(f"{bad} of {len(jobs)} runs are not done; {again}")
+
+    def _jobs(self, arguments: list[str]) -> list[Job]:
+        params = [f"{key}={values}" for key, values in self.params.items()]
+        overrides = OverridesParser.create(self._loader).parse_overrides([*params, *arguments])
+        (combinations,) = basic_sweeper.BasicSweeper.split_arguments(overrides, None)
+        jobs: dict[Path, Job] = {}
+        for combination in combinations:
+            composed = self._loader.load_sweep_config(self._config, combination)
+            try:
+                config = check_any(composed)
+            except UserError as error:
+                which = f"{' '.join(combination)}: " if len(combinations) > 1 else ""
+                raise UserError(f"{which}{error}") from error
+            jobs.setdefault(config.directory, Job(combination, config))
+        return [*jobs.values()]
+
+
+def register() -> None:
+    """Make the sweeper known to Hydra, as hydra/sweeper=study."""
+    # Hydra takes a plugin by its name, and only from packages of its own
+    StudySweeper.__module__ = basic_sweeper.__name__
+    basic_sweeper.StudySweeper = StudySweeper  # type: ignore[attr-defined]
+    ConfigStore.instance().store(
+        group="hydra/sweeper", name="study", node=StudySweeperConf, provider="condlr"
+    )
+    Plugins.instance().register(StudySweeper)
+
+
+def carry_out(values: dict[str, Any]) -> None:
+    """Do a run in a process of its own, with what Hydra has set up for its log.
+
+    Args:
+        values: see `condlr.workflow.carry_out`, which does it.
+    """
+    hydra = HydraConfig.get()
+    logs = OmegaConf.to_container(hydra.job_logging, resolve=True)
+    try:
+        call_apart(_carry_out, values, logs, hydra.verbose)
+    except Killed as error:
+        Run(check_any(values).directory).note_death(str(error))
+        raise
+
+
+def _carry_out(values: dict[str, Any], logs: dict[str, Any], verbose: Any) -> None:
+    from condlr.workflow import carry_out
+
+    configure_log(OmegaConf.create(logs), verbose)
+    carry_out(values)
+
+
+def _closed(job: Job) -> bool:
+    """Whether there is nothing to launch a job for; one whose record can't be read says so when it runs."""
+    from condlr.examination import finished
+
+    try:
+        return job.run.status == "diverged" or finished(job.run, job.config)
+    except UserError:
+        return False
+
+
+def outcome(job: Job, launched: bool) -> Outcome:
+    """What the run store says came of a job."""
+    from condlr.examination import finished
+
+    try:
+        info = job.run.info
+        status = info.get("status")
+        if status == "done":
+            if not finished(job.run, job.config):
+                return Outcome(job, "failed", "trained, but not evaluated")
+            return Outcome(job, "done" if launched else "skipped")
+        holders = owners(job.run.directory)
+        if living := [owner for owner in holders if not owner.dead]:
+            return Outcome(job, "elsewhere", f"{living[0]} is at work on it")
+        if status == "running":
+            reason = "its process died without a word: the same command goes on from its last checkpoint"
+            job.run.note_death(reason)
+            return Outcome(job, "failed", reason)
+    except UserError as error:
+        return Outcome(job, "failed", str(error))
+    return Outcome(job, status or "not started", info.get("reason") or "")
+
+
+def plan(jobs: Sequence[Job]) -> None:
+    """Note in each study what runs are wanted, beside those of earlier sweeps: a missing one shows."""
+    for study in {job.study for job in jobs}:
+        wanted = {job.config.run_id: _line(job) for job in jobs if job.study == study}
+        study.mkdir(parents=True, exist_ok=True)
+        with Lock(study, "plan", wait=True):
+            before = {line["run_id"]: line for line in planned(study)}
+            if before | wanted != before:
+                write_csv(study / PLAN, [*(before | wanted).values()])
+
+
+def planned(study: Path) -> Iterable[dict[str, str]]:
+    """A line for each run that a sweep of the study ever asked for."""
+    return read_csv(study / PLAN)
+
+
+def _line(job: Job) -> dict[str, str]:
+    config = job.config
+    row = config.row if isinstance(config, RunConfig) else {}
+    facts = {key: row.get(key, "") for key in ("label", "compression", "seed", "epochs")}
+    return {"run_id": config.run_id} | {key: str(v) for key, v in facts.items()} | {
+        "overrides": " ".join(job.overrides)
+    }  # fmt: skip
