@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STUDY ?= default
 
-.PHONY: help demo test tables figures report reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks benchmark clean
+.PHONY: help demo test test-ray tables figures report reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks benchmark clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -26,6 +26,11 @@ test: $(VENV)/.installed  ## Lint, type check and test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m basedpyright
 	$(RUN) -m pytest -n 2
+
+# Without constraints: the launcher wants older releases of cloudpickle and python-dateutil than the others' newest
+test-ray: $(VENV)/.installed  ## Kill workers and parents of a sweep under Ray, on two pretended GPUs (minutes)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[ray]'
+	$(RUN) -m pytest -m ray -s -vv tests/ray
 
 tables: $(VENV)/.installed  ## Collect the runs of STUDY, print and write its tables
 	$(RUN) scripts/collect.py study=$(STUDY)
