@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STUDY ?= default
 
-.PHONY: help demo test test-ray tables figures report reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks benchmark clean
+.PHONY: help demo test test-slurm test-ray tables figures report reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks benchmark clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -31,6 +31,11 @@ test: $(VENV)/.installed  ## Lint, type check and test
 test-ray: $(VENV)/.installed  ## Kill workers and parents of a sweep under Ray, on two pretended GPUs (minutes)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[ray]'
 	$(RUN) -m pytest -m ray -s -vv tests/ray
+
+# As root, with Debian's packages slurm-wlm munge slurmdbd mariadb-server; elsewhere the tests skip themselves and say so
+test-slurm: $(VENV)/.installed  ## Kill and preempt the jobs of a sweep on a real Slurm that is started for it (five minutes)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,slurm]'
+	$(RUN) -m pytest tests/slurm -m slurm -s -v -rs
 
 tables: $(VENV)/.installed  ## Collect the runs of STUDY, print and write its tables
 	$(RUN) scripts/collect.py study=$(STUDY)
