@@ -6,7 +6,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -53,11 +54,13 @@ def call_apart(function: Callable[..., None], *arguments: Any) -> None:
     receiver, sender = context.Pipe(duplex=False)
     name = multiprocessing.current_process().name  # by which progress bars know whether they are alone
     process = context.Process(target=_work, args=(sender, function, arguments), name=name)
-    with Signals():
-        process.start()
+    # Deferred, lest a SIGTERM breaks off another's handler: submitit's, which has a preempted job requeued
+    with Signals() as signals, signals.deferred():
+        with _blocked():
+            process.start()
         sender.close()
         try:
-            error = _result(process, receiver)
+            error = _result(process, receiver, signals)
         except BaseException:
             process.terminate()
             process.join()
@@ -73,12 +76,28 @@ def call_apart(function: Callable[..., None], *arguments: Any) -> None:
         raise Killed(f"the run's process {how}{why}: the same command goes on from its last checkpoint")
 
 
-def _result(process: Any, receiver: Connection) -> Exception | None:
+@contextmanager
+def _blocked() -> Iterator[None]:
+    """Let processes that are started meanwhile get none of a scheduler's signals.
+
+    A scheduler sends them to all processes of a job. The server must live to tell how the run's process
+    ended, and that one is told by its parent what a USR1 or USR2 means; see `_work` for SIGTERM.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _result(process: Any, receiver: Connection, signals: Signals) -> Exception | None:
     """Wait for the process to end; the error it ended with, if it could say."""
     error = None
     waiting: list[Any] = [receiver, process.sentinel]
     while process.sentinel in waiting:
-        for ready in wait(waiting, timeout=1.0):
+        if signals.received:
+            raise Interrupted(signals.received)
+        for ready in wait(waiting, timeout=0.2):
             waiting.remove(ready)
             if ready is receiver:
                 try:
@@ -96,6 +115,7 @@ def _result(process: Any, receiver: Connection) -> Exception | None:
 def _work(sender: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """What the process does."""
     os.setpgid(0, 0)  # Ctrl-C in a terminal goes to all processes of a group: this one is told by its parent
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=_stop_when_orphaned, daemon=True).start()
     try:
         function(*arguments)

@@ -11,7 +11,10 @@ log = logging.getLogger(__name__)
 
 
 class Signals:
-    """Turns the first SIGINT or SIGTERM into `Interrupted`; a second one acts as without us.
+    """Turns the first SIGINT or SIGTERM into `Interrupted`.
+
+    A second SIGINT acts as without us; a second SIGTERM does nothing, since schedulers send it more than
+    once, and to a process and to its parent who passes it on.
 
     Attributes:
         received: the signal, while it is `deferred`: whoever defers looks at it and raises.
@@ -35,6 +38,7 @@ class Signals:
 
     def _handle(self, signum: int, frame: object) -> None:
         self.__exit__()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not self._deferring:
             raise Interrupted(signum)
         log.warning("%s: stopping after this batch", signal.Signals(signum).name)

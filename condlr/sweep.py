@@ -6,8 +6,10 @@ store does: a sweep launches only what it says is left to do, and at the end ask
 
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import configure_log
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -103,7 +106,8 @@ class StudySweeper(Sweeper):
         trouble = ""
         if left:
             try:
-                self._launcher.launch([job.overrides for job in left], initial_job_idx=0)
+                with _patience(self._launcher):
+                    self._launcher.launch([job.overrides for job in left], initial_job_idx=0)
             except (SystemExit, Interrupted, KeyboardInterrupt):
                 raise
             except Exception as error:  # a launcher's own: a worker that died, a scheduler that is away
@@ -135,6 +139,30 @@ class StudySweeper(Sweeper):
                 raise UserError(f"{which}{error}") from error
             jobs.setdefault(config.directory, Job(combination, config))
         return [*jobs.values()]
+
+
+@contextmanager
+def _patience(launcher: Launcher) -> Iterator[None]:
+    """Have submitit's launcher wait for all its jobs; it leaves the others at the first that was killed."""
+    if "submitit" not in type(launcher).__module__:
+        yield
+        return
+    job: Any = import_module("submitit").Job
+    errors: Any = import_module("submitit.core.utils")
+    results = job.results
+
+    def patient(self: Any) -> list[Any]:
+        try:
+            return results(self)
+        except (errors.FailedJobError, errors.UncompletedJobError) as error:
+            log.warning("job %s: %s", self.job_id, " ".join(str(error).split())[:300])
+            return [None]
+
+    job.results = patient
+    try:
+        yield
+    finally:
+        job.results = results
 
 
 def register() -> None:
