@@ -14,15 +14,7 @@ class Diverged(UserError):
 
 
 class Held(UserError):
-    """Another process is at work on a run.
-
-    Attributes:
-        owner: which, as a `condlr.locks.Owner`.
-    """
-
-    def __init__(self, message: str, owner: object) -> None:
-        super().__init__(message)
-        self.owner = owner
+    """Another process is at work on a run."""
 
 
 class Lost(UserError):

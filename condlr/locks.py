@@ -152,7 +152,7 @@ class Lock:
             elif self.wait:
                 return False
             elif owner.beat is not None:  # else it has just let go
-                raise Held(f"{self.directory} is held by {owner}, which is at work on it", owner)
+                raise Held(f"{self.directory} is held by {owner}, which is at work on it")
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
             os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -122,9 +123,10 @@ def _work(sender: Connection, function: Callable[..., None], arguments: tuple[An
     except Exception as error:
         trace = traceback.format_exc()
         try:
-            sender.send((error, trace))
-        except Exception:  # one that cannot be pickled
-            sender.send((RuntimeError(f"{type(error).__name__}: {error}"), trace))
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        sender.send((error, trace))
         sys.exit(128 + error.signum if isinstance(error, Interrupted) else 1)
 
 

@@ -1,0 +1,229 @@
+"""Sweeps whose processes are killed, stopped and started twice, through the real command line."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from condlr.errors import Interrupted, UserError
+from condlr.locks import owners
+from condlr.processes import Killed, call_apart
+from condlr.runs import Run, read_csv
+from tests.test_cli import SMALL, complains, script
+from tests.test_interruption import ROOT, wait_for
+
+__all__ = ["script"]  # a fixture
+
+LONG = [
+    "dataset=digits", "protocol=demo", "method=condlr", "protocol.epochs=20", "attack.eps=[0,0.1]",
+    "forms=multiplied", "device=cpu", "study=s",
+]  # fmt: skip
+TOGETHER = ["hydra/launcher=several", "hydra.launcher.n_jobs=2"]
+
+
+def start(directory, *arguments):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments, *LONG],
+        cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process):
+    out, err = process.communicate(timeout=240)
+    assert "Traceback" not in out + err
+    return process.returncode, out, err
+
+
+def at_work(directory, seed):
+    """The process that trains a run, once it has a checkpoint."""
+    study = directory / "runs" / "s"
+    wait_for(lambda: list(study.glob(f"*-s{seed}-*/checkpoint.pt")))
+    (run,) = study.glob(f"*-s{seed}-*")
+    wait_for(lambda: owners(run))
+    return run, owners(run)[0].pid
+
+
+def lives(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("launcher", [[], TOGETHER])
+def test_a_killed_run_costs_no_other_and_goes_on_at_the_next_start(tmp_path, launcher):
+    sweep = start(tmp_path, "-m", "seed=0,1,2", *launcher)
+    run, pid = at_work(tmp_path, 0)
+    os.kill(pid, signal.SIGKILL)
+    status, out, err = finish(sweep)
+    assert status == 1
+    assert "runs/s: 3 runs: 2 done, 1 failed" in out
+    assert re.search(r"failed  CondLR τ=0.1 50 %, seed 0: .* killed by SIGKILL.*; log: \S+/train.log", out)
+    assert "error: 1 of 3 runs are not done" in err
+    assert Run(run).info["status"] == "failed"
+    assert "killed by SIGKILL" in Run(run).info["reason"]
+    assert "killed by SIGKILL" in (run / "train.log").read_text()
+    assert not list((tmp_path / "runs").rglob("lock-*"))
+    status, out, _ = finish(start(tmp_path, "-m", "seed=0,1,2", *launcher))
+    assert status == 0, out
+    assert "3 runs, 1 to do" in out
+    assert "goes on from epoch" in out
+    assert "3 runs: 1 done, 2 done before" in out
+    assert Run(run).info["attempts"] == 2
+
+
+def test_a_run_that_is_stopped_from_outside_stops_alone(tmp_path):
+    sweep = start(tmp_path, "-m", "seed=0,1")
+    run, pid = at_work(tmp_path, 0)
+    os.kill(pid, signal.SIGTERM)
+    status, out, _ = finish(sweep)
+    assert status == 1
+    assert "2 runs: 1 done, 1 interrupted" in out
+    assert Run(run).status == "interrupted"
+
+
+def test_two_commands_never_train_one_run(tmp_path):
+    first = start(tmp_path, "seed=0")
+    run, pid = at_work(tmp_path, 0)
+    status, _, err = finish(start(tmp_path, "seed=0"))
+    assert status == 1
+    assert re.fullmatch(rf"error: runs/s/{run.name} is held by process {pid} on \S+, .*\n", err)
+    status, out, err = finish(start(tmp_path, "-m", "seed=0,1"))
+    assert status == 0, err
+    assert "2 runs: 1 done, 1 at work elsewhere" in out
+    assert f"at work elsewhere  CondLR τ=0.1 50 %, seed 0: process {pid} on" in out
+    assert finish(first)[0] == 0
+    assert Run(run).info["attempts"] == 1
+    assert not list((tmp_path / "runs").rglob("lock-*"))
+
+
+@pytest.mark.parametrize("launcher", [[], TOGETHER])
+def test_without_its_parent_a_run_stops_with_a_checkpoint(tmp_path, launcher):
+    sweep = start(tmp_path, "-m", "seed=0,1", *launcher)
+    run, pid = at_work(tmp_path, 0)
+    sweep.kill()
+    sweep.wait()
+    wait_for(lambda: not lives(pid), 60)
+    assert Run(run).status == "interrupted"
+    assert not owners(run)
+    sweep.stdout.close()
+    sweep.stderr.close()
+    status, out, _ = finish(start(tmp_path, "-m", "seed=0,1"))
+    assert status == 0, out
+    assert "goes on from epoch" in out
+
+
+def test_a_config_that_cannot_be_stops_a_sweep_before_its_first_run(script, tmp_path):
+    complains(
+        script("train", "-m", *SMALL, "method=baseline,condlr", "compression=0.5,1.5"),
+        r"method=baseline compression=1.5: compression must be in \[0, 1\); got 1.5",
+    )
+    assert not (tmp_path / "runs" / "default").exists()
+
+
+def test_a_sweep_notes_what_it_wants(script, tmp_path):
+    assert script("train", "-m", *SMALL, "method=baseline", "seed=0,1", "study=a")[0] == 0
+    assert script("train", "-m", *SMALL, "method=baseline", "seed=1,2", "study=a")[0] == 0
+    planned = read_csv(tmp_path / "runs" / "a" / "planned.csv")
+    assert [(line["label"], line["seed"], line["epochs"]) for line in planned] == [
+        ("baseline", seed, "1") for seed in "012"
+    ]
+    assert {line["run_id"] for line in planned} == {
+        path.parent.name for path in (tmp_path / "runs" / "a").glob("*/run.json")
+    }
+    assert planned[2]["overrides"].endswith("method=baseline seed=2 study=a")
+
+
+def test_a_run_whose_process_died_unseen_is_told_of(script, tmp_path):
+    arguments = ["-m", *SMALL, "method=baseline", "study=a"]
+    assert script("train", *arguments)[0] == 0
+    (path,) = (tmp_path / "runs" / "a").glob("*/run.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "running"}))
+    Run(path.parent).note_death("gone")
+    assert Run(path.parent).info["status"] == "failed"
+    assert Run(path.parent).info["reason"] == "gone"
+    Run(path.parent).note_death("gone again")
+    assert Run(path.parent).info["reason"] == "gone", "only what seems to run can have died"
+
+
+def test_what_a_call_in_another_process_raises_is_raised_here():
+    with pytest.raises(UserError, match="no such thing") as caught:
+        call_apart(_complain, "no such thing")
+    assert "in _complain" in str(caught.value.__cause__), "with the traceback from there"
+    with pytest.raises(RuntimeError, match="Unpicklable: by its nature"):
+        call_apart(_raise_what_cannot_be_pickled)
+    with pytest.raises(RuntimeError, match="NeedsTwo: one and two"):
+        call_apart(_raise_what_cannot_be_made_again)
+    with pytest.raises(Killed, match="killed by SIGKILL"):
+        call_apart(_die, signal.SIGKILL)
+    with pytest.raises(Killed, match="killed by SIGSEGV"):
+        call_apart(_die, signal.SIGSEGV)
+    with pytest.raises(Killed, match="ended with status 3"):
+        call_apart(os._exit, 3)
+    assert call_apart(time.sleep, 0) is None
+
+
+def test_who_waits_for_a_call_passes_a_signal_on(tmp_path):
+    started, stopped = tmp_path / "started", tmp_path / "stopped"
+    with subprocess.Popen([sys.executable, "-c", _CALLER, str(started), str(stopped)]) as caller:
+        wait_for(started.exists)
+        caller.send_signal(signal.SIGTERM)
+        assert caller.wait(60) == 7
+    assert stopped.exists(), "it ended its work before the caller went on"
+
+
+def _complain(text):
+    raise UserError(text)
+
+
+def _raise_what_cannot_be_pickled():
+    class Unpicklable(Exception):
+        pass
+
+    raise Unpicklable("by its nature")
+
+
+class NeedsTwo(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+def _raise_what_cannot_be_made_again():
+    raise NeedsTwo("one", "two")
+
+
+def _die(signum):
+    os.kill(os.getpid(), signum)
+
+
+def _work_until_stopped(started, stopped):
+    from condlr.signals import Signals
+
+    try:
+        with Signals():
+            Path(started).touch()
+            time.sleep(60)
+    except Interrupted:
+        time.sleep(0.5)
+        Path(stopped).touch()
+        raise
+
+
+_CALLER = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from condlr.errors import Interrupted
+from condlr.processes import call_apart
+from tests.test_sweep import _work_until_stopped
+try:
+    call_apart(_work_until_stopped, *sys.argv[1:])
+except Interrupted:
+    sys.exit(7)
+"""
