@@ -10,7 +10,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from condlr._naive import constrain_naively, naive
+from condlr.analysis.conditioning import spectra
 from condlr.analysis.cost import flops, peak_bytes, state
 from condlr.config import Benchmark, Protocol
 from condlr.data.base import Data, Images
@@ -35,6 +36,7 @@ from condlr.models.base import Architecture
 from condlr.models.lenet5 import LeNet5Options
 from condlr.models.vgg16 import Vgg16
 from condlr.precision import products, training
+from condlr.runs import Run, collect
 
 NETWORKS: dict[str, tuple[type[Architecture], tuple[int, int, int]]] = {
     "lenet5": (LeNet5Options, (1, 28, 28)),
@@ -50,6 +52,8 @@ PARTS = ("forward_backward", "constraint", "step")
 # A turn is so many seconds of steps of one form, after one that is not counted where a step is short.
 _TURN = 0.1
 _PRODUCT = 2048
+# Epochs in the papers' tables, and so lines in a run's history.
+_LONG = 120
 
 
 @dataclass
@@ -230,10 +234,11 @@ def product_rate(device: torch.device, precision: str) -> float:
     return 2 * _PRODUCT**3 / min(seconds)
 
 
-def epoch_against_steps(data: Data, device: torch.device, precision: str) -> dict[str, float]:
+def epoch_against_steps(data: Data, device: torch.device, precision: str, scratch: Path) -> dict[str, float]:
     """Seconds of an epoch of LeNet5 on the real MNIST (CondLR, 80 %), and of as many steps on one batch.
 
     What an epoch takes beyond its steps is shuffling, gathering and converting images, and the history.
+    The run store's part of it is measured by itself, with files in `scratch`.
     """
     data = data.to(device)
     protocol = Protocol(
@@ -267,7 +272,59 @@ def epoch_against_steps(data: Data, device: torch.device, precision: str) -> dic
     epochs.clear()
     trainer.fit(on_epoch=probe)
     alone = statistics.median(steps) * trainer.batches
-    return {"epoch_seconds": statistics.median(epochs), "steps_seconds": alone}
+    facts = {"epoch_seconds": statistics.median(epochs), "steps_seconds": alone}
+    return facts | _store_seconds(trainer, Run(scratch))
+
+
+def _store_seconds(trainer: Trainer, run: Run) -> dict[str, float]:
+    """What is kept of a run: at each epoch's end its history and checkpoint, once its layers' spectra."""
+
+    def history() -> None:
+        trainer.method.audit(trainer.model)
+        run.write_table("history.csv", [trainer._row(None)] * _LONG)
+
+    def checkpoint() -> None:
+        run.save_checkpoint(trainer.state_dict(), "benchmark")
+
+    def spectrum() -> None:
+        found = spectra(trainer.model)
+        lines = [{"layer": name, "value": v} for name, part in found.items() for v in part.tolist()]
+        run.write_table("spectra.csv", lines * 2)
+
+    return {f"{part.__name__}_seconds": _median_seconds(part) for part in (history, checkpoint, spectrum)}
+
+
+def _median_seconds(work: Callable[[], None], repeats: int = 9) -> float:
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def collect_many(count: int, study: Path) -> dict[str, float]:
+    """Seconds to collect `count` runs of LeNet5 from a store made up in `study`, of the usual size."""
+    row = {"label": "condlr", "compression": 0.8, "compresses": True, "seed": 0, "row_id": "0"}
+    layers = {"conv1": 20, "conv2": 50, "fc1": 500, "fc2": 10}
+    conditions = {f"cond_{name}": 1.1 for name in layers}
+    history = [{"epoch": n, "train_loss": 0.1, "seconds": 8.0} | conditions for n in range(_LONG)]
+    cells = [
+        {"attack": "fgsm", "norm": "linf", "eps": n / 100, "accuracy": 0.9, "n": 10000} for n in range(10)
+    ]
+    values = [
+        {"when": when, "layer": name, "index": index, "singular_value": 1.0}
+        for when in ("start", "end") for name, width in layers.items() for index in range(width)
+    ]  # fmt: skip
+    for number in range(count):
+        run = Run(study / f"run-{number}")
+        run.directory.mkdir(parents=True)
+        run.note(run_id=run.directory.name, status="done", row=row, ranks=dict.fromkeys(layers, 1))
+        for name, lines in (("history", history), ("evaluation", cells), ("spectra", values)):
+            run.write_table(f"{name}.csv", lines)
+    started = time.perf_counter()
+    collect(study)
+    return {"collected_runs": count, "collected_epochs": _LONG, "collect_seconds": time.perf_counter() - started}
 
 
 def machine(device: torch.device) -> str:

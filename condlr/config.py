@@ -191,6 +191,7 @@ class Benchmark:
     precision: str
     device: str
     epoch: bool
+    collect: int
     data_root: str
     results_dir: str
 
@@ -209,6 +210,7 @@ class Benchmark:
         in_range("tau", self.tau, 0, math.inf, half_open=True)
         in_range("batch_size", self.batch_size, 1, math.inf)
         in_range("repeats", self.repeats, 1, math.inf)
+        in_range("collect", self.collect, 0, math.inf)
         one_of("precision", self.precision, PRECISIONS)
         one_of("device", self.device, DEVICES)
 

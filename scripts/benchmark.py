@@ -3,6 +3,7 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from omegaconf import DictConfig
 
@@ -43,9 +44,13 @@ def main(config: DictConfig) -> None:
             progress.update(task, description=text, completed=done, total=total)
 
         rows, facts = benchmark.measure(asked, device, show)
-        if mnist is not None:
-            progress.update(task, description="epoch", total=None)
-            facts |= benchmark.epoch_against_steps(mnist, device, asked.precision)
+        with TemporaryDirectory(dir=out) as scratch:  # beside the results, for a disk as runs have
+            if mnist is not None:
+                progress.update(task, description="epoch", total=None)
+                facts |= benchmark.epoch_against_steps(mnist, device, asked.precision, Path(scratch) / "run")
+            if asked.collect:
+                progress.update(task, description="collect", total=None)
+                facts |= benchmark.collect_many(asked.collect, Path(scratch) / "study")
     facts |= environment()
     name = facts["device"]
     write_csv(out / f"{name}.csv", rows)

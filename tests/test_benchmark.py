@@ -44,7 +44,8 @@ def test_the_naive_form_is_the_same_arithmetic():
 
 def test_a_small_benchmark(script, tmp_path):  # noqa: F811
     status, out, err = script(
-        "benchmark", "networks=[lenet5]", "compressions=[0.8]", "repeats=1", "batch_size=16", "epoch=false"
+        "benchmark", "networks=[lenet5]", "compressions=[0.8]", "repeats=1", "batch_size=16", "epoch=false",
+        "collect=3",
     )
     assert status == 0, err
     folder = tmp_path / "results" / "benchmark"
@@ -97,6 +98,7 @@ def test_operations_and_memory_are_counted():
         (["networks=[alexnet]"], "networks must be one of lenet5, vgg16; got 'alexnet'"),
         (["networks=[]"], "networks is empty"),
         (["compressions=[0.8,0.8]"], r"compressions names something twice: \[0.8, 0.8\]"),
+        (["collect=-1"], r"collect must be in \[0"),
         (["repeats=0"], r"repeats must be in \[1"),
         (["compressions=[1.0]"], "compressions must be in"),
         (["precision=fp8"], "precision must be one of float32"),

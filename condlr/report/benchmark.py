@@ -74,6 +74,19 @@ def legend(facts: dict[str, Any]) -> str:
             "\n\nAn epoch of LeNet5 on the 60 000 images of MNIST (CondLR, 80 %): "
             f"{epoch:.2f} s, {epoch / steps:.2f} times its steps alone ({steps:.2f} s)."
         )
+    if "checkpoint_seconds" in facts:
+        history, checkpoint, spectrum = (facts[f"{k}_seconds"] for k in ("history", "checkpoint", "spectrum"))
+        share = (history + checkpoint) / facts["epoch_seconds"]
+        text += (
+            f" Keeping the run at its end takes {1e3 * history:.0f} ms for the history (condition numbers, "
+            f"audit, history.csv) and {1e3 * checkpoint:.0f} ms for the checkpoint, {share:.2%} of the epoch; "
+            f"a run's spectra take {2e3 * spectrum:.0f} ms once."
+        )
+    if "collect_seconds" in facts:
+        text += (
+            f"\n\nCollecting {facts['collected_runs']:,} runs of {facts['collected_epochs']} epochs takes "
+            f"{facts['collect_seconds']:.1f} s."
+        )
     return text
 
 
