@@ -324,7 +324,11 @@ def collect_many(count: int, study: Path) -> dict[str, float]:
             run.write_table(f"{name}.csv", lines)
     started = time.perf_counter()
     collect(study)
-    return {"collected_runs": count, "collected_epochs": _LONG, "collect_seconds": time.perf_counter() - started}
+    return {
+        "collected_runs": count,
+        "collected_epochs": _LONG,
+        "collect_seconds": time.perf_counter() - started,
+    }
 
 
 def machine(device: torch.device) -> str:

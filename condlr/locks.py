@@ -104,6 +104,7 @@ class Lock:
     Attributes:
         says: what the owner says of itself at each sign of life, a few plain values.
         wait: wait until the lock is free, instead of raising `Held` when its owner is seen to live.
+        patience: or wait so many seconds, for an owner that is just about to stop.
 
     Raises:
         Held: another process, which lives, has the lock.
@@ -112,6 +113,7 @@ class Lock:
     directory: Path
     name: str = "lock"
     wait: bool = False
+    patience: float = 0.0
     beat: float = BEAT
     silence: float = SILENCE
     says: dict[str, Any] = field(default_factory=dict)
@@ -122,6 +124,7 @@ class Lock:
         self._path = self.directory / f"{self.name}-{host}-{_machine()}-{pid}-{_born(pid)}"
 
     def __enter__(self) -> Self:
+        self._until = time.monotonic() + self.patience
         while not self._take():
             time.sleep(random.uniform(0.01, 0.05))
         self._stop = threading.Event()
@@ -149,7 +152,7 @@ class Lock:
         for owner in owners(self.directory, self.name):
             if owner.dead or (not owner.here and self._falls_silent(owner)):
                 dead.append(owner.path)
-            elif self.wait:
+            elif self.wait or time.monotonic() < self._until:
                 return False
             elif owner.beat is not None:  # else it has just let go
                 raise Held(f"{self.directory} is held by {owner}, which is at work on it")

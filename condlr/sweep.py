@@ -6,6 +6,7 @@ store does: a sweep launches only what it says is left to do, and at the end ask
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from condlr.runs import Run, read_csv, write_csv
 log = logging.getLogger(__name__)
 
 PLAN = "planned.csv"
+# How often a sweep begins a run whose process a launcher loses.
+_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -103,16 +106,7 @@ class StudySweeper(Sweeper):
         plan(jobs)
         studies = ", ".join(dict.fromkeys(str(job.study) for job in jobs))
         log.info("%s: %d run%s, %d to do", studies, len(jobs), "s" if len(jobs) > 1 else "", len(left))
-        trouble = ""
-        if left:
-            try:
-                with _patience(self._launcher):
-                    self._launcher.launch([job.overrides for job in left], initial_job_idx=0)
-            except (SystemExit, Interrupted, KeyboardInterrupt):
-                raise
-            except Exception as error:  # a launcher's own: a worker that died, a scheduler that is away
-                log.debug("the launcher failed", exc_info=True)
-                trouble = " ".join(f"{type(error).__name__}: {error}".split())
+        trouble = self._launch(left)
         launched = {id(job) for job in left}
         outcomes = [outcome(job, id(job) in launched) for job in jobs]
 
@@ -120,10 +114,37 @@ class StudySweeper(Sweeper):
 
         print_outcomes(outcomes, studies)
         if trouble:
-            print(f"error: the launcher failed ({trouble[:300]})", file=sys.stderr)
+            print(f"error: the launcher failed ({trouble})", file=sys.stderr)
         if bad := sum(STATES.index(found.state) > 2 for found in outcomes):
             again = "the same command tries those again that did not diverge"
             raise UserError(f"{bad} of {len(jobs)} runs are not done; {again}")
+
+    def _launch(self, jobs: list[Job]) -> str:
+        """Launch jobs until none is left that a launcher gave up, as some do when they lose a worker.
+
+        Returns:
+            What a launcher said that did nothing but give up.
+        """
+        tries: Counter[Path] = Counter()
+        while jobs:
+            before = {job.config.directory: _attempts(job) for job in jobs}
+            try:
+                with _patience(self._launcher):
+                    self._launcher.launch([job.overrides for job in jobs], initial_job_idx=0)
+                return ""
+            except Interrupted:
+                raise
+            except Exception as error:
+                log.debug("the launcher failed", exc_info=True)
+                trouble = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            begun = [job for job in jobs if _attempts(job) > before[job.config.directory]]
+            if not begun:
+                return trouble
+            tries.update(job.config.directory for job in begun)
+            jobs = [job for job in jobs if not _ended(job) and tries[job.config.directory] < _TRIES]
+            if jobs:
+                log.warning("%s; %d runs that were given up are launched again", trouble, len(jobs))
+        return ""
 
     def _jobs(self, arguments: list[str]) -> list[Job]:
         params = [f"{key}={values}" for key, values in self.params.items()]
@@ -206,6 +227,22 @@ def _closed(job: Job) -> bool:
         return job.run.status == "diverged" or finished(job.run, job.config)
     except UserError:
         return False
+
+
+def _ended(job: Job) -> bool:
+    """Whether a job came to an end of its own, be it a bad one."""
+    try:
+        return _closed(job) or job.run.status == "failed"
+    except UserError:
+        return True
+
+
+def _attempts(job: Job) -> int:
+    """How often the run was begun."""
+    try:
+        return job.run.info.get("attempts", 0)
+    except UserError:
+        return 0
 
 
 def outcome(job: Job, launched: bool) -> Outcome:

@@ -33,6 +33,9 @@ from condlr.signals import Signals
 
 log = logging.getLogger(__name__)
 
+# Seconds in which a process that was told to stop, or whose parent died, has mostly written its checkpoint.
+_PATIENCE = 5.0
+
 
 def carry_out(values: dict[str, Any]) -> None:
     """Do what is missing of a run, of a network or a matrix flow.
@@ -52,7 +55,7 @@ def carry_out(values: dict[str, Any]) -> None:
     if finished(run, config):
         _say_done(run, config)
         return
-    with Signals() as signals, Lock(run.directory) as lock:
+    with Signals() as signals, Lock(run.directory, patience=_PATIENCE) as lock:
         info = run.info  # as whoever had the lock before has left it
         if info.get("status") == "diverged":
             again = f"remove {run.directory} to train it again"

@@ -44,7 +44,12 @@ def test_the_naive_form_is_the_same_arithmetic():
 
 def test_a_small_benchmark(script, tmp_path):  # noqa: F811
     status, out, err = script(
-        "benchmark", "networks=[lenet5]", "compressions=[0.8]", "repeats=1", "batch_size=16", "epoch=false",
+        "benchmark",
+        "networks=[lenet5]",
+        "compressions=[0.8]",
+        "repeats=1",
+        "batch_size=16",
+        "epoch=false",
         "collect=3",
     )
     assert status == 0, err

@@ -79,8 +79,8 @@ def legend(facts: dict[str, Any]) -> str:
         share = (history + checkpoint) / facts["epoch_seconds"]
         text += (
             f" Keeping the run at its end takes {1e3 * history:.0f} ms for the history (condition numbers, "
-            f"audit, history.csv) and {1e3 * checkpoint:.0f} ms for the checkpoint, {share:.2%} of the epoch; "
-            f"a run's spectra take {2e3 * spectrum:.0f} ms once."
+            f"audit, history.csv) and {1e3 * checkpoint:.0f} ms for the checkpoint, {share:.2%} of the "
+            f"epoch; a run's spectra take {2e3 * spectrum:.0f} ms once."
         )
     if "collect_seconds" in facts:
         text += (
