@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STUDY ?= default
 
-.PHONY: help demo test test-slurm test-ray tables figures report reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks benchmark clean
+.PHONY: help demo test test-slurm test-ray test-chaos tables figures report status reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks benchmark clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -46,6 +46,9 @@ figures: $(VENV)/.installed  ## Draw the figures of STUDY from its collected res
 
 report: $(VENV)/.installed  ## Write the report of STUDY, one HTML page, from its collected results
 	$(RUN) scripts/report.py study=$(STUDY)
+
+status: $(VENV)/.installed  ## How far the runs of STUDY are; live with ARGS='watch=true'
+	$(RUN) scripts/status.py study=$(STUDY) $(ARGS)
 
 # What is missing is run, and what was interrupted goes on. ARGS are keys of train.yaml for all runs: ARGS='seed=0'
 define reproduce

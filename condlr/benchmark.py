@@ -278,7 +278,6 @@ def epoch_against_steps(data: Data, device: torch.device, precision: str, scratc
 
 def _store_seconds(trainer: Trainer, run: Run) -> dict[str, float]:
     """What is kept of a run: at each epoch's end its history and checkpoint, once its layers' spectra."""
-
     run.directory.mkdir(parents=True)
 
     def history() -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -20,6 +21,9 @@ from condlr.errors import Interrupted, UserError
 from condlr.sweep import register
 
 log = logging.getLogger(__name__)
+
+# The launchers of Hydra's plugins, and what brings them.
+_EXTRAS = {"joblib": "several", "submitit_slurm": "slurm", "ray": "ray"}
 
 Task = Callable[[DictConfig], None]
 
@@ -102,7 +106,11 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, InterpolationResolutionError) and not isinstance(chain[-1], OmegaConfBaseException):
         return None  # a bug of ours in a resolver
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return one_line(error)
+        line = one_line(error)
+        lacking = re.search(r"Could not (?:load|find) 'hydra/launcher/(\w+)'", line)
+        if lacking and lacking[1] in _EXTRAS:
+            return f"this launcher is an extra: pip install 'condlr[{_EXTRAS[lacking[1]]}]'"
+        return line
     if _raised_in(error).startswith("hydra."):  # which trips over `method=null` or `method=[1]`
         return f"the command line makes no config ({type(error).__name__}: {one_line(error)}); see --help"
     return None

@@ -158,6 +158,36 @@ class Collection:
 
 
 @dataclass
+class Watch:
+    """Keys of `scripts/status.py`.
+
+    Attributes:
+        watch: whether to look again and again, or how many seconds apart.
+    """
+
+    study: str
+    runs_dir: str
+    watch: Any = False
+
+    def __post_init__(self) -> None:
+        _check_study(self.study)
+        if not isinstance(self.watch, int | float):
+            raise ValueError(f"watch must be true, false or a number of seconds; got {self.watch!r}")
+        if not isinstance(self.watch, bool):
+            in_range("watch", self.watch, 0.1, math.inf, half_open=True)
+
+    @property
+    def directory(self) -> Path:
+        """Where the study's runs lie."""
+        return Path(self.runs_dir) / self.study
+
+    @property
+    def every(self) -> float | None:
+        """Seconds from one look to the next; None for one look."""
+        return 2.0 if self.watch is True else self.watch or None
+
+
+@dataclass
 class Report:
     """Keys of `scripts/tables.py` and `scripts/figures.py`."""
 

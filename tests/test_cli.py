@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
 
-import condlr.cli  # noqa: F401  (registers the resolvers that conf/ uses)
+import condlr.cli  # registers the resolvers that conf/ uses
 from condlr.config import CONF, check
 from condlr.data import cifar10
 from condlr.data.digits import Digits
@@ -276,6 +277,14 @@ def test_the_contract(script, small_mnist):
     again, out, _ = script("train", *arguments)
     assert again == 0
     assert "is done already" in out
+
+
+@pytest.mark.parametrize(("launcher", "extra"), [("joblib", "several"), ("ray", "ray")])
+def test_a_launcher_that_is_not_installed_says_how_it_is(launcher, extra):
+    error = MissingConfigException(f"In 'hydra/launcher/x': Could not load 'hydra/launcher/{launcher}'.")
+    assert condlr.cli.explain(error) == f"this launcher is an extra: pip install 'condlr[{extra}]'"
+    other = MissingConfigException("In 'hydra/launcher/x': Could not load 'hydra/launcher/mine'.")
+    assert condlr.cli.explain(other) == str(other)
 
 
 def test_a_sweep_runs_a_method_without_compression_once_and_goes_on_after_a_failure(script, tmp_path):

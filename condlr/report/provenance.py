@@ -10,6 +10,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from condlr.config import CONF
+from condlr.errors import UserError
 from condlr.report.results import ROW, duration, network, row_title
 
 _SHARED = ["dataset", "model", "protocol", "epochs", "settings"]
@@ -188,7 +189,10 @@ def names_seeds(experiment: str, folder: Path = CONF / "experiment") -> bool:
 
 
 def _study(path: Path) -> object:
-    return OmegaConf.select(OmegaConf.load(path), "study")
+    try:
+        return OmegaConf.select(OmegaConf.load(path), "study")
+    except Exception as error:  # a YAML parser's errors share no base with OmegaConf's
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
 
 
 def _choices(name: str, folder: Path) -> dict[str, int]:

@@ -1,0 +1,37 @@
+#!/usr/bin/env python3
+"""Say how far the runs of a study are: done, at work, stalled, failed, missing; once, or live."""
+
+from omegaconf import DictConfig
+
+from condlr.cli import command
+from condlr.config import Watch, typed
+
+
+@command("status")
+def main(config: DictConfig) -> None:
+    """Read <runs_dir>/<study>/ and the study's experiments; nothing is written."""
+    asked = typed(Watch, config)
+
+    from rich.console import Console
+
+    from condlr.errors import UserError
+    from condlr.experiments import wanted_of
+    from condlr.report.provenance import experiments
+    from condlr.report.status import print_status, watch
+    from condlr.status import survey
+
+    names = experiments(asked.study)
+    wanted, notes = wanted_of(names)
+    found = survey(asked.directory, wanted, notes)
+    if not found.runs and not found.notes:
+        raise UserError(f"there is no run in {asked.directory}, and no experiment of the study {asked.study}")
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)
+    if asked.every and console.is_terminal:
+        watch(lambda: survey(asked.directory, wanted, notes), console, asked.every)
+    else:
+        print_status(found, console)
+
+
+if __name__ == "__main__":
+    main()
