@@ -47,6 +47,7 @@ def command(
     def decorate(task: Task) -> Callable[[], NoReturn]:
         def guarded(config: DictConfig) -> None:
             multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+            logging.raiseExceptions = verbose  # a log on a full disk is no reason for a stack trace
             os.chdir(HydraConfig.get().runtime.cwd)  # paths are relative to where the command was given
             try:
                 task(config)

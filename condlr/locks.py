@@ -94,6 +94,14 @@ def owners(directory: Path, name: str = "lock") -> list[Owner]:
     return found
 
 
+def forget_dead(directory: Path, *names: str) -> None:
+    """Remove what processes that died with a lock left, where nobody may ever want that lock again."""
+    for name in names:
+        for owner in owners(directory, name):
+            if owner.dead:
+                owner.path.unlink(missing_ok=True)
+
+
 @dataclass
 class Lock:
     """The lock called `name` on a directory: a context in which this process alone holds it.

@@ -6,9 +6,11 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -20,7 +22,6 @@ from condlr.signals import Signals
 _START = "forkserver" if sys.platform == "linux" else "spawn"
 # What runs import, some of it late: the optimisers' own imports, the digits' library.
 _PRELOAD = ["condlr.workflow", "torch._dynamo", "sklearn.datasets"]
-_PARENT = os.getppid()
 
 
 class Killed(UserError):
@@ -55,16 +56,19 @@ def call_apart(function: Callable[..., None], *arguments: Any) -> None:
     receiver, sender = context.Pipe(duplex=False)
     name = multiprocessing.current_process().name  # by which progress bars know whether they are alone
     process = context.Process(target=_work, args=(sender, function, arguments), name=name)
+    _watch_parent()
     # Deferred, lest a SIGTERM breaks off another's handler: submitit's, which has a preempted job requeued
     with Signals() as signals, signals.deferred():
-        with _blocked():
-            process.start()
-        sender.close()
         try:
+            _start(process)
+            sender.close()
             error = _result(process, receiver, signals)
         except BaseException:
-            process.terminate()
-            process.join()
+            if process.pid is not None:
+                process.terminate()
+                process.join()
+            if _orphaned():
+                os._exit(128 + signal.SIGTERM)  # a pool's worker would go on with the next run
             raise
     if isinstance(error, Interrupted):
         name = signal.Signals(error.signum).name
@@ -91,24 +95,31 @@ def _blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _start(process: Any) -> None:
+    try:
+        with _blocked():
+            process.start()
+    except (EOFError, ConnectionError) as error:
+        raise Killed("the run's process was killed as it began: the same command starts it again") from error
+
+
 def _result(process: Any, receiver: Connection, signals: Signals) -> Exception | None:
     """Wait for the process to end; the error it ended with, if it could say."""
     error = None
     waiting: list[Any] = [receiver, process.sentinel]
-    while process.sentinel in waiting:
+    while waiting:
         if signals.received:
             raise Interrupted(signals.received)
         for ready in wait(waiting, timeout=0.2):
             waiting.remove(ready)
             if ready is receiver:
-                try:
+                with suppress(EOFError, OSError):  # it has ended, or was killed in the middle of a word
                     error, trace = receiver.recv()
                     error.__cause__ = _Elsewhere(trace)
-                except EOFError:
-                    pass
-        # The workers of a pool outlive who started them; then nobody wants what they do
-        if multiprocessing.current_process().name != "MainProcess" and os.getppid() != _PARENT:
-            raise Interrupted(signal.SIGTERM)
+            elif receiver in waiting and not receiver.poll():
+                # It lives: the server that it was forked off has died, and nobody will tell when it ends
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGTERM)
     process.join()
     return error
 
@@ -117,7 +128,7 @@ def _work(sender: Connection, function: Callable[..., None], arguments: tuple[An
     """What the process does."""
     os.setpgid(0, 0)  # Ctrl-C in a terminal goes to all processes of a group: this one is told by its parent
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    threading.Thread(target=_stop_when_orphaned, daemon=True).start()
+    _watch_parent()
     try:
         function(*arguments)
     except Exception as error:
@@ -126,12 +137,30 @@ def _work(sender: Connection, function: Callable[..., None], arguments: tuple[An
             pickle.loads(pickle.dumps(error))
         except Exception:
             error = RuntimeError(f"{type(error).__name__}: {error}")
-        sender.send((error, trace))
+        with suppress(BrokenPipeError):  # who would be told is dead
+            sender.send((error, trace))
         sys.exit(128 + error.signum if isinstance(error, Interrupted) else 1)
 
 
+@cache
+def _watch_parent() -> None:
+    """From now on this process stops when the one that started it dies, if that waits for what it does."""
+    if multiprocessing.parent_process() is not None:
+        threading.Thread(target=_stop_when_orphaned, daemon=True).start()
+
+
 def _stop_when_orphaned() -> None:
+    while not _orphaned(wait_for=0.5):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _orphaned(wait_for: float = 0.0) -> bool:
+    """Whether the process that started this one is dead, or dies within so many seconds."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
+    if parent is None:
+        return False
+    if (sentinel := getattr(parent, "sentinel", None)) is not None:
+        return bool(wait([sentinel], wait_for))
+    time.sleep(wait_for)  # joblib's workers have no sentinel
+    return os.getppid() != parent.pid

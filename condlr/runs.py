@@ -69,8 +69,7 @@ class Run:
         What an earlier attempt left half written is removed.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob(f"*{_PARTIAL}*"):
-            leftover.unlink(missing_ok=True)
+        forget_partial(self.directory)
         earlier = self.info
         attempts = earlier.get("attempts", 0) + 1
         first = earlier.get("started", _now())
@@ -318,6 +317,12 @@ def write(path: Path, content: bytes | memoryview) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def forget_partial(directory: Path) -> None:
+    """Remove what processes that died while they wrote left half written; for who holds the lock on it."""
+    for leftover in directory.glob(f"*{_PARTIAL}*"):
+        leftover.unlink(missing_ok=True)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

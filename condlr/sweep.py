@@ -27,9 +27,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from condlr.config import FlowConfig, RunConfig, check_any
 from condlr.errors import Interrupted, UserError
-from condlr.locks import Lock, owners
+from condlr.locks import Lock, forget_dead, owners
 from condlr.processes import Killed, call_apart
-from condlr.runs import Run, read_csv, write_csv
+from condlr.runs import Run, forget_partial, read_csv, write_csv
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,9 @@ class StudySweeper(Sweeper):
         print_outcomes(outcomes, studies)
         if trouble:
             print(f"error: the launcher failed ({trouble})", file=sys.stderr)
-        if bad := sum(STATES.index(found.state) > 2 for found in outcomes):
+        # What is at work elsewhere may be what a launcher that died left, and about to stop
+        content = 2 if trouble else 3
+        if bad := sum(found.state not in STATES[:content] for found in outcomes):
             again = "the same command tries those again that did not diverge"
             raise UserError(f"{bad} of {len(jobs)} runs are not done; {again}")
 
@@ -215,6 +217,7 @@ def carry_out(values: dict[str, Any]) -> None:
 def _carry_out(values: dict[str, Any], logs: dict[str, Any], verbose: Any) -> None:
     from condlr.workflow import carry_out
 
+    logging.raiseExceptions = bool(verbose)  # a log on a full disk is no reason for a stack trace
     configure_log(OmegaConf.create(logs), verbose)
     carry_out(values)
 
@@ -249,6 +252,7 @@ def outcome(job: Job, launched: bool) -> Outcome:
     """What the run store says came of a job."""
     from condlr.examination import finished
 
+    forget_dead(job.run.directory, "lock", "rows")
     try:
         info = job.run.info
         status = info.get("status")
@@ -274,6 +278,7 @@ def plan(jobs: Sequence[Job]) -> None:
         wanted = {job.config.run_id: _line(job) for job in jobs if job.study == study}
         study.mkdir(parents=True, exist_ok=True)
         with Lock(study, "plan", wait=True):
+            forget_partial(study)
             before = {line["run_id"]: line for line in planned(study)}
             if before | wanted != before:
                 write_csv(study / PLAN, [*(before | wanted).values()])
