@@ -21,7 +21,7 @@ from tests.test_interruption import ROOT, wait_for
 __all__ = ["script"]  # a fixture
 
 LONG = [
-    "dataset=digits", "protocol=demo", "method=condlr", "protocol.epochs=20", "attack.eps=[0,0.1]",
+    "dataset=digits", "protocol=demo", "method=condlr", "protocol.epochs=12", "attack.eps=[0,0.1]",
     "forms=multiplied", "device=cpu", "study=s",
 ]  # fmt: skip
 TOGETHER = ["hydra/launcher=several", "hydra.launcher.n_jobs=2"]
@@ -92,6 +92,7 @@ def test_a_run_that_is_stopped_from_outside_stops_alone(tmp_path):
 def test_two_commands_never_train_one_run(tmp_path):
     first = start(tmp_path, "seed=0")
     run, pid = at_work(tmp_path, 0)
+    os.kill(pid, signal.SIGSTOP)  # lest it is done too soon
     status, _, err = finish(start(tmp_path, "seed=0"))
     assert status == 1
     assert re.fullmatch(rf"error: runs/s/{run.name} is held by process {pid} on \S+, .*\n", err)
@@ -99,6 +100,7 @@ def test_two_commands_never_train_one_run(tmp_path):
     assert status == 0, err
     assert "2 runs: 1 done, 1 at work elsewhere" in out
     assert f"at work elsewhere  CondLR τ=0.1 50 %, seed 0: process {pid} on" in out
+    os.kill(pid, signal.SIGCONT)
     assert finish(first)[0] == 0
     assert Run(run).info["attempts"] == 1
     assert not list((tmp_path / "runs").rglob("lock-*"))
