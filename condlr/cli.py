@@ -52,7 +52,7 @@ def command(
             try:
                 task(config)
             except Interrupted as stop:
-                print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+                _say_interrupted()
                 sys.exit(128 + stop.signum)
             except Exception as error:
                 line = explain(error)
@@ -73,6 +73,9 @@ def command(
             try:
                 main()
                 at_end()
+            except Interrupted as stop:
+                _say_interrupted()
+                sys.exit(128 + stop.signum)
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)
                 sys.exit(128 + signal.SIGINT)
@@ -92,6 +95,10 @@ def command(
         return program
 
     return decorate
+
+
+def _say_interrupted() -> None:
+    print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
 
 
 def explain(error: BaseException) -> str | None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from condlr.errors import Held, Lost
 
@@ -57,6 +57,15 @@ class Owner:
     def dead(self) -> bool:
         """Known to be dead; of a process elsewhere that can't be known."""
         return self.here and not _lives(self.pid, self.born)
+
+    @property
+    def ours(self) -> bool:
+        """Whether this process started it, or started what started it."""
+        pid = self.pid if self.here else 0
+        while pid > 1:
+            if (pid := _stat(pid).parent) == os.getpid():
+                return True
+        return False
 
     @property
     def silence(self) -> float:
@@ -215,7 +224,7 @@ def _machine() -> str:
 
 def _born(pid: int) -> str:
     """When a process started, in ticks since the machine did; 0 where the kernel does not tell."""
-    return _stat(pid)[1]
+    return _stat(pid).born
 
 
 def _lives(pid: int, born: str) -> bool:
@@ -226,14 +235,21 @@ def _lives(pid: int, born: str) -> bool:
         return False
     except PermissionError:
         pass  # another user's
-    state, start = _stat(pid)
-    return state not in "ZX" and start in (born, "0")
+    found = _stat(pid)
+    return found.state not in "ZX" and found.born in (born, "0")
 
 
-def _stat(pid: int) -> tuple[str, str]:
-    """State and start of a process."""
+class _Stat(NamedTuple):
+    """What the kernel tells of a process; as here where it does not."""
+
+    state: str = "?"
+    parent: int = 0
+    born: str = "0"
+
+
+def _stat(pid: int) -> _Stat:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return fields[0], fields[19]
+        return _Stat(fields[0], int(fields[1]), fields[19])
     except (OSError, IndexError):
-        return "?", "0"
+        return _Stat()

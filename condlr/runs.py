@@ -85,11 +85,11 @@ class Run:
             raise
         self._note_end("done", None)
 
-    def note_death(self, reason: str) -> None:
-        """Say of a run whose process is dead, and could not say so itself, that it failed."""
+    def note_death(self, reason: str, status: str = "failed") -> None:
+        """Say of a run whose process is dead, and could not say so itself, how it ended."""
         with suppress(Held), Lock(self.directory):
             if self.status == "running":
-                self._note_end("failed", reason)
+                self._note_end(status, reason)
 
     def _note_end(self, status: str, reason: str | None) -> None:
         try:

@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from condlr.errors import Interrupted
@@ -16,11 +16,15 @@ class Signals:
     A second SIGINT acts as without us; a second SIGTERM does nothing, since schedulers send it more than
     once, and to a process and to its parent who passes it on.
 
+    Args:
+        first: what to do before `Interrupted` is raised.
+
     Attributes:
         received: the signal, while it is `deferred`: whoever defers looks at it and raises.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: Callable[[], None] = lambda: None) -> None:
+        self._first = first
         self.received = 0
         self._deferring = False
         self._before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -40,6 +44,7 @@ class Signals:
         self.__exit__()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not self._deferring:
+            self._first()
             raise Interrupted(signum)
         log.warning("%s: stopping after this batch", signal.Signals(signum).name)
         self.received = signum

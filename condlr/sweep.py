@@ -5,10 +5,13 @@ store does: a sweep launches only what it says is left to do, and at the end ask
 """
 
 import logging
+import os
+import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -30,12 +33,15 @@ from condlr.errors import Interrupted, UserError
 from condlr.locks import Lock, forget_dead, owners
 from condlr.processes import Killed, call_apart
 from condlr.runs import Run, forget_partial, read_csv, write_csv
+from condlr.signals import Signals
 
 log = logging.getLogger(__name__)
 
 PLAN = "planned.csv"
 # How often a sweep begins a run whose process a launcher loses.
 _TRIES = 3
+# Seconds that runs are given to write their checkpoint when a sweep is stopped.
+_STOPPING = 60.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,14 @@ class StudySweeper(Sweeper):
         plan(jobs)
         studies = ", ".join(dict.fromkeys(str(job.study) for job in jobs))
         log.info("%s: %d run%s, %d to do", studies, len(jobs), "s" if len(jobs) > 1 else "", len(left))
-        trouble = self._launch(left)
+        try:
+            with Signals(first=lambda: _stop(left)):
+                trouble = self._launch(left)
+        except (Interrupted, SystemExit, KeyboardInterrupt):
+            for job in left:  # a pool kills its workers without more ado
+                with suppress(UserError):
+                    job.run.note_death("its sweep was interrupted", "interrupted")
+            raise
         launched = {id(job) for job in left}
         outcomes = [outcome(job, id(job) in launched) for job in jobs]
 
@@ -230,6 +243,17 @@ def _closed(job: Job) -> bool:
         return job.run.status == "diverged" or finished(job.run, job.config)
     except UserError:
         return False
+
+
+def _stop(jobs: Sequence[Job]) -> None:
+    """Have the runs that we started stop with a checkpoint; those of a scheduler go on."""
+    at_work = [owner for job in jobs for owner in owners(job.run.directory) if owner.ours]
+    for owner in at_work:
+        with suppress(ProcessLookupError):
+            os.kill(owner.pid, signal.SIGTERM)
+    deadline = time.monotonic() + _STOPPING
+    while any(not owner.dead for owner in at_work) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _ended(job: Job) -> bool:
