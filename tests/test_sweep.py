@@ -122,6 +122,20 @@ def test_without_its_parent_a_run_stops_with_a_checkpoint(tmp_path, launcher):
     assert "goes on from epoch" in out
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_pool_that_is_stopped_has_its_runs_write_their_checkpoints(tmp_path, number):
+    """Though joblib kills its workers when it is interrupted."""
+    sweep = start(tmp_path, "-m", "seed=0,1", *TOGETHER)
+    runs = [at_work(tmp_path, seed)[0] for seed in (0, 1)]
+    sweep.send_signal(number)
+    status, out, err = finish(sweep)
+    assert status == 128 + number
+    assert err.count("interrupted: the same command goes on from the last checkpoint") == 1
+    assert {Run(run).status for run in runs} <= {"interrupted", "done"}
+    assert not list((tmp_path / "runs").rglob("lock-*"))
+    assert out.count("stopping after this batch") >= 1
+
+
 def test_a_config_that_cannot_be_stops_a_sweep_before_its_first_run(script, tmp_path):
     complains(
         script("train", "-m", *SMALL, "method=baseline,condlr", "compression=0.5,1.5"),
