@@ -1,19 +1,24 @@
-"""The README's example runs as it stands."""
+"""The README's examples run as they stand, and the commands of both pages are commands."""
 
 import csv
 import re
+import shlex
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
+import condlr.cli  # noqa: F401  (registers the resolvers that conf/ uses)
+from condlr.config import CONF, check
 from condlr.factorization import Scheme
 from condlr.methods.base import Method
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+SWEEPS = (ROOT / "SWEEPS.md").read_text()
 
 
 def test_the_library_example(capsys):
@@ -29,11 +34,27 @@ def test_the_library_example(capsys):
 
 def test_every_target_and_script_it_names_exists():
     makefile = (ROOT / "Makefile").read_text()
-    for targets in re.findall(r"^make ([a-z0-9 -]+)", README, re.M):
-        for target in targets.split():
-            assert re.search(rf"^{target}:", makefile, re.M), target
-    for path in re.findall(r"\]\(([\w/.]+)\)", README) + re.findall(r"python (scripts/\w+\.py)", README):
-        assert (ROOT / path).exists(), path
+    for page in (README, SWEEPS):
+        for targets in re.findall(r"^make ([a-z0-9 -]+)", page, re.M):
+            for target in targets.split():
+                assert re.search(rf"^{target}:", makefile, re.M), target
+        for path in re.findall(r"\]\(([\w/.]+)\)", page) + re.findall(r"python (scripts/\w+\.py)", page):
+            assert (ROOT / path).exists(), path
+
+
+def test_the_sweeps_are_sweeps_of_configs_that_can_be():
+    commands = re.findall(r"^python scripts/train\.py (.*)$", SWEEPS.replace("\\\n", " "), re.M)
+    assert len(commands) > 5
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for command in commands:
+            words = [word for word in shlex.split(command, comments=True) if word != "-m"]
+            ours = [word for word in words if not word.startswith(("hydra/", "hydra."))]
+            one = [re.sub(r"=([\w.]+),.*", r"=\1", word) for word in ours]
+            config = compose("train", one, return_hydra_config=True)
+            rows = (config.hydra.sweeper.params or {}).get("row", "").split(",")
+            check(compose("train", [*one, f"row={rows[0].strip()}"] if rows[0] else one))
+            for launcher in (w.partition("=")[2] for w in words if w.startswith("hydra/launcher=")):
+                assert (CONF / "hydra" / "launcher" / f"{launcher}.yaml").exists()
 
 
 def test_the_methods_example_is_a_method(tmp_path, monkeypatch):
