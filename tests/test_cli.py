@@ -304,7 +304,7 @@ def test_a_sweep_runs_a_method_without_compression_once_and_goes_on_after_a_fail
     status, out, err = script("train", *sweep)
     assert status == 1
     assert "5 runs, 2 to do" in out, "what is done is not launched"
-    assert "5 runs: 1 done, 3 done before, 1 failed" in out
+    assert "5 runs: 1 done, 3 skipped, 1 failed" in out
     assert re.search(r"failed  Baseline, seed 0: \S+run.json cannot be read.*log: \S+/train.log", out)
     assert "run.json cannot be read" in (broken / "train.log").read_text()
     assert err == "error: 1 of 5 runs are not done; the same command tries those again that did not diverge\n"

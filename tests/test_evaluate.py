@@ -72,7 +72,7 @@ def test_attacks_are_options_of_a_sweep(script, tmp_path):
     status, out, err = script("train", *sweep, "attack=pgd")
     assert status == 0, err
     assert out.count("is done already") == 1, "another attack trains nothing again"
-    assert "2 runs: 1 done, 1 done before" in out, "transferred to itself it is PGD"
+    assert "2 runs: 1 done, 1 skipped" in out, "transferred to itself it is PGD"
     for run in (tmp_path / "runs" / "a").glob("lenet5-*"):
         dense = "baseline" in run.name  # which is attacked with its own images
         expected = {"pgd2-margin"} if dense else {"pgd2-margin", "transfer-pgd2-margin"}

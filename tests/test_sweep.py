@@ -75,7 +75,7 @@ def test_a_killed_run_costs_no_other_and_goes_on_at_the_next_start(tmp_path, lau
     assert status == 0, out
     assert "3 runs, 1 to do" in out
     assert "goes on from epoch" in out
-    assert "3 runs: 1 done, 2 done before" in out
+    assert "3 runs: 1 done, 2 skipped" in out
     assert Run(run).info["attempts"] == 2
 
 

@@ -26,7 +26,7 @@ def print_outcomes(outcomes: Sequence[Outcome], studies: str) -> None:
         console.print(f"  [bold]{state}[/]  {escape(_title(outcome.job) + reason + log)}")
 
 
-_WORDS = {"skipped": "done before", "elsewhere": "at work elsewhere"}
+_WORDS = {"elsewhere": "at work elsewhere"}
 
 
 def _title(job: Job) -> str:
