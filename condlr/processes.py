@@ -22,6 +22,7 @@ from condlr.signals import Signals
 _START = "forkserver" if sys.platform == "linux" else "spawn"
 # What runs import, some of it late: the optimisers' own imports, the digits' library.
 _PRELOAD = ["condlr.workflow", "torch._dynamo", "sklearn.datasets"]
+_AT_WORK = threading.Lock()
 
 
 class Killed(UserError):
@@ -58,8 +59,10 @@ def call_apart(function: Callable[..., None], *arguments: Any) -> None:
     process = context.Process(target=_work, args=(sender, function, arguments), name=name)
     _watch_parent()
     # Deferred, lest a SIGTERM breaks off another's handler: submitit's, which has a preempted job requeued
-    with Signals() as signals, signals.deferred():
+    with _AT_WORK, Signals() as signals, signals.deferred():
         try:
+            if _orphaned():  # and this is what was queued
+                raise Interrupted(signal.SIGTERM)
             _start(process)
             sender.close()
             error = _result(process, receiver, signals)
@@ -67,8 +70,6 @@ def call_apart(function: Callable[..., None], *arguments: Any) -> None:
             if process.pid is not None:
                 process.terminate()
                 process.join()
-            if _orphaned():
-                os._exit(128 + signal.SIGTERM)  # a pool's worker would go on with the next run
             raise
     if isinstance(error, Interrupted):
         name = signal.Signals(error.signum).name
@@ -128,7 +129,7 @@ def _work(sender: Connection, function: Callable[..., None], arguments: tuple[An
     """What the process does."""
     os.setpgid(0, 0)  # Ctrl-C in a terminal goes to all processes of a group: this one is told by its parent
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    _watch_parent()
+    threading.Thread(target=_stop_when_orphaned, daemon=True).start()
     try:
         function(*arguments)
     except Exception as error:
@@ -144,9 +145,15 @@ def _work(sender: Connection, function: Callable[..., None], arguments: tuple[An
 
 @cache
 def _watch_parent() -> None:
-    """From now on this process stops when the one that started it dies, if that waits for what it does."""
+    """From now on this process, if it is a pool's worker, ends when the pool dies, also where it is idle."""
+
+    def watch() -> None:
+        _stop_when_orphaned()
+        with _AT_WORK:  # its run has been told, and may take its time
+            os._exit(128 + signal.SIGTERM)
+
     if multiprocessing.parent_process() is not None:
-        threading.Thread(target=_stop_when_orphaned, daemon=True).start()
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _stop_when_orphaned() -> None:

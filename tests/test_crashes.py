@@ -1,11 +1,13 @@
 """What is left when processes of a sweep die, besides the run's own: its fork server, a pool's parent."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -28,8 +30,10 @@ POOL = """
 import sys
 from joblib import Parallel, delayed
 from condlr.processes import call_apart
-from tests.test_crashes import linger
-Parallel(n_jobs=2)(delayed(call_apart)(linger, sys.argv[1], job) for job in range(6))
+from tests.test_crashes import linger, miss_a_signal
+at_once = sys.argv[2] == "at once"
+jobs = [delayed(call_apart)(linger, sys.argv[1], job) for job in range(6)]
+Parallel(n_jobs=2)(jobs if at_once else [delayed(miss_a_signal)(sys.argv[1])] * 6)
 """
 
 
@@ -48,6 +52,15 @@ def stop_slowly(directory):
             time.sleep(1)
             (Path(directory) / "stopped").touch()
             raise
+
+
+def miss_a_signal(directory):
+    """Do a run, and be told between it and the next that the parent is dead."""
+    call_apart(linger, directory, 0)
+    with suppress(Interrupted), Signals() as signals, signals.deferred():
+        while os.getppid() == multiprocessing.parent_process().pid:
+            time.sleep(0.05)
+        time.sleep(1)
 
 
 def begun(directory):
@@ -97,12 +110,14 @@ def test_a_fork_server_that_dies_as_it_starts_is_one_line(server, tmp_path):
     assert not begun(tmp_path)
 
 
-def test_the_workers_of_a_dead_sweep_begin_nothing_and_end(tmp_path):
+@pytest.mark.parametrize(("when", "before"), [("at once", 3), ("between runs", 2)])
+def test_the_workers_of_a_dead_sweep_begin_nothing_and_end(tmp_path, when, before):
     pool = subprocess.Popen(
-        [sys.executable, "-c", POOL, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", POOL, str(tmp_path), when], cwd=ROOT, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
     )  # fmt: skip
-    wait_for(lambda: len(begun(tmp_path)) == 3)  # the first has ended, two linger, three wait for a worker
+    wait_for(lambda: len(begun(tmp_path)) == before)  # others wait for a worker
+    time.sleep(1)
     pool.kill()
     pool.wait()
 
@@ -110,7 +125,7 @@ def test_the_workers_of_a_dead_sweep_begin_nothing_and_end(tmp_path):
         return living(int(path.name) for path in Path("/proc").glob("[0-9]*") if _session(path) == pool.pid)
 
     wait_for(lambda: not group(), 30)
-    assert len(begun(tmp_path)) == 3
+    assert len(begun(tmp_path)) == before
     assert "Traceback" not in pool.stderr.read()
     pool.stderr.close()
 
