@@ -102,9 +102,9 @@ class Run:
         """Write checkpoint.pt; the one before stays until the new one is whole."""
         import torch
 
-        content = {"fingerprint": fingerprint, "digest": _digest(state), "state": dict(state)}
         buffer = io.BytesIO()
-        torch.save(content, buffer)
+        torch.save({"fingerprint": fingerprint, "state": dict(state)}, buffer)
+        _seal(buffer)
         write(self.directory / "checkpoint.pt", buffer.getbuffer())
 
     def load_checkpoint(self, fingerprint: str) -> dict[str, Any] | None:
@@ -119,16 +119,15 @@ class Run:
         if not path.exists():
             return None
         advice = "remove it to train this run from its start"
+        if (archive := _unsealed(path.read_bytes())) is None:
+            raise UserError(f"{path} is damaged or no checkpoint (its digest is not its content's): {advice}")
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            own, digest, state = content["fingerprint"], content["digest"], content["state"]
-            intact = digest == _digest(state)
-        except Exception as error:  # torch raises what it likes for a file that is not its own
+            content = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+            own, state = content["fingerprint"], content["state"]
+        except Exception as error:  # torch raises what it likes for what is not its own
             raise UserError(
                 f"{path} is damaged or no checkpoint ({type(error).__name__}): {advice}"
             ) from error
-        if not intact:
-            raise UserError(f"{path} is damaged (its content does not match its digest): {advice}")
         if own != fingerprint:
             raise UserError(
                 f"{path} is of another configuration ({own}; this run is {fingerprint}): {advice}"
@@ -385,28 +384,19 @@ def commit() -> str | None:
         return None
 
 
-def _digest(value: Any) -> str:
-    """SHA-256 of nested dicts and lists of tensors and plain values."""
-    import torch
+def _seal(archive: io.BytesIO) -> None:
+    """Make the SHA-256 of a ZIP archive, which torch.save writes, its comment: any change of a bit shows."""
+    digest = hashlib.sha256(archive.getbuffer()).hexdigest().encode()
+    archive.seek(-2, io.SEEK_END)  # the length of the comment, none until now
+    archive.write(len(digest).to_bytes(2, "little") + digest)
 
-    digest = hashlib.sha256()
 
-    def add(part: Any) -> None:
-        if isinstance(part, torch.Tensor):
-            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        elif isinstance(part, Mapping):
-            for key, item in part.items():
-                digest.update(repr(key).encode())
-                add(item)
-        elif isinstance(part, list | tuple):
-            for item in part:
-                add(item)
-        else:
-            digest.update(repr(part).encode())
-
-    add(value)
-    return digest.hexdigest()
+def _unsealed(content: bytes) -> bytes | None:
+    """The archive that was sealed, or None if it is not what it was."""
+    digest = content[-64:]
+    archive = content[:-66] + bytes(2)
+    intact = content[-66:-64] == (64).to_bytes(2, "little")
+    return archive if intact and hashlib.sha256(archive).hexdigest().encode() == digest else None
 
 
 def _now() -> str:

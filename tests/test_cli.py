@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import os
 import re
@@ -19,9 +20,11 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 
 import condlr.cli  # registers the resolvers that conf/ uses
+from condlr import runs
 from condlr.config import CONF, check
 from condlr.data import cifar10
 from condlr.data.digits import Digits
+from condlr.errors import UserError
 from condlr.report import results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -497,9 +500,36 @@ def test_a_checkpoint_that_runs_code_is_refused(script, tmp_path):
     script("train", *SMALL)
     run = run_of(tmp_path)
     undone(run)
-    torch.save({"fingerprint": "x", "digest": "y", "state": Evil()}, run / "checkpoint.pt")
-    complains(script("train", *SMALL), "checkpoint.pt is damaged or no checkpoint")
+    archive = io.BytesIO()
+    torch.save({"fingerprint": "x", "state": Evil()}, archive)
+    (run / "checkpoint.pt").write_bytes(archive.getvalue())
+    complains(script("train", *SMALL), "checkpoint.pt is damaged or no checkpoint .*digest")
+    runs._seal(archive)
+    (run / "checkpoint.pt").write_bytes(archive.getvalue())
+    complains(script("train", *SMALL), "checkpoint.pt is damaged or no checkpoint .*UnpicklingError")
     assert not Path("pwned").exists()
+
+
+def test_a_checkpoint_of_which_any_bit_differs_is_refused(tmp_path):
+    run, random = runs.Run(tmp_path), np.random.default_rng(0)
+    run.save_checkpoint({"weights": torch.arange(40.0), "epoch": 3}, "f")
+    assert run.load_checkpoint("f")["epoch"] == 3
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]["epoch"] == 3, "by torch too"
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    for place in [*random.integers(0, len(whole), 300), *range(len(whole) - 70, len(whole))]:
+        content = bytearray(whole)
+        content[place] ^= 1 << int(random.integers(8))
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="is damaged"):
+            run.load_checkpoint("f")
+    for length in [0, 1, 63, 64, 65, 66, len(whole) - 66, len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="is damaged"):
+            run.load_checkpoint("f")
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(UserError, match="is damaged"):
+        run.load_checkpoint("f")
 
 
 def test_a_checkpoint_of_another_config_is_refused(script, tmp_path):
