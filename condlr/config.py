@@ -378,6 +378,8 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         _check_forms(values["forms"])
         in_range("record_every", values["record_every"], 0, math.inf, half_open=True)
         _check_study(values["study"])
+        if not values["runs_dir"]:
+            raise ValueError("runs_dir is empty: name a directory, or leave it at runs")
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -21,8 +21,8 @@ class Lost(UserError):
     """Another process has taken a run over: what it writes is not to be written over."""
 
 
-class Interrupted(Exception):
-    """The run was asked to stop by a signal, and has written its checkpoint."""
+class Interrupted(BaseException):
+    """We were asked to stop by a signal. Like KeyboardInterrupt no error, which somebody might deal with."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"interrupted by signal {signum}")

@@ -8,6 +8,7 @@ any host is compared with another's. Only creating and listing files must be coh
 
 import hashlib
 import json
+import logging
 import os
 import random
 import re
@@ -22,6 +23,8 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from condlr.errors import Held, Lost
+
+log = logging.getLogger(__name__)
 
 BEAT = 10.0  # seconds from one sign of life to the next
 SILENCE = 120.0  # an owner on another machine that gave none for so long counts as dead
@@ -59,6 +62,11 @@ class Owner:
         return self.here and not _lives(self.pid, self.born)
 
     @property
+    def at_work(self) -> bool:
+        """Whether it lives, or elsewhere gave a sign of life a short while ago, by this host's clock."""
+        return not self.dead if self.here else self.silence <= SILENCE
+
+    @property
     def ours(self) -> bool:
         """Whether this process started it, or started what started it."""
         pid = self.pid if self.here else 0
@@ -94,7 +102,7 @@ class Owner:
 def owners(directory: Path, name: str = "lock") -> list[Owner]:
     """Who holds the lock, and who died holding it; while it changes hands there can be several."""
     found = []
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         for path in sorted(directory.iterdir()):
             parts = path.name.rsplit("-", 3)
             if len(parts) == 4 and parts[0].startswith(f"{name}-") and parts[2].isdigit():
@@ -187,10 +195,14 @@ class Lock:
 
     def _falls_silent(self, owner: Owner) -> bool:
         """Watch an owner elsewhere until it gives a sign of life, or has given none for long enough."""
-        first, start = owner.beat, time.monotonic()
+        first, start, told = owner.beat, time.monotonic(), False
         while (now := owner.beat) == first and now is not None:
-            if time.monotonic() - start > self.silence:
+            waited = time.monotonic() - start
+            if waited > self.silence:
                 return True
+            if waited > 2 and not told:
+                log.info("%s: waiting for a sign of life from %s", self.directory, owner)
+                told = True
             time.sleep(self.beat / 20)
         return False
 

@@ -104,7 +104,7 @@ def _start(process: Any) -> None:
         raise Killed("the run's process was killed as it began: the same command starts it again") from error
 
 
-def _result(process: Any, receiver: Connection, signals: Signals) -> Exception | None:
+def _result(process: Any, receiver: Connection, signals: Signals) -> Exception | Interrupted | None:
     """Wait for the process to end; the error it ended with, if it could say."""
     error = None
     waiting: list[Any] = [receiver, process.sentinel]
@@ -132,7 +132,7 @@ def _work(sender: Connection, function: Callable[..., None], arguments: tuple[An
     threading.Thread(target=_stop_when_orphaned, daemon=True).start()
     try:
         function(*arguments)
-    except Exception as error:
+    except (Exception, Interrupted) as error:
         trace = traceback.format_exc()
         try:
             pickle.loads(pickle.dumps(error))

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from condlr.errors import Diverged, Held, Interrupted, Lost, UserError
-from condlr.locks import Lock
+from condlr.locks import Lock, Owner, owners
 
 # What an evaluation leaves in a run, and the columns that tell the rows of each file apart.
 KEYS = {
@@ -85,9 +85,17 @@ class Run:
             raise
         self._note_end("done", None)
 
-    def note_death(self, reason: str, status: str = "failed") -> None:
-        """Say of a run whose process is dead, and could not say so itself, how it ended."""
-        with suppress(Held), Lock(self.directory):
+    def note_death(self, reason: str, status: str = "failed", silent: Collection[Owner] = ()) -> None:
+        """Say of a run whose process is dead, and could not say so itself, how it ended.
+
+        Args:
+            reason, status: for run.json.
+            silent: processes of other machines that are known to be dead.
+        """
+        holders = owners(self.directory)
+        if self.status != "running" or any(not owner.dead and owner not in silent for owner in holders):
+            return
+        with suppress(Held), Lock(self.directory, silence=0.0):
             if self.status == "running":
                 self._note_end(status, reason)
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from condlr.errors import UserError
 from condlr.experiments import FLOW, Wanted
-from condlr.locks import SILENCE, Owner, owners
+from condlr.jobs import planned
+from condlr.locks import Owner, owners
 from condlr.runs import Run
-from condlr.sweep import planned
 
 # Best first. What is `LEFT` the same sweep would do, go on with or try again.
 STATES = ("done", "running", "stalled", "interrupted", "failed", "diverged", "damaged", "missing")
@@ -205,7 +205,7 @@ def _look(directory: Path, plan: RunStatus | None) -> RunStatus | None:
     try:
         info = run.info
         holders = [] if info.get("status") in ("done", "diverged") else _holders(directory)
-        living = next((owner for owner in holders if _at_work(owner)), None)
+        living = next((owner for owner in holders if owner.at_work), None)
         if info.get("status") == "running" and living is None:
             info = run.info  # it may have ended, and let go, since its record was read
         if not info and living is None:
@@ -257,13 +257,6 @@ def _of_record(known: RunStatus, info: dict[str, Any]) -> RunStatus:
 
 def _holders(directory: Path) -> list[Owner]:
     return [owner for owner in owners(directory) if owner.beat is not None]
-
-
-def _at_work(owner: Owner) -> bool:
-    """Whether an owner lives, or at least spoke a short while ago; by this host's clock, as we don't wait."""
-    if owner.here:
-        return not owner.dead
-    return owner.silence <= SILENCE
 
 
 def _why_stalled(owner: Owner | None) -> str:

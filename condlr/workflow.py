@@ -80,9 +80,10 @@ def _say_done(run: Run, config: RunConfig | FlowConfig) -> None:
 
 def _train(run: Run, config: RunConfig, written: dict[str, Any], signals: Signals, lock: Lock) -> None:
     """Train a run, or go on from its checkpoint, and attack it."""
-    device = pick_device(config.device)
     facts = {"run_id": config.run_id, "study": config.study, "row": config.row}
-    with run.recording(**facts, **environment(), device=describe(device)):
+    with run.recording(**facts, **environment()):
+        device = pick_device(config.device)
+        run.note(device=describe(device))
         run.write_config(written)
         data = load_data(config, device)
         source = source_of(run, config, data)
@@ -90,12 +91,14 @@ def _train(run: Run, config: RunConfig, written: dict[str, Any], signals: Signal
         run.note(**_sizes(model), images=_images(data))
         trainer = _trained(run, config, model, data, signals, lock)
         run.note(**_sizes(model))  # a method may have changed the ranks
+        lock.require()
         run.save_model(model.state_dict(), config.identity)
         record_spectra(run, config, data)
         attack_run(run, config, model, data, source)
         seconds, recording = (
             sum(float(row["seconds"] or 0) for row in rows) for rows in (trainer.history, trainer.records)
         )
+        lock.require()
         run.note(train_seconds=round(seconds, 2), record_seconds=round(recording, 2))
     log.info("%s: %s (%.0f s)", run.directory, summary(known(run, config)), seconds)
 

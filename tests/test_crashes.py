@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -149,15 +149,19 @@ def test_a_log_that_cannot_be_written_is_no_stack_trace(script, tmp_path):
 def test_a_sweep_whose_launcher_died_does_not_count_on_its_orphans(script, tmp_path, monkeypatch):
     """They stop, so that what is at work elsewhere will not be done."""
 
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = check(compose("train", [*SMALL, "method=baseline"]))
+    orphan = Lock(tmp_path / config.directory)
+
     def launch(*arguments, **options):
+        orphan.__enter__()
         raise RuntimeError("a worker was killed")
 
     basic = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
     launcher = Plugins.instance().class_name_to_class[basic]
     monkeypatch.setattr(launcher, "launch", launch)
-    with initialize_config_dir(str(CONF), version_base=None):
-        config = check(compose("train", [*SMALL, "method=baseline"]))
-    with Lock(tmp_path / config.directory):
+    with ExitStack() as stack:
+        stack.push(orphan)
         status, out, err = script("train", "-m", *SMALL, "method=baseline")
     assert "1 run: 1 at work elsewhere" in out
     assert "error: the launcher failed (RuntimeError: a worker was killed)" in err

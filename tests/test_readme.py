@@ -42,6 +42,11 @@ def test_every_target_and_script_it_names_exists():
             assert (ROOT / path).exists(), path
 
 
+def test_nothing_is_left_to_be_filled_in():
+    for page in (README, SWEEPS):
+        assert not re.search(r"^[A-Z]+$|\b(TODO|STORE|COLLECT|XXX)\b", page, re.M)
+
+
 def test_the_sweeps_are_sweeps_of_configs_that_can_be():
     commands = re.findall(r"^python scripts/train\.py (.*)$", SWEEPS.replace("\\\n", " "), re.M)
     assert len(commands) > 5

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from hydra.core.plugins import Plugins
 
+from condlr import jobs
 from condlr.errors import Interrupted, UserError
 from condlr.locks import owners
 from condlr.processes import Killed, call_apart
 from condlr.runs import Run, read_csv
+from condlr.signals import Signals
 from tests.test_cli import SMALL, complains, script
 from tests.test_interruption import ROOT, wait_for
 
@@ -142,6 +147,89 @@ def test_a_config_that_cannot_be_stops_a_sweep_before_its_first_run(script, tmp_
         r"method=baseline compression=1.5: compression must be in \[0, 1\); got 1.5",
     )
     assert not (tmp_path / "runs" / "default").exists()
+
+
+def test_what_is_in_the_way_of_a_run_costs_no_other(script, tmp_path):
+    arguments = ["-m", *SMALL, "method=baseline", "seed=0,1,2", "study=a"]
+    assert script("train", *arguments, "attack.eps=[0]")[0] == 0
+    names = sorted(path.name for path in (tmp_path / "runs" / "a").glob("lenet5-*"))
+    shutil.rmtree(tmp_path / "runs" / "a")
+    (tmp_path / "runs" / "a" / names[1] / "train.log").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / names[2]).touch()
+    status, out, err = script("train", *arguments)
+    assert status == 1
+    assert "3 runs: 1 done, 2 failed" in out
+    assert f"{names[1]}/train.log can't be written" in out
+    assert f"{names[2]} is no directory: move it away" in out
+    assert "Traceback" not in out + err
+
+
+def test_several_attacks_of_one_run_are_all_made(script, tmp_path):
+    few = ["attack.images=40", "attack.eps=[0.1]"]
+    arguments = ["-m", *SMALL, *few, "method=baseline,vanilla", "compression=0.5", "study=a"]
+    status, out, err = script("train", *arguments, "attack=transfer,noise", *TOGETHER)
+    assert status == 0, (out, err)  # also at once the dense network comes before who borrows its images
+    assert "2 runs: 2 done" in out
+    made = {row["attack"] for path in tmp_path.rglob("evaluation.csv") for row in read_csv(path)}
+    assert any("transfer" in attack for attack in made)
+    assert any("noise" in attack for attack in made)
+
+
+def test_the_reason_of_this_start_is_told(script, tmp_path):
+    arguments = ["-m", *SMALL, "method=baseline", "study=a"]
+    status, out, _ = script("train", *arguments, "device=cuda")
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    assert status == 1
+    assert re.search(r"1 failed\n  failed  Baseline, seed 0: device=cuda", out)
+    assert script("train", *arguments)[0] == 0
+    status, out, _ = script("train", *arguments, "attack=transfer", "attack.source=nowhere")
+    assert status == 1
+    assert "failed  Baseline, seed 0: trained, but not evaluated: attack.source: nowhere" in out
+
+
+def test_a_run_of_a_dead_process_of_another_machine_is_no_success(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "_SIGN", 1.0)
+    arguments = ["-m", *SMALL, "method=baseline", "study=a"]
+    assert script("train", *arguments)[0] == 0
+    (path,) = (tmp_path / "runs" / "a").glob("*/run.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "running"}))
+    foreign = path.with_name("lock-node7-deadbeef-12345-678")
+    foreign.touch()  # heard of just now, and never again
+    launcher = Plugins.instance().class_name_to_class[
+        "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+    ]
+    monkeypatch.setattr(launcher, "launch", lambda *arguments, **options: [])
+    status, out, _ = script("train", *arguments)
+    assert status == 1
+    assert "1 failed" in out
+    assert "its process died without a word" in out
+    assert Run(path.parent).status == "failed"
+    assert not foreign.exists()
+
+
+def test_a_death_is_noted_without_waiting_for_anybody(tmp_path):
+    run = Run(tmp_path / "r")
+    run.note_death("gone")
+    assert not run.directory.exists(), "there is none"
+    run.directory.mkdir()
+    run.note(status="running")
+    (run.directory / "lock-node7-deadbeef-12345-678").touch()
+    clock = time.monotonic()
+    run.note_death("gone")
+    assert run.status == "running", "nobody knows whether a process of another machine lives"
+    assert time.monotonic() - clock < 1
+    run.note_death("gone", silent=owners(run.directory))
+    assert run.status == "failed"
+
+
+def test_a_signal_while_a_checkpoint_is_read_does_not_damage_it(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.save_checkpoint({"epoch": 3}, "f")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted), Signals(), run.recording():
+        run.load_checkpoint("f")
+    assert run.status == "interrupted"
 
 
 def test_a_sweep_notes_what_it_wants(script, tmp_path):

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from condlr.config import RunConfig
+from condlr.jobs import STATES, Job, Outcome
 from condlr.report.results import run_title
-from condlr.sweep import STATES, Job, Outcome
 
 
 def print_outcomes(outcomes: Sequence[Outcome], studies: str) -> None:
@@ -16,7 +16,7 @@ def print_outcomes(outcomes: Sequence[Outcome], studies: str) -> None:
     counts = Counter(outcome.state for outcome in outcomes)
     words = ", ".join(f"{counts[state]} {_WORDS.get(state, state)}" for state in STATES if counts[state])
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{studies}: {len(outcomes)} run{'' if len(outcomes) == 1 else 's'}: {words}")
+    console.print(f"{escape(studies)}: {len(outcomes)} run{'' if len(outcomes) == 1 else 's'}: {words}")
     for outcome in outcomes:
         if outcome.state in ("done", "skipped"):
             continue
