@@ -222,9 +222,7 @@ class Stage:
 
 
 @pytest.fixture(scope="module")
-def stage(request, tmp_path_factory):
-    if "ray" not in request.config.option.markexpr:
-        pytest.skip("takes minutes: make test-ray")
+def stage(tmp_path_factory):
     for package in ("ray", "hydra-ray-launcher"):
         try:
             version(package)
