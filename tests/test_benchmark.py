@@ -86,7 +86,7 @@ def test_a_small_benchmark(script, tmp_path):  # noqa: F811
 
 def test_operations_and_memory_are_counted():
     """Of a dense LeNet5: 4.59 MFLOP an image forward, 13.18 with its backward pass."""
-    asked = Benchmark(["lenet5"], [], [], 0.1, 8, 1, "float32", "cpu", False, "", "")
+    asked = Benchmark(["lenet5"], [], [], 0.1, 8, 1, "float32", "cpu", False, 0, "", "")
     (dense,) = benchmark.programs(asked, "lenet5", torch.device("cpu"))
     dense.turn()
     dense.weigh()
