@@ -20,7 +20,7 @@ class Signals:
         first: what to do before `Interrupted` is raised.
 
     Attributes:
-        received: the signal, while it is `deferred`: whoever defers looks at it and raises.
+        received: the signal, if one came: whoever defers it looks at it and raises.
     """
 
     def __init__(self, first: Callable[[], None] = lambda: None) -> None:
@@ -43,11 +43,11 @@ class Signals:
     def _handle(self, signum: int, frame: object) -> None:
         self.__exit__()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.received = signum
         if not self._deferring:
             self._first()
             raise Interrupted(signum)
         log.warning("%s: stopping after this batch", signal.Signals(signum).name)
-        self.received = signum
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

@@ -79,8 +79,8 @@ class StudySweeper(Sweeper):
         studies = ", ".join(dict.fromkeys(str(job.study) for job in jobs))
         log.info("%s: %d run%s, %d to do", studies, len(jobs), "s" if len(jobs) > 1 else "", len(left))
         try:
-            with Signals(first=lambda: _stop(left)):
-                trouble = " ".join(filter(None, map(self._launch, waves(left))))
+            with Signals(first=lambda: _stop(left)) as signals:
+                trouble = " ".join(filter(None, (self._launch(wave, signals) for wave in waves(left))))
         except (Interrupted, SystemExit, KeyboardInterrupt):
             for job in left:  # a pool kills its workers without more ado
                 with suppress(OSError, UserError):
@@ -100,7 +100,7 @@ class StudySweeper(Sweeper):
             again = "the same command tries those again that did not diverge"
             raise UserError(f"{bad} of {len(found)} runs are not done; {again}")
 
-    def _launch(self, jobs: list[Job]) -> str:
+    def _launch(self, jobs: list[Job], signals: Signals) -> str:
         """Launch jobs until none is left that a launcher gave up, as some do when they lose a worker.
 
         Returns:
@@ -114,6 +114,8 @@ class StudySweeper(Sweeper):
                     self._launcher.launch([job.overrides for job in jobs], initial_job_idx=0)
                 return ""
             except Exception as error:
+                if signals.received:  # Ray makes another error of what a signal's handler raises
+                    raise Interrupted(signals.received) from error
                 log.debug("the launcher failed", exc_info=True)
                 trouble = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             begun = [job for job in jobs if job.attempts > before[job.config.directory]]
