@@ -76,7 +76,7 @@ def command(
             except Interrupted as stop:
                 _say_interrupted()
                 sys.exit(128 + stop.signum)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # before, or again while we were stopping
                 print("interrupted", file=sys.stderr)
                 sys.exit(128 + signal.SIGINT)
             except BrokenPipeError:  # the reader of a pipe had enough

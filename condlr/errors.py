@@ -21,8 +21,8 @@ class Lost(UserError):
     """Another process has taken a run over: what it writes is not to be written over."""
 
 
-class Interrupted(BaseException):
-    """We were asked to stop by a signal. Like KeyboardInterrupt no error, which somebody might deal with."""
+class Interrupted(KeyboardInterrupt):
+    """We were asked to stop by a signal: no error, which somebody might deal with, and known to libraries."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"interrupted by signal {signum}")

@@ -109,8 +109,7 @@ def _result(process: Any, receiver: Connection, signals: Signals) -> Exception |
     error = None
     waiting: list[Any] = [receiver, process.sentinel]
     while waiting:
-        if signals.received:
-            raise Interrupted(signals.received)
+        signals.check()
         for ready in wait(waiting, timeout=0.2):
             waiting.remove(ready)
             if ready is receiver:

@@ -20,7 +20,7 @@ class Signals:
         first: what to do before `Interrupted` is raised.
 
     Attributes:
-        received: the signal, if one came: whoever defers it looks at it and raises.
+        received: the signal, if one came.
     """
 
     def __init__(self, first: Callable[[], None] = lambda: None) -> None:
@@ -57,5 +57,9 @@ class Signals:
             yield
         finally:
             self._deferring = False
+        self.check()
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal came, whatever became of the exception then."""
         if self.received:
             raise Interrupted(self.received)

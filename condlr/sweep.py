@@ -29,7 +29,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from condlr.config import RunConfig, check_any
-from condlr.errors import Interrupted, UserError
+from condlr.errors import UserError
 from condlr.jobs import Job, living, outcomes, plan, waves
 from condlr.locks import owners
 from condlr.processes import Killed, call_apart
@@ -81,7 +81,7 @@ class StudySweeper(Sweeper):
         try:
             with Signals(first=lambda: _stop(left)) as signals:
                 trouble = " ".join(filter(None, (self._launch(wave, signals) for wave in waves(left))))
-        except (Interrupted, SystemExit, KeyboardInterrupt):
+        except (KeyboardInterrupt, SystemExit):
             for job in left:  # a pool kills its workers without more ado
                 with suppress(OSError, UserError):
                     job.run.note_death("its sweep was interrupted", "interrupted")
@@ -112,12 +112,16 @@ class StudySweeper(Sweeper):
             try:
                 with _patience(self._launcher):
                     self._launcher.launch([job.overrides for job in jobs], initial_job_idx=0)
-                return ""
+            except KeyboardInterrupt:
+                signals.check()  # Ray makes another of ours
+                raise
             except Exception as error:
-                if signals.received:  # Ray makes another error of what a signal's handler raises
-                    raise Interrupted(signals.received) from error
+                signals.check()
                 log.debug("the launcher failed", exc_info=True)
                 trouble = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            else:
+                signals.check()
+                return ""
             begun = [job for job in jobs if job.attempts > before[job.config.directory]]
             if not begun:
                 return trouble

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
 
 from condlr import jobs
 from condlr.errors import Interrupted, UserError
@@ -20,6 +22,7 @@ from condlr.locks import owners
 from condlr.processes import Killed, call_apart
 from condlr.runs import Run, read_csv
 from condlr.signals import Signals
+from condlr.sweep import StudySweeper
 from tests.test_cli import SMALL, complains, script
 from tests.test_interruption import ROOT, wait_for
 
@@ -230,6 +233,36 @@ def test_a_signal_while_a_checkpoint_is_read_does_not_damage_it(tmp_path, monkey
     with pytest.raises(Interrupted), Signals(), run.recording():
         run.load_checkpoint("f")
     assert run.status == "interrupted"
+
+
+@pytest.mark.parametrize("becomes", [Interrupted, KeyboardInterrupt, SystemError, None])
+def test_a_signal_stops_a_sweep_whatever_its_launcher_makes_of_it(tmp_path, becomes):
+    """Ray makes another exception of ours, and a destructor swallows it."""
+
+    class Deaf(Launcher):
+        launched = 0
+
+        def setup(self, **_):
+            pass
+
+        def launch(self, job_overrides, initial_job_idx):
+            self.launched += 1
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except Interrupted:
+                if becomes is Interrupted:
+                    raise
+            if becomes is not None:
+                raise becomes("something else")
+            return []
+
+    sweeper = StudySweeper(None)
+    sweeper._launcher = launcher = Deaf()
+    job = jobs.Job([], SimpleNamespace(directory=tmp_path / "r"))
+    with pytest.raises(Interrupted) as stop, Signals() as signals:
+        sweeper._launch([job], signals)
+    assert stop.value.signum == signal.SIGINT
+    assert launcher.launched == 1
 
 
 def test_a_sweep_notes_what_it_wants(script, tmp_path):
