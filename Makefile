@@ -36,7 +36,7 @@ test-ray: $(VENV)/.installed  ## Kill workers and parents of a sweep under Ray, 
 	$(RUN) -m pytest -m ray -s -vv tests/ray
 
 # As root, with Debian's packages slurm-wlm munge slurmdbd mariadb-server; elsewhere the tests skip themselves and say so
-test-slurm: $(VENV)/.installed  ## Kill and preempt the jobs of a sweep on a real Slurm that is started for it (five minutes)
+test-slurm: $(VENV)/.installed  ## Kill and preempt the jobs of a sweep on a real Slurm that is started for it (seven minutes)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,slurm]'
 	$(RUN) -m pytest tests/slurm -m slurm -s -v -rs
 

@@ -1,6 +1,7 @@
-"""A sweep on a real Slurm whose jobs are killed, requeued and preempted, and whose parent dies."""
+"""Sweeps on a real Slurm: jobs killed, requeued, preempted and out of time; a parent that dies."""
 
 import csv
+import getpass
 import json
 import os
 import re
@@ -235,6 +236,28 @@ def test_a_job_on_cpus_alone(slurm, tmp_path):
     granted = slurm.says("scontrol", "show", "job", job_of(run))
     assert "gpu" not in granted
     assert "cpu=2" in granted
+
+
+def test_a_job_that_is_out_of_time_goes_on(slurm, tmp_path):
+    """A run that takes longer than its job may, under an account of the cluster."""
+    slurm.says("sacctmgr", "-i", "add", "account", "robust")
+    slurm.says("sacctmgr", "-i", "add", "user", getpass.getuser(), "account=robust")
+    arguments = ["-m", *RUN, "protocol.epochs=150", "hydra/launcher=slurm", *SMALL]
+    arguments += ["hydra.launcher.partition=main", "hydra.launcher.account=robust"]
+    arguments += ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=20"]
+    assert Sweep("one minute", tmp_path, slurm.environment, *arguments).end() == 0
+    study = Study(tmp_path)
+    (run,) = study.runs()
+    granted = slurm.says("scontrol", "show", "job", job_of(run))
+    assert "Account=robust" in granted
+    assert "Partition=main" in granted
+    requeued = int(re.search(r"Restarts=(\d+)", granted)[1])
+    tell(f"{run.name}: {info(run)['status']}, its job was requeued {requeued} times")
+    assert requeued >= 1
+    assert info(run)["status"] == "done"
+    assert info(run)["attempts"] == requeued + 1
+    assert study.goes_on(run)
+    assert epochs(run) == 151, "each epoch once, and the start"
 
 
 def test_a_sweep_that_is_killed_requeued_and_preempted_ends_as_if_it_had_not_been(
