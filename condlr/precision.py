@@ -63,11 +63,11 @@ def products(kind: str) -> Iterator[None]:
     """How products and convolutions of float32 tensors are computed: `ieee` or `tf32`."""
     backends: Any = torch.backends
     settings = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
-    before = [setting.fp32_precision for setting in settings]
+    others = [(setting, before) for setting in settings if (before := setting.fp32_precision) != kind]
     try:
-        for setting in settings:
+        for setting, _ in others:
             setting.fp32_precision = kind
         yield
     finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
+        for setting, before in others:
+            setting.fp32_precision = before

@@ -43,17 +43,17 @@ _SIGN_STEPS = (
 )
 
 
-def fall_back(good: Tensor, fast: Tensor, exact: Callable[[], Tensor]) -> Tensor:
+def fall_back(good: Tensor | bool, fast: Tensor, exact: Callable[[], Tensor]) -> Tensor:
     """`fast`, with the matrices that are not `good` taken from `exact()`.
 
     While a CUDA graph is captured nothing can be decided: there they become NaN, which the engine notices
     at the end of the epoch, and takes the epoch again without a graph.
 
     Args:
-        good: (...), bool.
+        good: (...), bool; or one for all.
         fast: (..., n, r).
     """
-    if not fast.is_cuda and good.ndim == 0:
+    if isinstance(good, bool) or (not fast.is_cuda and good.ndim == 0):
         return fast if good else exact()
     if fast.is_cuda and torch.cuda.is_current_stream_capturing():
         return torch.where(good[..., None, None], fast, torch.nan)
@@ -71,7 +71,7 @@ def identity_like(A: Tensor) -> Tensor:
     return identity(A.shape[-1], A.dtype, A.device)
 
 
-def orthonormalize(Y: Tensor) -> tuple[Tensor, Tensor]:
+def orthonormalize(Y: Tensor) -> tuple[Tensor, Tensor | bool]:
     """Y L^{-T} with Y^T Y = L L^T, laid out as Y, and whether its columns surely are orthonormal, (...).
 
     They are where cond(Y^T Y) is small. |Y^T Y - I|_F <= 1/2 says so; if not, cond_2(A) = |A| |L^{-1}|^2 is
@@ -80,17 +80,19 @@ def orthonormalize(Y: Tensor) -> tuple[Tensor, Tensor]:
     gram = Y.mT @ Y
     identity = identity_like(gram)
     L, info = torch.linalg.cholesky_ex(gram)
-    good = _norm(gram - identity) <= 0.5
+    distance = _norm(gram - identity)
+    near = not Y.is_cuda and _are_at_most(distance, 0.5)
     by_columns = Y.stride(-2) == 1  # as LAPACK has it
-    if by_columns and Y.shape[-1] >= _LARGE and not Y.is_cuda and good.all():
-        return torch.linalg.solve_triangular(L.mT, Y, upper=True, left=False), good
+    if near and by_columns and Y.shape[-1] >= _LARGE:
+        return torch.linalg.solve_triangular(L.mT, Y, upper=True, left=False), True
     inverse = torch.linalg.solve_triangular(L, identity, upper=False)
-    if Y.is_cuda or not good.all():
-        size = inverse.abs()
-        bound = _row_sum(gram.abs()) * _row_sum(size) * _row_sum(size.mT)
-        kept = gram.diagonal(dim1=-2, dim2=-1).amin(-1) > _least_square(gram)
-        good |= (info == 0) & kept & (bound <= condition_limit(Y.shape[-2]))
-    return times(Y, inverse.mT), good
+    Q = times(Y, inverse.mT)
+    if near:
+        return Q, True
+    size = inverse.abs()
+    bound = _row_sum(gram.abs()) * _row_sum(size) * _row_sum(size.mT)
+    kept = gram.diagonal(dim1=-2, dim2=-1).amin(-1) > _least_square(gram)
+    return Q, (distance <= 0.5) | ((info == 0) & kept & (bound <= condition_limit(Y.shape[-2])))
 
 
 def gram_inverses(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,6 +170,15 @@ def times(X: Tensor, B: Tensor) -> Tensor:
     return (B.mT @ X.mT).mT if X.stride(-2) == 1 else X @ B
 
 
+def minus_times(G: Tensor, X: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+    """`scale` (G - X B), laid out in memory as X is, in one pass over memory for a single matrix."""
+    if G.ndim != 2:
+        return scale * (G - times(X, B))
+    if X.stride(-2) == 1:
+        return torch.addmm(G.mT, B.mT, X.mT, beta=scale, alpha=-scale).mT
+    return torch.addmm(G, X, B, beta=scale, alpha=-scale)
+
+
 def _size(X: Tensor) -> Tensor:
     """|X^T X X^T X|_F^{1/4}, the Schatten 8-norm, (..., 1, 1): no less than sigma_max, and hardly more.
 
@@ -190,6 +201,11 @@ def _least_square(A: Tensor) -> float:
 def _norm(A: Tensor) -> Tensor:
     """|A|_F of each matrix."""
     return torch.linalg.vector_norm(A, dim=(-2, -1))
+
+
+def _are_at_most(values: Tensor, bound: float) -> bool:
+    """Whether none is larger, or NaN."""
+    return bool((values <= bound).all()) if values.ndim else float(values) <= bound
 
 
 def _row_sum(X: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Matrices whose singular values lie in a band: Sigma_s(eps) of CondLR (arXiv 2306.01485, sec. 4.2)."""
 
+from typing import NamedTuple, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from condlr.manifolds._lapack import eigh, svd
 from condlr.manifolds.stiefel import qr
 
 CENTRES = ("rms", "mean", "one")
+
+Edge = TypeVar("Edge", Tensor, float)
 
 
 def centre(sigma: Tensor, kind: str = "rms") -> Tensor:
@@ -26,7 +30,7 @@ def centre(sigma: Tensor, kind: str = "rms") -> Tensor:
     return torch.ones_like(sigma[..., 0])
 
 
-def band(s: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+def band(s: Edge, tau: float) -> tuple[Edge, Edge]:
     """[s - eps, s + eps] with eps = tau s / (2 + tau), so that (s + eps) / (s - eps) = 1 + tau."""
     low = s * (2 / (2 + tau))
     return low, low * (1 + tau)
@@ -52,24 +56,56 @@ def project(S: Tensor, tau: float, kind: str = "rms") -> tuple[Tensor, Tensor]:
     return (P * clipped.unsqueeze(-2)) @ Qh, clipped
 
 
-def fast_project(S: Tensor, tau: float, kind: str = "rms") -> tuple[Tensor, Tensor]:
-    """`project` from S^T S = P diag(sigma^2) P^T: the fast form.
+class Triplet(NamedTuple):
+    """A matrix as left right^T, with left^T left = diag(sigma^2) and right^T right = I.
 
-    The columns of S P are orthogonal, their lengths are the singular values, and the projected matrix
-    is S P diag(clip(sigma) / sigma) P^T. A matrix that was in a band a step ago is conditioned well enough
-    to be squared; another is left to `project`.
-
-    Args, returns:
-        As `project`; to 2e-6 of |S| in float32.
+    Attributes:
+        left: (..., r, r), with columns of the length of the singular values.
+        sigma: (..., r), in any order.
+        right: (..., r, r).
     """
-    eigenvalues, P = eigh(S.mT @ S)
+
+    left: Tensor
+    sigma: Tensor
+    right: Tensor
+
+    @property
+    def matrix(self) -> Tensor:
+        """S."""
+        return self.left @ self.right.mT
+
+    def gram_inverses(self) -> tuple[Tensor, Tensor]:
+        """(S S^T)^{-1} and (S^T S)^{-1}, both (..., r, r), of an S that can be inverted.
+
+        In float32 to 5e-6 of an S in a narrow band: they are those of a matrix as near to S as that to the
+        projected one.
+        """
+        sigma = self.sigma.unsqueeze(-2)
+        P, Q = self.left / sigma.square(), self.right / sigma
+        return P @ P.mT, Q @ Q.mT
+
+
+def fast_project(S: Tensor, tau: float, kind: str = "rms") -> Triplet | None:
+    """`project` from S^T S = Q diag(sigma^2) Q^T: the fast form.
+
+    The columns of S Q are orthogonal, their lengths are the singular values, and the projected matrix
+    is S Q diag(clip(sigma) / sigma) Q^T. A matrix that was in a band a step ago is conditioned well enough
+    to be squared.
+
+    Args:
+        As `project`.
+
+    Returns:
+        The projected matrix, to 2e-6 of |S| in float32; None for an S that is to be left to `project`.
+    """
+    eigenvalues, Q = eigh(S.mT @ S)
     if not _fast.are_well_conditioned(eigenvalues, S.shape[-1]):
-        return project(S, tau, kind)
-    rotated = S @ P
+        return None
+    rotated = S @ Q
     sigma = torch.linalg.vector_norm(rotated, dim=-2)
     s = eigenvalues.mean(-1).sqrt() if kind == "rms" else centre(sigma, kind)
     clipped = _clip(sigma, s, tau)
-    return (rotated * (clipped / sigma).unsqueeze(-2)) @ P.mT, clipped.flip(-1)
+    return Triplet(rotated * (clipped / sigma).unsqueeze(-2), clipped, Q)
 
 
 def products_project(S: Tensor, tau: float, kind: str = "rms") -> Tensor:
@@ -102,7 +138,8 @@ def clip(S: Tensor, tau: float, kind: str = "rms") -> Tensor:
     """`project`, without the singular values, in the form that is fastest where S lies."""
     if S.is_cuda:
         return products_project(S, tau, kind)
-    return fast_project(S, tau, kind)[0]
+    found = fast_project(S, tau, kind)
+    return project(S, tau, kind)[0] if found is None else found.matrix
 
 
 def scaled_orthogonal(S: Tensor, kind: str = "rms") -> Tensor:
@@ -132,6 +169,8 @@ def rms(S: Tensor) -> Tensor:
 
 
 def _clip(sigma: Tensor, s: Tensor, tau: float) -> Tensor:
+    if s.ndim == 0 and not s.is_cuda:
+        return sigma.clamp(*band(float(s), tau))
     low, high = band(s.unsqueeze(-1), tau)
     return torch.clamp(sigma, low, high)
 
@@ -143,7 +182,9 @@ def _rms(A: Tensor) -> Tensor:
     return (A / scale).square().mean((-2, -1)).sqrt().unsqueeze(-1) * scale.squeeze(-1)
 
 
-def gram_solve(S: Tensor, G: Tensor | None, H: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def gram_solve(
+    S: Tensor, G: Tensor | None, H: Tensor | None, inverses: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor | None, Tensor | None]:
     """G (S S^T)^{-1} and H (S^T S)^{-1}, the preconditioned gradients of equation (5).
 
     From one Cholesky factor of S^T S, which has the square of the condition number of S. Where that is too
@@ -154,8 +195,9 @@ def gram_solve(S: Tensor, G: Tensor | None, H: Tensor | None) -> tuple[Tensor | 
         S: (..., r, r).
         G: (..., n, r), or None.
         H: (..., m, r), or None.
+        inverses: (S S^T)^{-1} and (S^T S)^{-1} where they are known, see `Triplet.gram_inverses`.
     """
-    left, right, good = _fast.gram_inverses(S)
+    left, right, good = _fast.gram_inverses(S) if inverses is None else (*inverses, True)
     return (
         None if G is None else _fast.fall_back(good, _fast.times(G, left), lambda: _solve(S, G)),
         None if H is None else _fast.fall_back(good, _fast.times(H, right), lambda: _solve(S.mT, H)),

@@ -95,16 +95,20 @@ def fast_polar(Y: Tensor) -> Tensor:
 RETRACTIONS: dict[str, Callable[[Tensor], Tensor]] = {"qr": cholesky_qr, "polar": fast_polar}
 
 
-def horizontal(X: Tensor, G: Tensor) -> Tensor:
-    """(I - X X^T) G, the part of G orthogonal to the span of X (equation (5), arXiv 2306.01485).
+def horizontal(X: Tensor, G: Tensor, scale: float = 1.0) -> Tensor:
+    """`scale` (I - X X^T) G, the part of G orthogonal to the span of X (equation (5), arXiv 2306.01485).
 
     Computed as G - X (X^T G): 4 n r^2 operations; the n x n projector is never formed.
 
     Args:
         X: (..., n, r) with orthonormal columns.
         G: (..., n, r).
+        scale: of the result.
+
+    Returns:
+        (..., n, r), laid out in memory as X is.
     """
-    return G - _fast.times(X, X.mT @ G)
+    return _fast.minus_times(G, X, X.mT @ G, scale)
 
 
 def orthonormality_error(X: Tensor) -> Tensor:

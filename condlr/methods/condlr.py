@@ -29,6 +29,10 @@ ROUNDING = 1e-6
 
 _SCALES = "condlr_scales"
 _SETTLED = "condlr_settled"
+# What the singular value decomposition of S gives for the next step; saved with the optimiser
+_INVERSES = ("condlr_core", "condlr_left", "condlr_right")
+# In a band as narrow as this the inverse of a Gram matrix keeps its digits.
+_NARROW = 1.0
 
 
 def constrain(
@@ -252,38 +256,45 @@ class Constraint:
 
     def _direct(self, group: "_Group") -> None:
         """Give the optimiser, as the gradients of U and V, their directions."""
-        # SGD will compute buffer <- mu buffer + grad: where the sum is to be projected, `kept` is mu buffer.
-        kept = {X: self._momentum(X) for X in (*group.U, *group.V)}
         sides = group.U, group.V
-        G, H = (_together([_plus(kept[X], _gradient(X)) for X in side]) if side else None for side in sides)
-        for side, gradients in zip(sides, self._precondition(group, G, H), strict=True):
+        G, H = (_together([*map(self._summed, side)]) if side else None for side in sides)
+        G, H, scale = self._precondition(group, G, H)
+        for side, gradients in zip(sides, (G, H), strict=True):
             if gradients is not None:
-                directions = stiefel.horizontal(_together(side), gradients)
+                directions = stiefel.horizontal(_together(side), gradients, scale)
                 for X, direction in zip(side, _apart(directions, len(side)), strict=True):
-                    mu_buffer = kept[X]
-                    X.grad = direction if mu_buffer is None else direction - mu_buffer
+                    X.grad = direction
 
-    def _momentum(self, X: nn.Parameter) -> Tensor | None:
-        """What SGD will add to the gradient of X, where that is to be projected as well."""
+    def _summed(self, X: nn.Parameter) -> Tensor:
+        """The gradient of X; where SGD's momentum is to be projected as well, with that, taken off SGD."""
+        assert X.grad is not None
         if self.options.momentum == "after_projection" or X not in self.optimizer.state:
-            return None
+            return X.grad
         buffer = self.optimizer.state[X].get("momentum_buffer")
-        return None if buffer is None else _group(self.optimizer, X)["momentum"] * buffer
+        if buffer is None:
+            return X.grad
+        summed = torch.add(X.grad, buffer, alpha=_group(self.optimizer, X)["momentum"])
+        buffer.zero_()  # for SGD will compute buffer <- mu buffer + grad
+        return summed
 
     def _precondition(
         self, group: "_Group", G: Tensor | None, H: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, float]:
+        """What is to be projected for U and for V, and a number by which that is to be multiplied."""
         S = _together(group.cores)
         if self.options.preconditioner == "exact":
-            return spectrum.gram_solve(S, G, H)
+            known = self._inverses(group.cores[0]) if len(group.cores) == 1 else None
+            return *spectrum.gram_solve(S, G, H, known), 1.0
         if self.options.preconditioner == "scalar":
             s = spectrum.rms(S)[..., None, None]
             # One s after the other: 1 / s^2 may overflow. S = 0 by its pseudo-inverse
             G, H = (None if X is None else torch.where(s > 0, X / s / s, 0.0) for X in (G, H))
-            return G, H
-        c = S.new_tensor([self._scale(name) for name in group.names])[:, None, None]
-        c = c if S.ndim == 3 else c[0]
-        return None if G is None else G * c, None if H is None else H * c
+            return G, H, 1.0
+        scales = [self._scale(name) for name in group.names]
+        if len(scales) == 1:
+            return G, H, scales[0]
+        c = S.new_tensor(scales)[:, None, None]
+        return None if G is None else G * c, None if H is None else H * c, 1.0
 
     def _scale(self, name: str) -> float:
         if name not in self._scales:  # the optimiser's state was loaded from one without a constraint
@@ -300,18 +311,31 @@ class Constraint:
             if V in self._bases:
                 S.copy_(S @ self._bases[V].mT @ V)
         if math.isfinite(self.options.tau):
-            _copy(group.S, self._project(group.names, _together(group.S)))
+            _copy(group.S, self._project(group))
 
-    def _project(self, names: list[str], S: Tensor) -> Tensor:
-        tau, centre = self.options.tau, self.options.centre
+    def _project(self, group: "_Group") -> Tensor:
+        S, tau, centre = _together(group.S), self.options.tau, self.options.centre
+        released = self.options.preconditioner == "released_code" and tau > 0
         if tau == 0 and self.options.projection == "qr":
             return spectrum.scaled_orthogonal(S, centre)
-        if self.options.preconditioner != "released_code" or tau == 0:
+        if S.is_cuda and not released:
             return spectrum.clip(S, tau, centre)
-        projected, sigma = spectrum.fast_project(S, tau, centre)
-        ratios = (sigma[..., -1] / sigma[..., 0]).square().reshape(-1)
-        self._scales.update(zip(names, ratios.tolist(), strict=True))
+        found = spectrum.fast_project(S, tau, centre)
+        projected, sigma = spectrum.project(S, tau, centre) if found is None else (found.matrix, found.sigma)
+        if released:
+            ratios = (sigma.amin(-1) / sigma.amax(-1)).square().reshape(-1)
+            self._scales.update(zip(group.names, ratios.tolist(), strict=True))
+        elif found is not None and self.options.preconditioner == "exact" and tau <= _NARROW:
+            values = (projected, *found.gram_inverses())
+            self.optimizer.state[group.S[0]].update(zip(_INVERSES, values, strict=True))
         return projected
+
+    def _inverses(self, S: nn.Parameter) -> tuple[Tensor, Tensor] | None:
+        """(S S^T)^{-1} and (S^T S)^{-1} where the last step left them with the optimiser, and S as it is."""
+        core, left, right = (self.optimizer.state.get(S, {}).get(key) for key in _INVERSES)
+        if core is None or (core.dtype, core.device) != (S.dtype, S.device) or not torch.equal(core, S):
+            return None
+        return left, right
 
 
 class _Group(NamedTuple):
@@ -390,15 +414,6 @@ def _apart(batch: Tensor, count: int) -> Sequence[Tensor]:
 def _copy(targets: Sequence[Tensor], batch: Tensor) -> None:
     for target, value in zip(targets, _apart(batch, len(targets)), strict=True):
         target.copy_(value)
-
-
-def _plus(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else a + b
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 def _constrained(model: nn.Module, held: set[nn.Parameter]) -> dict[str, LowRank]:
