@@ -5,6 +5,7 @@ training loop that is harmless, because a step starts from orthonormal columns o
 knows from a bound when it is not, and then calls its LAPACK twin.
 """
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -91,7 +92,7 @@ def orthonormalize(Y: Tensor) -> tuple[Tensor, Tensor | bool]:
         return Q, True
     size = inverse.abs()
     bound = _row_sum(gram.abs()) * _row_sum(size) * _row_sum(size.mT)
-    kept = gram.diagonal(dim1=-2, dim2=-1).amin(-1) > _least_square(gram)
+    kept = gram.diagonal(dim1=-2, dim2=-1).amin(-1) > _least_square(torch.finfo(gram.dtype))
     return Q, (distance <= 0.5) | ((info == 0) & kept & (bound <= condition_limit(Y.shape[-2])))
 
 
@@ -153,11 +154,11 @@ def condition_limit(n: int) -> float:
     return CONDITION_LIMIT * min(1.0, 2048 / n)
 
 
-def are_well_conditioned(eigenvalues: Tensor, n: int) -> bool:
-    """Whether Gram matrices of n rows with these eigenvalues, (..., r), can be used: none is far off."""
-    low, high = (float(edge) for edge in torch.aminmax(eigenvalues))
-    finite = high < torch.finfo(eigenvalues.dtype).max
-    return finite and _least_square(eigenvalues) < low and high <= condition_limit(n) * low
+def are_well_conditioned(eigenvalues: list[float], dtype: torch.dtype, n: int = 1) -> bool:
+    """Whether Gram matrices of n rows with these eigenvalues can be used: none is far off."""
+    low, high, info = min(eigenvalues), max(eigenvalues), torch.finfo(dtype)
+    none_is_nan = sum(eigenvalues) < math.inf
+    return none_is_nan and high < info.max and _least_square(info) < low and high <= condition_limit(n) * low
 
 
 def sym(X: Tensor) -> Tensor:
@@ -192,9 +193,8 @@ def _size(X: Tensor) -> Tensor:
     return largest * torch.where(size > 0, size, torch.ones_like(size))
 
 
-def _least_square(A: Tensor) -> float:
+def _least_square(info: torch.finfo) -> float:
     """The least square that still stands for a number: smaller ones have lost digits."""
-    info = torch.finfo(A.dtype)
     return info.tiny / info.eps
 
 

@@ -1,5 +1,6 @@
 """Matrices whose singular values lie in a band: Sigma_s(eps) of CondLR (arXiv 2306.01485, sec. 4.2)."""
 
+import math
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -60,9 +61,9 @@ class Triplet(NamedTuple):
     """A matrix as left right^T, with left^T left = diag(sigma^2) and right^T right = I.
 
     Attributes:
-        left: (..., r, r), with columns of the length of the singular values.
-        sigma: (..., r), in any order.
-        right: (..., r, r).
+        left: (r, r), with columns of the length of the singular values.
+        sigma: (r,), in any order.
+        right: (r, r).
     """
 
     left: Tensor
@@ -75,37 +76,39 @@ class Triplet(NamedTuple):
         return self.left @ self.right.mT
 
     def gram_inverses(self) -> tuple[Tensor, Tensor]:
-        """(S S^T)^{-1} and (S^T S)^{-1}, both (..., r, r), of an S that can be inverted.
+        """(S S^T)^{-1} and (S^T S)^{-1}, both (r, r), of an S that can be inverted.
 
         In float32 to 5e-6 of an S in a narrow band: they are those of a matrix as near to S as that to the
         projected one.
         """
-        sigma = self.sigma.unsqueeze(-2)
-        P, Q = self.left / sigma.square(), self.right / sigma
+        P, Q = self.left / self.sigma.square(), self.right / self.sigma
         return P @ P.mT, Q @ Q.mT
 
 
 def fast_project(S: Tensor, tau: float, kind: str = "rms") -> Triplet | None:
-    """`project` from S^T S = Q diag(sigma^2) Q^T: the fast form.
+    """`project` from S^T S = Q diag(sigma^2) Q^T: the fast form for one matrix.
 
     The columns of S Q are orthogonal, their lengths are the singular values, and the projected matrix
     is S Q diag(clip(sigma) / sigma) Q^T. A matrix that was in a band a step ago is conditioned well enough
     to be squared.
 
     Args:
-        As `project`.
+        S: (r, r), floating.
+        tau, kind: as for `project`.
 
     Returns:
         The projected matrix, to 2e-6 of |S| in float32; None for an S that is to be left to `project`.
     """
+    one_of("centre", kind, CENTRES)
     eigenvalues, Q = eigh(S.mT @ S)
-    if not _fast.are_well_conditioned(eigenvalues, S.shape[-1]):
+    squares = eigenvalues.tolist()  # a number costs less than a tensor of one
+    if not _fast.are_well_conditioned(squares, S.dtype):
         return None
     rotated = S @ Q
-    sigma = torch.linalg.vector_norm(rotated, dim=-2)
-    s = eigenvalues.mean(-1).sqrt() if kind == "rms" else centre(sigma, kind)
-    clipped = _clip(sigma, s, tau)
-    return Triplet(rotated * (clipped / sigma).unsqueeze(-2), clipped, Q)
+    sigma = torch.linalg.vector_norm(rotated, dim=0)
+    s = math.sqrt(sum(squares) / len(squares)) if kind == "rms" else float(centre(sigma, kind))
+    clipped = sigma.clamp(*band(s, tau))
+    return Triplet(rotated * (clipped / sigma), clipped, Q)
 
 
 def products_project(S: Tensor, tau: float, kind: str = "rms") -> Tensor:
@@ -138,7 +141,7 @@ def clip(S: Tensor, tau: float, kind: str = "rms") -> Tensor:
     """`project`, without the singular values, in the form that is fastest where S lies."""
     if S.is_cuda:
         return products_project(S, tau, kind)
-    found = fast_project(S, tau, kind)
+    found = fast_project(S, tau, kind) if S.ndim == 2 else None
     return project(S, tau, kind)[0] if found is None else found.matrix
 
 
@@ -169,8 +172,6 @@ def rms(S: Tensor) -> Tensor:
 
 
 def _clip(sigma: Tensor, s: Tensor, tau: float) -> Tensor:
-    if s.ndim == 0 and not s.is_cuda:
-        return sigma.clamp(*band(float(s), tau))
     low, high = band(s.unsqueeze(-1), tau)
     return torch.clamp(sigma, low, high)
 

@@ -87,7 +87,8 @@ def fast_polar(Y: Tensor) -> Tensor:
         Q = _fast.polar_factor(Y)
         return _fast.fall_back(_fast.is_orthonormal(Q), Q, lambda: polar(Y))
     eigenvalues, P = eigh(Y.mT @ Y)
-    if not _fast.are_well_conditioned(eigenvalues, Y.shape[-2]):
+    squares = eigenvalues.flatten().tolist()
+    if not _fast.are_well_conditioned(squares, Y.dtype, Y.shape[-2]):
         return polar(Y)
     return _fast.times(Y, (P * eigenvalues.rsqrt().unsqueeze(-2)) @ P.mT)
 

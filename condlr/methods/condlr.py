@@ -237,15 +237,17 @@ class Constraint:
     def _groups(self) -> "Iterable[_Group]":
         """What has a gradient, in groups to be computed together: on a GPU of alike layers, else of one.
 
-        A GPU is idle during a small product; a CPU would only lose the time to stack them.
+        A GPU is idle during a small product; a CPU would only lose the time to stack them. With the released
+        code's scalar, which is a number for each layer, groups are of one as well.
         """
         groups: dict[Any, _Group] = {}
+        single = self.options.preconditioner == "released_code"
         for name, factors in self._factors.items():
             moved = [X.grad is not None and X in self._held for X in factors]
             if not any(moved):
                 continue
             U, S, V = factors
-            key = (U.shape, V.shape, U.dtype, U.device, *moved) if U.is_cuda else name
+            key = (U.shape, V.shape, U.dtype, U.device, *moved) if U.is_cuda and not single else name
             group = groups.setdefault(key, _Group([], [], [], [], []))
             group.names.append(name)
             group.cores.append(S)
@@ -290,11 +292,7 @@ class Constraint:
             # One s after the other: 1 / s^2 may overflow. S = 0 by its pseudo-inverse
             G, H = (None if X is None else torch.where(s > 0, X / s / s, 0.0) for X in (G, H))
             return G, H, 1.0
-        scales = [self._scale(name) for name in group.names]
-        if len(scales) == 1:
-            return G, H, scales[0]
-        c = S.new_tensor(scales)[:, None, None]
-        return None if G is None else G * c, None if H is None else H * c, 1.0
+        return G, H, self._scale(group.names[0])
 
     def _scale(self, name: str) -> float:
         if name not in self._scales:  # the optimiser's state was loaded from one without a constraint
@@ -323,8 +321,7 @@ class Constraint:
         found = spectrum.fast_project(S, tau, centre)
         projected, sigma = spectrum.project(S, tau, centre) if found is None else (found.matrix, found.sigma)
         if released:
-            ratios = (sigma.amin(-1) / sigma.amax(-1)).square().reshape(-1)
-            self._scales.update(zip(group.names, ratios.tolist(), strict=True))
+            self._scales[group.names[0]] = float((sigma.amin() / sigma.amax()).square())
         elif found is not None and self.options.preconditioner == "exact" and tau <= _NARROW:
             values = (projected, *found.gram_inverses())
             self.optimizer.state[group.S[0]].update(zip(_INVERSES, values, strict=True))
