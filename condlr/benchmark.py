@@ -6,7 +6,6 @@ alone; what is reported is the median of the turns.
 
 import math
 import os
-import platform
 import re
 import statistics
 import time
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from condlr import machine
 from condlr._naive import constrain_naively, naive
 from condlr.analysis.conditioning import spectra
 from condlr.analysis.cost import flops, peak_bytes, state
@@ -332,22 +332,9 @@ def collect_many(count: int, study: Path) -> dict[str, float]:
     }
 
 
-def machine(device: torch.device) -> str:
+def file_name(device: torch.device) -> str:
     """The device, as a name for files: `amd-epyc-2-threads`, `nvidia-h200`."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{_processor()} {torch.get_num_threads()} threads"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    return re.sub(r"[^a-z0-9]+", "-", machine.name(device).lower()).strip("-")
 
 
 def measure(
@@ -388,7 +375,7 @@ def measure(
                 chosen[name] = forms(program.model)
         rows += [row for program in made for row in program.rows(max(rates))]
     facts = {
-        "device": machine(device),
+        "device": file_name(device),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "precision": asked.precision,

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from condlr import machine
 from condlr.errors import one_of
 from condlr.factorization import low_rank_layers
 from condlr.layers import FORMS, LowRank, LowRankConv2d
@@ -28,8 +29,9 @@ def choose_forms(model: nn.Module, images: Tensor) -> dict[str, str]:
 
     Each layer's forward and backward pass is timed, for a second or so in all, on the input it gets when
     the network sees `images`. A layer of the same shapes is timed once per machine: what was found is kept in
-    `$XDG_CACHE_HOME/condlr/forms.json` (`~/.cache` by default), so that every run takes the same forms. The
-    network's weights, buffers and random state are not touched.
+    `$XDG_CACHE_HOME/condlr/forms.json` (`~/.cache` by default), so that every run takes the same forms; not
+    what was found while other programs kept the machine busy. The network's weights, buffers and random
+    state are not touched.
 
     Args:
         model: on its device.
@@ -59,7 +61,7 @@ def choose_forms(model: nn.Module, images: Tensor) -> dict[str, str]:
         for hook in hooks:
             hook.remove()
     set_forms(model, chosen)
-    if found:
+    if found and not machine.busy():  # on a busy machine the form with fewer waits for a core seems faster
         _write(found)
     return chosen
 
@@ -121,13 +123,16 @@ def _pass(layer: LowRank, x: Tensor) -> None:
 
 def _key(layer: LowRank, x: Tensor) -> str:
     """What the time of a layer depends on, as a short text."""
-    if x.is_cuda:
-        machine = torch.cuda.get_device_name(x.device)
-    else:
-        machine = f"cpu {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
     core = None if layer.S is None else layer.S.ndim
     trained = tuple(p.requires_grad for p in layer.parameters())
-    facts = [machine, torch.__version__, tuple(layer.U.shape), tuple(layer.V.shape), core, trained]
+    facts = [
+        machine.name(x.device),
+        torch.__version__,
+        tuple(layer.U.shape),
+        tuple(layer.V.shape),
+        core,
+        trained,
+    ]
     facts += [tuple(x.shape), x.stride(), x.dtype, x.requires_grad, torch.is_autocast_enabled(x.device.type)]
     if isinstance(layer, LowRankConv2d):
         facts += [layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.padding_mode]

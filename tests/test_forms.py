@@ -16,6 +16,7 @@ from condlr.layers import FORMS
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(forms.machine, "busy", lambda: False)
     return tmp_path / "condlr" / "forms.json"
 
 
@@ -86,6 +87,12 @@ def test_the_faster_form_is_chosen_and_remembered(slow, cache, monkeypatch):
     assert forms.forms(again) == forms.forms(net)
     with pytest.raises(TypeError):
         condlr.choose_forms(network(), torch.randn(5, 3, 8, 8))  # another batch is another question
+
+
+def test_what_was_found_on_a_busy_machine_is_not_remembered(cache, monkeypatch):
+    monkeypatch.setattr(forms.machine, "busy", lambda: True)
+    assert condlr.choose_forms(network(), torch.randn(4, 3, 8, 8)).keys() == {"0", "3", "5"}
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1}'])

@@ -1,0 +1,34 @@
+"""What a program runs on, by name."""
+
+import os
+import platform
+import re
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+def name(device: torch.device) -> str:
+    """The GPU, or the processor and the threads that are used of it: what a measured time depends on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()} {torch.get_num_threads()} threads"
+
+
+def busy() -> bool:
+    """Whether processes have waited for a core in the last minute, where the system tells."""
+    try:
+        return os.getloadavg()[0] > (os.cpu_count() or 1) + 1
+    except (OSError, AttributeError):
+        return False
+
+
+@cache
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found[1].strip() if found else platform.processor() or platform.machine()
