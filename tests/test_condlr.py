@@ -12,7 +12,7 @@ from torch import nn
 import condlr
 from condlr.errors import ConstraintBreach
 from condlr.factorization import low_rank_layers
-from condlr.manifolds import stiefel
+from condlr.manifolds import _fast, stiefel
 from condlr.methods.condlr import CondLR, Constraint
 
 N, M, R, LR = 7, 5, 3, 0.05
@@ -213,6 +213,39 @@ def test_state_dicts_carry_all_that_is_remembered(preconditioner, tau, momentum)
     descend(second, optimizer, X, T, 5)
     for name in "USV":
         assert torch.equal(getattr(whole, name), getattr(second, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_is_remembered_of_S_is_used_for_that_S_alone(dtype, monkeypatch):
+    """The inverses of its Gram matrices come from the last projection, unless somebody has changed S."""
+    solved = []
+    inverses = _fast.gram_inverses
+    monkeypatch.setattr(_fast, "gram_inverses", lambda S: solved.append(S) or inverses(S))
+    layer, X, T = problem(dtype=dtype)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=LR, momentum=0.5)
+    condlr.constrain(optimizer, layer, 0.1)
+    descend(layer, optimizer, X, T, 5)
+    assert len(solved) == 1, "of the first S alone"
+
+    changes = [
+        lambda: layer.S.data.mul_(torch.rand(R, R, dtype=dtype) + 0.5),
+        lambda: layer.double(),
+        lambda: layer.set_matrix(torch.randn(N, M, dtype=torch.float64)),
+    ]
+    for number, change in enumerate(changes):
+        change()
+        layer.zero_grad()
+        X, T = X.to(layer.U), T.to(layer.U)
+        ((layer(X) - T).square().sum() / (2 * len(X))).backward()
+        U, S, V = (p.detach().double().clone() for p in (layer.U, layer.S, layer.V))
+        G, H = layer.U.grad.double(), layer.V.grad.double()
+        optimizer.step()
+        assert len(solved) == 2 + number
+        expected = (G - U @ (U.mT @ G)) @ torch.inverse(S @ S.mT)
+        torch.testing.assert_close(layer.U.grad.double(), expected, rtol=1e-4, atol=1e-5)
+        expected = (H - V @ (V.mT @ H)) @ torch.inverse(S.mT @ S)
+        torch.testing.assert_close(layer.V.grad.double(), expected, rtol=1e-4, atol=1e-5)
+        optimizer.state.clear()
 
 
 def test_a_state_from_before_the_constraint_can_be_loaded():
