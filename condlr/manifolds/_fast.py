@@ -16,7 +16,7 @@ from torch import Tensor
 CONDITION_LIMIT = 64.0
 
 # From this size on LAPACK solves with a triangular matrix faster than it inverts it to multiply.
-_LARGE = 192
+_LARGE = 128
 
 # Minimax odd quintics a x + b x^3 + c x^5 on [l, u], each on the range of the one before (Amsel et al., arXiv
 # 2505.16932), then Newton and Schulz's, which cubes the error.
