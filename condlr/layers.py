@@ -23,9 +23,9 @@ class LowRank(nn.Module):
         bias: (n,), or None.
 
     Attributes:
-        form: how y = W x is computed: `factored`, V^T x first and then U S, or `multiplied`, W first and then
-            W x. The same but for rounding; which is faster depends on the layer, the batch and the machine,
-            see `condlr.choose_forms`.
+        form: how y = W x is computed: `factored`, V^T x first and then U S, or S and then U where x has fewer
+            rows than U; or `multiplied`, W first and then W x. The same but for rounding; which is faster
+            depends on the layer, the batch and the machine, see `condlr.choose_forms`.
 
     V lies in memory by columns, so that V^T is, without a copy, the weight of a layer.
 
@@ -192,7 +192,10 @@ class LowRankLinear(LowRank):
     def forward(self, x: Tensor) -> Tensor:
         if self.form == "multiplied":
             return F.linear(x, self.matrix, self.bias)
-        return F.linear(F.linear(x, self.V.mT), self.left, self.bias)
+        z = F.linear(x, self.V.mT)
+        if self.S is not None and self.S.ndim == 2 and z.numel() < self.U.numel():
+            return F.linear(F.linear(z, self.S), self.U, self.bias)  # z has fewer rows than U
+        return F.linear(z, self.left, self.bias)
 
     @override
     def extra_repr(self) -> str:

@@ -30,11 +30,11 @@ def training_flops(layers, ranks, form, batch, core="full"):
         if r is None:
             products, images, first = 0, 2 * n * m * p, 2 * n * m * p
         elif form == "factored":
-            products, images, first = 2 * n * r * r, 2 * r * (n + m) * p, 2 * r * m * p
+            products, images, first = 2 * r * r * min(n, batch * p), 2 * r * (n + m) * p, 2 * r * m * p
         else:
             products, images, first = 2 * n * r * r + 2 * n * m * r, 2 * n * m * p, 2 * n * m * p
         if r is not None and core != "full":
-            products -= 2 * n * r * r
+            products -= 2 * r * r * (min(n, batch * p) if form == "factored" else n)
         total += 3 * (products + batch * images) - (batch * first if place == 0 else 0)
     return total
 
