@@ -145,6 +145,22 @@ def test_batches_with_good_and_bad_matrices(name):
         torch.testing.assert_close(found, function(matrix), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", stiefel.RETRACTIONS)
+@pytest.mark.parametrize("r", [9, 150])
+def test_matrices_of_different_lengths_are_retracted_together(kind, r):
+    """Each as if alone, whether or not it is near the manifold; none is no matrix."""
+    near, far = after_a_step(200, r, 0.1), with_spectrum(300, r, np.logspace(0, -5, r))
+    wide = after_a_step(400, r, 5.0).mT.contiguous().mT
+    exact = {"qr": stiefel.qr, "polar": stiefel.polar}[kind]
+    for Ys in ([near, wide], [near, far], [far]):
+        found = stiefel.retract([Y.float() for Y in Ys], kind)
+        assert len(found) == len(Ys)
+        for Y, Q in zip(Ys, found, strict=True):
+            assert stiefel.orthonormality_error(Q) <= 1e-5
+            assert distance(Q, exact(Y)) <= (IN_LOOP if Y is not far else 0.1)
+    assert stiefel.retract([], kind) == []
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-5, 1e12])
 @pytest.mark.parametrize("name", PROJECTIONS)
 def test_projections_at_any_scale(name, scale):

@@ -37,7 +37,7 @@ HARD = {
 def test_retractions_give_orthonormal_columns(name, dtype):
     n, sigma = HARD[name]
     Y = with_spectrum(n, len(sigma), sigma, dtype)
-    for retract in stiefel.RETRACTIONS.values():
+    for retract in (stiefel.cholesky_qr, stiefel.fast_polar):
         assert stiefel.orthonormality_error(retract(Y)) < (1e-5 if dtype == torch.float32 else 1e-12)
 
 

@@ -6,7 +6,7 @@ knows from a bound when it is not, and then calls its LAPACK twin.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -72,28 +72,42 @@ def identity_like(A: Tensor) -> Tensor:
     return identity(A.shape[-1], A.dtype, A.device)
 
 
-def orthonormalize(Y: Tensor) -> tuple[Tensor, Tensor | bool]:
+def orthonormalize(Ys: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | bool]]:
     """Y L^{-T} with Y^T Y = L L^T, laid out as Y, and whether its columns surely are orthonormal, (...).
 
     They are where cond(Y^T Y) is small. |Y^T Y - I|_F <= 1/2 says so; if not, cond_2(A) = |A| |L^{-1}|^2 is
     bounded through |X|_2^2 <= |X|_1 |X|_inf.
+
+    Args:
+        Ys: matrices (..., n, r), or batches of one length, of one r: what is r x r is computed together.
     """
-    gram = Y.mT @ Y
-    identity = identity_like(gram)
-    L, info = torch.linalg.cholesky_ex(gram)
-    distance = _norm(gram - identity)
-    near = not Y.is_cuda and _are_at_most(distance, 0.5)
-    by_columns = Y.stride(-2) == 1  # as LAPACK has it
-    if near and by_columns and Y.shape[-1] >= _LARGE:
-        return torch.linalg.solve_triangular(L.mT, Y, upper=True, left=False), True
-    inverse = torch.linalg.solve_triangular(L, identity, upper=False)
-    Q = times(Y, inverse.mT)
-    if near:
-        return Q, True
+    grams = torch.stack([Y.mT @ Y for Y in Ys])
+    factors, infos = torch.linalg.cholesky_ex(grams)
+    identity = identity_like(grams)
+    near = not grams.is_cuda and float(torch.dist(grams, identity)) <= 0.5
+    if near and grams.shape[-1] >= _LARGE:
+        return [(_times_inverse(Y, L), True) for Y, L in zip(Ys, factors, strict=True)]
+    inverses = torch.linalg.solve_triangular(factors, identity, upper=False)
+    return [
+        (times(Y, inverse.mT), near or _is_inverse(inverse, info, gram, Y.shape[-2]))
+        for Y, inverse, info, gram in zip(Ys, inverses, infos, grams, strict=True)
+    ]
+
+
+def _times_inverse(Y: Tensor, L: Tensor) -> Tensor:
+    """Y L^{-T}, laid out as Y, for large L."""
+    if Y.stride(-2) == 1:  # as LAPACK has it
+        return torch.linalg.solve_triangular(L.mT, Y, upper=True, left=False)
+    return times(Y, torch.linalg.solve_triangular(L, identity_like(L), upper=False).mT)
+
+
+def _is_inverse(inverse: Tensor, info: Tensor, gram: Tensor, n: int) -> Tensor:
+    """Whether the inverse of the Cholesky factor of a Gram matrix of n rows can be used, see above."""
     size = inverse.abs()
     bound = _row_sum(gram.abs()) * _row_sum(size) * _row_sum(size.mT)
     kept = gram.diagonal(dim1=-2, dim2=-1).amin(-1) > _least_square(torch.finfo(gram.dtype))
-    return Q, (distance <= 0.5) | ((info == 0) & kept & (bound <= condition_limit(Y.shape[-2])))
+    near = _norm(gram - identity_like(gram)) <= 0.5
+    return near | ((info == 0) & kept & (bound <= condition_limit(n)))
 
 
 def gram_inverses(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,11 +215,6 @@ def _least_square(info: torch.finfo) -> float:
 def _norm(A: Tensor) -> Tensor:
     """|A|_F of each matrix."""
     return torch.linalg.vector_norm(A, dim=(-2, -1))
-
-
-def _are_at_most(values: Tensor, bound: float) -> bool:
-    """Whether none is larger, or NaN."""
-    return bool((values <= bound).all()) if values.ndim else float(values) <= bound
 
 
 def _row_sum(X: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ The maps of Cayley SGD follow Li, Fuxin and Todorovic (ICLR 2020, arXiv 2002.011
 skew-symmetric matrix moves X; here it is always kept as W = A X^T - X A^T with an n x r matrix A.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from condlr.errors import one_of
 from condlr.manifolds import _fast
 from condlr.manifolds._lapack import eigh, svd
+
+RETRACTIONS = ("qr", "polar")
 
 
 def qr(Y: Tensor) -> Tensor:
@@ -67,8 +69,7 @@ def cholesky_qr(Y: Tensor) -> Tensor:
     Returns:
         As `qr`, laid out in memory as Y is.
     """
-    Q, good = _fast.orthonormalize(Y)
-    return _fast.fall_back(good, Q, lambda: qr(Y))
+    return retract([Y], "qr")[0]
 
 
 def fast_polar(Y: Tensor) -> Tensor:
@@ -93,7 +94,18 @@ def fast_polar(Y: Tensor) -> Tensor:
     return _fast.times(Y, (P * eigenvalues.rsqrt().unsqueeze(-2)) @ P.mT)
 
 
-RETRACTIONS: dict[str, Callable[[Tensor], Tensor]] = {"qr": cholesky_qr, "polar": fast_polar}
+def retract(Ys: Sequence[Tensor], kind: str = "qr") -> list[Tensor]:
+    """Each Y back on the manifold, by `cholesky_qr` or by `fast_polar`.
+
+    Args:
+        Ys: (..., n, r), of any n but one r and one batch: what is r x r is computed together.
+        kind: `qr` or `polar`.
+    """
+    one_of("retraction", kind, RETRACTIONS)
+    if kind == "polar" or not Ys:
+        return [*map(fast_polar, Ys)]
+    found = zip(Ys, _fast.orthonormalize(Ys), strict=True)
+    return [_fast.fall_back(good, Q, lambda Y=Y: qr(Y)) for Y, (Q, good) in found]
 
 
 def horizontal(X: Tensor, G: Tensor, scale: float = 1.0) -> Tensor:

@@ -117,7 +117,7 @@ class Options:
         one_of("centre", self.centre, spectrum.CENTRES)
         one_of("preconditioner", self.preconditioner, PRECONDITIONERS)
         one_of("momentum", self.momentum, MOMENTA)
-        one_of("retraction", self.retraction, tuple(stiefel.RETRACTIONS))
+        one_of("retraction", self.retraction, stiefel.RETRACTIONS)
         one_of("projection", self.projection, PROJECTIONS)
         if self.preconditioner == "released_code" and math.isinf(self.tau):
             raise ValueError("preconditioner=released_code is a function of the band: it needs a finite tau")
@@ -223,12 +223,12 @@ class Constraint:
 
     @torch.no_grad()
     def _after_step(self, optimizer, args, kwargs) -> None:
-        retract = stiefel.RETRACTIONS[self.options.retraction]
         with strict(self._device):
             for group in self._moving:
-                for factors in (group.U, group.V):
-                    if factors:
-                        _copy(factors, retract(_together(factors)))
+                moved = [factors for factors in (group.U, group.V) if factors]
+                found = stiefel.retract([*map(_together, moved)], self.options.retraction)
+                for factors, value in zip(moved, found, strict=True):
+                    _copy(factors, value)
                 if group.S:
                     self._settle(group)
         self._moving = []

@@ -25,8 +25,8 @@ class ProjectedSgd(StiefelDescent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("retraction", self.retraction, tuple(stiefel.RETRACTIONS))
+        one_of("retraction", self.retraction, stiefel.RETRACTIONS)
 
     @override
     def curve(self, W: stiefel.Skew, step: Tensor | float) -> Tensor:
-        return stiefel.RETRACTIONS[self.retraction](W.X - step * stiefel.tangent(W))
+        return stiefel.retract([W.X - step * stiefel.tangent(W)], self.retraction)[0]
