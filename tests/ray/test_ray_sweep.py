@@ -274,26 +274,42 @@ def test_the_usual_keys_are_plain_overrides(stage):
 
 def test_a_sweep_survives_what_kills_its_processes(stage, undisturbed):
     directory = stage.tmp / "killed"
-    killed = kill_a_worker_and_then_the_parent(stage, directory)
     stop_with_ctrl_c(stage, directory)
+    killed = kill_a_worker_and_then_the_parent(stage, directory)
     finish(stage, directory)
     start_again_when_all_is_done(stage, directory)
     check_placement(directory, killed)
     check_outcome(directory, undisturbed)
 
 
-def kill_a_worker_and_then_the_parent(stage, directory):
-    """The first start of the sweep; returns when the worker died."""
+def stop_with_ctrl_c(stage, directory):
+    """The first start: as a terminal does it, the signal goes to the whole process group."""
+    before = time.time()
     sweep = stage.start(directory, *RAY, *SWEEP)
-    before = time.monotonic()
-    first = wait_for(lambda: witnessed(directory, "start"), "a first run", 60, sweep)[0]
-    say(f"first run after {time.monotonic() - before:.1f} s")
+    wait_for(lambda: len(witnessed(directory, "start", before)) >= 2, "two runs", 60, sweep)
+    os.killpg(sweep.process.pid, signal.SIGINT)
+    pressed = time.monotonic()
+    status, out = sweep.end(seconds=60)
+    say(f"Ctrl-C: exit code {status} after {time.monotonic() - pressed:.1f} s")
+    assert status == 128 + signal.SIGINT, out
+    assert "Traceback" not in out
+    wait_for(lambda: not sweep.training(), "the end of what trains without a parent", 60)
+    states = [str(info(run).get("status")) for run in runs_in(directory).values()]
+    say(f"nothing trains any more {time.monotonic() - pressed:.1f} s later; runs are {', '.join(states)}")
+
+
+def kill_a_worker_and_then_the_parent(stage, directory):
+    """The second start; returns when the worker died."""
+    before = time.time()
+    sweep = stage.start(directory, *RAY, *SWEEP)
+    first = wait_for(lambda: witnessed(directory, "start", before), "a first run", 60, sweep)[0]
+    say(f"first run after {time.time() - before:.1f} s")
     run = directory / "runs" / "default" / first["run"]
     wait_for(lambda: len(history(run)) >= EPOCHS // 4, "some epochs", 120, sweep)
-    others = {event["pid"] for event in witnessed(directory, "start")} - {first["pid"]}
+    others = {event["pid"] for event in witnessed(directory, "start", before)} - {first["pid"]}
     assert len(others) == 1, "two runs at once"
 
-    trained = history(run)
+    trained, attempts = history(run), info(run)["attempts"]
     pids, died = sweep.kill(first["pid"]), time.time()
     say(f"SIGKILL to worker {first['pid']} of {run.name} in epoch {len(trained) + 1} (processes {pids})")
 
@@ -309,7 +325,7 @@ def kill_a_worker_and_then_the_parent(stage, directory):
     wait_for(lambda: len(history(run)) > len(trained) + 3, "more epochs", 120, sweep)
     assert history(run)[: len(trained)] == trained, "seconds and all: these epochs were not trained again"
     say(f"which goes on from epoch {len(trained) + 1}, and is in {len(history(run)) + 1} now")
-    assert info(run)["attempts"] == 2
+    assert info(run)["attempts"] == attempts + 1
 
     living = sweep.processes()
     sweep.process.kill()
@@ -327,22 +343,6 @@ def say_when_gone(sweep, parent_died):
         commands = {process.command.split("/")[-1].split()[0] for process in left}
         time.sleep(0.5)
     say(f"({time.time() - parent_died:.0f} s after a parent was killed its last process ended: {commands})")
-
-
-def stop_with_ctrl_c(stage, directory):
-    """The second start: as a terminal does it, the signal goes to the whole process group."""
-    before = time.time()
-    sweep = stage.start(directory, *RAY, *SWEEP)
-    wait_for(lambda: len(witnessed(directory, "start", before)) >= 2, "two runs", 60, sweep)
-    os.killpg(sweep.process.pid, signal.SIGINT)
-    pressed = time.monotonic()
-    status, out = sweep.end(seconds=60)
-    say(f"Ctrl-C: exit code {status} after {time.monotonic() - pressed:.1f} s")
-    assert status == 128 + signal.SIGINT, out
-    assert "Traceback" not in out
-    wait_for(lambda: not sweep.training(), "the end of what trains without a parent", 60)
-    states = [str(info(run).get("status")) for run in runs_in(directory).values()]
-    say(f"nothing trains any more {time.monotonic() - pressed:.1f} s later; runs are {', '.join(states)}")
 
 
 def finish(stage, directory):
