@@ -1,12 +1,16 @@
 """What the scripts share: Hydra's entry point, and mistakes that end in one line."""
 
+import atexit
+import errno
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import NoReturn
 
 import hydra
@@ -29,7 +33,7 @@ Task = Callable[[DictConfig], None]
 
 OmegaConf.register_new_resolver("condlr.run_id", lambda *, _root_: check_any(_root_).run_id, replace=True)
 register()
-OmegaConf.register_new_resolver("condlr.scratch", lambda: f"{tempfile.gettempdir()}/condlr", replace=True)
+OmegaConf.register_new_resolver("condlr.scratch", lambda: _scratch(), replace=True)
 
 
 def command(
@@ -97,6 +101,14 @@ def command(
     return decorate
 
 
+@cache
+def _scratch() -> str:
+    """A directory of this process alone, until it ends."""
+    directory = tempfile.mkdtemp(prefix="condlr-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
 def _say_interrupted() -> None:
     print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
 
@@ -110,7 +122,9 @@ def explain(error: BaseException) -> str | None:
     for link in chain:
         if isinstance(link, OSError) and not isinstance(link, HydraException):
             where = f": {link.filename}" if link.filename else ""
-            return f"{link.strerror or link}{where}"
+            full = link.errno in (errno.ENOSPC, errno.EDQUOT)
+            advice = "; make room, and the same command goes on" if full else ""
+            return f"{link.strerror or link}{where}{advice}"
     if isinstance(error, InterpolationResolutionError) and not isinstance(chain[-1], OmegaConfBaseException):
         return None  # a bug of ours in a resolver
     if isinstance(error, HydraException | OmegaConfBaseException):

@@ -224,7 +224,10 @@ def _require_done(run: Run, config: RunConfig) -> None:
         raise UserError(
             f"{run.directory} is {run.status or 'not a run'}: only a run that is done is evaluated"
         )
-    if config.run_id != run.info.get("run_id"):
+    own = run.info.get("run_id")
+    if own is None:
+        raise UserError(f"{run.directory / 'run.json'} is no whole record: remove it to start the run again")
+    if config.run_id != own:
         raise UserError(f"{run.directory / 'config.yaml'} was changed: it is of the run {config.run_id}")
 
 

@@ -3,14 +3,15 @@
 import logging
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from condlr.config import FlowConfig, RunConfig
 from condlr.errors import UserError
-from condlr.locks import BEAT, Lock, Owner, forget_dead, owners
+from condlr.locks import BEAT, SILENCE, Lock, Owner, forget_dead, owners
 from condlr.runs import Run, forget_partial, read_csv, write_csv
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Job:
 
         try:
             return self.run.status == "diverged" or finished(self.run, self.config)
-        except UserError:
+        except (OSError, UserError):
             return False
 
     @property
@@ -69,7 +70,7 @@ class Job:
         """Whether it came to an end of its own, be it a bad one."""
         try:
             return self.closed or self.run.status == "failed"
-        except UserError:
+        except (OSError, UserError):
             return True
 
     @property
@@ -77,17 +78,20 @@ class Job:
         """How often the run was begun."""
         try:
             return self.run.info.get("attempts", 0)
-        except UserError:
+        except (OSError, UserError):
             return 0
 
     @property
     def obstacle(self) -> str:
         """Why the run can't be begun, which no launcher would tell: something in the way of its files."""
-        directory = self.config.directory
-        if directory.exists() and not directory.is_dir():
+        directory, hydra = self.config.directory, self.config.directory / ".hydra"
+        if os.path.lexists(directory) and not os.path.isdir(directory):  # noqa: PTH112 (Path's may raise)
             return f"{directory} is no directory: move it away"
-        for path in (directory, self.log, directory / ".hydra"):
-            if path.exists() and (path.is_dir() == (path == self.log) or not os.access(path, os.W_OK)):
+        files = self.log, *(hydra / f"{name}.yaml" for name in ("config", "hydra", "overrides"))
+        for path in (directory, hydra, *files):
+            is_directory = os.path.isdir(path)  # noqa: PTH112
+            fits = is_directory == (path not in files) and os.access(path, os.W_OK)
+            if os.path.lexists(path) and not fits:
                 return f"{path} can't be written: make it writable, or move it away"
         return ""
 
@@ -126,31 +130,65 @@ def waves(jobs: Sequence[Job]) -> Iterator[list[Job]]:
 
 def living(jobs: Iterable[Job]) -> dict[Path, Owner]:
     """Who is at work on the runs of jobs, by their directory, and does not just stop."""
-    found = [(job, owner) for job in jobs for owner in owners(job.run.directory) if owner.at_work]
+    return _watch(jobs, _SIGN)[0]
+
+
+def watch(jobs: Iterable[Job]) -> tuple[dict[Path, Owner], list[Owner]]:
+    """`living`, and who gave no sign of life for so long that it counts as dead."""
+    return _watch(jobs, SILENCE)
+
+
+def _watch(jobs: Iterable[Job], seconds: float) -> tuple[dict[Path, Owner], list[Owner]]:
+    """Who is heard of, and who is not for so many seconds.
+
+    Of owners on this machine it is known whether they live. Those elsewhere are waited for until they give a
+    sign of life: when the last one was, no clock of ours can say.
+    """
+    found = [(job, owner) for job in jobs for owner in owners(job.run.directory) if not owner.dead]
     heard: dict[Path, Owner] = {}
     start, beats = time.monotonic(), {owner: owner.beat for _, owner in found}
-    while found and (waited := time.monotonic() - start) < _SIGN:
+    told: set[Owner] = set()
+    while found and (waited := time.monotonic() - start) < seconds:
         for job, owner in found:
             beat = owner.beat
             if waited > _PATIENCE if owner.here else beat not in (None, beats[owner]):
                 heard[job.config.directory] = owner
+            elif waited > 2 * BEAT and owner not in told:
+                log.info("%s: waiting for a sign of life from %s", job.run.directory, owner)
+                told.add(owner)
         found = [(job, o) for job, o in found if job.config.directory not in heard and o.beat and not o.dead]
         time.sleep(0.1)
-    return heard
+    return heard, [owner for _, owner in found]
 
 
-def outcomes(jobs: Sequence[Job], launched: Collection[Job], at_work: dict[Path, Owner]) -> list[Outcome]:
+class Start(NamedTuple):
+    """What was known of a job when it was launched: how often it had begun, the length of its log."""
+
+    attempts: int
+    logged: int
+
+    @classmethod
+    def of(cls, job: Job) -> "Start":
+        """Now."""
+        return cls(job.attempts, len(_log(job)))
+
+
+def outcomes(
+    jobs: Sequence[Job],
+    launched: Mapping[int, Start],
+    at_work: Mapping[Path, Owner],
+    silent: Collection[Owner] = (),
+) -> list[Outcome]:
     """What came of each run, the worst where several jobs were its.
 
     Args:
         jobs: of the whole sweep.
-        launched: those of them that were not done before, and had nothing in their way.
-        at_work: see `living`.
+        launched: by `id`, those of them that were not done before, and had nothing in their way.
+        at_work, silent: see `watch`.
     """
     worst: dict[Path, Outcome] = {}
-    begun = {id(job) for job in launched}
     for job in jobs:
-        found = _outcome(job, id(job) in begun, at_work.get(job.config.directory))
+        found = _outcome(job, launched.get(id(job)), at_work.get(job.config.directory), silent)
         before = worst.get(job.config.directory, found)
         worst[job.config.directory] = max(before, found, key=_rank)
     return [*worst.values()]
@@ -160,36 +198,44 @@ def _rank(outcome: Outcome) -> int:
     return STATES.index(outcome.state) if outcome.state != "skipped" else -1
 
 
-def _outcome(job: Job, launched: bool, owner: Owner | None) -> Outcome:
+def _outcome(job: Job, start: Start | None, owner: Owner | None, silent: Collection[Owner]) -> Outcome:
     if not job.closed and job.obstacle:
         return Outcome(job, "failed", job.obstacle)
     if owner is not None:
         return Outcome(job, "elsewhere", f"{owner} is at work on it")
     forget_dead(job.run.directory, "lock", "rows")
+    said = _last_error(_log(job)[start.logged if start else 0 :])
     try:
         info = job.run.info
         if info.get("status") == "done":
             if not job.closed:
-                return Outcome(job, "failed", f"trained, but not evaluated{_last_error(job.log)}")
-            return Outcome(job, "done" if launched else "skipped")
+                return Outcome(job, "failed", f"trained, but not evaluated{': ' if said else ''}{said}")
+            return Outcome(job, "done" if start else "skipped")
         if info.get("status") == "running":
             reason = "its process died without a word: the same command goes on from its last checkpoint"
-            job.run.note_death(reason, silent=owners(job.run.directory))
-            return Outcome(job, "failed", reason)
+            job.run.note_death(reason, silent=silent)
+            if job.run.status == "running":  # somebody else's by now
+                return Outcome(job, "elsewhere", "another process has begun it")
+            return Outcome(job, "failed", job.run.info.get("reason") or reason)
     except (OSError, UserError) as error:
         return Outcome(job, "failed", str(error))
     if not info:
-        return Outcome(job, "not started", _last_error(job.log).removeprefix(": "))
+        return Outcome(job, "not started", said)
+    if start and job.attempts == start.attempts and said:  # run.json tells of an earlier start
+        return Outcome(job, "failed", said)
     return Outcome(job, info.get("status", "failed"), info.get("reason") or "")
 
 
-def _last_error(path: Path) -> str:
-    """The last error that a log tells of, after a colon."""
-    lines: list[str] = []
+def _log(job: Job) -> str:
     with suppress(OSError):
-        lines = path.read_text(errors="replace").splitlines()
-    errors = [line.partition("error: ")[2] for line in lines if "error: " in line]
-    return f": {errors[-1]}" if errors else ""
+        return job.log.read_text(errors="replace")
+    return ""
+
+
+def _last_error(log: str) -> str:
+    """The last error that a log tells of."""
+    errors = [line.partition("error: ")[2] for line in log.splitlines() if "error: " in line]
+    return errors[-1] if errors else ""
 
 
 def plan(jobs: Sequence[Job]) -> None:
@@ -206,9 +252,12 @@ def plan(jobs: Sequence[Job]) -> None:
 
 def planned(study: Path) -> list[dict[str, str]]:
     """A line for each run that a sweep of the study ever asked for."""
-    lines = read_csv(study / PLAN)
-    if lines and "run_id" not in lines[0]:
-        raise UserError(f"{study / PLAN} is damaged (it has no column run_id): remove it")
+    try:
+        lines = read_csv(study / PLAN)
+        if lines and "run_id" not in lines[0]:
+            raise UserError(f"{study / PLAN} is damaged (it has no column run_id)")
+    except UserError as error:
+        raise UserError(f"{error}: remove it, and a sweep writes it again") from error
     return lines
 
 

@@ -15,6 +15,7 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -130,6 +131,7 @@ class Lock:
         says: what the owner says of itself at each sign of life, a few plain values.
         wait: wait until the lock is free, instead of raising `Held` when its owner is seen to live.
         patience: or wait so many seconds, for an owner that is just about to stop.
+        silent: owners elsewhere whose silence was waited for already.
 
     Raises:
         Held: another process, which lives, has the lock.
@@ -142,6 +144,7 @@ class Lock:
     beat: float = BEAT
     silence: float = SILENCE
     says: dict[str, Any] = field(default_factory=dict)
+    silent: Collection[Owner] = ()
 
     def __post_init__(self) -> None:
         host = re.sub(r"[^A-Za-z0-9._]+", "_", socket.gethostname())
@@ -175,7 +178,7 @@ class Lock:
         """Try once; False if others are trying, or holding what is waited for."""
         dead = []
         for owner in owners(self.directory, self.name):
-            if owner.dead or (not owner.here and self._falls_silent(owner)):
+            if owner.dead or owner in self.silent or (not owner.here and self._falls_silent(owner)):
                 dead.append(owner.path)
             elif self.wait or time.monotonic() < self._until:
                 return False

@@ -29,6 +29,11 @@ KEYS = {
     "spectra.csv": ("when", "layer", "index"),
 }
 _PARTIAL = ".partial-"
+# What the rest of condlr takes for granted of run.json, where it says it.
+_FACTS = {
+    "status": str, "run_id": str, "attempts": int, "images": dict, "ranks": dict, "weights": dict,
+    "versions": dict,
+}  # fmt: skip
 # What run.json says of how a run went.
 _OUTCOME = ("status", "reason", "started", "ended", "attempts", "train_seconds", "record_seconds")
 
@@ -49,7 +54,9 @@ class Run:
             return {}
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}): remove it to start the run again") from error
-        if not isinstance(info, dict):
+        if not isinstance(info, dict) or any(
+            key in info and not isinstance(info[key], kind) for key, kind in _FACTS.items()
+        ):
             raise UserError(f"{path} is not a run's record: remove it to start the run again")
         return info
 
@@ -90,12 +97,12 @@ class Run:
 
         Args:
             reason, status: for run.json.
-            silent: processes of other machines that are known to be dead.
+            silent: processes of other machines that gave no sign of life for long enough.
         """
         holders = owners(self.directory)
         if self.status != "running" or any(not owner.dead and owner not in silent for owner in holders):
             return
-        with suppress(Held), Lock(self.directory, silence=0.0):
+        with suppress(Held), Lock(self.directory, silent=silent):
             if self.status == "running":
                 self._note_end(status, reason)
 
@@ -316,6 +323,9 @@ def write(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -353,6 +363,8 @@ def read_csv(path: Path) -> list[dict[str, str]]:
             lines = [line for line in csv.reader(file) if line]
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error})") from error
     header, rows = lines[:1], lines[1:]

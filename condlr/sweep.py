@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from condlr.config import RunConfig, check_any
 from condlr.errors import UserError
-from condlr.jobs import Job, living, outcomes, plan, waves
+from condlr.jobs import Job, Start, living, outcomes, plan, watch, waves
 from condlr.locks import owners
 from condlr.processes import Killed, call_apart
 from condlr.runs import Run
@@ -72,10 +72,13 @@ class StudySweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Launch what is left to do, and say what came of all; exit status 1 if not all are content."""
         jobs = self._jobs(arguments)
+        if not jobs:
+            raise UserError(f"these values make no run: {' '.join(arguments)}")
         plan(jobs)
         open_ = [job for job in jobs if not job.closed and not job.obstacle]
         elsewhere = living(open_)
         left = [job for job in open_ if job.config.directory not in elsewhere]
+        starts = {id(job): Start.of(job) for job in left}
         studies = ", ".join(dict.fromkeys(str(job.study) for job in jobs))
         log.info("%s: %d run%s, %d to do", studies, len(jobs), "s" if len(jobs) > 1 else "", len(left))
         try:
@@ -86,8 +89,8 @@ class StudySweeper(Sweeper):
                 with suppress(OSError, UserError):
                     job.run.note_death("its sweep was interrupted", "interrupted")
             raise
-        elsewhere |= living(job for job in left if not job.ended)
-        found = outcomes(jobs, left, elsewhere)
+        heard, silent = watch(job for job in left if not job.ended)
+        found = outcomes(jobs, starts, elsewhere | heard, silent)
 
         from condlr.report.sweep import print_outcomes
 
@@ -107,6 +110,7 @@ class StudySweeper(Sweeper):
             What a launcher said that did nothing but give up.
         """
         tries: Counter[Path] = Counter()
+        stuck, lost = 0, ""
         while jobs:
             before = {job.config.directory: job.attempts for job in jobs}
             try:
@@ -121,17 +125,21 @@ class StudySweeper(Sweeper):
                 trouble = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             else:
                 signals.check()
-                return ""
+                return lost
             begun = [job for job in jobs if job.attempts > before[job.config.directory]]
-            if not begun:
+            stuck = 0 if begun else stuck + 1
+            if stuck == _TRIES:
                 return trouble
+            if not begun:  # the first of them stands in the way of the others, or no launcher is to be had
+                jobs, lost = jobs[1:], trouble
+                continue
             tries.update(job.config.directory for job in begun)
             given_up = [job for job in jobs if not job.ended]
             jobs = [job for job in given_up if tries[job.config.directory] < _TRIES]
             if not jobs:
-                return trouble if given_up else ""
+                return trouble if given_up else lost
             log.warning("%s; %d runs that were given up are launched again", trouble, len(jobs))
-        return ""
+        return lost
 
     def _jobs(self, arguments: list[str]) -> list[Job]:
         params = [f"{key}={values}" for key, values in self.params.items()]

@@ -3,16 +3,22 @@
 
 import sys
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from condlr.cli import command
 from condlr.config import RunConfig, check_any
+from condlr.errors import UserError
 
 _asked: list[RunConfig] = []
+_refused: list[str] = []
 
 
 def estimate() -> None:
     """Try a few steps of each row that is not done, and print what follows."""
+    if _refused:
+        raise UserError(_refused[0])
     if not _asked:  # --help, or a matrix flow
         return
     from rich.console import Console
@@ -32,7 +38,13 @@ def estimate() -> None:
 @command("estimate", at_end=estimate)
 def main(config: DictConfig) -> None:
     """Note one run of the sweep."""
-    checked = check_any(config)
+    try:
+        checked = check_any(config)
+    except UserError as error:  # a sweep does not begin if one of its runs cannot be
+        if HydraConfig.get().mode == RunMode.RUN:
+            raise
+        _refused.append(f"{' '.join(HydraConfig.get().overrides.task)}: {error}")
+        return
     if isinstance(checked, RunConfig):
         _asked.append(checked)
     else:
@@ -41,5 +53,6 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     # Each row is tried alone, in this process, whatever will run the sweep
-    sys.argv = [word for word in sys.argv if not word.startswith(("hydra/launcher=", "hydra.launcher."))]
+    launcher = ("hydra/launcher", "hydra.launcher")
+    sys.argv = [word for word in sys.argv if not word.lstrip("+~").startswith(launcher)]
     main()

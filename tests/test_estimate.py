@@ -55,6 +55,20 @@ def test_a_mistake_is_one_line(script):  # noqa: F811
     assert err == "error: compression must be in [0, 1); got 2\n"
 
 
+def test_what_a_sweep_would_refuse_has_no_estimate(script):  # noqa: F811
+    status, out, err = script("estimate", "-m", *SMALL, "method=baseline", "seed=0,-1")
+    assert status == 1
+    assert "about" not in out
+    assert re.search(r"error: .*seed=-1: seed must be in", err)
+
+
+def test_a_launcher_may_be_named_in_any_way(script):  # noqa: F811
+    launcher = ["hydra/launcher=several", "++hydra.launcher.n_jobs=2", "+hydra.launcher.mine.too=3"]
+    status, out, err = script("estimate", "-m", *SMALL, "method=baseline", *launcher)
+    assert status == 0, err
+    assert "1 run, 0 done, 1 to do" in out
+
+
 def test_the_sum():
     assert Row("vanilla", 0.5, runs=2, epochs=30, attacks=2, pace=Pace(10, 7)).seconds == 314
     assert Row("vanilla", 0.5, runs=2, done=2).seconds == 0

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,6 +168,92 @@ def test_what_is_in_the_way_of_a_run_costs_no_other(script, tmp_path):
     assert "Traceback" not in out + err
 
 
+def _link(path):
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    path.symlink_to("/nonexistent/scratch")
+
+
+def _corrupt(path, key, value):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+
+def _interrupt_and_link(run, name):
+    _corrupt(run / "run.json", "status", "interrupted")
+    _link(run / name)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_link, "is no directory: move it away"),
+        (lambda run: _interrupt_and_link(run, "train.log"), "train.log can't be written"),
+        (lambda run: _interrupt_and_link(run, ".hydra/config.yaml"), "config.yaml can't be written"),
+        (lambda run: _corrupt(run / "run.json", "images", None), "is not a run's record: remove it"),
+        (lambda run: _corrupt(run / "run.json", "attempts", "x"), "is not a run's record: remove it"),
+        (lambda run: (run / "run.json").write_text('{"status": "done"}'), "is no whole record: remove it"),
+        (lambda run: [(run / "evaluation.csv").unlink(), (run / "evaluation.csv").mkdir()], "cannot be read"),
+    ],
+    ids=["link", "log", "hydra", "images", "attempts", "bare", "directory"],
+)
+def test_a_damaged_run_costs_no_other(damage, said, script, tmp_path):
+    arguments = ["-m", *SMALL, "method=baseline", "study=a"]
+    assert script("train", *arguments, "seed=0,1")[0] == 0
+    study = tmp_path / "runs" / "a"
+    (run,) = study.glob("*-s0-*")
+    damage(run)
+    status, out, err = script("train", *arguments, "seed=0,1,2")
+    assert status == 1
+    assert "3 runs: 1 done, 1 skipped, 1 failed" in out
+    assert re.search(rf"failed  Baseline, seed 0: .*{re.escape(said)}", out)
+    assert "Traceback" not in out + err
+
+
+def test_what_a_launcher_trips_over_costs_no_other(script, tmp_path, monkeypatch):
+    """It raises before the run's own code is reached."""
+    launcher = Plugins.instance().class_name_to_class[
+        "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+    ]
+    launch = launcher.launch
+
+    def trip(self, overrides, **options):
+        for job in overrides:
+            if "seed=1" in job:
+                raise FileExistsError("here")
+            launch(self, [job], **options)
+        return []
+
+    monkeypatch.setattr(launcher, "launch", trip)
+    status, out, err = script("train", "-m", *SMALL, "method=baseline", "study=a", "seed=0,1,2")
+    assert status == 1
+    assert "3 runs: 2 done, 1 not started" in out
+    assert "error: the launcher failed (FileExistsError: here)" in err
+
+
+def test_a_start_that_failed_is_not_told_as_the_one_before(script, tmp_path, monkeypatch):
+    arguments = ["-m", *SMALL, "method=baseline", "study=a"]
+    assert script("train", *arguments)[0] == 0
+    (run,) = (tmp_path / "runs" / "a").glob("lenet5-*")
+    _corrupt(run / "run.json", "status", "interrupted")
+    _corrupt(run / "run.json", "reason", "interrupted by signal 15")
+    checkpoint = run / "checkpoint.pt"
+    monkeypatch.setattr("condlr.sweep.call_apart", lambda *a: (_ for _ in ()).throw(UserError("no process")))
+    assert checkpoint.exists()
+    status, out, _ = script("train", *arguments)
+    assert status == 1
+    assert "1 failed\n  failed  Baseline, seed 0: no process" in out
+
+
+def test_a_sweep_over_nothing_is_a_mistake(script):
+    complains(script("train", "-m", *SMALL, "seed=range(3,0)"), "these values make no run: .*range")
+
+
+def test_a_damaged_plan_says_what_to_do(script, tmp_path):
+    arguments = ["-m", *SMALL, "method=baseline", "study=a"]
+    assert script("train", *arguments)[0] == 0
+    (tmp_path / "runs" / "a" / "planned.csv").write_bytes(b"run_id,label\nx\n")
+    complains(script("train", *arguments), "planned.csv is damaged.*remove it, and a sweep writes it again")
+
+
 def test_several_attacks_of_one_run_are_all_made(script, tmp_path):
     few = ["attack.images=40", "attack.eps=[0.1]"]
     arguments = ["-m", *SMALL, *few, "method=baseline,vanilla", "compression=0.5", "study=a"]
@@ -193,6 +280,7 @@ def test_the_reason_of_this_start_is_told(script, tmp_path):
 
 def test_a_run_of_a_dead_process_of_another_machine_is_no_success(script, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "_SIGN", 1.0)
+    monkeypatch.setattr(jobs, "SILENCE", 1.0)
     arguments = ["-m", *SMALL, "method=baseline", "study=a"]
     assert script("train", *arguments)[0] == 0
     (path,) = (tmp_path / "runs" / "a").glob("*/run.json")
@@ -209,6 +297,50 @@ def test_a_run_of_a_dead_process_of_another_machine_is_no_success(script, tmp_pa
     assert "its process died without a word" in out
     assert Run(path.parent).status == "failed"
     assert not foreign.exists()
+
+
+def test_a_run_that_lives_on_a_machine_of_another_clock_is_left_to_it(script, tmp_path, monkeypatch):
+    """Its signs of life are ten minutes old by the clock here, and it is at work."""
+    monkeypatch.setattr(jobs, "_SIGN", 1.0)
+    arguments = ["-m", *SMALL, "method=baseline", "study=a"]
+    assert script("train", *arguments)[0] == 0
+    (path,) = (tmp_path / "runs" / "a").glob("*/run.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "running"}))
+    foreign, stop = path.with_name("lock-node7-deadbeef-12345-678"), threading.Event()
+    foreign.touch()
+
+    def beat():
+        while not stop.wait(0.2):
+            os.utime(foreign, (time.time() - 600,) * 2)
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        status, out, _ = script("train", *arguments)
+    finally:
+        stop.set()
+        beating.join()
+    assert status == 0
+    assert "1 at work elsewhere" in out
+    assert foreign.exists() and Run(path.parent).status == "running"
+
+
+def test_who_takes_a_run_at_the_last_moment_keeps_it(tmp_path):
+    """A requeued job begins after everybody was looked for."""
+    config = SimpleNamespace(directory=tmp_path / "s" / "r", run_id="r")
+    job = SimpleNamespace(
+        config=config, run=Run(config.directory), closed=False, obstacle="", attempts=2,
+        log=config.directory / "train.log",
+    )  # fmt: skip
+    config.directory.mkdir(parents=True)
+    heard, silent = jobs.watch([job])
+    assert not heard and not silent
+    job.run.note(status="running")
+    late = config.directory / "lock-node7-deadbeef-12345-678"
+    late.touch()
+    (found,) = jobs.outcomes([job], {id(job): jobs.Start(1, 0)}, heard, silent)
+    assert found.state == "elsewhere"
+    assert late.exists() and job.run.status == "running"
 
 
 def test_a_death_is_noted_without_waiting_for_anybody(tmp_path):

@@ -1,5 +1,6 @@
 """What came of a sweep, for the terminal."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 
@@ -21,7 +22,8 @@ def print_outcomes(outcomes: Sequence[Outcome], studies: str) -> None:
         if outcome.state in ("done", "skipped"):
             continue
         reason = f": {outcome.reason.splitlines()[0]}" if outcome.reason else ""
-        log = f"; log: {outcome.job.log}" if outcome.job.log.exists() else ""
+        told = os.path.exists(outcome.job.log)  # noqa: PTH110 (Path's may raise)
+        log = f"; log: {outcome.job.log}" if told else ""
         state = _WORDS.get(outcome.state, outcome.state)
         console.print(f"  [bold]{state}[/]  {escape(_title(outcome.job) + reason + log)}")
 
