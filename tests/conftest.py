@@ -9,6 +9,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # also of the programs they start
 import pytest
 import torch
 
+import condlr.cli  # noqa: F401  (what makes the sweeper of our configs known to Hydra)
+
 torch.set_num_threads(1)
 
 # What layers were timed at is kept for the tests alone, also by the programs they start.
