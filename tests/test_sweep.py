@@ -182,29 +182,29 @@ def _interrupt_and_link(run, name):
     _link(run / name)
 
 
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (_link, "is no directory: move it away"),
-        (lambda run: _interrupt_and_link(run, "train.log"), "train.log can't be written"),
-        (lambda run: _interrupt_and_link(run, ".hydra/config.yaml"), "config.yaml can't be written"),
-        (lambda run: _corrupt(run / "run.json", "images", None), "is not a run's record: remove it"),
-        (lambda run: _corrupt(run / "run.json", "attempts", "x"), "is not a run's record: remove it"),
-        (lambda run: (run / "run.json").write_text('{"status": "done"}'), "is no whole record: remove it"),
-        (lambda run: [(run / "evaluation.csv").unlink(), (run / "evaluation.csv").mkdir()], "cannot be read"),
-    ],
-    ids=["link", "log", "hydra", "images", "attempts", "bare", "directory"],
-)
-def test_a_damaged_run_costs_no_other(damage, said, script, tmp_path):
+DAMAGES = [
+    (_link, "is no directory: move it away"),
+    (lambda run: _interrupt_and_link(run, "train.log"), "train.log can't be written"),
+    (lambda run: _interrupt_and_link(run, ".hydra/config.yaml"), "config.yaml can't be written"),
+    (lambda run: _corrupt(run / "run.json", "images", None), "is not a run's record: remove it"),
+    (lambda run: _corrupt(run / "run.json", "attempts", "x"), "is not a run's record: remove it"),
+    (lambda run: (run / "run.json").write_text('{"status": "done"}'), "is no whole record: remove it"),
+    (lambda run: [(run / "evaluation.csv").unlink(), (run / "evaluation.csv").mkdir()], "cannot be read"),
+]
+
+
+def test_damaged_runs_cost_no_other(script, tmp_path):
     arguments = ["-m", *SMALL, "method=baseline", "study=a"]
-    assert script("train", *arguments, "seed=0,1")[0] == 0
-    study = tmp_path / "runs" / "a"
-    (run,) = study.glob("*-s0-*")
-    damage(run)
-    status, out, err = script("train", *arguments, "seed=0,1,2")
+    seeds = ",".join(map(str, range(len(DAMAGES) + 1)))
+    assert script("train", *arguments, f"seed={seeds}")[0] == 0
+    for seed, (damage, _) in enumerate(DAMAGES):
+        (run,) = (tmp_path / "runs" / "a").glob(f"*-s{seed}-*")
+        damage(run)
+    status, out, err = script("train", *arguments, f"seed={seeds},{len(DAMAGES) + 1}")
     assert status == 1
-    assert "3 runs: 1 done, 1 skipped, 1 failed" in out
-    assert re.search(rf"failed  Baseline, seed 0: .*{re.escape(said)}", out)
+    assert "9 runs: 1 done, 1 skipped, 7 failed" in out
+    for seed, (_, said) in enumerate(DAMAGES):
+        assert re.search(rf"failed  Baseline, seed {seed}: .*{re.escape(said)}", out), seed
     assert "Traceback" not in out + err
 
 
