@@ -392,6 +392,8 @@ def test_a_sweep_in_chaos_ends_as_if_it_had_been_left_alone(tmp_path):
 def play(chaos):
     """What happens, in order."""
     chaos.kill_runs(RUNS)
+    while sum((run / "checkpoint.pt").exists() for run in chaos.unfinished()) < 2:
+        chaos.kill_runs(2)  # all too early, until there are two to damage
     chaos.leave_stale_things()
     for kind in KINDS[:2]:
         assert chaos.damage(kind, "while all is stopped")
