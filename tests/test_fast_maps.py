@@ -219,6 +219,29 @@ def test_the_iterations_of_matrix_products():
     assert not _fast.is_orthonormal(_fast.polar_factor(torch.diag(torch.tensor([1.0, 1e-4]))))
 
 
+@pytest.mark.parametrize(("n", "r"), [(5, 3), (900, 250), (4000, 65), (1700, 128), (460, 460)])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_symmetric_products(n, r, by_columns):
+    Y = torch.randn(n, r)
+    found = _fast.gram(Y.mT.contiguous().mT if by_columns else Y)
+    expected = Y.double().mT @ Y.double()
+    assert distance(found, expected) <= 1e-6
+    assert ((found - expected).abs() <= 1e-5 * n).all()
+    assert n * r < 200_000 or torch.equal(found, found.mT)
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0])
+def test_a_large_matrix_is_retracted(size):
+    """One of which half of Y^T Y is computed."""
+    Y = after_a_step(1200, 200, size)
+    for found, exact in (
+        (stiefel.cholesky_qr(Y.float()), stiefel.qr),
+        (stiefel.fast_polar(Y.float()), stiefel.polar),
+    ):
+        assert distance(found, exact(Y)) <= IN_LOOP
+        assert stiefel.orthonormality_error(found) <= 5e-6
+
+
 @pytest.mark.parametrize("r", [6, 200])
 def test_results_lie_in_memory_as_their_input(r):
     Y = after_a_step(300, r, 0.1).float()

@@ -17,6 +17,8 @@ CONDITION_LIMIT = 64.0
 
 # From this size on LAPACK solves with a triangular matrix faster than it inverts it to multiply.
 _LARGE = 128
+# So many rows of a symmetric product are computed at once, where the matrix has at least so many entries.
+_STRIP, _WORTHWHILE = 64, 200_000
 
 # Minimax odd quintics a x + b x^3 + c x^5 on [l, u], each on the range of the one before (Amsel et al., arXiv
 # 2505.16932), then Newton and Schulz's, which cubes the error.
@@ -72,6 +74,23 @@ def identity_like(A: Tensor) -> Tensor:
     return identity(A.shape[-1], A.dtype, A.device)
 
 
+def gram(Y: Tensor) -> Tensor:
+    """Y^T Y, (..., r, r); of a large matrix on a CPU little more than the lower triangle is computed.
+
+    That is the symmetric rank-k update of the BLAS, which PyTorch does not offer: for r = 256 in strips of 64
+    rows 10 of 16 blocks, and 0.72 of the time.
+    """
+    r = Y.shape[-1]
+    if Y.is_cuda or Y.ndim > 2 or r <= _STRIP or Y.numel() < _WORTHWHILE:
+        return Y.mT @ Y
+    product = Y.new_empty(r, r)
+    for i in range(0, r, _STRIP):
+        rows = slice(i, i + _STRIP)
+        product[rows, : i + _STRIP] = Y[:, rows].mT @ Y[:, : i + _STRIP]
+        product[:i, rows] = product[rows, :i].mT
+    return product
+
+
 def orthonormalize(Ys: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | bool]]:
     """Y L^{-T} with Y^T Y = L L^T, laid out as Y, and whether its columns surely are orthonormal, (...).
 
@@ -81,7 +100,7 @@ def orthonormalize(Ys: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | bool]]:
     Args:
         Ys: matrices (..., n, r), or batches of one length, of one r: what is r x r is computed together.
     """
-    grams = torch.stack([Y.mT @ Y for Y in Ys])
+    grams = torch.stack([gram(Y) for Y in Ys])
     factors, infos = torch.linalg.cholesky_ex(grams)
     identity = identity_like(grams)
     near = not grams.is_cuda and float(torch.dist(grams, identity)) <= 0.5

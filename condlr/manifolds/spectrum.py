@@ -100,7 +100,7 @@ def fast_project(S: Tensor, tau: float, kind: str = "rms") -> Triplet | None:
         The projected matrix, to 2e-6 of |S| in float32; None for an S that is to be left to `project`.
     """
     one_of("centre", kind, CENTRES)
-    eigenvalues, Q = eigh(S.mT @ S)
+    eigenvalues, Q = eigh(_fast.gram(S))
     squares = eigenvalues.tolist()  # a number costs less than a tensor of one
     if not _fast.are_well_conditioned(squares, S.dtype):
         return None

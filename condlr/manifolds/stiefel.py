@@ -87,7 +87,7 @@ def fast_polar(Y: Tensor) -> Tensor:
     if Y.is_cuda:
         Q = _fast.polar_factor(Y)
         return _fast.fall_back(_fast.is_orthonormal(Q), Q, lambda: polar(Y))
-    eigenvalues, P = eigh(Y.mT @ Y)
+    eigenvalues, P = eigh(_fast.gram(Y))
     squares = eigenvalues.flatten().tolist()
     if not _fast.are_well_conditioned(squares, Y.dtype, Y.shape[-2]):
         return polar(Y)
