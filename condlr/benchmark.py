@@ -333,7 +333,7 @@ def collect_many(count: int, study: Path) -> dict[str, float]:
 
 
 def file_name(device: torch.device) -> str:
-    """The device, as a name for files: `amd-epyc-2-threads`, `nvidia-h200`."""
+    """The device, as a name for files: `amd-epyc-family-26-model-2-2-threads`, `nvidia-h200`."""
     return re.sub(r"[^a-z0-9]+", "-", machine.name(device).lower()).strip("-")
 
 

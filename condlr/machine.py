@@ -13,7 +13,7 @@ def name(device: torch.device) -> str:
     """The GPU, or the processor and the threads that are used of it: what a measured time depends on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()} {torch.get_num_threads()} threads"
+    return f"{_processor()}, {torch.get_num_threads()} threads"
 
 
 def busy() -> bool:
@@ -26,9 +26,13 @@ def busy() -> bool:
 
 @cache
 def _processor() -> str:
+    """Its name; on virtual machines, which may call all of a make alike, with its family and model."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    known = {key: value.strip() for key, value in re.findall(r"^([\w ]+?)\s*:(.*)$", text, re.MULTILINE)}
+    found = known.get("model name") or platform.processor() or platform.machine()
+    if not re.search(r"\d", found) and "cpu family" in known:
+        found += f" family {known['cpu family']} model {known.get('model')}"
+    return found
