@@ -1,5 +1,7 @@
 """The mistakes a user can make, told apart from the mistakes of this program."""
 
+from numbers import Real
+
 
 class UserError(Exception):
     """Something the user can put right: one line that says what is wrong and what to do.
@@ -41,7 +43,7 @@ def one_of(name: str, value: object, choices: "tuple[object, ...]") -> None:
 
 def in_range(name: str, value: float, low: float, high: float, *, half_open: bool = False) -> None:
     """Raise `ValueError` unless low <= value <= high (< high when `half_open`). NaN is refused."""
-    if not isinstance(value, int | float):
+    if not isinstance(value, Real):
         raise ValueError(f"{name} must be a number; got {value!r}")
     if not low <= value <= high or (half_open and value == high):
         bracket = ")" if half_open or high == float("inf") else "]"

@@ -120,9 +120,14 @@ def factorize(
             )
     if ranks is None:
         ranks = Scheme(compression, rank_rule, classifier, init).ranks(model, exclude)
+    elif both := [name for name in ranks if _excluded(name, exclude)]:
+        raise ValueError(f"{', '.join(both)} has a rank and is excluded")
     one_of("init", init, INITS)
     if not ranks:
-        raise ValueError("this network has no linear or convolution layer that can be factored")
+        raise ValueError(
+            "this network has no linear or convolution layer that can be factored, "
+            "and is neither excluded nor low-rank already"
+        )
 
     model = copy.deepcopy(model)
     candidates = dict(_candidates(model))
@@ -155,11 +160,23 @@ def export(model: nn.Module, form: str = "smallest") -> nn.Module:
         model: a network with low-rank layers.
         form: `dense` multiplies each weight out; `factored` makes each layer two plain ones, V^T and
             then U S; `smallest` takes for each layer the one of the two with fewer weights.
+
+    Two plain layers have no `weight`. A network that reads its layers' weights instead of calling them (a
+    Swin Transformer) needs `form="dense"`; layers of `nn.TransformerEncoderLayer`, which does so in
+    evaluation, are dense in any form.
     """
     one_of("form", form, ("smallest", "dense", "factored"))
     model = copy.deepcopy(model)
+    whole = {
+        layer for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer) for layer in m.children()
+    }
     return _replace(
-        model, {layer: _plain(layer, form) for layer in model.modules() if isinstance(layer, LowRank)}
+        model,
+        {
+            layer: _plain(layer, "dense" if layer in whole else form)
+            for layer in model.modules()
+            if isinstance(layer, LowRank)
+        },
     )
 
 
@@ -279,7 +296,7 @@ def _plain(layer: LowRank, form: str) -> nn.Module:
     left, right = double.left, double.V.mT
     factored = form == "factored" or (form == "smallest" and r * (n + m) < n * m)
     has_bias = layer.bias is not None
-    kind = {"device": layer.U.device, "dtype": layer.U.dtype}
+    kind = {"device": "meta", "dtype": layer.U.dtype}  # where no random numbers are drawn
     weights = [right, left] if factored else [left @ right]
     if isinstance(layer, LowRankConv2d):
         window = layer.kernel_size, layer.stride, layer.padding, layer.dilation
@@ -296,10 +313,14 @@ def _plain(layer: LowRank, form: str) -> nn.Module:
         parts = [nn.Linear(m, r, bias=False, **kind), nn.Linear(r, n, bias=has_bias, **kind)]
     else:
         parts = [nn.Linear(m, n, bias=has_bias, **kind)]
+    trained = any(p.requires_grad for p in (layer.U, layer.S, layer.V) if p is not None)
     with torch.no_grad():
         for part, weight in zip(parts, weights, strict=True):
+            part.to_empty(device=layer.U.device)
             part.weight.copy_(weight.reshape(part.weight.shape))
+            part.weight.requires_grad_(trained)
         if layer.bias is not None and parts[-1].bias is not None:
             parts[-1].bias.copy_(layer.bias)
+            parts[-1].bias.requires_grad_(layer.bias.requires_grad)
     plain = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
     return plain.train(layer.training)

@@ -342,6 +342,39 @@ def test_a_frozen_factor_stays_and_the_others_are_held():
     constraint.check()
 
 
+@pytest.mark.parametrize("preconditioner", ["exact", "released_code"])
+def test_what_is_added_to_the_optimizer_later_is_held_as_well(preconditioner):
+    """A network whose layers are thawed one after the other."""
+    net = condlr.factorize(nn.Sequential(nn.Linear(9, 12), nn.Tanh(), nn.Linear(12, 7)), 0.3)
+    head, body = net[2], net[0]
+    body.requires_grad_(False)
+    head.U.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=LR, momentum=0.3)
+    constraint = condlr.constrain(optimizer, net, 0.2, preconditioner=preconditioner)
+    assert [*constraint.layers] == ["2"]
+    X, T = torch.randn(20, 9), torch.randn(20, 7)
+    for thawed in ([], [head.U], [*body.parameters()]):
+        for parameter in thawed:
+            parameter.requires_grad_(True)
+        if thawed:
+            optimizer.add_param_group({"params": thawed})
+        before = [p.detach().clone() for p in thawed]
+        descend(net, optimizer, X, T, 3)
+        assert not any(map(torch.equal, before, thawed))
+        constraint.check()
+    assert {*constraint.layers} == {"0", "2"}
+    assert constraint.audit()["orthonormality_error"] <= 1e-5 > stiefel.orthonormality_error(body.U)
+
+
+def test_factors_made_bfloat16_meanwhile_are_refused():
+    layer, X, T = problem(dtype=torch.float32)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=LR)
+    condlr.constrain(optimizer, layer)
+    layer.bfloat16()
+    with pytest.raises(ValueError, match="keep them in float32"):
+        descend(layer, optimizer, X.bfloat16(), T.bfloat16(), 1)
+
+
 def test_a_layer_is_constrained_once():
     layer, _, _ = problem()
     optimizer = torch.optim.SGD(layer.parameters(), lr=LR)

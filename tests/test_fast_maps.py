@@ -169,6 +169,17 @@ def test_projections_at_any_scale(name, scale):
     assert ((found - spectrum.project(S, 0.1)[0]).norm() / S.norm()).item() <= IN_LOOP
 
 
+@pytest.mark.parametrize("size", [0.01, 10, 20, 1e5, 1e15])
+@pytest.mark.parametrize("r", [1, 40])
+def test_projections_from_far_off_a_band_around_one(r, size):
+    """As after a step at an absurd learning rate."""
+    S = out_of_the_band(r, 0.1, 0.1) * size
+    for project in PROJECTIONS.values():
+        found = project(S.float(), 0.1, "one")
+        assert spectrum.condition_number(found) <= 1.1 * (1 + 1e-5)
+        assert distance(found, spectrum.project(S, 0.1, "one")[0]) <= 1e-5
+
+
 @pytest.mark.parametrize("spread", [8, 15, 20, 25, 40])
 @pytest.mark.parametrize("r", [16, 128, 256])
 def test_one_singular_value_far_off(r, spread):
@@ -240,6 +251,18 @@ def test_a_large_matrix_is_retracted(size):
     ):
         assert distance(found, exact(Y)) <= IN_LOOP
         assert stiefel.orthonormality_error(found) <= 5e-6
+
+
+@pytest.mark.parametrize(("n", "r"), [(100_001, 1), (300_000, 3), (250_000, 9), (60_000, 70)])
+@pytest.mark.parametrize("kind", stiefel.RETRACTIONS)
+def test_a_long_thin_matrix_is_retracted(n, r, kind):
+    """Whose columns a BLAS would sum one entry after the other: a layer of many outputs and few inputs."""
+    exact = {"qr": stiefel.qr, "polar": stiefel.polar}[kind]
+    Y = after_a_step(n, r, 0.1)
+    for value in (Y.float(), Y.float().mT.contiguous().mT):
+        (found,) = stiefel.retract([value], kind)
+        assert distance(found, exact(Y)) <= IN_LOOP
+        assert stiefel.orthonormality_error(found) <= 2e-6
 
 
 @pytest.mark.parametrize("r", [6, 200])

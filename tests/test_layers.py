@@ -221,6 +221,30 @@ def test_export_computes_the_same_with_plain_layers(form, core):
     assert all(isinstance(m, nn.Module) for m in plain.modules())
 
 
+@pytest.mark.parametrize("form", ["smallest", "factored"])
+def test_an_exported_transformer_computes_in_evaluation_too(form):
+    """Where PyTorch reads the weights of its linear layers and does not call them."""
+    net = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2, enable_nested_tensor=False
+    )
+    factored = condlr.factorize(net, 0.5).eval()
+    x = torch.randn(3, 5, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(condlr.export(factored, form)(x), factored(x), rtol=1e-4, atol=1e-5)
+
+
+def test_export_leaves_what_is_frozen_and_random_numbers_alone():
+    net = condlr.factorize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 10)), 0.5)
+    net[0].requires_grad_(False)
+    net[2].bias.requires_grad_(False)
+    before = torch.get_rng_state()
+    for form in ("dense", "factored"):
+        plain = condlr.export(net, form)
+        assert not any(p.requires_grad for p in plain[0].parameters())
+        assert {p.ndim for p in plain[2].parameters() if p.requires_grad} == {2}
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_the_released_start_has_a_gaussian_spectrum_for_convolutions():
     net = condlr.factorize(LeNet5(), 0.5, rank_rule="released_code", init="released_code")
     layers = low_rank_layers(net)
@@ -254,6 +278,10 @@ def test_a_gaussian_start_is_half_normal():
         (lambda net: condlr.factorize(net, 0.5, exclude=["head"]), "no linear or convolution layer is named"),
         (lambda net: condlr.factorize(net, ranks={"fc9": 2}), "no linear or convolution layer is named"),
         (lambda net: condlr.factorize(net, ranks={"*": 2}), "no linear or convolution layer is named"),
+        (
+            lambda net: condlr.factorize(net, ranks={"fc1": 2}, exclude="fc*"),
+            "fc1 has a rank and is excluded",
+        ),
         (lambda net: condlr.factorize(nn.ReLU(), 0.5), "no linear or convolution layer that can be"),
         (lambda net: condlr.factorize(net, ranks={"fc1": 501}), "the rank of a 500 x 800 matrix"),
         (lambda net: condlr.export(net, "onnx"), "form must be one of"),

@@ -15,6 +15,9 @@ CENTRES = ("rms", "mean", "one")
 
 Edge = TypeVar("Edge", Tensor, float)
 
+# A matrix of this size, or larger, is far above a band around 1.
+_FAR = 16.0
+
 
 def centre(sigma: Tensor, kind: str = "rms") -> Tensor:
     """The centre s of the band, for singular values `sigma` of shape (..., r).
@@ -120,7 +123,7 @@ def products_project(S: Tensor, tau: float, kind: str = "rms") -> Tensor:
         clip_{[a,b]}(H) = ((a + b) I + |H - a I| - |H - b I|) / 2, \quad |X| = X sign(X),
 
     by the polynomial iterations of `condlr.manifolds._fast`. A matrix whose polar factor they do not find
-    (cond(S) > 10) is left to `project`.
+    (cond(S) > 10), or one far above a band around 1, is left to `project`.
     """
     one_of("centre", kind, CENTRES)
     Q = _fast.polar_factor(S)
@@ -134,7 +137,10 @@ def products_project(S: Tensor, tau: float, kind: str = "rms") -> Tensor:
         low, high = band(s, tau)
         below, above = _fast.absolute(torch.stack([H - low * identity, H - high * identity]))
         fast = Q @ (((low + high) * identity + below - above) / 2)
-    return _fast.fall_back(_fast.is_orthonormal(Q), fast, lambda: project(S, tau, kind)[0])
+    good = _fast.is_orthonormal(Q)
+    if kind == "one":  # far above the band |H - a I| and |H - b I| have no digits in which to differ
+        good = good & (rms(S) <= _FAR)
+    return _fast.fall_back(good, fast, lambda: project(S, tau, kind)[0])
 
 
 def clip(S: Tensor, tau: float, kind: str = "rms") -> Tensor:

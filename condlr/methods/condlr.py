@@ -65,8 +65,9 @@ def constrain(
 
     Args:
         optimizer: holds the factors among its parameters; its step must be called without a closure.
-            The weight decay of SGD and AdamW has no effect on U and V, which the retraction normalises;
-            Adam's, which goes through its second moment, turns them: keep it off U and V.
+            Parameters that are added to it later are held from its next step on. Keep weight decay off U
+            and V: the retraction takes a multiple of U away again, but what has gone through a momentum
+            or Adam's second moment turns them (SGD, momentum 0.9: by 3 % of their way at 1e-2).
         model: a network with U S V^T layers (`condlr.factorize`). Factors U, V that are not orthonormal
             yet are made so here, without a change to W = U S V^T. S is left as it is until the
             first step. A factor that is not in the optimiser, or has no gradient, is left alone.
@@ -129,20 +130,13 @@ class Constraint:
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, options: Options):
         self.options = options
         self.optimizer = optimizer
-        self._held = {p for group in optimizer.param_groups for p in group["params"]}
-        self.layers = _constrained(model, self._held)
-        self._factors = {name: (y.U, _core(y), y.V) for name, y in self.layers.items()}
-        self._device = next(iter(self.layers.values())).U.device
+        self.layers: dict[str, LowRank] = {}
+        self._model = model
+        self._held: set[nn.Parameter] = set()
         self._moving: list[_Group] = []
         self._bases: dict[nn.Parameter, Tensor] = {}
-        self._require_alone()
-        if options.momentum == "before_projection":
-            _require_plain_sgd(optimizer)
-        for layer in self.layers.values():
-            _orthonormalize(layer)
-        if options.preconditioner == "released_code":
-            for name, layer in self.layers.items():
-                self._scales[name] = self._first_scale(layer)
+        self._take_hold()
+        self._device = next(iter(self.layers.values())).U.device
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -165,7 +159,7 @@ class Constraint:
     def check(self) -> dict[str, float]:
         """`audit`, and raise `ConstraintBreach` where it finds more than what is promised.
 
-        Of cond(S) something is promised once a step has moved it.
+        Of cond(S) something is promised once a step has moved it. An S that has vanished is a breach.
         """
         found, tau = self.audit(), self.options.tau
         limits = {
@@ -181,13 +175,29 @@ class Constraint:
                 )
         return found
 
-    def _require_alone(self) -> None:
+    def _take_hold(self) -> None:
+        """Hold the layers whose factors the optimiser has now."""
+        self._held = {p for group in self.optimizer.param_groups for p in group["params"]}
+        layers = _constrained(self._model, self._held)
+        new = {name: layer for name, layer in layers.items() if name not in self.layers}
+        self._require_alone(new)
+        if self.options.momentum == "before_projection":
+            _require_plain_sgd(self.optimizer)
+        for layer in new.values():
+            _orthonormalize(layer)
+        if self.options.preconditioner == "released_code":
+            for name, layer in new.items():
+                self._scales[name] = self._first_scale(layer)
+        self.layers |= new
+        self._factors = {name: (y.U, _core(y), y.V) for name, y in self.layers.items()}
+
+    def _require_alone(self, layers: dict[str, LowRank]) -> None:
         """Two constraints on one layer would precondition its gradients twice."""
         for hook in self.optimizer._optimizer_step_pre_hooks.values():
             other = getattr(hook, "__self__", None)
-            if isinstance(other, Constraint) and not {*other.layers.values()}.isdisjoint(
-                self.layers.values()
-            ):
+            if not isinstance(other, Constraint) or other is self:
+                continue
+            if not {*other.layers.values()}.isdisjoint(layers.values()):
                 raise ValueError("these layers are constrained already: remove() that constraint first")
 
     @property
@@ -214,6 +224,8 @@ class Constraint:
     def _before_step(self, optimizer, args, kwargs) -> None:
         if any(callable(argument) for argument in (*args, *kwargs.values())):
             raise ValueError("a constrained optimizer takes no closure: call backward() before step()")
+        if sum(len(group["params"]) for group in self.optimizer.param_groups) != len(self._held):
+            self._take_hold()
         self._moving = [*self._groups()]
         with strict(self._device):
             for group in self._moving:
@@ -247,6 +259,7 @@ class Constraint:
             if not any(moved):
                 continue
             U, S, V = factors
+            _require_float(name, U)
             key = (U.shape, V.shape, U.dtype, U.device, *moved) if U.is_cuda and not single else name
             group = groups.setdefault(key, _Group([], [], [], [], []))
             group.names.append(name)
@@ -421,13 +434,17 @@ def _constrained(model: nn.Module, held: set[nn.Parameter]) -> dict[str, LowRank
     }
     if not layers:
         raise ValueError(
-            "no U S V^T layer of this model is in the optimizer: factorize the model first, and make the "
-            "optimizer from the parameters of the network that factorize returned"
+            "no U S V^T layer of this model is in the optimizer: factorize the model first (core='full'), "
+            "and make the optimizer from the parameters of the network that factorize returned"
         )
     for name, layer in layers.items():
-        if layer.U.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"the factors of {name} are {layer.U.dtype}: keep them in float32, use autocast")
+        _require_float(name, layer.U)
     return layers
+
+
+def _require_float(name: str, U: Tensor) -> None:
+    if U.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the factors of {name} are {U.dtype}: keep them in float32, use autocast")
 
 
 def _group(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict:
