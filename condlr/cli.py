@@ -37,16 +37,18 @@ OmegaConf.register_new_resolver("condlr.scratch", lambda: _scratch(), replace=Tr
 
 
 def command(
-    config_name: str, at_end: Callable[[], None] = lambda: None
+    config_name: str, at_end: Callable[[], None] = lambda: None, sweeps: bool = False
 ) -> Callable[[Task], Callable[[], NoReturn]]:
     """Make `task` a program that is configured by `conf/<config_name>.yaml` and the command line.
 
-    `at_end` is called once when all runs of a sweep are through.
+    `at_end` is called once when all jobs of `-m` are through. With `sweeps` the sweeper says itself what came
+    of them.
 
-    A user's mistake ends in one line on stderr and exit status 1; in a sweep after the other runs, but
+    A user's mistake ends in one line on stderr and exit status 1; under `-m` after the other jobs, but
     for a config that cannot be. A signal ends in 128 + its number. HYDRA_FULL_ERROR=1 shows tracebacks.
     """
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    failed: list[str] = []
 
     def decorate(task: Task) -> Callable[[], NoReturn]:
         def guarded(config: DictConfig) -> None:
@@ -68,6 +70,7 @@ def command(
                     print(f"error: {line}", file=sys.stderr)
                 if not multirun:
                     sys.exit(1)
+                failed.append(" ".join(HydraConfig.get().overrides.task))
 
         guarded.__name__, guarded.__doc__, guarded.__module__ = task.__name__, task.__doc__, task.__module__
         main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)
@@ -77,6 +80,8 @@ def command(
             try:
                 main()
                 at_end()
+                if failed and not sweeps:
+                    raise UserError(f"see above: {len(failed)} of the jobs failed ({'; '.join(failed[:3])})")
             except Interrupted as stop:
                 _say_interrupted()
                 sys.exit(128 + stop.signum)
@@ -110,7 +115,7 @@ def _scratch() -> str:
 
 
 def _say_interrupted() -> None:
-    print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+    print("interrupted: the same command takes it up again", file=sys.stderr)
 
 
 def explain(error: BaseException) -> str | None:
@@ -123,8 +128,10 @@ def explain(error: BaseException) -> str | None:
         if isinstance(link, OSError) and not isinstance(link, HydraException):
             where = f": {link.filename}" if link.filename else ""
             full = link.errno in (errno.ENOSPC, errno.EDQUOT)
-            advice = "; make room, and the same command goes on" if full else ""
+            advice = "; make room, then give the same command again" if full else ""
             return f"{link.strerror or link}{where}{advice}"
+    if any(isinstance(link, MemoryError) or _no_memory(link) for link in chain):
+        return "there is not enough memory for this: a smaller batch needs less"
     if isinstance(error, InterpolationResolutionError) and not isinstance(chain[-1], OmegaConfBaseException):
         return None  # a bug of ours in a resolver
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -136,6 +143,13 @@ def explain(error: BaseException) -> str | None:
     if _raised_in(error).startswith("hydra."):  # which trips over `method=null` or `method=[1]`
         return f"the command line makes no config ({type(error).__name__}: {one_line(error)}); see --help"
     return None
+
+
+def _no_memory(error: BaseException) -> bool:
+    """Whether PyTorch was refused memory, which it says in words."""
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("allocate memory", "out of memory")
+    )
 
 
 def _raised_in(error: BaseException) -> str:

@@ -195,6 +195,10 @@ class Report:
     results_dir: str
     paper: str
 
+    def __post_init__(self) -> None:
+        if not Path(self.paper).is_dir() and Path(self.paper) != Path(self.results_dir) / "paper":
+            raise ValueError(f"paper={self.paper} is not a directory of published numbers")
+
     @property
     def directory(self) -> Path:
         """Where the study's results lie."""
@@ -238,7 +242,7 @@ class Benchmark:
         for compression in self.compressions:
             in_range("compressions", compression, 0, 1, half_open=True)
         in_range("tau", self.tau, 0, math.inf, half_open=True)
-        in_range("batch_size", self.batch_size, 1, math.inf)
+        in_range("batch_size", self.batch_size, 1, 2**20)
         in_range("repeats", self.repeats, 1, math.inf)
         in_range("collect", self.collect, 0, math.inf)
         one_of("precision", self.precision, PRECISIONS)
@@ -473,7 +477,7 @@ def _label(method: "Method", keys: Mapping[str, Any], protocol: Protocol) -> str
 
 def typed(schema: type[T], config: DictConfig) -> T:
     """A script's config as an instance of its schema."""
-    return _made(schema, _typed(schema, resolved(config)), "config")
+    return _made(schema, _typed(schema, resolved(config)), "")
 
 
 def choose(group: str, room: str, keys: Mapping[str, Any], base: type[T]) -> tuple[T, dict[str, Any]]:
@@ -546,4 +550,4 @@ def _made(kind: type[T], values: Mapping[str, Any], group: str) -> T:
     try:
         return kind(**values)
     except ValueError as error:
-        raise UserError(f"{group}.{error}") from None
+        raise UserError(f"{group}.{error}" if group else str(error)) from None

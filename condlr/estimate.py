@@ -12,7 +12,7 @@ from condlr.data.base import Data
 from condlr.engine import Trainer
 from condlr.errors import Diverged
 from condlr.evaluation import evaluate, first
-from condlr.examination import missing
+from condlr.examination import check_images, finished
 from condlr.loading import build, load_data, pick_device
 from condlr.runs import Run
 from condlr.workflow import choose_run_forms, describe, trainer_for
@@ -75,7 +75,7 @@ class Estimate:
         run = Run(config.directory)
         if run.status == "diverged":
             row.diverged += 1
-        elif run.status == "done" and not missing(run, config):
+        elif finished(run, config):
             row.done += 1
         else:
             if run.status != "done":
@@ -89,6 +89,7 @@ class Estimate:
 
     def _try(self, config: RunConfig) -> Pace:
         data = self._load(config)
+        check_images(config, data)
         trainer = trainer_for(config, build(config, data).to(data.train.pixels.device), data)
         self.device = describe(trainer.device)
         choose_run_forms(trainer, config)

@@ -186,13 +186,18 @@ def not_of_itself(run: Run, config: RunConfig) -> RunConfig:
     return config
 
 
-def source_of(run: Run, config: RunConfig, data: Data) -> nn.Module | None:
-    """The network that the attack's images are made on, if it is not the attacked one."""
-    name = config.attack.source
+def check_images(config: RunConfig, data: Data) -> None:
+    """Raise `UserError` where the attack asks for more images than there are."""
     try:
         first(data.test, config.attack.images)
     except ValueError as error:
         raise UserError(f"attack.{error}") from None
+
+
+def source_of(run: Run, config: RunConfig, data: Data) -> nn.Module | None:
+    """The network that the attack's images are made on, if it is not the attacked one."""
+    name = config.attack.source
+    check_images(config, data)
     if name is None:
         return None
     if name == "baseline":

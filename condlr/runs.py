@@ -53,7 +53,9 @@ class Run:
             info = json.loads(path.read_text())
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        except ValueError as error:
             raise UserError(f"{path} cannot be read ({error}): remove it to start the run again") from error
         if not isinstance(info, dict) or any(
             key in info and not isinstance(info[key], kind) for key, kind in _FACTS.items()
@@ -205,7 +207,8 @@ class Run:
 
     def read_table(self, name: str) -> list[dict[str, str]]:
         """The rows of history.csv or another table as text; none where there is no file."""
-        return read_csv(self.directory / name)
+        again = "remove it and evaluate again" if name in KEYS else "remove this run, or train it again"
+        return read_csv(self.directory / name, f": {again}")
 
     def add_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows to evaluation.csv or another of `KEYS`, in place of those of the same key."""
@@ -282,6 +285,9 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
         except (TypeError, ValueError) as error:
             where = path.with_name("history.csv")
             raise UserError(f"{where} is damaged ({error}): remove this run, or train it again") from error
+        if info["status"] == "done" and not history:
+            lost = path.with_name("history.csv")
+            raise UserError(f"{lost} is lost or empty: remove this run, or train it again")
         weights = info.get("weights", {})
         facts = {
             "status": info["status"],
@@ -370,7 +376,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write(path, buffer.getvalue().encode())
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
+def read_csv(path: Path, advice: str = "") -> list[dict[str, str]]:
     """The rows of a CSV file as text; none where there is no file."""
     try:
         with open(path, newline="") as file:
@@ -380,9 +386,9 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is damaged ({error})") from error
+        raise UserError(f"{path} is damaged ({error}){advice}") from error
     if len(set(map(len, lines))) > 1:
-        raise UserError(f"{path} is damaged: its lines have not as many fields as its header")
+        raise UserError(f"{path} is damaged (its lines have not as many fields as its header){advice}")
     return [dict(zip(lines[0], row, strict=False)) for row in lines[1:]]
 
 

@@ -44,6 +44,14 @@ def main(config: DictConfig) -> None:
             progress.update(task, description=text, completed=done, total=total)
 
         rows, facts = benchmark.measure(asked, device, show)
+        facts |= environment()
+        name = facts["device"]
+
+        def keep() -> None:
+            write_csv(out / f"{name}.csv", rows)
+            write(out / f"{name}.json", json.dumps(facts, indent=2).encode() + b"\n")
+
+        keep()  # whatever becomes of the rest
         with TemporaryDirectory(dir=out) as scratch:  # beside the results, for a disk as runs have
             if mnist is not None:
                 progress.update(task, description="epoch", total=None)
@@ -51,13 +59,9 @@ def main(config: DictConfig) -> None:
             if asked.collect:
                 progress.update(task, description="collect", total=None)
                 facts |= benchmark.collect_many(asked.collect, Path(scratch) / "study")
-    facts |= environment()
-    name = facts["device"]
-    write_csv(out / f"{name}.csv", rows)
-    write(out / f"{name}.json", json.dumps(facts, indent=2).encode() + b"\n")
+        keep()
     frame = pd.read_csv(out / f"{name}.csv")
     lines = report.table(frame)
-    write(out / f"{name}.md", report.markdown(lines, facts).encode())
     console = Console()
     console = console if console.is_terminal else Console(width=170)
     shown = Table(title=name, box=None, header_style="bold")
@@ -67,6 +71,7 @@ def main(config: DictConfig) -> None:
         shown.add_row(*line, end_section=line[3] == "CondLR, naive")
     console.print(shown)
     console.print(report.legend(facts))
+    write(out / f"{name}.md", report.markdown(lines, facts).encode())
     for path in report.figure(frame, facts, out):
         console.print(str(path))
 

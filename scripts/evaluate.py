@@ -49,6 +49,10 @@ def _runs(pattern: str) -> tuple[list[Run], list[str]]:
     matches = sorted(glob.glob(pattern))  # noqa: PTH207 (Path.glob takes no absolute patterns)
     found = [Run(Path(name)) for name in matches if (Path(name) / "config.yaml").exists()]
     if not found:
+        if not matches and glob.has_magic(pattern):
+            raise UserError(f"run={pattern}: there is nothing of such a name")
+        if len(matches) == 1:
+            pattern = matches[0]
         inside = f": give a run in it, or run='{pattern}/*'" if any(Path(pattern).glob("*/run.json")) else ""
         raise UserError(f"{pattern} is not a run{inside or ': it has no config.yaml'}")
     if len(found) == 1:

@@ -41,6 +41,7 @@ def tables_of_runs(asked: Report, console: "Console") -> dict[str, str]:
     from condlr.report import analysis, audit, comparisons, html, results, tables
     from condlr.report.latex import latex
     from condlr.report.markdown import markdown
+    from condlr.report.published import NUMBERS
     from condlr.report.terminal import print_sheet
     from condlr.report.training import training
 
@@ -56,6 +57,12 @@ def tables_of_runs(asked: Report, console: "Console") -> dict[str, str]:
     absent = results.left_out(cells)
     absent = f"Not in the tables: {absent}.\n" if absent else ""
     console.print(absent, end="", highlight=False)
+    if not Path(asked.paper).is_dir() and any(
+        pair in NUMBERS for pair in zip(cells.model, cells.dataset, strict=True)
+    ):
+        console.print(
+            f"Without the published numbers: there is no {asked.paper} (paper=DIRECTORY names them)"
+        )
     written = {
         "table.md": "\n".join([*map(markdown, sheets), absent]).rstrip("\n") + "\n",
         "table.tex": "\n".join(map(latex, sheets)),

@@ -1,6 +1,7 @@
 """The benchmark measures what it says, and says it in files that others can read."""
 
 import csv
+import errno
 import json
 
 import pytest
@@ -95,6 +96,18 @@ def test_operations_and_memory_are_counted():
     activations = 8 * 20 * 24 * 24 * 4
     # weights, momenta and gradients, and at least the first layer's activations; at most a few times those
     assert 3 * weights + activations < 1e6 * dense.peak_mb < 3 * weights + 10 * activations
+
+
+def test_what_was_measured_is_kept_whatever_becomes_of_the_rest(script, tmp_path, monkeypatch):  # noqa: F811
+    def full(count, study):
+        raise OSError(errno.ENOSPC, "No space left on device", str(study))
+
+    monkeypatch.setattr(benchmark, "collect_many", full)
+    small = ["networks=[lenet5]", "compressions=[]", "repeats=1", "batch_size=2", "epoch=false", "collect=3"]
+    complains(script("benchmark", *small), "No space left on device.*make room")
+    (path,) = (tmp_path / "results" / "benchmark").glob("*.csv")
+    assert [row["form"] for row in csv.DictReader(path.open())] == ["dense", "dense"]
+    assert json.loads(path.with_suffix(".json").read_text())["batch_size"] == 2
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from hydra.errors import MissingConfigException
 
 import condlr.cli  # registers the resolvers that conf/ uses
 from condlr import runs
+from condlr.cli import explain
 from condlr.config import CONF, check
 from condlr.data import cifar10
 from condlr.data.digits import Digits
@@ -541,8 +542,45 @@ def test_a_checkpoint_of_another_config_is_refused(script, tmp_path):
     complains(script("train", *SMALL, "study=two", "seed=1"), "checkpoint.pt is of another config")
 
 
+def test_a_finished_run_without_its_history_is_named(script, tmp_path):
+    script("train", *SMALL)
+    history = run_of(tmp_path) / "history.csv"
+    for damage in (Path.unlink, lambda path: path.write_text("garbage\n")):
+        damage(history)
+        complains(
+            script("collect", "study=default"),
+            r"history.csv is lost or empty: remove this run, or train it again",
+        )
+
+
+def test_jobs_of_other_scripts_fail_after_the_others_and_in_the_exit_status(script, tmp_path):
+    script("train", *SMALL)
+    assert script("collect", "study=default")[0] == 0
+    status, out, err = script("tables", "-m", "study=nowhere,default")
+    assert status == 1
+    assert "Traceback" not in out + err
+    assert "nowhere/cells.csv is missing" in out + err
+    assert err.splitlines()[-1] == "error: see above: 1 of the jobs failed (study=nowhere)"
+    assert (tmp_path / "results" / "default" / "table.md").exists()
+    assert script("tables", "-m", "study=default")[0] == 0
+
+
+def test_published_numbers_that_are_not_there(script):
+    script("train", *SMALL)
+    script("collect", "study=default")
+    complains(script("tables", "study=default", "paper=nowhere"), "paper=nowhere is not a directory")
+
+
+def test_memory_that_is_refused_is_one_line():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**15)
+    assert explain(caught.value) == "there is not enough memory for this: a smaller batch needs less"
+    assert explain(RuntimeError("shapes cannot be multiplied")) is None
+
+
 def test_evaluate_says_what_it_cannot_evaluate(script, tmp_path):
     complains(script("evaluate", "run=nowhere"), "nowhere is not a run: it has no config.yaml")
+    complains(script("evaluate", "run=nowhere/*"), r"run=nowhere/\*: there is nothing of such a name")
     complains(script("evaluate"), "run")
     script("train", *SMALL)
     run = run_of(tmp_path)

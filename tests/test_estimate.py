@@ -62,6 +62,17 @@ def test_what_a_sweep_would_refuse_has_no_estimate(script):  # noqa: F811
     assert re.search(r"error: .*seed=-1: seed must be in", err)
 
 
+def test_what_a_run_would_refuse_has_no_estimate(script):  # noqa: F811
+    status, _, err = script("estimate", *SMALL, "attack.images=100000")
+    assert (status, err) == (1, "error: attack.images=100000, but there are only 360\n")
+
+
+def test_a_transfer_from_the_run_itself_is_done_when_the_run_is(script):  # noqa: F811
+    run = [*SMALL, "method=baseline", "attack=transfer", "attack.steps=1", "attack.eps=[0.1]"]
+    assert script("train", *run)[0] == 0
+    assert "1 run, 1 done, 0 to do" in script("estimate", *run)[1]
+
+
 def test_a_launcher_may_be_named_in_any_way(script):  # noqa: F811
     launcher = ["hydra/launcher=several", "++hydra.launcher.n_jobs=2", "+hydra.launcher.mine.too=3"]
     status, out, err = script("estimate", "-m", *SMALL, "method=baseline", *launcher)

@@ -214,6 +214,7 @@ def test_the_experiment_has_the_settings_by_default():
         ("etas", [], "etas must not be empty"),
         ("etas", [0.1, -1], "etas must be in [0, inf); got -1"),
         ("steps", [0], "steps must be in [1, inf); got 0"),
+        ("weak_steps", 0, "weak_steps must be in [1, inf); got 0"),
         ("flows", ["turning"], "flows must be one of rotation, descent; got 'turning'"),
         ("horizon", math.inf, "horizon must be in [0, inf); got inf"),
         ("speed", "fast", "speed must be a number; got 'fast'"),

@@ -227,7 +227,7 @@ def test_an_exported_transformer_computes_in_evaluation_too(form):
     net = nn.TransformerEncoder(
         nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2, enable_nested_tensor=False
     )
-    factored = condlr.factorize(net, 0.5).eval()
+    factored = condlr.factorize(net, 0.5, exclude="*.self_attn.*").eval()
     x = torch.randn(3, 5, 16)
     with torch.no_grad():
         torch.testing.assert_close(condlr.export(factored, form)(x), factored(x), rtol=1e-4, atol=1e-5)

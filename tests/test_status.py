@@ -224,6 +224,13 @@ def test_a_dead_owner_is_named(tmp_path):
     )
 
 
+def test_a_study_of_one_damaged_run(tmp_path):
+    """Of which no row is known."""
+    run = make(tmp_path / "s", "baseline", 0, "done")
+    (run / "run.json").write_text("{")
+    assert "1 damaged" in printed(survey(tmp_path / "s"))
+
+
 @pytest.mark.parametrize(("silence", "state"), [(SILENCE - 20, "running"), (SILENCE + 20, "stalled")])
 def test_an_owner_elsewhere_is_believed_for_a_while(tmp_path, silence, state):
     held_elsewhere(make(tmp_path / "s", "baseline", 0, "running"), silence)

@@ -301,6 +301,13 @@ def test_a_result_depends_on_seed_and_images_alone(network, test_images):
     assert other["l2_relative"] != first["l2_relative"]
 
 
+def test_an_attack_needs_no_gradients_from_outside(network, test_images):
+    attack = Pgd([0.1], steps=2)
+    with torch.no_grad():
+        found = evaluate(network, test_images, attack)
+    assert found[0]["accuracy"] == evaluate(network, test_images, attack)[0]["accuracy"]
+
+
 def test_exactly_the_images_asked_for(network, test_images):
     rows = evaluate(network, test_images, Pgd([0.1], steps=2, images=37))
     direct = evaluate(network, test_images.take(slice(37)), Pgd([0.1], steps=2))

@@ -139,7 +139,7 @@ def test_a_pool_that_is_stopped_has_its_runs_write_their_checkpoints(tmp_path, n
     sweep.send_signal(number)
     status, out, err = finish(sweep)
     assert status == 128 + number
-    assert err.count("interrupted: the same command goes on from the last checkpoint") == 1
+    assert err.count("interrupted: the same command takes it up again") == 1
     assert {Run(run).status for run in runs} <= {"interrupted", "done"}
     assert not list((tmp_path / "runs").rglob("lock-*"))
     assert out.count("stopping after this batch") >= 1

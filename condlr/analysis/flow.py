@@ -75,8 +75,9 @@ class Settings:
         for name in ("flows", "etas", "steps"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
-        for name, value in (("steps", k) for k in (*self.steps, self.weak_steps)):
-            _whole(name, value, 1, math.inf)
+        for steps in self.steps:
+            _whole("steps", steps, 1, math.inf)
+        _whole("weak_steps", self.weak_steps, 1, math.inf)
         _whole("rank", self.rank, 2, math.inf)
         for name in ("n", "m"):
             _whole(name, getattr(self, name), 2 * self.rank, math.inf)

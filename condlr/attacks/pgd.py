@@ -116,7 +116,7 @@ class _Climb:
         with torch.set_grad_enabled(not last):
             logits = self.model(points)
             loss = self.loss(logits, self.labels[at])
-        gradient = None if last else torch.autograd.grad(loss.sum(), points)[0]
+            gradient = None if last else torch.autograd.grad(loss.sum(), points)[0]
         loss, fooled = loss.detach(), ~right(logits.detach(), self.labels[at])
         higher = (loss > self._highest[at]) | (fooled if self.stop else False)
         better = at[higher]

@@ -122,9 +122,9 @@ def _marks(axes: Axes, frame: pd.DataFrame, rows: list[tuple[Any, ...]], eps: fl
     places = {row_id: place for place, (_, _, row_id, _) in enumerate(rows)}
     clean = frame[frame["eps"].eq(0)].drop_duplicates("row_id")
     heights = clean["row_id"].map(places)
-    axes.plot(
-        clean["accuracy"], heights, "o", color="0.4", markerfacecolor="none", markersize=5, label="no attack"
-    )
+    if len(clean):
+        hollow = {"color": "0.4", "markerfacecolor": "none", "markersize": 5}
+        axes.plot(clean["accuracy"], heights, "o", label="no attack", **hollow)
     shapes, colours = cycle("Dsv^P*X"), cycle([*COLOURS.values()][1:])
     at = frame[frame["eps"].eq(eps)]
     # From many images to few, from weak attacks to strong ones
@@ -160,7 +160,7 @@ def _limit(axes: Axes, frame: pd.DataFrame) -> None:
     """Published lines far below ours leave the panel rather than squeeze it."""
     low, high = frame["accuracy"].min(), frame["accuracy"].max()
     bottom, top = axes.get_ylim()
-    axes.set_ylim(max(bottom, low - 0.25 * (high - low)), top)
+    axes.set_ylim(max(bottom, low - 0.25 * max(high - low, 0.02)), top)
     _style.percent(axes.yaxis)
 
 

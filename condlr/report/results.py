@@ -1,6 +1,7 @@
 """Collected cells as a frame of rows: means over seeds, beside what was published."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def done_runs(cells: pd.DataFrame) -> pd.Series:
 def order(labels: pd.Series) -> pd.Series:
     """The place of each label's method in the paper's tables; other methods come last."""
     places = {name: place for place, name in enumerate(_TITLES)}
-    return labels.str.partition("-")[0].map(places).fillna(len(places))
+    return labels.map(lambda label: places.get(label.partition("-")[0], len(places)))
 
 
 def _variants(done: pd.DataFrame) -> pd.Series:
@@ -164,10 +165,12 @@ def _variants(done: pd.DataFrame) -> pd.Series:
 def left_out(cells: pd.DataFrame) -> str:
     """What of a study its tables do not show: `CondLR τ=0.1 50 % seed 1 (diverged)`; empty if nothing."""
     unfinished = cells[cells["status"].ne("done")].drop_duplicates("run_id")
-    return ", ".join(
-        f"{title(run.label)} {100 * run.compression:g} % seed {run.seed} ({run.status})"
+    names = {
+        run.run_id: f"{title(run.label)} {100 * run.compression:g} % seed {run.seed} ({run.status})"
         for run in unfinished.itertuples()
-    )
+    }
+    alike = Counter(names.values())
+    return ", ".join(name if alike[name] == 1 else f"{name}: {run_id}" for run_id, name in names.items())
 
 
 def own(context: Mapping[str, object], cells: pd.DataFrame) -> pd.DataFrame:
