@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -136,6 +136,8 @@ def explain(error: BaseException) -> str | None:
         return None  # a bug of ours in a resolver
     if isinstance(error, HydraException | OmegaConfBaseException):
         line = one_line(error)
+        if isinstance(error, OverrideParseException):
+            return f"the argument {error.override!r} is no key=value that Hydra can read ({line})"
         lacking = re.search(r"Could not (?:load|find) 'hydra/launcher/(\w+)'", line)
         if lacking and lacking[1] in _EXTRAS:
             return f"this launcher is an extra: pip install 'condlr[{_EXTRAS[lacking[1]]}]'"

@@ -335,6 +335,15 @@ def test_the_audit_as_markdown():
     assert "zero gradients means" not in text, "only what was warned of is explained"
 
 
+def test_an_attack_on_fewer_seeds_than_another_says_so():
+    one = cells(attack="pgd50-margin")
+    one = one[one["seed"].eq(one["seed"].min()) | one["label"].eq("vanilla")]
+    compared = list(comparisons.by_attack(list(tables.tables(pd.concat([cells(), one]), PAPER))))
+    text = markdown(compared[-1].sheet)
+    assert "| CondLR τ=0.1 | 50 | 94.00 (1 of 2 seeds) | 93.00 ±1.41 |" in text
+    assert text.count("seeds)") == 1
+
+
 def test_attacks_of_one_strength_stand_side_by_side():
     stronger = cells(attack="pgd50x3-margin")
     stronger = stronger[stronger["eps"].eq(0.06) & stronger["label"].ne("vanilla")].assign(accuracy=0.5)

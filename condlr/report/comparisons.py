@@ -17,7 +17,7 @@ class Comparison:
 
     @property
     def sheet(self) -> Sheet:
-        """A column for each attack; an accuracy that an audit warns of is marked."""
+        """A column for each attack; marked is what an audit warns of, and what is of fewer seeds."""
         context = self.tables[0].context
         norm = norm_title(str(context["norm"]))
         caption = f"{setting(context)}: accuracy (%) at ε={self.eps:g} ({norm}), by attack"
@@ -26,14 +26,20 @@ class Comparison:
         known = [_by_row(table, self.eps) for table in self.tables]
         groups: dict[float, list[Row]] = {}
         for label, compression in _rows(known):
-            values = [self._value(lines.get((label, compression))) for lines in known]
+            lines = [of_attack.get((label, compression)) for of_attack in known]
+            most = max(line.cells[self.eps].seeds for line in lines if line is not None)
+            values = [self._value(line, most) for line in lines]
             row = Row(label, [Value(f"{100 * compression:g}"), *values])
             groups.setdefault(compression, []).append(row)
         notes = {audit_note(table.lines): None for table in self.tables}
         return Sheet(caption, columns, [*groups.values()], [" ".join(notes)])
 
-    def _value(self, line: Line | None) -> Value:
-        return Value("–" if line is None else f"{line.cells[self.eps].ours}{' †' if line.warnings else ''}")
+    def _value(self, line: Line | None, most: int) -> Value:
+        if line is None:
+            return Value("–")
+        cell = line.cells[self.eps]
+        fewer = f" ({cell.seeds} of {most} seeds)" if cell.seeds < most else ""
+        return Value(f"{cell.ours}{' †' if line.warnings else ''}{fewer}")
 
 
 def by_attack(made: Sequence[Table]) -> Iterator[Comparison]:
