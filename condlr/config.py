@@ -402,6 +402,13 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
             raise UserError(f"protocol.methods.{name}.{unknown[0]}: the method {name} has no such key")
     model, model_keys = choose("model", "models", values["model"], Architecture)
     dataset, dataset_keys = choose("dataset", "data", values["dataset"], Dataset)
+    if dataset.shape is not None:
+        try:
+            model.require(dataset.shape)
+        except ValueError as error:
+            raise UserError(
+                f"model={model_keys['name']} with dataset={dataset_keys['name']}: {error}"
+            ) from None
     attack_keys = {
         key: [value] if key in ("eps", "iterations") and isinstance(value, int | float) else value
         for key, value in values["attack"].items()

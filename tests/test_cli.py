@@ -111,10 +111,13 @@ def complains(result, pattern):
         (["attack.eps=[]"], "attack.eps is empty"),
         (["attack.eps=[0,2]"], "attack.eps must be in"),
         (["model.slope=-1"], "model.slope must be in"),
-        (["model=vgg16"], "vgg16 takes images of 32 x 32 pixels; these are 1 x 28 x 28"),
+        (
+            ["model=vgg16"],
+            "model=vgg16 with dataset=.*: vgg16 takes images of 32 x 32 pixels; these are 1 x 28 x 28",
+        ),
         (["model=vgg16", "model.dropout=1"], "model.dropout must be in"),
         (
-            ["dataset=cifar10", "dataset.download=false"],
+            ["dataset=cifar10", "model=vgg16", "dataset.download=false"],
             "CIFAR10 is not at hand.*data_batch_1",
         ),
         (["dataset.train_images=0"], "dataset.train_images must be in"),
@@ -569,6 +572,14 @@ def test_published_numbers_that_are_not_there(script):
     script("train", *SMALL)
     script("collect", "study=default")
     complains(script("tables", "study=default", "paper=nowhere"), "paper=nowhere is not a directory")
+
+
+def test_a_sweep_does_not_begin_if_a_model_takes_no_such_images(script, tmp_path):
+    result = script("train", "-m", *SMALL, "dataset=digits,cifar10")
+    complains(
+        result, "model=lenet5 with dataset=cifar10: lenet5 takes images of 1 x 28 x 28; these are 3 x 32 x 32"
+    )
+    assert not (tmp_path / "runs").exists()
 
 
 def test_memory_that_is_refused_is_one_line():

@@ -49,6 +49,7 @@ _KINDS = {3: "images", 1: "labels"}
 class Idx(Dataset):
     """28 x 28 grey images of ten classes in four IDX files, `<root>/<folder>/raw/`, plain or .gz."""
 
+    shape = (1, 28, 28)
     folder: ClassVar[str]
 
     @override

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -143,9 +144,12 @@ class Dataset(ABC):
     """A dataset's options, the keys of `conf/dataset/<name>.yaml`, and how it is loaded.
 
     Attributes:
+        shape: (channels, height, width) of its images; None where only the files say.
         download: fetch missing files through torchvision.
         train_images, test_images: use only the first so many, for a quick trial; None is all.
     """
+
+    shape: ClassVar[tuple[int, int, int] | None] = None
 
     download: bool = True
     train_images: int | None = None

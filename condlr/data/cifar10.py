@@ -46,6 +46,8 @@ class Cifar10(Dataset):
         standardize: networks standardise their input by the channels' mean and deviation, inside.
     """
 
+    shape = (3, 32, 32)
+
     standardize: bool = True
 
     @override

@@ -20,6 +20,8 @@ class Digits(Dataset):
     A fixed fifth (360 images) is the test set, the same for every seed.
     """
 
+    shape = (1, 28, 28)
+
     @override
     def load(self, root: Path) -> Data:
         try:

@@ -87,9 +87,13 @@ class VggOptions(Architecture):
         in_range("batch_norm_momentum", self.batch_norm_momentum, 0, 1)
 
     @override
-    def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    def require(self, shape: tuple[int, int, int]) -> None:
         if shape[1:] != (_SIZE, _SIZE):
             size = " x ".join(map(str, shape))
             raise ValueError(f"vgg{self.depth} takes images of 32 x 32 pixels; these are {size}")
+
+    @override
+    def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
+        self.require(shape)
         options = self.slope, self.dropout, self.batch_norm_momentum
         return Vgg(STAGES[self.depth], shape[0], classes, *options)

@@ -41,10 +41,9 @@ def standardized(
 class Architecture(ABC):
     """A network's options, the keys of `conf/model/<name>.yaml`, and how it is built from them."""
 
+    def require(self, shape: tuple[int, int, int]) -> None:  # noqa: B027 (most networks take any image)
+        """Raise `ValueError` if the network cannot take images of `shape` (channels, height, width)."""
+
     @abstractmethod
     def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
-        """The network for images of `shape` (channels, height, width), in PyTorch's default init.
-
-        Raises:
-            ValueError: the network cannot take such images.
-        """
+        """The network for images of a `shape` that it can take, in PyTorch's default init."""

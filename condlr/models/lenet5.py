@@ -51,7 +51,11 @@ class LeNet5Options(Architecture):
         in_range("slope", self.slope, 0, 1)
 
     @override
-    def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    def require(self, shape: tuple[int, int, int]) -> None:
         if shape != (1, 28, 28):
             raise ValueError(f"lenet5 takes images of 1 x 28 x 28; these are {' x '.join(map(str, shape))}")
+
+    @override
+    def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
+        self.require(shape)
         return LeNet5(classes, self.slope)
