@@ -136,6 +136,8 @@ def factorize(
         if name not in candidates:
             raise ValueError(f"{name} cannot be factored: {_obstacle(model.get_submodule(name), model)}")
         dense = candidates[name]
+        if not dense.weight.is_meta and not dense.weight.isfinite().all():
+            raise ValueError(f"the weight of {name} is not finite: it has no singular values")
         kind = LowRankConv2d if isinstance(dense, nn.Conv2d) else LowRankLinear
         layer = made[dense] = kind.like(dense, rank, core)  # type: ignore[arg-type]
         if init == "released_code" and isinstance(layer, LowRankConv2d):
@@ -196,13 +198,13 @@ class Size:
 
     @property
     def train_compression(self) -> float:
-        """Measured compression of the network in training."""
-        return 1 - self.trained / self.dense
+        """Measured compression of the network in training; 0 for one without weights."""
+        return 1 - self.trained / self.dense if self.dense else 0.0
 
     @property
     def deploy_compression(self) -> float:
-        """Measured compression of the exported network."""
-        return 1 - self.deployed / self.dense
+        """Measured compression of the exported network; 0 for one without weights."""
+        return 1 - self.deployed / self.dense if self.dense else 0.0
 
     def as_dict(self) -> dict[str, float]:
         """For run.json."""
@@ -238,8 +240,11 @@ def _obstacle(layer: nn.Module, model: nn.Module) -> str | None:
     weight = layer._parameters.get("weight")
     if weight is None:
         return "its weight is computed from other tensors"
-    owners = sum(any(p is weight for p in m._parameters.values()) for m in model.modules())
-    return "its weight is shared with another layer" if owners > 1 else None
+    for name, own in layer._parameters.items():
+        owners = sum(any(p is own for p in m._parameters.values()) for m in model.modules())
+        if own is not None and owners > 1:
+            return f"its {name} is shared with another layer"
+    return None
 
 
 def _candidates(model: nn.Module):

@@ -233,6 +233,28 @@ def test_an_exported_transformer_computes_in_evaluation_too(form):
         torch.testing.assert_close(condlr.export(factored, form)(x), factored(x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_shared_bias_stays_shared():
+    net = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 8))
+    net[2].bias = net[3].bias
+    with pytest.warns(UserWarning, match=r"left dense: 2 \(its bias is shared with another layer\), 3 "):
+        factored = condlr.factorize(net, 0.5)
+    assert factored[2].bias is factored[3].bias
+    assert [*low_rank_layers(factored)] == ["0"]
+
+
+def test_weights_that_are_not_finite_are_named():
+    net = LeNet5()
+    with torch.no_grad():
+        net.fc1.weight[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="the weight of fc1 is not finite"):
+        condlr.factorize(net, 0.5)
+
+
+def test_a_network_without_weights_has_no_compression():
+    size = condlr.measure(nn.ReLU())
+    assert (size.dense, size.train_compression, size.deploy_compression) == (0, 0.0, 0.0)
+
+
 def test_export_leaves_what_is_frozen_and_random_numbers_alone():
     net = condlr.factorize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 10)), 0.5)
     net[0].requires_grad_(False)
