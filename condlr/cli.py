@@ -130,7 +130,7 @@ def explain(error: BaseException) -> str | None:
             full = link.errno in (errno.ENOSPC, errno.EDQUOT)
             advice = "; make room, then give the same command again" if full else ""
             return f"{link.strerror or link}{where}{advice}"
-    if any(isinstance(link, MemoryError) or _no_memory(link) for link in chain):
+    if any(map(_no_memory, chain)):
         return "there is not enough memory for this: a smaller batch needs less"
     if isinstance(error, InterpolationResolutionError) and not isinstance(chain[-1], OmegaConfBaseException):
         return None  # a bug of ours in a resolver
@@ -148,10 +148,10 @@ def explain(error: BaseException) -> str | None:
 
 
 def _no_memory(error: BaseException) -> bool:
-    """Whether PyTorch was refused memory, which it says in words."""
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("allocate memory", "out of memory")
-    )
+    """Whether memory was refused, which PyTorch says in words."""
+    words = str(error)
+    said = "allocate memory" in words or "out of memory" in words
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
 
 
 def _raised_in(error: BaseException) -> str:

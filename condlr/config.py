@@ -484,7 +484,7 @@ def _label(method: "Method", keys: Mapping[str, Any], protocol: Protocol) -> str
 
 def typed(schema: type[T], config: DictConfig) -> T:
     """A script's config as an instance of its schema."""
-    return _made(schema, _typed(schema, resolved(config)), "")
+    return _made(schema, _typed(schema, resolved(config)))
 
 
 def choose(group: str, room: str, keys: Mapping[str, Any], base: type[T]) -> tuple[T, dict[str, Any]]:
@@ -553,7 +553,7 @@ def _missing(values: Mapping[Any, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def _made(kind: type[T], values: Mapping[str, Any], group: str) -> T:
+def _made(kind: type[T], values: Mapping[str, Any], group: str = "") -> T:
     try:
         return kind(**values)
     except ValueError as error:

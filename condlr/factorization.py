@@ -240,11 +240,9 @@ def _obstacle(layer: nn.Module, model: nn.Module) -> str | None:
     weight = layer._parameters.get("weight")
     if weight is None:
         return "its weight is computed from other tensors"
-    for name, own in layer._parameters.items():
-        owners = sum(any(p is own for p in m._parameters.values()) for m in model.modules())
-        if own is not None and owners > 1:
-            return f"its {name} is shared with another layer"
-    return None
+    everywhere = [p for m in model.modules() for p in {*m._parameters.values()} if p is not None]
+    shared = (name for name, own in layer._parameters.items() if sum(p is own for p in everywhere) > 1)
+    return next((f"its {name} is shared with another layer" for name in shared), None)
 
 
 def _candidates(model: nn.Module):

@@ -207,8 +207,7 @@ class Run:
 
     def read_table(self, name: str) -> list[dict[str, str]]:
         """The rows of history.csv or another table as text; none where there is no file."""
-        again = "remove it and evaluate again" if name in KEYS else "remove this run, or train it again"
-        return read_csv(self.directory / name, f": {again}")
+        return read_csv(self.directory / name, f": {_mended(name)}")
 
     def add_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows to evaluation.csv or another of `KEYS`, in place of those of the same key."""
@@ -222,7 +221,12 @@ class Run:
             return {_key(row, name): row for row in rows}
         except KeyError as error:
             path = self.directory / name
-            raise UserError(f"{path} is damaged (no column {error}): remove it and evaluate again") from error
+            raise UserError(f"{path} is damaged (no column {error}): {_mended(name)}") from error
+
+
+def _mended(name: str) -> str:
+    """How a run comes by a sound file of this name again."""
+    return "remove it and evaluate again" if name in KEYS else "remove this run, or train it again"
 
 
 @contextmanager
@@ -261,7 +265,7 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
         # A matrix flow is no row of a table
         about = {"commit": info.get("commit")} if "flow" in info else info.get("row")
         if not {"run_id", "status"} <= info.keys() or not isinstance(about, dict):
-            raise UserError(f"{path} is not a whole record of a run: remove this run, or train it again")
+            raise UserError(f"{path} is not a whole record of a run: {_mended(path.name)}")
         if info["run_id"] != path.parent.name:
             raise UserError(f"{path} is of the run {info['run_id']}: a copy would count twice, move it away")
         who = {"study": study.name, "run_id": info["run_id"]} | about
@@ -280,14 +284,13 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
             continue
         compresses = about.get("compresses")
         factored = [f"cond_{name}" for name in info.get("ranks", {})] if compresses else []
+        table = path.with_name("history.csv")
         try:
-            history = [who | row | _largest(row, factored) for row in run.read_table("history.csv")]
+            history = [who | row | _largest(row, factored) for row in run.read_table(table.name)]
         except (TypeError, ValueError) as error:
-            where = path.with_name("history.csv")
-            raise UserError(f"{where} is damaged ({error}): remove this run, or train it again") from error
+            raise UserError(f"{table} is damaged ({error}): {_mended(table.name)}") from error
         if info["status"] == "done" and not history:
-            lost = path.with_name("history.csv")
-            raise UserError(f"{lost} is lost or empty: remove this run, or train it again")
+            raise UserError(f"{table} is lost or empty: {_mended(table.name)}")
         weights = info.get("weights", {})
         facts = {
             "status": info["status"],

@@ -47,11 +47,11 @@ def main(config: DictConfig) -> None:
         facts |= environment()
         name = facts["device"]
 
-        def keep() -> None:
-            write_csv(out / f"{name}.csv", rows)
+        def note() -> None:
             write(out / f"{name}.json", json.dumps(facts, indent=2).encode() + b"\n")
 
-        keep()  # whatever becomes of the rest
+        write_csv(out / f"{name}.csv", rows)  # whatever becomes of the rest
+        note()
         with TemporaryDirectory(dir=out) as scratch:  # beside the results, for a disk as runs have
             if mnist is not None:
                 progress.update(task, description="epoch", total=None)
@@ -59,7 +59,7 @@ def main(config: DictConfig) -> None:
             if asked.collect:
                 progress.update(task, description="collect", total=None)
                 facts |= benchmark.collect_many(asked.collect, Path(scratch) / "study")
-        keep()
+        note()
     frame = pd.read_csv(out / f"{name}.csv")
     lines = report.table(frame)
     console = Console()

@@ -10,6 +10,13 @@ from condlr import machine
 CORE = "processor\t: 0\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: {name}\nflags\t\t: fpu\n\n"
 
 
+@pytest.fixture(autouse=True)
+def not_known_yet():
+    machine._processor.cache_clear()
+    yield
+    machine._processor.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("name", "called"),
     [
@@ -21,11 +28,7 @@ def test_processors_that_a_virtual_machine_calls_alike_are_told_apart(monkeypatc
     text = CORE.format(name=name, family=26, model=2) * 2
     monkeypatch.setattr(Path, "read_text", lambda self: text)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    machine._processor.cache_clear()
-    try:
-        assert machine.name(torch.device("cpu")) == called
-    finally:
-        machine._processor.cache_clear()
+    assert machine.name(torch.device("cpu")) == called
 
 
 def test_a_system_without_cpuinfo_has_a_name(monkeypatch):
@@ -33,8 +36,4 @@ def test_a_system_without_cpuinfo_has_a_name(monkeypatch):
         raise FileNotFoundError(self)
 
     monkeypatch.setattr(Path, "read_text", missing)
-    machine._processor.cache_clear()
-    try:
-        assert machine._processor()
-    finally:
-        machine._processor.cache_clear()
+    assert machine._processor()

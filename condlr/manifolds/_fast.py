@@ -141,13 +141,13 @@ def gram_inverses(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     With A = S^T S and B = S A^{-1} = S^{-T} the other one is B B^T.
     """
-    gram = S.mT @ S
-    L, info = torch.linalg.cholesky_ex(gram)
+    A = gram(S)
+    L, info = torch.linalg.cholesky_ex(A)
     half = torch.linalg.solve_triangular(L, identity_like(L), upper=False)
     right = half.mT @ half
     transposed = S @ right
     # |A|_F |A^{-1}|_F / r is 1 for a multiple of I, and 7 where S has singular values from 1 to 8
-    good = (_norm(gram) * _norm(right) <= 4 * S.shape[-1]) & (info == 0)
+    good = (_norm(A) * _norm(right) <= 4 * S.shape[-1]) & (info == 0)
     return transposed @ transposed.mT, right, good
 
 
@@ -185,8 +185,8 @@ def _quintic(X: Tensor, gram: Tensor, a: float, b: float, c: float) -> Tensor:
 
 def is_orthonormal(Q: Tensor) -> Tensor:
     """Whether |Q^T Q - I|_F is rounding, shape (...)."""
-    gram = Q.mT @ Q
-    return _norm(gram - identity_like(gram)) <= 4 * max(Q.shape[-1], 4) ** 0.5 * torch.finfo(Q.dtype).eps
+    A = gram(Q)
+    return _norm(A - identity_like(A)) <= 4 * max(Q.shape[-1], 4) ** 0.5 * torch.finfo(Q.dtype).eps
 
 
 def condition_limit(n: int) -> float:

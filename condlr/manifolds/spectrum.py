@@ -15,7 +15,7 @@ CENTRES = ("rms", "mean", "one")
 
 Edge = TypeVar("Edge", Tensor, float)
 
-# A matrix of this size, or larger, is far above a band around 1.
+# A matrix whose singular values are larger than this is far above a band around 1.
 _FAR = 16.0
 
 

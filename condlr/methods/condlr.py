@@ -130,9 +130,8 @@ class Constraint:
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, options: Options):
         self.options = options
         self.optimizer = optimizer
-        self.layers: dict[str, LowRank] = {}
         self._model = model
-        self._held: set[nn.Parameter] = set()
+        self.layers: dict[str, LowRank] = {}
         self._moving: list[_Group] = []
         self._bases: dict[nn.Parameter, Tensor] = {}
         self._take_hold()
@@ -195,9 +194,7 @@ class Constraint:
         """Two constraints on one layer would precondition its gradients twice."""
         for hook in self.optimizer._optimizer_step_pre_hooks.values():
             other = getattr(hook, "__self__", None)
-            if not isinstance(other, Constraint) or other is self:
-                continue
-            if not {*other.layers.values()}.isdisjoint(layers.values()):
+            if isinstance(other, Constraint) and not {*other.layers.values()}.isdisjoint(layers.values()):
                 raise ValueError("these layers are constrained already: remove() that constraint first")
 
     @property

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,7 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
         raise UserError(f"{path} is missing: collect the study's runs first (scripts/collect.py)") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a table of results ({error})") from error
-    if missing := sorted(_NEEDED[name] - {*frame.columns}):
-        raise UserError(f"{path} lacks the columns {', '.join(missing)}: collect the runs again")
+    require(frame, _NEEDED[name], str(path))
     for column in [name for name in frame if name in _NUMBERS or name.startswith("cond_")]:
         if not pd.api.types.is_numeric_dtype(frame[column]):
             raise UserError(f"{path} has something else than numbers in the column {column}")
@@ -101,6 +100,12 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
         if column in frame and not rule(frame).all():
             raise UserError(f"{path} is damaged in the column {column}: collect the runs again")
     return frame
+
+
+def require(frame: pd.DataFrame, columns: Collection[str], path: str) -> None:
+    """Raise `UserError` where a table of results, read from `path`, lacks columns."""
+    if missing := sorted({*columns} - {*frame.columns}):
+        raise UserError(f"{path} lacks the columns {', '.join(missing)}: collect the runs again")
 
 
 def read_if_there(study: Path, name: str) -> pd.DataFrame | None:

@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from condlr.errors import UserError
-from condlr.report.results import order, title
+from condlr.report.results import order, require, title
 from condlr.report.sheet import Column, Row, Sheet, Value
 from condlr.report.tables import short
 
@@ -26,8 +25,7 @@ def training(history: pd.DataFrame) -> Sheet:
     """
     names = ("requested", "protocol", "seed", "epochs", "steps", "loss", "cond")
     names += ("orthonormality error", "cond(S)")
-    if lacking := sorted({"protocol", "epoch", "train_loss"} - {*history.columns}):
-        raise UserError(f"history.csv lacks the columns {', '.join(lacking)}: collect the runs again")
+    require(history, ("protocol", "epoch", "train_loss"), "history.csv")
     trained = history[history["epoch"] > 0]
     trained = trained.assign(_place=order(trained["label"]))
     keys = ["protocol", "compression", "_place", "label", "run_id"]
