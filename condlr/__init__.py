@@ -14,21 +14,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from condlr.constraint import Constraint, audit, constrain, project
     from condlr.factorization import export, factorize, measure
     from condlr.forms import choose_forms, set_forms
     from condlr.layers import LowRankConv2d, LowRankLinear
-    from condlr.methods.condlr import Constraint, constrain
 
 __version__ = "0.1.0"
 __all__ = [
     "Constraint",
     "LowRankConv2d",
     "LowRankLinear",
+    "audit",
     "choose_forms",
     "constrain",
     "export",
     "factorize",
     "measure",
+    "project",
     "set_forms",
 ]
 
@@ -40,8 +42,10 @@ _HOME = {
     "LowRankConv2d": "condlr.layers",
     "choose_forms": "condlr.forms",
     "set_forms": "condlr.forms",
-    "constrain": "condlr.methods.condlr",
-    "Constraint": "condlr.methods.condlr",
+    "constrain": "condlr.constraint",
+    "Constraint": "condlr.constraint",
+    "project": "condlr.constraint",
+    "audit": "condlr.constraint",
 }
 
 

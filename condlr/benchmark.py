@@ -23,6 +23,7 @@ from condlr._naive import constrain_naively, naive
 from condlr.analysis.conditioning import spectra
 from condlr.analysis.cost import flops, peak_bytes, state
 from condlr.config import Benchmark, Protocol
+from condlr.constraint import constrain
 from condlr.data.base import Data, Images
 from condlr.engine import Trainer
 from condlr.factorization import Scheme
@@ -31,7 +32,7 @@ from condlr.graphs import GraphedStep
 from condlr.memory import keep_freed_memory
 from condlr.methods.base import Method
 from condlr.methods.baseline import Baseline
-from condlr.methods.condlr import CondLR, constrain
+from condlr.methods.condlr import CondLR
 from condlr.models.base import Architecture
 from condlr.models.lenet5 import LeNet5Options
 from condlr.models.vgg16 import Vgg16

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CONF = Path(__file__).resolve().parent.parent / "conf"
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "tf32", "bf16")
-FORMS = ("measured", "factored", "multiplied")
+FORMS = ("measured", "factored", "chained", "multiplied")
 AUGMENTATIONS = ("none", "crop_flip")
 
 # What does not make a run another run: where things lie, what it runs on and how, and how it is attacked.

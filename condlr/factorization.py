@@ -217,7 +217,7 @@ def measure(model: nn.Module) -> Size:
     dense = trained = deployed = 0
     for layer in model.modules():
         if isinstance(layer, LowRank):
-            n, m, r = len(layer.U), len(layer.V), layer.rank
+            (n, m), r = layer.shape, layer.rank
             dense += n * m
             trained += r * (n + m) + (0 if layer.S is None else layer.S.numel())
             deployed += min(n * m, r * (n + m))
@@ -294,9 +294,9 @@ def _random_orthonormal(like: Tensor) -> Tensor:
 
 
 def _plain(layer: LowRank, form: str) -> nn.Module:
-    n, m, r = len(layer.U), len(layer.V), layer.rank
+    (n, m), r = layer.shape, layer.rank
     double = copy.deepcopy(layer).double()
-    left, right = double.left, double.V.mT
+    left, right = double.left, double.Vt
     factored = form == "factored" or (form == "smallest" and r * (n + m) < n * m)
     has_bias = layer.bias is not None
     kind = {"device": "meta", "dtype": layer.U.dtype}  # where no random numbers are drawn
@@ -316,7 +316,7 @@ def _plain(layer: LowRank, form: str) -> nn.Module:
         parts = [nn.Linear(m, r, bias=False, **kind), nn.Linear(r, n, bias=has_bias, **kind)]
     else:
         parts = [nn.Linear(m, n, bias=has_bias, **kind)]
-    trained = any(p.requires_grad for p in (layer.U, layer.S, layer.V) if p is not None)
+    trained = any(p.requires_grad for p in (layer.U, layer.S, layer.Vt) if p is not None)
     with torch.no_grad():
         for part, weight in zip(parts, weights, strict=True):
             part.to_empty(device=layer.U.device)

@@ -1,4 +1,4 @@
-"""Which of its two forms each low-rank layer is computed in: the faster one on this machine, measured."""
+"""Which of its forms each low-rank layer is computed in: the fastest on this machine, measured."""
 
 import hashlib
 import json
@@ -20,12 +20,12 @@ from condlr.runs import write
 
 # A form is timed for so many rounds, fewer where they take longer than so many seconds in all.
 _ROUNDS, _SECONDS = 9, 0.3
-# W is only multiplied out where that saves this share of the time: less is noise, and factors save memory.
+# Another form than the usual is only taken where it saves this share of the time: less is noise.
 _WORTHWHILE = 0.05
 
 
 def choose_forms(model: nn.Module, images: Tensor) -> dict[str, str]:
-    """Give each low-rank layer of `model` the form, `factored` or `multiplied`, that is faster in training.
+    """Give each low-rank layer of `model` the form (see `LowRank.form`) that is fastest in training.
 
     Each layer's forward and backward pass is timed, for a second or so in all, on the input it gets when
     the network sees `images`. A layer of the same shapes is timed once per machine: what was found is kept in
@@ -49,8 +49,8 @@ def choose_forms(model: nn.Module, images: Tensor) -> dict[str, str]:
             return
         x = inputs[0] if inputs else named["x"]
         key = _key(layer, x)
-        if known.get(key) not in FORMS:
-            known[key] = found[key] = _faster(layer, x)
+        if known.get(key) not in _forms_of(layer):
+            known[key] = found[key] = _fastest(layer, x)
         chosen[names[layer]] = known[key]
 
     hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in names]
@@ -91,27 +91,38 @@ def forms(model: nn.Module) -> dict[str, str]:
     return {name: layer.form for name, layer in low_rank_layers(model).items()}
 
 
-def _faster(layer: LowRank, x: Tensor) -> str:
-    """The faster form of `layer` for inputs like `x`, by the least time of a few rounds, in turn."""
-    before = layer.form
+def _forms_of(layer: LowRank) -> tuple[str, ...]:
+    """The forms that may be the fastest: a convolution has many more pixels than U has rows."""
+    chained = layer.S is not None and layer.S.ndim == 2 and not isinstance(layer, LowRankConv2d)
+    return tuple(form for form in FORMS if chained or form != "chained")
+
+
+def _fastest(layer: LowRank, x: Tensor) -> str:
+    """The fastest form of `layer` for inputs like `x`, by the least time of a few rounds, in turn."""
+    before, forms = layer.form, _forms_of(layer)
     x = x.detach().requires_grad_(x.requires_grad)
-    times: dict[str, list[float]] = {form: [] for form in FORMS}
+    rounds: list[list[float]] = []
     try:
-        while len(times[FORMS[0]]) <= _ROUNDS and not (
-            len(times[FORMS[0]]) > 2 and sum(map(sum, times.values())) > _SECONDS
-        ):
-            for form in FORMS:
-                layer.form = form
-                started = time.perf_counter()
-                _pass(layer, x)
-                if x.is_cuda:
-                    torch.cuda.synchronize(x.device)
-                times[form].append(time.perf_counter() - started)
+        while len(rounds) <= _ROUNDS and not (len(rounds) > 2 and sum(map(sum, rounds)) > _SECONDS):
+            rounds.append([_seconds(layer, form, x) for form in forms])
     finally:
         layer.form = before
     # The first round makes what is made once.
-    factored, multiplied = (min(times[form][1:]) for form in FORMS)
-    return "multiplied" if multiplied < (1 - _WORTHWHILE) * factored else "factored"
+    times = dict(zip(forms, map(min, zip(*rounds[1:], strict=True)), strict=True))
+    # With fewer rows than U has, S costs less as a layer of its own than in U S
+    few = x.numel() // x.shape[-1] < layer.shape[0]
+    usual = "chained" if few and "chained" in forms else "factored"
+    fastest = min(forms, key=lambda form: times[form])
+    return fastest if times[fastest] < (1 - _WORTHWHILE) * times[usual] else usual
+
+
+def _seconds(layer: LowRank, form: str, x: Tensor) -> float:
+    layer.form = form
+    started = time.perf_counter()
+    _pass(layer, x)
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter() - started
 
 
 def _pass(layer: LowRank, x: Tensor) -> None:
@@ -128,8 +139,9 @@ def _key(layer: LowRank, x: Tensor) -> str:
     facts = [
         machine.name(x.device),
         torch.__version__,
-        tuple(layer.U.shape),
-        tuple(layer.V.shape),
+        layer.shape,
+        layer.rank,
+        _forms_of(layer),
         core,
         trained,
     ]

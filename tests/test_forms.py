@@ -51,19 +51,19 @@ def test_the_filters_of_a_convolution_are_no_copy():
     layer = net[0]
 
     def shares():
-        return layer.filters.data_ptr() == layer.V.data_ptr() and layer.V.mT.is_contiguous()
+        return layer.filters.data_ptr() == layer.Vt.data_ptr() and layer.Vt.is_contiguous()
 
     assert shares()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.3)
     condlr.constrain(optimizer, net)
     net(torch.randn(2, 4, 6, 6)).square().sum().backward()
-    assert layer.V.grad.stride() == layer.V.stride()
+    assert layer.Vt.grad.is_contiguous()
     optimizer.step()
     assert shares()
-    assert layer.V.grad.stride() == optimizer.state[layer.V]["momentum_buffer"].stride() == layer.V.stride()
+    assert layer.Vt.grad.is_contiguous() and optimizer.state[layer.Vt]["momentum_buffer"].is_contiguous()
     net.load_state_dict(condlr.factorize(nn.Sequential(nn.Conv2d(4, 8, 3)), ranks={"0": 5}).state_dict())
     assert shares()
-    assert copy.deepcopy(layer).V.stride() == layer.V.stride()
+    assert copy.deepcopy(layer).Vt.is_contiguous()
 
 
 def pretend(monkeypatch, slow):
@@ -75,13 +75,25 @@ def pretend(monkeypatch, slow):
     monkeypatch.setattr(forms, "_pass", timed)
 
 
-@pytest.mark.parametrize("slow", ["factored", "multiplied"])
-def test_the_faster_form_is_chosen_and_remembered(slow, cache, monkeypatch):
+@pytest.mark.parametrize(
+    ("slow", "convolution", "linear"),
+    [
+        ("factored", "multiplied", "chained"),
+        ("multiplied", "factored", "chained"),
+        ("chained", "factored", "factored"),
+    ],
+)
+def test_the_fastest_form_is_chosen_and_remembered(slow, convolution, linear, cache, monkeypatch):
+    """Of equal ones the one that needs no U S, where the batch has fewer rows than U."""
     pretend(monkeypatch, slow)
     net, images = network(), torch.randn(4, 3, 8, 8)
-    faster = "multiplied" if slow == "factored" else "factored"
-    assert condlr.choose_forms(net, images) == forms.forms(net) == dict.fromkeys(("0", "3", "5"), faster)
-    monkeypatch.setattr(forms, "_faster", None)  # nothing is timed again
+    expected = {"0": convolution, "3": convolution, "5": linear}
+    if slow == "chained":  # then the other two take one time
+        condlr.set_forms(net, condlr.choose_forms(net, images) | {"0": "factored", "3": "factored"})
+        assert forms.forms(net)["5"] != "chained"
+    else:
+        assert condlr.choose_forms(net, images) == forms.forms(net) == expected
+    monkeypatch.setattr(forms, "_fastest", None)  # nothing is timed again
     again = network()
     condlr.choose_forms(again, images)
     assert forms.forms(again) == forms.forms(net)
@@ -130,7 +142,7 @@ def test_the_command_line_knows_the_forms():
 
 def test_bad_forms_are_refused():
     net = network()
-    with pytest.raises(ValueError, match="forms must be one of factored, multiplied; got 'fast'"):
+    with pytest.raises(ValueError, match="forms must be one of factored, chained, multiplied; got 'fast'"):
         condlr.set_forms(net, "fast")
     with pytest.raises(ValueError, match=r"forms\.3 must be one of"):
         condlr.set_forms(net, {"0": "multiplied", "3": "fast"})

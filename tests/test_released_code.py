@@ -46,7 +46,7 @@ def product(p, layer):
     """The weight matrix of a layer, from its factors or as it is."""
     if f"{layer}.weight" in p:
         return p[f"{layer}.weight"].flatten(1)
-    return p[f"{layer}.U"] @ p[f"{layer}.S"] @ p[f"{layer}.V"].T
+    return p[f"{layer}.U"] @ p[f"{layer}.S"] @ p[f"{layer}.Vt"]
 
 
 LAYERS = ("conv1", "conv2", "fc1", "fc2")
@@ -60,22 +60,26 @@ def their_gradients(p, images, labels):
 
 
 class TheirCondLR:
-    def __init__(self, p, tau, lr, mu):
+    """A scalar for each layer: in linear ones, for tau = 0, of all singular values of the dense start."""
+
+    def __init__(self, p, dense, tau, lr, mu):
         self.p, self.tau, self.lr, self.mu, self.buffers = p, tau, lr, mu, {}
-        first = {x: torch.linalg.svdvals(p[f"{x}.S"]).mean().item() for x in LAYERS}
-        self.c = {x: 1.0 if tau else 1 / first[x] for x in LAYERS}
+        first = {x: p[f"{x}.S"] for x in LAYERS} | {"fc1": dense.get_parameter("fc1.weight").double()}
+        self.c = {x: 1.0 if tau else 1 / torch.linalg.svdvals(S).mean().item() for x, S in first.items()}
 
     def step(self, images, labels):
         g = their_gradients(self.p, images, labels)
         for name, value in self.p.items():
             d = self.mu * self.buffers[name] + g[name] if name in self.buffers else g[name].clone()
             layer, factor = name.split(".")
-            if factor in "UV":
-                d = (torch.eye(len(value), dtype=value.dtype) - value @ value.T) @ d * self.c[layer]
+            if factor in ("U", "Vt"):
+                X, D = (value, d) if factor == "U" else (value.T, d.T)
+                d = (torch.eye(len(X), dtype=X.dtype) - X @ X.T) @ D * self.c[layer]
+                d = d if factor == "U" else d.T
             self.buffers[name] = d
             self.p[name] = value - self.lr * d
         for x in LAYERS:
-            self.p[f"{x}.U"], self.p[f"{x}.V"] = qf(self.p[f"{x}.U"]), qf(self.p[f"{x}.V"])
+            self.p[f"{x}.U"], self.p[f"{x}.Vt"] = qf(self.p[f"{x}.U"]), qf(self.p[f"{x}.Vt"].T).T
             S = self.p[f"{x}.S"]
             if self.tau == 0:
                 self.p[f"{x}.S"] = ((S @ S.T).trace() / len(S)).sqrt() * qf(S)
@@ -96,7 +100,7 @@ class TheirStiefel:
         g = their_gradients(self.p, images, labels)
         for name, value in self.p.items():
             matrix = value.flatten(1) if value.ndim > 1 else value[:, None]
-            if matrix.shape[0] > matrix.shape[1]:  # plain SGD with momentum
+            if matrix.shape[0] > matrix.shape[1] or name.endswith("Vt"):  # plain SGD with momentum
                 self.buffers[name] = self.mu * self.buffers.get(name, 0.0) + g[name]
                 self.p[name] = value - self.lr * self.buffers[name]
                 continue
@@ -142,7 +146,9 @@ def compare(config, theirs_of, data, dtype):
 def test_condlr(tau, compression, dtype, data):
     config = configured("method=condlr", f"method.tau={tau}", f"compression={compression}")
     assert (config.protocol.lr, config.protocol.momentum) == (0.1, 0.3)
-    model = compare(config, lambda p: TheirCondLR(p, tau, 0.1, 0.3), data, dtype)
+    model = compare(
+        config, lambda p: TheirCondLR(p, build(config.baseline, data), tau, 0.1, 0.3), data, dtype
+    )
     ranks = [10, 25, 250, 10] if compression == 0.5 else [4, 10, 100, 10]
     assert [model.get_submodule(x).rank for x in LAYERS] == ranks
 

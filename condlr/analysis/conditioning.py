@@ -127,7 +127,7 @@ def _matrix_columns(name: str, layer: nn.Linear | nn.Conv2d | LowRank) -> dict[s
     if isinstance(layer, nn.Conv2d | LowRankConv2d):
         row["kind"] = "conv"
     if isinstance(layer, LowRank):
-        row |= {"n": len(layer.U), "m": len(layer.V), "rank": layer.rank}
+        row |= {"n": layer.shape[0], "m": layer.shape[1], "rank": layer.rank}
         S = torch.diag(layer.S) if layer.S is not None and layer.S.ndim == 1 else layer.S
         factors = {"cond_U": layer.U, "cond_S": S, "cond_V": layer.V}
         row |= {key: None if factor is None else _condition(factor) for key, factor in factors.items()}

@@ -25,10 +25,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from condlr.constraint import constrain
 from condlr.errors import in_range, one_of
 from condlr.layers import LowRankLinear
 from condlr.manifolds import spectrum, stiefel
-from condlr.methods.condlr import constrain
 from condlr.seeds import derive_seed
 
 FLOWS = ("rotation", "descent")

@@ -175,7 +175,7 @@ def _linear(name: str, layer: nn.Linear | LowRank) -> _Part:
 
 def _reshaped(name: str, layer: nn.Linear | nn.Conv2d | LowRank) -> _Part:
     if isinstance(layer, LowRank):
-        return _matrix(name, layer.singular_values(), len(layer.V))
+        return _matrix(name, layer.singular_values(), layer.shape[1])
     W = layer.weight.double().flatten(1)
     return _matrix(name, torch.linalg.svdvals(W), W.shape[1])
 

@@ -131,7 +131,7 @@ def _is_inverse(inverse: Tensor, info: Tensor, gram: Tensor, n: int) -> Tensor:
     """Whether the inverse of the Cholesky factor of a Gram matrix of n rows can be used, see above."""
     size = inverse.abs()
     bound = _row_sum(gram.abs()) * _row_sum(size) * _row_sum(size.mT)
-    kept = gram.diagonal(dim1=-2, dim2=-1).amin(-1) > _least_square(torch.finfo(gram.dtype))
+    kept = gram.diagonal(dim1=-2, dim2=-1).amin(-1) > least_square(torch.finfo(gram.dtype))
     near = _norm(gram - identity_like(gram)) <= 0.5
     return near | ((info == 0) & kept & (bound <= condition_limit(n)))
 
@@ -198,7 +198,7 @@ def are_well_conditioned(eigenvalues: list[float], dtype: torch.dtype, n: int = 
     """Whether Gram matrices of n rows with these eigenvalues can be used: none is far off."""
     low, high, info = min(eigenvalues), max(eigenvalues), torch.finfo(dtype)
     none_is_nan = sum(eigenvalues) < math.inf
-    return none_is_nan and high < info.max and _least_square(info) < low and high <= condition_limit(n) * low
+    return none_is_nan and high < info.max and least_square(info) < low and high <= condition_limit(n) * low
 
 
 def sym(X: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ def _size(X: Tensor) -> Tensor:
     return largest * torch.where(size > 0, size, torch.ones_like(size))
 
 
-def _least_square(info: torch.finfo) -> float:
+def least_square(info: torch.finfo) -> float:
     """The least square that still stands for a number: smaller ones have lost digits."""
     return info.tiny / info.eps
 

@@ -34,6 +34,15 @@ def centre(sigma: Tensor, kind: str = "rms") -> Tensor:
     return torch.ones_like(sigma[..., 0])
 
 
+def least(dtype: torch.dtype) -> float:
+    """The least centre of a band, 1e-31 in float32: smaller numbers have lost digits.
+
+    A matrix that vanishes is held there, where it still has a condition number: in a layer that learns
+    nothing weight decay alone takes S to zero.
+    """
+    return _fast.least_square(torch.finfo(dtype))
+
+
 def band(s: Edge, tau: float) -> tuple[Edge, Edge]:
     """[s - eps, s + eps] with eps = tau s / (2 + tau), so that (s + eps) / (s - eps) = 1 + tau."""
     low = s * (2 / (2 + tau))
@@ -48,7 +57,7 @@ def project(S: Tensor, tau: float, kind: str = "rms") -> tuple[Tensor, Tensor]:
 
     Args:
         S: (..., r, r), floating. For a singular S the directions of its null space are those that
-            LAPACK returns.
+            LAPACK returns. A centre below `least` is taken to be that.
         tau: conditioning tolerance >= 0.
         kind: the centre of the band, see `centre`.
 
@@ -56,7 +65,7 @@ def project(S: Tensor, tau: float, kind: str = "rms") -> tuple[Tensor, Tensor]:
         The projected matrix, and its singular values, (..., r), descending.
     """
     P, sigma, Qh = svd(S)
-    clipped = _clip(sigma, centre(sigma, kind), tau)
+    clipped = _clip(sigma, centre(sigma, kind).clamp_min(least(S.dtype)), tau)
     return (P * clipped.unsqueeze(-2)) @ Qh, clipped
 
 
@@ -130,6 +139,7 @@ def products_project(S: Tensor, tau: float, kind: str = "rms") -> Tensor:
     H = _fast.sym(Q.mT @ S)
     # The singular values of S are the eigenvalues of H: their mean is that of its diagonal
     s = (rms(S) if kind == "rms" else centre(H.diagonal(dim1=-2, dim2=-1), kind))[..., None, None]
+    s = s.clamp_min(least(S.dtype))
     if tau == 0:
         fast = s * Q
     else:
@@ -163,7 +173,7 @@ def scaled_orthogonal(S: Tensor, kind: str = "rms") -> Tensor:
         kind: the centre, see `centre`.
     """
     one_of("centre", kind, CENTRES)
-    return qr(S) if kind == "one" else qr(S) * rms(S)[..., None, None]
+    return qr(S) if kind == "one" else qr(S) * rms(S)[..., None, None].clamp_min(least(S.dtype))
 
 
 def condition_number(A: Tensor) -> Tensor:
@@ -175,6 +185,17 @@ def condition_number(A: Tensor) -> Tensor:
 def rms(S: Tensor) -> Tensor:
     """The s = sqrt(tr(S^T S) / r) of a matrix S of shape (..., r, r), without its singular values."""
     return _rms(S).squeeze(-1) * S.shape[-1] ** 0.5
+
+
+def rms_solve(S: Tensor, G: Tensor | None) -> Tensor | None:
+    """G / s^2 with the s of `rms`, the inverse of both Gram matrices of a multiple of an orthogonal S.
+
+    One s after the other: 1 / s^2 may overflow. An S that has vanished is taken by its pseudo-inverse.
+    """
+    if G is None:
+        return None
+    s = rms(S)[..., None, None]
+    return torch.where(s > _fast.least_square(torch.finfo(S.dtype)), G / s / s, 0.0)
 
 
 def _clip(sigma: Tensor, s: Tensor, tau: float) -> Tensor:
@@ -216,7 +237,8 @@ def _solve(S: Tensor, G: Tensor) -> Tensor:
     singular = (info > 0) | ~inverse.isfinite().all(-1).all(-1)
     if bool(singular.any()):
         P, sigma, Qh = svd(S)
-        kept = sigma > sigma[..., :1] * S.shape[-1] * torch.finfo(S.dtype).eps
+        info = torch.finfo(S.dtype)
+        kept = (sigma > sigma[..., :1] * S.shape[-1] * info.eps) & (sigma > _fast.least_square(info))
         pseudo = (Qh.mT * torch.where(kept, 1 / sigma, 0.0).unsqueeze(-2)) @ P.mT
         inverse = torch.where(singular[..., None, None], pseudo, inverse)
     return G @ inverse.mT @ inverse

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr.errors import ConstraintBreach, in_range, one_of
+from condlr.factorization import low_rank_layers
 from condlr.manifolds import stiefel
 from condlr.methods.baseline import Baseline
 from condlr.precision import strict
@@ -86,11 +87,10 @@ class StiefelDescent(Baseline, ABC):
 
     def held(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The weights of `model` that are held on the manifold, by name; frozen ones are left alone."""
-        return {
-            name: p
-            for name, p in model.named_parameters()
-            if p.ndim >= 2 and p.requires_grad and not (self.tall == "free" and _is_tall(p))
-        }
+        transposes = {layer.Vt for layer in low_rank_layers(model).values()}
+        matrices = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
+        tall = {name for name, p in matrices.items() if _is_tall(p.mT if p in transposes else p)}
+        return {name: p for name, p in matrices.items() if not (self.tall == "free" and name in tall)}
 
     @abstractmethod
     def curve(self, W: stiefel.Skew, step: Tensor | float) -> Tensor:

@@ -91,11 +91,11 @@ class Dlrt(Method):
                 before[layer] = U, S, V
                 layer.U.copy_(U @ S)
                 layer.V.copy_(V @ S.mT)
-                layer.U.grad, layer.V.grad = pair
+                layer.U.grad, layer.Vt.grad = pair
             optimizer.step()
             for layer in moving:
                 self._rebase(layer, optimizer, *before[layer])
-        bases = {factor for layer in layers.values() for factor in (layer.U, layer.V)}
+        bases = {factor for layer in layers.values() for factor in (layer.U, layer.Vt)}
         step_along(model, optimizer, self.loss(model, images, labels)[0], {*model.parameters()} - bases)
         with strict(images.device):
             for layer in adaptive:
@@ -114,7 +114,7 @@ class Dlrt(Method):
 
     def _adapts(self, layer: LowRank) -> bool:
         """A layer of full rank, as the classifier may be, keeps it; `apply` gives others half at most."""
-        return self.theta > 0 and layer.rank < min(len(layer.U), len(layer.V))
+        return self.theta > 0 and layer.rank < min(layer.shape)
 
     def _rebase(
         self, layer: LowRank, optimizer: torch.optim.Optimizer, U0: Tensor, S0: Tensor, V0: Tensor
@@ -135,7 +135,7 @@ class Dlrt(Method):
         # tails[r] is the norm of what the rank r discards; the smallest r that discards little enough
         tails = sigma.square().flip(0).cumsum(0).flip(0).sqrt()
         rank = int((tails > self.theta * tails[0]).sum())
-        rank = max(min(max(rank, 2), min(len(layer.U), len(layer.V)) // 2), 1)
+        rank = max(min(max(rank, 2), min(layer.shape) // 2), 1)
         P, Q = P[:, :rank].to(layer.S), Qh[:rank].mT.to(layer.S)
         U, V = stiefel.qr(layer.U @ P), stiefel.qr(layer.V @ Q)
         layer.set_factors(U, torch.diag(sigma[:rank]).to(layer.S), V)
@@ -145,7 +145,7 @@ class Dlrt(Method):
 def _basis_gradients(
     model: nn.Module, layers: dict[str, LowRank], images: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """The loss, the logits, and G V_0 and G^T U_0 for each layer that the loss depends on."""
+    """The loss, the logits, and G V_0 and U_0^T G for each layer that the loss depends on."""
     substitutes: dict[str, Tensor] = {}
     leaves: list[Tensor] = []
     for name, layer in layers.items():
@@ -154,28 +154,28 @@ def _basis_gradients(
         K, Z = (U @ layer.S.detach()).requires_grad_(), torch.zeros_like(V).requires_grad_()
         leaves += [K, Z]
         identity = torch.eye(2 * layer.rank, dtype=U.dtype, device=U.device)
-        factors = {"U": torch.cat([K, U], 1), "S": identity, "V": torch.cat([V, Z], 1)}
+        factors = {"U": torch.cat([K, U], 1), "S": identity, "Vt": torch.cat([V, Z], 1).mT}
         substitutes |= {f"{name}.{factor}" if name else factor: value for factor, value in factors.items()}
     # A layer that stands in several places is swapped in all of them by its first name alone.
     logits = functional_call(model, substitutes, (images,), tie_weights=False)
     loss = F.cross_entropy(logits, labels)
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
     pairs = zip(layers, zip(gradients[::2], gradients[1::2], strict=True), strict=True)
-    used = {name: (K, L) for name, (K, L) in pairs if K is not None and L is not None}
+    used = {name: (K, L.mT) for name, (K, L) in pairs if K is not None and L is not None}
     return loss.detach(), logits.detach(), used
 
 
 def _is_free(layer: LowRank) -> bool:
     """Whether all its factors are trained: a layer with a frozen one is left to the S-step."""
-    return all(factor is not None and factor.requires_grad for factor in (layer.U, layer.S, layer.V))
+    return all(factor is not None and factor.requires_grad for factor in (layer.U, layer.S, layer.Vt))
 
 
 def _transport(layer: LowRank, optimizer: torch.optim.Optimizer, M: Tensor, N: Tensor) -> None:
     """Re-express the momentum of K = W V, L = W^T U and S in new bases: M = U_1^T U_0, N = V_1^T V_0."""
     assert layer.S is not None
-    for factor, left, right in ((layer.U, None, N), (layer.S, M, N), (layer.V, None, M)):
+    for factor, left, right in ((layer.U, None, N), (layer.S, M, N), (layer.Vt, M, None)):
         state = optimizer.state.get(factor, {})
         buffer = state.get("momentum_buffer")
         if buffer is not None:
-            moved = buffer @ right.mT
-            state["momentum_buffer"] = moved if left is None else left @ moved
+            moved = buffer if left is None else left @ buffer
+            state["momentum_buffer"] = moved if right is None else moved @ right.mT

@@ -1,0 +1,669 @@
+"""CondLR: orthonormal U and V, singular values of S in a band (Algorithm 1, arXiv 2306.01485)."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from condlr.errors import ConstraintBreach, in_range, one_of
+from condlr.factorization import low_rank_layers
+from condlr.layers import LowRank
+from condlr.manifolds import spectrum, stiefel
+from condlr.precision import strict
+
+PRECONDITIONERS = ("exact", "scalar", "released_code")
+MOMENTA = ("after_projection", "before_projection")
+PROJECTIONS = ("svd", "qr")
+
+# What is promised after every step in float32, and audited in float64.
+ORTHONORMALITY_TOLERANCE = 1e-5
+CONDITION_TOLERANCE = 1e-4
+
+# Where tau is large rounding is felt in the smallest singular value: 1 + tau grows by this share of it.
+ROUNDING = 1e-6
+
+# In a band as narrow as this the inverse of a Gram matrix keeps its digits.
+_NARROW = 1.0
+
+# Where an optimiser's state_dict holds what the constraint remembers: in its first parameter group
+_MEMORY = "condlr"
+# And where it did when that was kept by the names of the layers
+_OLD_SCALES, _OLD_SETTLED = "condlr_scales", "condlr_settled"
+_OLD_INVERSES = ("condlr_core", "condlr_left", "condlr_right")
+
+
+def constrain(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    tau: float = 0.1,
+    *,
+    centre: str = "rms",
+    preconditioner: str = "exact",
+    momentum: str = "after_projection",
+    retraction: str = "qr",
+    projection: str = "svd",
+    transport: bool = False,
+) -> "Constraint":
+    r"""Hold the low-rank layers of `model` to CondLR's constraint, whatever the optimiser.
+
+    Two step hooks are attached to `optimizer`. Before its step the gradients of U, V and S become the
+    directions of equation (5),
+
+    .. math::
+        G_1 = (I - U U^T) \nabla_U L\, (S S^T)^{-1},\quad
+        G_2 = (I - V V^T) \nabla_V L\, (S^T S)^{-1},\quad
+        G_3 = \nabla_S L,
+
+    and after it U and V are put back on the Stiefel manifold and the singular values of S are clipped
+    into [s - eps, s + eps], eps = tau s / (2 + tau), so that cond(U S V^T) <= 1 + tau. From the first
+    step on, at any learning rate for which the weights stay finite, max |U^T U - I| <= 1e-5 (V alike) and
+    cond(S) <= (1 + tau)(1 + 1e-4), in float32 (for tau <= 100; above, rounding may add tau 1e-6 to the last
+    factor). An S that vanishes is held where numbers still have their digits: at singular values of 1e-31.
+
+    The layers that `model` has at each step are held: one that takes another's place is held from the next
+    step on, if the optimiser has its factors. Weights that change outside of the steps, as those of
+    an average over steps do, are put into the constraint by `project`.
+
+    Args:
+        optimizer: holds the factors among its parameters. It must take one gradient in a step: LBFGS is
+            refused, and so is any other that evaluates its closure twice. Keep weight decay off U
+            and V: the retraction takes a multiple of U away again, but what has gone through a momentum
+            or Adam's second moment turns them (SGD, momentum 0.9: by 3 % of their way at 1e-2).
+        model: a network with U S V^T layers (`condlr.factorize`). Factors U, V that are not orthonormal
+            yet are made so here, without a change to W = U S V^T. S is left as it is until the
+            first step. A factor that is not in the optimiser, or has no gradient, is left alone.
+        tau: conditioning tolerance, >= 0; infinity leaves S free.
+        centre: s is the `rms` of the singular values (paper), their `mean` (authors' code) or `one`; `one`
+            with tau = 0 is the modified method of the row "mean" of the paper's tables.
+        preconditioner: `exact` as above; `scalar` takes 1/s^2, s^2 = tr(S^T S)/r, for both inverses;
+            `released_code` the scalar of the authors' code: (sigma_min/sigma_max)^2 of S after
+            the last step for tau > 0 (1 in the first); for tau = 0 one over the mean of all singular
+            values of the dense matrix that the layer was made from, or of those of S_0 where there is none
+            (the convolutions of that code, whose S_0 is drawn at random); 1 where tau = 0 and the centre
+            is `one`, for which there is no public code.
+        momentum: `after_projection`: the optimiser's momentum runs over G1, G2 (paper), any optimiser;
+            `before_projection`: over Euclidean gradients, and the sum is projected, scaled and kept
+            as the buffer (authors' code); needs SGD without dampening, nesterov, maximize, fused.
+        retraction: `qr` with positive diagonal (paper), or `polar`.
+        projection: of S on the band: `svd`, the nearest matrix; `qr` takes, for tau = 0, s Q of S = Q R
+            (allowed by the paper, done by the authors' code), where s is the `rms` unless `one`: a
+            centre `mean` needs singular values. For tau > 0 both are the same.
+        transport: re-express S in the new bases, S <- (U_1^T U_0) S (V_0^T V_1), before its projection, as
+            DLRT does and CondLR does not.
+
+    Returns:
+        The `Constraint`, to audit the layers or remove the hooks. What it must remember between
+        steps is saved in the optimiser's `state_dict`. A copy of the optimiser (deepcopy, pickle) has no
+        hooks, as PyTorch has it; a copy of the `Constraint` holds the copies of its optimiser and model.
+
+    Raises:
+        ValueError: a bad setting; no U S V^T layer of the model is in the optimiser; LBFGS.
+    """
+    return Constraint(
+        optimizer, model, Options(tau, centre, preconditioner, momentum, retraction, projection, transport)
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of `constrain`, checked."""
+
+    tau: float
+    centre: str = "rms"
+    preconditioner: str = "exact"
+    momentum: str = "after_projection"
+    retraction: str = "qr"
+    projection: str = "svd"
+    transport: bool = False
+
+    def __post_init__(self) -> None:
+        in_range("tau", self.tau, 0, math.inf)
+        one_of("centre", self.centre, spectrum.CENTRES)
+        one_of("preconditioner", self.preconditioner, PRECONDITIONERS)
+        one_of("momentum", self.momentum, MOMENTA)
+        one_of("retraction", self.retraction, stiefel.RETRACTIONS)
+        one_of("projection", self.projection, PROJECTIONS)
+        if self.preconditioner == "released_code" and math.isinf(self.tau):
+            raise ValueError("preconditioner=released_code is a function of the band: it needs a finite tau")
+
+
+class Constraint:
+    """What `constrain` attached to an optimiser."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, options: Options):
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS takes several gradients in a step, between which it is not constrained: "
+                "use an optimizer that takes one, such as SGD or AdamW"
+            )
+        self.options = options
+        self.optimizer = optimizer
+        self._model = model
+        self._held: dict[LowRank, _Held] = {}
+        self._seen: list[int] = []
+        self._forget_step()
+        self._take_hold()
+        if not self._held:
+            raise ValueError(
+                "no U S V^T layer of this model is in the optimizer: factorize the model first "
+                "(core='full'), and make the optimizer from the parameters of what factorize returned"
+            )
+        self._attach()
+
+    def _attach(self) -> None:
+        self._hooks = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+            self.optimizer.register_state_dict_post_hook(self._save),
+            self.optimizer.register_load_state_dict_post_hook(self._recall),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the optimiser; the factors stay as they are."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_hooks": bool(self._hooks)}  # which PyTorch does not copy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget_step()
+        self._seen = []  # ids of what was copied
+        attached, self._hooks = self._hooks, []
+        if attached:
+            self._attach()
+
+    @property
+    def layers(self) -> dict[str, LowRank]:
+        """The layers that are held, by name."""
+        return {held.name: held.layer for held in self._held.values()}
+
+    def audit(self) -> dict[str, float]:
+        """In float64 over all layers: the largest max |U^T U - I| (V alike) and the largest cond(S)."""
+        self._take_hold()
+        return _worst(map(_audited, self.layers.values()))
+
+    def check(self) -> dict[str, float]:
+        """`audit`, and raise `ConstraintBreach` where it finds more than what is promised.
+
+        Of cond(S) something is promised once a step has moved it. An S that has vanished is a breach.
+        """
+        self._take_hold()
+        found = {held: _audited(held.layer) for held in self._held.values()}
+        for held, figures in found.items():
+            for name, limit in _limits(self.options.tau).items():
+                if not figures[name] <= limit and (held.settled or name != "cond_S"):
+                    raise ConstraintBreach(
+                        f"CondLR's constraint is broken by {held.name or 'the layer'}: "
+                        f"{name} {figures[name]:.3g} > {limit:.3g}"
+                    )
+        return _worst(found.values())
+
+    def _take_hold(self) -> None:
+        """Hold the layers that the model has now, of those whose factors the optimiser has now."""
+        layers = [m._parameters for m in self._model.modules() if isinstance(m, LowRank)]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        # Tensors are compared by their entries. Those held before are alive: no other can have their id
+        seen = [id(p) for factors in layers for p in factors.values()] + [*map(id, parameters)]
+        if seen == self._seen:
+            return
+        self._device = parameters[0].device
+        now, trained = {}, {*parameters}
+        for name, layer in _triples(self._model).items():
+            held = _Held(name, layer, layer.U, _core(layer), layer.Vt)
+            if not trained.isdisjoint(held.factors):
+                before = self._held.get(layer)
+                same = before and all(X is Y for X, Y in zip(before.factors, held.factors, strict=True))
+                now[layer] = before if before and same else held
+        new = [held for layer, held in now.items() if self._held.get(layer) is not held]
+        for held in new:
+            _require_float(held.name, held.U)
+        self._require_alone(new)
+        if self.options.momentum == "before_projection":
+            _require_plain_sgd(self.optimizer)
+        for held in new:
+            _orthonormalize(held.layer)
+            held.scale = self._first_scale(held.layer)
+        self._held, self._trained, self._seen = now, trained, seen
+        if new:
+            self._recall(self.optimizer, new)
+
+    def _require_alone(self, new: "Sequence[_Held]") -> None:
+        """Two constraints on one layer would precondition its gradients twice."""
+        for hook in self.optimizer._optimizer_step_pre_hooks.values():
+            other = getattr(hook, "__self__", None)
+            theirs = other._held if isinstance(other, Constraint) and other is not self else ()
+            if any(held.layer in theirs for held in new):
+                raise ValueError("these layers are constrained already: remove() that constraint first")
+
+    def _first_scale(self, layer: LowRank) -> float | None:
+        """The scalar of `released_code` before the first step."""
+        if self.options.preconditioner != "released_code":
+            return None
+        if self.options.tau > 0 or self.options.centre == "one":
+            return 1.0
+        mean = layer.dense_mean
+        if mean is None:
+            mean = torch.linalg.svdvals(_core(layer).detach()).mean().item()
+        if mean == 0:
+            raise ValueError(
+                "preconditioner=released_code with tau=0 divides by the initial S, which is zero"
+            )
+        return 1 / mean
+
+    def _places(self) -> "dict[_Held, int]":
+        """By which place in the optimiser each layer is known to a state_dict, as its parameters are."""
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        places = {p: place for place, p in enumerate(parameters)}
+        known = {held: [places[X] for X in held.factors if X in places] for held in self._held.values()}
+        return {held: found[0] for held, found in known.items() if found}
+
+    def _save(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        """Put what the next step must know into a state_dict."""
+        memory = {place: held.memory() for held, place in self._places().items()}
+        group = state_dict["param_groups"][0]
+        group[_MEMORY] = group.get(_MEMORY, {}) | memory
+
+    def _recall(self, optimizer: torch.optim.Optimizer, of: "Iterable[_Held] | None" = None) -> None:
+        """Take up what a loaded state_dict has brought of the layers `of`, by default of all."""
+        self._take_hold()
+        group, places = optimizer.param_groups[0], self._places()
+        brought = group.get(_MEMORY, {})
+        for held in self._held.values() if of is None else of:
+            _turn_old_moments(optimizer.state.get(held.Vt, {}), held.Vt)
+            memory = brought.get(places[held])
+            memory = memory or _old_memory(group, optimizer.state.get(held.S, {}), held.name)
+            if memory is None and of is None:  # the state is that of an optimiser without a constraint
+                memory = {"scale": self._first_scale(held.layer), "settled": False}
+            if memory is not None:
+                held.remember(memory)
+        left = {place: kept for place, kept in brought.items() if place not in places.values()}
+        group.pop(_MEMORY, None)
+        if left:  # of layers that another constraint holds
+            group[_MEMORY] = left
+
+    @torch.no_grad()
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Give the optimiser the directions; those of a closure's gradients when it has computed them."""
+        self._forget_step()
+        skipped = getattr(optimizer, "found_inf", None)  # by a GradScaler that leaves it to a fused optimiser
+        if skipped is not None and bool(skipped):
+            return None
+        self._take_hold()
+        given = next((i for i, argument in enumerate(args) if i > 0 or argument is not optimizer), None)
+        closure = kwargs.get("closure") if given is None else args[given]
+        self._pending = True
+        if not callable(closure):
+            self._direct_all()
+            return None
+        if given is None:
+            return args, kwargs | {"closure": self._directed(closure)}
+        return (*args[:given], self._directed(closure), *args[given + 1 :]), kwargs
+
+    def _directed(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, and then the constraint's part of what is before a step."""
+
+        def evaluate() -> Any:
+            if self._moving:
+                raise ValueError(
+                    f"{type(self.optimizer).__name__} evaluates its closure twice in one step, between which "
+                    "it is not constrained: use an optimizer that takes one gradient in a step"
+                )
+            loss = closure()
+            with torch.no_grad():
+                self._direct_all()
+            return loss
+
+        return evaluate
+
+    def _direct_all(self) -> None:
+        self._moving = [*self._groups()]
+        self._tell_of_what_stands_still()
+        with strict(self._device):
+            for group in self._moving:
+                if self.options.transport:
+                    self._bases |= {X: X.detach().clone() for X in (*group.U, *group.Vt)}
+                self._direct(group)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        if self._pending and not self._moving:  # a closure that was not evaluated
+            self._moving = [*self._groups()]
+        with strict(self._device):
+            for group in self._moving:
+                sides = [X for X in (_together(group.U), _turned(_together(group.Vt))) if X is not None]
+                found = stiefel.retract(sides, self.options.retraction)
+                if group.U:
+                    _copy(group.U, found[0])
+                if group.Vt:
+                    _copy(group.Vt, found[-1].mT)
+                if group.S:
+                    self._settle(group)
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        self._pending = False
+        self._moving: list[_Group] = []
+        self._bases: dict[nn.Parameter, Tensor] = {}
+
+    def _tell_of_what_stands_still(self) -> None:
+        """Warn of layers that get no gradient in their first step: the network may call others."""
+        still = []
+        for held in self._held.values():
+            trained = [X for X in held.factors if X.requires_grad]
+            if held.new and trained and all(X.grad is None for X in trained):
+                still.append(held.name)
+            held.new = False
+        if still and self._moving:
+            warnings.warn(
+                f"no gradient reached {', '.join(still)}: the network may call other layers in their place",
+                stacklevel=6,
+            )
+
+    def _groups(self) -> "Iterable[_Group]":
+        """What has a gradient, in groups to be computed together: on a GPU of alike layers, else of one.
+
+        A GPU is idle during a small product; a CPU would only lose the time to stack them. With the released
+        code's scalar, which is a number for each layer, groups are of one as well.
+        """
+        groups: dict[Any, _Group] = {}
+        single = self.options.preconditioner == "released_code"
+        for held in self._held.values():
+            moved = [X.grad is not None and X in self._trained for X in held.factors]
+            if not any(moved):
+                continue
+            U, _, Vt = held.factors
+            _require_float(held.name, U)
+            key = (U.shape, Vt.shape, U.dtype, U.device, *moved) if U.is_cuda and not single else held.layer
+            group = groups.setdefault(key, _Group([], [], [], []))
+            group.held.append(held)
+            for members, X, flag in zip((group.U, group.S, group.Vt), held.factors, moved, strict=True):
+                if flag:
+                    members.append(X)
+        return groups.values()
+
+    def _direct(self, group: "_Group") -> None:
+        """Give the optimiser, as the gradients of U and V^T, their directions."""
+        G, H = _together([*map(self._summed, group.U)]), _together([*map(self._summed, group.Vt)])
+        G, H, scale = self._precondition(group, G, _turned(H))
+        if G is not None:
+            _point(group.U, stiefel.horizontal(_batch(group.U), G, scale))
+        if H is not None:
+            _point(group.Vt, stiefel.horizontal(_batch(group.Vt).mT, H, scale).mT)
+
+    def _summed(self, X: nn.Parameter) -> Tensor:
+        """The gradient of X; where SGD's momentum is to be projected as well, with that, taken off SGD."""
+        assert X.grad is not None
+        if self.options.momentum == "after_projection" or X not in self.optimizer.state:
+            return X.grad
+        buffer = self.optimizer.state[X].get("momentum_buffer")
+        if buffer is None:
+            return X.grad
+        summed = torch.add(X.grad, buffer, alpha=_group(self.optimizer, X)["momentum"])
+        buffer.zero_()  # for SGD will compute buffer <- mu buffer + grad
+        return summed
+
+    def _precondition(
+        self, group: "_Group", G: Tensor | None, H: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, float]:
+        """What is to be projected for U and for V, and a number by which that is to be multiplied."""
+        S = _batch([held.S for held in group.held])
+        if self.options.preconditioner == "exact":
+            known = group.held[0].inverses() if len(group.held) == 1 else None
+            return *spectrum.gram_solve(S, G, H, known), 1.0
+        if self.options.preconditioner == "scalar":
+            return *(spectrum.rms_solve(S, X) for X in (G, H)), 1.0
+        scale = group.held[0].scale
+        assert scale is not None, "with this preconditioner every layer has its scale"
+        return G, H, scale
+
+    def _settle(self, group: "_Group") -> None:
+        """Put S, after the optimiser's step, into the new bases and into the band."""
+        for held in group.held:
+            held.settled = True
+            if held.U in self._bases:
+                held.S.copy_(held.U.mT @ self._bases[held.U] @ held.S)
+            if held.Vt in self._bases:
+                held.S.copy_(held.S @ self._bases[held.Vt] @ held.Vt.mT)
+        if math.isfinite(self.options.tau):
+            _copy(group.S, self._project(group))
+
+    def _project(self, group: "_Group") -> Tensor:
+        S, tau, centre = _batch(group.S), self.options.tau, self.options.centre
+        released = self.options.preconditioner == "released_code" and tau > 0
+        if tau == 0 and self.options.projection == "qr":
+            return spectrum.scaled_orthogonal(S, centre)
+        if S.is_cuda and not released:
+            return spectrum.clip(S, tau, centre)
+        found = spectrum.fast_project(S, tau, centre)
+        projected, sigma = spectrum.project(S, tau, centre) if found is None else (found.matrix, found.sigma)
+        held = group.held[0]
+        held.known = None
+        if released:
+            held.scale = float((sigma.amin() / sigma.amax()).square())
+        elif found is not None and self.options.preconditioner == "exact" and tau <= _NARROW:
+            held.known = (projected, *found.gram_inverses())
+        return projected
+
+
+@dataclass(eq=False)
+class _Held:
+    """A layer that is held, and what its next step must know of the last one.
+
+    Attributes:
+        name: in the model, for messages.
+        scale: the scalar of `released_code`.
+        settled: whether S has been put into the band.
+        known: S as the last step left it, (S S^T)^{-1} and (S^T S)^{-1}.
+        new: whether no step has met it.
+    """
+
+    name: str
+    layer: LowRank
+    U: nn.Parameter
+    S: nn.Parameter
+    Vt: nn.Parameter
+    scale: float | None = None
+    settled: bool = False
+    known: tuple[Tensor, Tensor, Tensor] | None = None
+    new: bool = True
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+        return self.U, self.S, self.Vt
+
+    def memory(self) -> dict[str, Any]:
+        """What is saved, as tensors and plain values."""
+        return {"scale": self.scale, "settled": self.settled, "known": self.known}
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        """The inverse of `memory`."""
+        known = memory.get("known")
+        self.scale, self.settled = memory["scale"], memory["settled"]
+        self.known = None if known is None else tuple(X.to(self.S) for X in known)
+
+    def inverses(self) -> tuple[Tensor, Tensor] | None:
+        """(S S^T)^{-1} and (S^T S)^{-1} where the last step left them, and S as it is."""
+        if self.known is None:
+            return None
+        core, left, right = self.known
+        if (core.dtype, core.device) != (self.S.dtype, self.S.device) or not torch.equal(core, self.S):
+            return None
+        return left, right
+
+
+class _Group(NamedTuple):
+    """Layers of one shape, and those of their U, S and V^T that move, all or none."""
+
+    held: list[_Held]
+    U: list[nn.Parameter]
+    S: list[nn.Parameter]
+    Vt: list[nn.Parameter]
+
+
+@torch.no_grad()
+def project(model: nn.Module, tau: float = 0.1) -> list[str]:
+    """Put the U S V^T layers of `model` into the constraint, wherever its weights are from.
+
+    For weights that changed outside of a constrained step: an average over steps (EMA, SWA, what
+    a schedule-free optimiser evaluates), weights that were loaded or edited. U and V are made
+    orthonormal without a change to W = U S V^T, then the singular values of S are clipped into the band
+    around their root mean square: W becomes the nearest matrix of its row and column space with
+    cond(W) <= 1 + tau. A layer that is in the constraint already keeps its bits. Computed in float64.
+
+    Args:
+        model: a network with U S V^T layers; it is changed.
+        tau: conditioning tolerance, >= 0; infinity leaves S free.
+
+    Returns:
+        The names of the layers that were changed.
+
+    Raises:
+        ValueError: no such layer, one that is not finite, or not float32 or float64.
+    """
+    in_range("tau", tau, 0, math.inf)
+    changed = []
+    for name, layer in _required(model).items():
+        _require_float(name, layer.U)
+        if not all(X.isfinite().all() for X in (layer.U, _core(layer), layer.Vt)):
+            raise ValueError(f"the factors of {name} are not finite: no constraint has them")
+        if all(_audited(layer)[figure] <= limit for figure, limit in _limits(tau).items()):
+            continue
+        _orthonormalize(layer)
+        if not _audited(layer)["cond_S"] <= _limits(tau)["cond_S"]:
+            S = _core(layer)
+            S.copy_(spectrum.project(S.double(), tau)[0])
+        changed.append(name)
+    return changed
+
+
+def audit(model: nn.Module) -> dict[str, float]:
+    """Over all U S V^T layers of `model`, in float64: the largest max |U^T U - I| (V alike) and cond(S).
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    return _worst(map(_audited, _required(model).values()))
+
+
+def _triples(model: nn.Module) -> dict[str, LowRank]:
+    """The layers U S V^T of the model, by name."""
+    layers = low_rank_layers(model)
+    return {name: layer for name, layer in layers.items() if layer.S is not None and layer.S.ndim == 2}
+
+
+def _required(model: nn.Module) -> dict[str, LowRank]:
+    if not (layers := _triples(model)):
+        raise ValueError("this model has no U S V^T layer: factorize it first (core='full')")
+    return layers
+
+
+def _audited(layer: LowRank) -> dict[str, float]:
+    errors = [stiefel.orthonormality_error(X).item() for X in (layer.U, layer.V)]
+    condition = spectrum.condition_number(_core(layer)).item()
+    return {"orthonormality_error": math.nan if math.isnan(sum(errors)) else max(errors), "cond_S": condition}
+
+
+def _limits(tau: float) -> dict[str, float]:
+    """What is promised of each figure of an audit."""
+    return {
+        "orthonormality_error": ORTHONORMALITY_TOLERANCE,
+        "cond_S": (1 + tau) * (1 + max(CONDITION_TOLERANCE, ROUNDING * tau)),
+    }
+
+
+def _worst(audits: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    best = {"orthonormality_error": 0.0, "cond_S": 1.0}
+    audits = [best, *audits]
+    columns = {name: [found[name] for found in audits] for name in best}
+    return {name: math.nan if any(map(math.isnan, v)) else max(v) for name, v in columns.items()}
+
+
+def _batch(tensors: Sequence[Tensor]) -> Tensor:
+    """A batch of tensors of one shape; a single one as it is."""
+    return tensors[0] if len(tensors) == 1 else torch.stack([*tensors])
+
+
+def _together(tensors: Sequence[Tensor]) -> Tensor | None:
+    """`_batch`, or None where there is nothing."""
+    return _batch(tensors) if tensors else None
+
+
+def _turned(X: Tensor | None) -> Tensor | None:
+    return None if X is None else X.mT
+
+
+def _apart(batch: Tensor, count: int) -> Sequence[Tensor]:
+    """The inverse of `_batch`."""
+    return [batch] if count == 1 else batch.unbind()
+
+
+def _copy(targets: Sequence[Tensor], batch: Tensor) -> None:
+    for target, value in zip(targets, _apart(batch, len(targets)), strict=True):
+        target.copy_(value)
+
+
+def _point(targets: Sequence[nn.Parameter], directions: Tensor) -> None:
+    for target, direction in zip(targets, _apart(directions, len(targets)), strict=True):
+        target.grad = direction
+
+
+def _old_memory(group: Mapping[str, Any], state: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """What a state_dict holds of a layer if it was saved when layers were known by their names."""
+    if _OLD_SETTLED not in group:
+        return None
+    known = tuple(state.pop(key) for key in _OLD_INVERSES if key in state) or None
+    return {
+        "scale": group.get(_OLD_SCALES, {}).get(name), "settled": name in group[_OLD_SETTLED], "known": known
+    }  # fmt: skip
+
+
+def _turn_old_moments(state: dict[str, Any], Vt: nn.Parameter) -> None:
+    """Moments that were saved when V and not V^T was the parameter; of a square V they are zero."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape != Vt.shape and value.shape == Vt.mT.shape:
+            state[key] = value.mT.contiguous()
+
+
+def _require_float(name: str, U: Tensor) -> None:
+    if U.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the factors of {name} are {U.dtype}: keep them in float32, use autocast")
+
+
+def _group(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict:
+    return next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+
+
+def _require_plain_sgd(optimizer: torch.optim.Optimizer) -> None:
+    if not isinstance(optimizer, torch.optim.SGD):
+        raise ValueError("momentum=before_projection needs torch.optim.SGD; use after_projection")
+    for group in optimizer.param_groups:
+        if any(group.get(option) for option in ("dampening", "nesterov", "maximize", "fused")):
+            raise ValueError(
+                "momentum=before_projection needs SGD without dampening, nesterov, maximize, fused"
+            )
+
+
+@torch.no_grad()
+def _orthonormalize(layer: LowRank) -> None:
+    """U = Q_U R_U, V = Q_V R_V, S <- R_U S R_V^T, unless U and V are orthonormal already."""
+    for factor, transposed in ((layer.U, False), (layer.V, True)):
+        if not stiefel.orthonormality_error(factor) <= ORTHONORMALITY_TOLERANCE:
+            Q = stiefel.qr(factor.double())
+            R = Q.mT @ factor.double()
+            core = _core(layer).double()
+            _core(layer).copy_(core @ R.mT if transposed else R @ core)
+            factor.copy_(Q)
+
+
+def _core(layer: LowRank) -> nn.Parameter:
+    assert layer.S is not None
+    return layer.S
