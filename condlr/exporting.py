@@ -1,45 +1,68 @@
 """From low-rank layers to plain ones that compute the same."""
 
+import copy
+import random
 import warnings
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from typing_extensions import override
 
 from condlr.errors import one_of
 from condlr.layers import LowRank, LowRankConv2d
+from condlr.reading import ATTRIBUTES, read_layers
 from condlr.replacement import listed, replaced
 
 EXPORTS = ("smallest", "dense", "factored")
 
 
-def export(model: nn.Module, form: str = "smallest") -> nn.Module:
+def export(
+    model: nn.Module,
+    example: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
+    *,
+    form: str = "smallest",
+) -> nn.Module:
     """A copy of `model` with `nn.Linear` and `nn.Conv2d` only, which computes the same.
+
+    Two thin layers, V^T and then U S, have no `weight`, no `stride` and the like. A layer of which the
+    network reads such an attribute, and does not only call it, is a dense one in any form. Which layers are
+    read is found by running `example`; without one, in the bytecode of the network's methods, where what is
+    doubtful counts as read.
 
     Args:
         model: a network with low-rank layers.
-        form: `dense` multiplies each weight out; `factored` makes each layer two plain ones, V^T and
-            then U S; `smallest` takes for each layer the one of the two with fewer weights.
+        example: an input: a tensor, positional arguments as a tuple or list, or keywords as a mapping. The
+            network is run on it in evaluation and in training mode, with copies of its buffers.
+        form: `dense` multiplies each weight out; `factored` makes each layer two thin ones; `smallest` takes
+            for each layer the one of the two with fewer weights.
 
-    Two plain layers have no `weight`. A network that reads its layers' weights instead of calling them (a
-    Swin Transformer) needs `form="dense"`; layers of `nn.TransformerEncoderLayer`, which does so in
-    evaluation, are dense in any form.
+    Raises:
+        ValueError: no such form, or the network holds a layer where copying does not follow.
+        RuntimeError: something in the network cannot be copied.
     """
     one_of("form", form, EXPORTS)
-    forms = export_forms(model, form)
+    if isinstance(example, str):
+        raise TypeError(f"an example is an input of the network; for a form say form={example!r}")
+    forms = export_forms(model, form, () if example is not None else None)
+    if example is not None:
+        forms = export_forms(model, form, _read_by(model, forms, example))
     plain, lost = replaced(model, {layer: _plain(layer, form) for layer, form in forms.items()})
     if lost:
         warnings.warn(f"not taken over to the plain layers: {listed(lost)}", stacklevel=2)
     return plain
 
 
-def export_forms(model: nn.Module, form: str = "smallest") -> dict[LowRank, str]:
-    """What `export` makes of each low-rank layer: `dense` or `factored`."""
-    whole = {
-        layer for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer) for layer in m.children()
-    }
+def export_forms(
+    model: nn.Module, form: str = "smallest", read: Collection[nn.Module] | None = None
+) -> dict[LowRank, str]:
+    """What `export` makes of each low-rank layer: `dense` or `factored`; `read` are known to be read."""
     layers = [layer for layer in model.modules() if isinstance(layer, LowRank)]
-    return {layer: _form(layer, form) if layer not in whole else "dense" for layer in layers}
+    if read is None:
+        read = read_layers(model, layers) if form != "dense" else ()
+    return {layer: _form(layer, form) if layer not in read else "dense" for layer in layers}
 
 
 def _form(layer: LowRank, form: str) -> str:
@@ -47,6 +70,50 @@ def _form(layer: LowRank, form: str) -> str:
     if form == "dense" or layer._modules:  # layers within a layer have no place among the two thin ones
         return "dense"
     return "factored" if form == "factored" or r * (n + m) < n * m else "dense"
+
+
+def _probe(layer: LowRank, asked: set[nn.Module]) -> nn.Sequential:
+    """The two thin layers, which answer for the dense one, but then put `layer` into `asked`."""
+
+    class Probe(nn.Sequential):
+        @override
+        def __getattr__(self, name: str) -> Any:
+            if name not in ATTRIBUTES:
+                return super().__getattr__(name)
+            asked.add(layer)
+            return getattr(_plain(layer, "dense"), name)
+
+        @override
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name not in ATTRIBUTES:
+                return super().__setattr__(name, value)
+            asked.add(layer)
+            vars(self)[name] = value
+
+    return Probe(*_plain(layer, "factored").children())
+
+
+def _read_by(model: nn.Module, forms: Mapping[LowRank, str], example: Any) -> set[nn.Module]:
+    """The layers of which `model` reads attributes when it is run on `example`."""
+    asked: set[nn.Module] = set()
+    thin = {layer for layer, form in forms.items() if form == "factored"}
+    made: dict[nn.Module, nn.Module] = {
+        layer: _probe(layer, asked) if layer in thin else _plain(layer, "dense") for layer in forms
+    }
+    trial, _ = replaced(model, made)
+    named, inputs = ({}, example) if isinstance(example, tuple | list) else ({}, (example,))
+    if isinstance(example, Mapping):
+        named, inputs = example, ()
+    devices = {p.get_device() for p in model.parameters() if p.is_cuda}
+    state = random.getstate()
+    try:
+        with torch.no_grad(), torch.random.fork_rng([*devices]):
+            trial.eval()(*copy.deepcopy(inputs), **copy.deepcopy(named))
+            with suppress(Exception):  # what is only used in evaluation may not train
+                trial.train()(*copy.deepcopy(inputs), **copy.deepcopy(named))
+    finally:
+        random.setstate(state)
+    return asked
 
 
 @torch.no_grad()

@@ -116,8 +116,9 @@ def factorize(
 
     Raises:
         ValueError: a bad setting, a name in `ranks` or `exclude` that no layer has, a layer in `ranks` that
-            cannot be factored; or the network cannot be copied, or holds a layer where copying does not
-            follow (a closure, a weak reference), which would go on with the dense one.
+            cannot be factored; or the network holds a layer where copying does not follow (a closure, a weak
+            reference), which would go on with the dense one.
+        RuntimeError: something in the network cannot be copied.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 20, 5), nn.Flatten(), nn.Linear(11520, 10))

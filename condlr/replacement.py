@@ -31,7 +31,8 @@ def replaced(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> tuple[nn.
         The copy, and the names of what could not be taken over.
 
     Raises:
-        ValueError: something cannot be copied, or would go on using an old layer: closures, weak references.
+        ValueError: something would go on using an old layer: a closure, a weak reference.
+        RuntimeError: something cannot be copied.
     """
     memo: dict[int, Any] = {id(old): new for old, new in made.items()}
     for old, new in made.items():
@@ -95,7 +96,7 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return copy.deepcopy(model, memo)
     except Exception as error:  # whatever the network's own objects raise
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"this network cannot be copied: {_uncopied(model, before)}: {reason}") from error
+        raise RuntimeError(f"this network cannot be copied: {_uncopied(model, before)}: {reason}") from error
 
 
 def _uncopied(model: nn.Module, memo: Mapping[int, Any]) -> str:
