@@ -1,21 +1,29 @@
 """Put low-rank layers into any network, measure what that saves, and export plain layers again."""
 
-import copy
 import math
 import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from condlr.errors import in_range, one_of
+from condlr.exporting import export
 from condlr.layers import LowRank, LowRankConv2d, LowRankLinear
 from condlr.ranks import RANK_RULES, rank_for
+from condlr.replacement import listed, replaced
+from condlr.size import Size, measure, numel
+
+__all__ = ["Scheme", "Size", "export", "factorize", "low_rank_layers", "measure"]
 
 CLASSIFIERS = ("dense", "full_rank", "compressed")
 INITS = ("spectral", "released_code")
+# Of weights that have singular values. The half ones are factored in float64 like the others.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,10 @@ class Scheme:
 
     def ranks(self, model: nn.Module, exclude: Collection[str] = ()) -> dict[str, int]:
         """The rank of each layer of `model` that is to be factored, by name."""
-        layers = dict(_candidates(model))
+        obstacles = _obstacles(model)
+        layers: dict[str, Any] = {
+            name: model.get_submodule(name) for name, reason in obstacles.items() if reason is None
+        }
         linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
         head = linear[-1] if linear and self.classifier != "compressed" else None
         ranks = {}
@@ -84,16 +95,19 @@ def factorize(
 ) -> nn.Module:
     """A copy of `model` whose `nn.Linear` and `nn.Conv2d` layers are low-rank.
 
-    Layers are replaced where they stand, so a residual or branching network keeps its wiring.
+    Layers are replaced where they stand, also in lists, dictionaries and objects of the network's own, so a
+    residual or branching network keeps its wiring. Hooks and attributes of layers and parameters go over.
     Of these layers, what cannot be factored stays dense and is named in a warning: grouped
-    convolutions, subclasses and parametrised layers, layers whose weight is shared. Layers of other
-    kinds (1-d and transposed convolutions, recurrent layers, attention's own weights) are left alone.
+    convolutions, subclasses and parametrised layers, weights that are shared, complex or quantised, layers
+    with a `forward` of their own. Layers of other kinds (1-d and transposed convolutions, recurrent layers,
+    attention's own weights) are left alone; where they have most of the parameters, a warning says so.
 
     Args:
         model: any network; it is not changed.
         compression: the fraction of weights to remove from each layer, in [0, 1).
         ranks: the rank of each layer by name, instead of `compression`; other layers stay dense.
-        exclude: names of layers to leave dense, as shell patterns (`"head"`, `"stem.*"`).
+        exclude: names of layers to leave dense, or of modules with all that is in them, as shell patterns
+            (`"head"`, `"stem.*"`).
         rank_rule: `params` or `released_code`, see `condlr.ranks.rank_for`.
         classifier: what becomes of the last linear layer: `compressed` like any other, `dense`, or
             factored at `full_rank`. A classifier of few classes loses accuracy at a small rank.
@@ -101,7 +115,10 @@ def factorize(
         core: `full` makes triples U S V^T; `diagonal` U diag(s) V^T; `none` pairs U V^T.
 
     Raises:
-        ValueError: a bad setting, or a name in `ranks` or `exclude` that no layer has.
+        ValueError: a bad setting, a name in `ranks` or `exclude` that no layer has, a layer in `ranks` that
+            cannot be factored; or the network holds a layer where copying does not follow (a closure, a weak
+            reference), which would go on with the dense one.
+        RuntimeError: something in the network cannot be copied.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 20, 5), nn.Flatten(), nn.Linear(11520, 10))
@@ -112,118 +129,65 @@ def factorize(
     exclude = [exclude] if isinstance(exclude, str) else exclude
     if (compression is None) == (ranks is None):
         raise ValueError("give either a compression or the ranks of the layers")
-    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    one_of("init", init, INITS)
+    obstacles = _obstacles(model)
+    known = {n for name, _ in model.named_parameters(remove_duplicate=False) for n in _around(name)}
     for pattern in (*exclude, *(ranks or ())):
-        if pattern not in names and not (pattern in exclude and any(fnmatch(n, pattern) for n in names)):
+        if pattern not in obstacles and not (pattern in exclude and any(fnmatch(n, pattern) for n in known)):
             raise ValueError(
-                f"no linear or convolution layer is named {pattern!r}; there are {sorted(names)}"
+                f"no linear or convolution layer is named {pattern!r}; there are {sorted(obstacles)}"
             )
+    chosen = ranks is None
     if ranks is None:
         ranks = Scheme(compression, rank_rule, classifier, init).ranks(model, exclude)
     elif both := [name for name in ranks if _excluded(name, exclude)]:
         raise ValueError(f"{', '.join(both)} has a rank and is excluded")
-    one_of("init", init, INITS)
+    elif unfit := [name for name in ranks if obstacles[name]]:
+        raise ValueError(f"{unfit[0] or 'this layer'} cannot be factored: {obstacles[unfit[0]]}")
+    left = {name: reason for name, reason in obstacles.items() if reason and not _excluded(name, exclude)}
     if not ranks:
+        kinds = _kinds(_shares(model, exclude, ()))
         raise ValueError(
             "this network has no linear or convolution layer that can be factored, "
             "and is neither excluded nor low-rank already"
+            + (f"; its parameters are in {kinds}" if kinds else "")
+            + (f"; {_reasons(left)}" if left else "")
         )
-
-    model = copy.deepcopy(model)
-    candidates = dict(_candidates(model))
-    made: dict[nn.Module, nn.Module] = {}
+    made = {}
     for name, rank in ranks.items():
-        if name not in candidates:
-            raise ValueError(f"{name} cannot be factored: {_obstacle(model.get_submodule(name), model)}")
-        dense = candidates[name]
-        if not dense.weight.is_meta and not dense.weight.isfinite().all():
-            raise ValueError(f"the weight of {name} is not finite: it has no singular values")
-        kind = LowRankConv2d if isinstance(dense, nn.Conv2d) else LowRankLinear
-        layer = made[dense] = kind.like(dense, rank, core)  # type: ignore[arg-type]
-        if init == "released_code" and isinstance(layer, LowRankConv2d):
+        dense: Any = model.get_submodule(name)
+        made[dense] = _low_rank(name, dense, rank, core, init, decay)
+    low, lost = replaced(model, made)
+    if lost:
+        warnings.warn(f"not taken over to the low-rank layers: {listed(lost)}", stacklevel=2)
+    if chosen and left:
+        warnings.warn(f"left dense: {_reasons(left)}", stacklevel=2)
+    if chosen:
+        spared = [name for name, reason in obstacles.items() if reason is None and name not in ranks]
+        shares = _shares(model, [*exclude, *spared], ranks)
+        if shares[""] < 0.5:
+            warnings.warn(
+                f"only {100 * shares['']:.0f} % of the parameters that are not excluded are in layers that "
+                f"were factored; left as they are: {_kinds(shares)}",
+                stacklevel=2,
+            )
+    return low
+
+
+def _low_rank(
+    name: str, dense: nn.Linear | nn.Conv2d, rank: int, core: str, init: str, decay: float | None
+) -> LowRank:
+    if not dense.weight.is_meta and not dense.weight.isfinite().all():
+        raise ValueError(f"the weight of {name} is not finite: it has no singular values")
+    if isinstance(dense, nn.Conv2d):
+        layer: LowRank = LowRankConv2d.like(dense, rank, core)
+        if init == "released_code":
             _gaussian_spectrum(layer)
-        if decay is not None:
-            _decaying_spectrum(name, layer, decay)
-    left = [
-        f"{name} ({reason})"
-        for name in sorted(names)
-        if (reason := _obstacle(model.get_submodule(name), model)) and not _excluded(name, exclude)
-    ]
-    if left:
-        more = f" and {len(left) - 6} more" if len(left) > 6 else ""
-        warnings.warn(f"left dense: {', '.join(left[:6])}{more}", stacklevel=2)
-    return _replace(model, made)
-
-
-def export(model: nn.Module, form: str = "smallest") -> nn.Module:
-    """A copy of `model` with `nn.Linear` and `nn.Conv2d` only, which computes the same.
-
-    Args:
-        model: a network with low-rank layers.
-        form: `dense` multiplies each weight out; `factored` makes each layer two plain ones, V^T and
-            then U S; `smallest` takes for each layer the one of the two with fewer weights.
-
-    Two plain layers have no `weight`. A network that reads its layers' weights instead of calling them (a
-    Swin Transformer) needs `form="dense"`; layers of `nn.TransformerEncoderLayer`, which does so in
-    evaluation, are dense in any form.
-    """
-    one_of("form", form, ("smallest", "dense", "factored"))
-    model = copy.deepcopy(model)
-    whole = {
-        layer for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer) for layer in m.children()
-    }
-    return _replace(
-        model,
-        {
-            layer: _plain(layer, "dense" if layer in whole else form)
-            for layer in model.modules()
-            if isinstance(layer, LowRank)
-        },
-    )
-
-
-@dataclass(frozen=True)
-class Size:
-    """Weights of a network's linear and convolution layers, biases and normalisation left out.
-
-    Attributes:
-        dense: what the dense network has.
-        trained: what is trained: r (n + m + r) for a triple, r (n + m) for a pair, r more for a diagonal.
-        deployed: what an exported network keeps: min(n m, r (n + m)) for a low-rank layer.
-    """
-
-    dense: int
-    trained: int
-    deployed: int
-
-    @property
-    def train_compression(self) -> float:
-        """Measured compression of the network in training; 0 for one without weights."""
-        return 1 - self.trained / self.dense if self.dense else 0.0
-
-    @property
-    def deploy_compression(self) -> float:
-        """Measured compression of the exported network; 0 for one without weights."""
-        return 1 - self.deployed / self.dense if self.dense else 0.0
-
-    def as_dict(self) -> dict[str, float]:
-        """For run.json."""
-        measured = {"train": self.train_compression, "deploy": self.deploy_compression}
-        return asdict(self) | {f"{name}_compression": value for name, value in measured.items()}
-
-
-def measure(model: nn.Module) -> Size:
-    """Count the weights of `model`, a network with or without low-rank layers."""
-    dense = trained = deployed = 0
-    for layer in model.modules():
-        if isinstance(layer, LowRank):
-            (n, m), r = layer.shape, layer.rank
-            dense += n * m
-            trained += r * (n + m) + (0 if layer.S is None else layer.S.numel())
-            deployed += min(n * m, r * (n + m))
-        elif isinstance(layer, nn.Linear | nn.Conv2d):
-            dense, trained, deployed = (count + layer.weight.numel() for count in (dense, trained, deployed))
-    return Size(dense, trained, deployed)
+    else:
+        layer = LowRankLinear.like(dense, rank, core)
+    if decay is not None:
+        _decaying_spectrum(name, layer, decay)
+    return layer
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRank]:
@@ -231,43 +195,94 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRank]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRank)}
 
 
-def _obstacle(layer: nn.Module, model: nn.Module) -> str | None:
-    """Why a linear or convolution layer cannot be factored, or None."""
-    if type(layer) not in (nn.Linear, nn.Conv2d):
+def _obstacles(model: nn.Module) -> dict[str, str | None]:
+    """Each linear and convolution layer, also of a kind derived from them, and why it cannot be factored."""
+    holders = Counter(
+        parameter
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+    return {
+        name: _obstacle(layer, holders)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
+
+
+def _obstacle(layer: nn.Linear | nn.Conv2d, holders: Mapping[nn.Parameter, int]) -> str | None:
+    kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    if type(layer) is not kind:
         return f"a {type(layer).__name__}, which may use its weight in its own way"
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         return f"groups={layer.groups}"
-    weight = layer._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed from other tensors"
-    everywhere = [p for m in model.modules() for p in {*m._parameters.values()} if p is not None]
-    shared = (name for name, own in layer._parameters.items() if sum(p is own for p in everywhere) > 1)
-    return next((f"its {name} is shared with another layer" for name in shared), None)
+    if own := [key for key in vars(layer) if callable(getattr(kind, key, None))]:
+        return f"its {own[0]} was replaced"
+    for name in ("weight", "bias"):
+        if name not in layer._parameters or layer._parameters["weight"] is None:
+            return f"its {name} is computed from other tensors"
+        parameter = layer._parameters[name]
+        if parameter is None:
+            continue
+        if type(parameter) is not nn.Parameter:
+            return f"its {name} is a {type(parameter).__name__}"
+        if parameter.dtype not in DTYPES:
+            return f"its {name} is {str(parameter.dtype).removeprefix('torch.')}"
+        if parameter.layout != torch.strided:
+            return f"its {name} is sparse"
+        if holders[parameter] > 1:
+            return f"its {name} is shared with another layer"
+    if isinstance(layer, nn.Conv2d):
+        shape = layer.out_channels, layer.in_channels, *layer.kernel_size
+    else:
+        shape = layer.out_features, layer.in_features
+    if layer.weight.shape != shape or 0 in shape:
+        return f"its weight has the shape {tuple(layer.weight.shape)}, not {shape}"
+    return None
 
 
-def _candidates(model: nn.Module):
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d) and _obstacle(layer, model) is None:
-            yield name, layer
+def _excluded(name: str, patterns: Collection[str]) -> bool:
+    """Whether a pattern matches a layer or parameter, or a module around it."""
+    return any(fnmatch(n, pattern) for n in _around(name) for pattern in patterns)
 
 
-def _excluded(name: str, patterns: Collection[str]) -> str | None:
-    return next((pattern for pattern in patterns if fnmatch(name, pattern)), None)
+def _around(name: str) -> list[str]:
+    """The name, and those of the modules it is in, but for the network itself."""
+    parts = name.split(".")
+    return [".".join(parts[: k + 1]) for k in range(len(parts))]
 
 
-def _replace(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put `made[layer]` wherever `layer` stands, also where one layer stands twice."""
-    if model in made:
-        return made[model]
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is not None and child in made:
-                parent._modules[name] = made[child]
-    return model
+def _shares(model: nn.Module, exclude: Collection[str], factored: Collection[str]) -> dict[str, float]:
+    """Which share of the parameters of `model` that are not excluded is in what kind of layers.
+
+    Those that are `factored` or low-rank already come first, under the empty name, then the largest.
+    """
+    counts: Counter[str] = Counter({"": 0})
+    seen: set[nn.Parameter] = set()
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            path = f"{name}.{key}".lstrip(".")
+            if parameter is not None and parameter not in seen and not _excluded(path, exclude):
+                seen.add(parameter)
+                ours = name in factored or isinstance(module, LowRank)
+                counts["" if ours else type(module).__name__] += numel(parameter)
+    total = sum(counts.values()) or 1
+    low_rank = counts.pop("")
+    return {"": low_rank / total} | {kind: count / total for kind, count in counts.most_common() if count}
+
+
+def _reasons(left: Mapping[str, str]) -> str:
+    return listed([f"{name} ({left[name]})" for name in sorted(left)])
+
+
+def _kinds(shares: Mapping[str, float]) -> str:
+    return listed(
+        [f"{kind} {100 * share:.0f} %" for kind, share in shares.items() if kind and share >= 0.005]
+    )
 
 
 @torch.no_grad()
-def _gaussian_spectrum(layer: LowRankConv2d) -> None:
+def _gaussian_spectrum(layer: LowRank) -> None:
     """The convolution's start in the authors' code: orthonormal U, V and S = diag(sort |N(0, 1)|)."""
     sigma = torch.randn(layer.rank, device=layer.U.device, dtype=layer.U.dtype).abs()
     sigma = sigma.sort(descending=True).values
@@ -280,7 +295,7 @@ def _decaying_spectrum(name: str, layer: LowRank, decay: float) -> None:
     """The singular values sigma_1, sigma_1 / decay, sigma_1 / decay^2 ... with the layer's own vectors."""
     r, smallest = layer.rank, torch.finfo(layer.U.dtype).tiny
     P, sigma, Qh = torch.linalg.svd(layer.matrix.double(), full_matrices=False)
-    if sigma[0].log() - (r - 1) * math.log(decay) < math.log(smallest):
+    if not sigma.is_meta and sigma[0].log() - (r - 1) * math.log(decay) < math.log(smallest):
         raise ValueError(
             f"decay={decay:g} over the {r} singular values of {name} ends below what {layer.U.dtype} holds "
             f"({smallest:.2g}): take a smaller decay, or a higher compression"
@@ -290,40 +305,5 @@ def _decaying_spectrum(name: str, layer: LowRank, decay: float) -> None:
 
 
 def _random_orthonormal(like: Tensor) -> Tensor:
-    return torch.linalg.svd(torch.randn_like(like), full_matrices=False).U
-
-
-def _plain(layer: LowRank, form: str) -> nn.Module:
-    (n, m), r = layer.shape, layer.rank
-    double = copy.deepcopy(layer).double()
-    left, right = double.left, double.Vt
-    factored = form == "factored" or (form == "smallest" and r * (n + m) < n * m)
-    has_bias = layer.bias is not None
-    kind = {"device": "meta", "dtype": layer.U.dtype}  # where no random numbers are drawn
-    weights = [right, left] if factored else [left @ right]
-    if isinstance(layer, LowRankConv2d):
-        window = layer.kernel_size, layer.stride, layer.padding, layer.dilation
-        mode = {"padding_mode": layer.padding_mode}
-        inner, outer = layer.in_channels, layer.out_channels
-        if factored:
-            parts = [
-                nn.Conv2d(inner, r, *window, bias=False, **mode, **kind),  # type: ignore[arg-type]
-                nn.Conv2d(r, outer, 1, bias=has_bias, **kind),
-            ]
-        else:
-            parts = [nn.Conv2d(inner, outer, *window, bias=has_bias, **mode, **kind)]  # type: ignore[arg-type]
-    elif factored:
-        parts = [nn.Linear(m, r, bias=False, **kind), nn.Linear(r, n, bias=has_bias, **kind)]
-    else:
-        parts = [nn.Linear(m, n, bias=has_bias, **kind)]
-    trained = any(p.requires_grad for p in (layer.U, layer.S, layer.Vt) if p is not None)
-    with torch.no_grad():
-        for part, weight in zip(parts, weights, strict=True):
-            part.to_empty(device=layer.U.device)
-            part.weight.copy_(weight.reshape(part.weight.shape))
-            part.weight.requires_grad_(trained)
-        if layer.bias is not None and parts[-1].bias is not None:
-            parts[-1].bias.copy_(layer.bias)
-            parts[-1].bias.requires_grad_(layer.bias.requires_grad)
-    plain = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
-    return plain.train(layer.training)
+    random = torch.randn_like(like)
+    return torch.linalg.svd(random.to(torch.promote_types(like.dtype, torch.float32)), full_matrices=False).U

@@ -468,7 +468,7 @@ class Strange(nn.Module):
 NETWORKS = {
     "lenet5": (lambda: standardized(LeNet5(), ((0.13,), (0.31,))), (1, 28, 28)),
     "factorised": (lambda: condlr.factorize(LeNet5(), 0.5), (1, 28, 28)),
-    "exported": (lambda: condlr.export(condlr.factorize(LeNet5(), 0.8), "factored"), (1, 28, 28)),
+    "exported": (lambda: condlr.export(condlr.factorize(LeNet5(), 0.8), form="factored"), (1, 28, 28)),
     "vgg16": (lambda: condlr.factorize(standardized(
         Vgg16().build((3, 32, 32), 10), ((0.1, 0.2, 0.3), (0.2, 0.3, 0.4))), 0.9), (3, 32, 32)),
     "strange": (Strange, (2, 16, 16)),

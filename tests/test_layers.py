@@ -214,7 +214,7 @@ def test_export_computes_the_same_with_plain_layers(form, core):
     ).double()  # fmt: skip
     factored = condlr.factorize(net, 0.3, core=core)
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    plain = condlr.export(factored, form)
+    plain = condlr.export(factored, form=form)
     torch.testing.assert_close(plain(x), factored(x))
     kinds = {type(module) for module in plain.modules()}
     assert kinds <= {nn.Sequential, nn.Conv2d, nn.Linear, nn.ReLU, nn.Flatten}
@@ -230,7 +230,7 @@ def test_an_exported_transformer_computes_in_evaluation_too(form):
     factored = condlr.factorize(net, 0.5, exclude="*.self_attn.*").eval()
     x = torch.randn(3, 5, 16)
     with torch.no_grad():
-        torch.testing.assert_close(condlr.export(factored, form)(x), factored(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(condlr.export(factored, form=form)(x), factored(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_shared_bias_stays_shared():
@@ -261,7 +261,7 @@ def test_export_leaves_what_is_frozen_and_random_numbers_alone():
     net[2].bias.requires_grad_(False)
     before = torch.get_rng_state()
     for form in ("dense", "factored"):
-        plain = condlr.export(net, form)
+        plain = condlr.export(net, form=form)
         assert not any(p.requires_grad for p in plain[0].parameters())
         assert {p.ndim for p in plain[2].parameters() if p.requires_grad} == {2}
     assert torch.equal(before, torch.get_rng_state())
@@ -306,7 +306,7 @@ def test_a_gaussian_start_is_half_normal():
         ),
         (lambda net: condlr.factorize(nn.ReLU(), 0.5), "no linear or convolution layer that can be"),
         (lambda net: condlr.factorize(net, ranks={"fc1": 501}), "the rank of a 500 x 800 matrix"),
-        (lambda net: condlr.export(net, "onnx"), "form must be one of"),
+        (lambda net: condlr.export(net, form="onnx"), "form must be one of"),
     ],
 )
 def test_misuse_is_refused(call, message):

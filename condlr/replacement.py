@@ -1,0 +1,206 @@
+"""A copy of a network with other layers in the place of some, wherever the network holds them."""
+
+import copy
+import gc
+import weakref
+from collections import ChainMap
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from functools import cache
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+# What a layer computes with: made anew, never carried over. All else that it holds is.
+_OWN = {"weight", "bias", "U", "S", "V", "Vt"}
+_MODULE = vars(nn.Module()).keys()
+
+
+def replaced(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> tuple[nn.Module, list[str]]:
+    """A copy of `model` that has `made[layer]` wherever `model` has `layer`.
+
+    The new layers are copied around: `copy.deepcopy` is told that they are the copies of the old ones, so
+    that they stand in lists, dictionaries, objects and bound methods of the network's own, too. Weights of
+    old layers are never copied. Hooks and attributes, also those of parameters, go over to the copy.
+
+    Args:
+        model: any network; it is not changed.
+        made: new layers, without hooks and attributes of their own.
+
+    Returns:
+        The copy, and the names of what could not be taken over.
+
+    Raises:
+        ValueError: something would go on using an old layer: a closure, a weak reference.
+        RuntimeError: something cannot be copied.
+    """
+    memo: dict[int, Any] = {id(old): new for old, new in made.items()}
+    for old, new in made.items():
+        # A weight stands for itself: who holds it without its layer is found below, and refused.
+        memo |= {id(p): _bias(new) if key == "bias" else p for key, p in _own(old).items()}
+    for thing in reachable([model], {}):
+        if isinstance(thing, MethodType) and isinstance(thing.__self__, nn.Module) and thing.__self__ in made:
+            memo[id(thing)] = getattr(made[thing.__self__], thing.__name__, thing)
+    copied = _copy(model, memo)
+    known: dict[int, object] = {id(module): module for module in model.modules()}
+    lost = [
+        f"{name}.{key}".lstrip(".")
+        for name, old in model.named_modules()
+        if old in made
+        for key in [*_carry(old, made[old], memo, known), *_carry_to_weights(old, made[old], memo, known)]
+    ]
+    for parameter in model.parameters():
+        other = memo.get(id(parameter))
+        if other is not None and other is not parameter:
+            _carry_to(other, parameter, memo)
+    _refuse_old(model, copied, made)
+    return copied, lost
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def reachable(roots: Iterable[object], seen: MutableMapping[int, object]) -> Iterator[object]:
+    """All that `roots` lead to, themselves included, but for what is `seen`, which grows.
+
+    Also where copying does not follow: what functions hold in closures and defaults, and weak references.
+    Classes, modules of Python and the globals of functions are not followed.
+    """
+    found = [*roots]
+    while found:
+        thing = found.pop()
+        if id(thing) not in seen:
+            seen[id(thing)] = thing  # kept, so that no other object takes its id
+            yield thing
+            found += _held(thing)
+
+
+def _held(thing: object) -> Collection[object]:
+    if isinstance(thing, type | ModuleType | CodeType):
+        return ()
+    if isinstance(thing, FunctionType):
+        return thing.__closure__, thing.__defaults__, thing.__kwdefaults__, vars(thing)
+    if isinstance(thing, weakref.ReferenceType):
+        return (thing(),)
+    if isinstance(thing, Tensor):
+        return vars(thing), thing._backward_hooks
+    return gc.get_referents(thing)
+
+
+def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    before = dict(memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever the network's own objects raise
+        reason = str(error).partition("\n")[0]
+        raise RuntimeError(f"this network cannot be copied: {_uncopied(model, before)}: {reason}") from error
+
+
+def _uncopied(model: nn.Module, memo: Mapping[int, Any]) -> str:
+    """What cannot be copied, in the innermost module that holds it."""
+    for name, module in reversed([*model.named_modules()]):
+        named = {**vars(module), **module._parameters, **module._buffers}
+        for key in [key for key in named if key not in ("_parameters", "_buffers", "_modules")]:
+            try:
+                copy.deepcopy(named[key], dict(memo))
+            except Exception:
+                return f"{name}.{key}".lstrip(".")
+    return type(model).__name__
+
+
+def _carry(
+    old: nn.Module, new: nn.Module, memo: dict[int, Any], known: MutableMapping[int, object]
+) -> list[str]:
+    """Give `new` the hooks and attributes of `old`; what it cannot have."""
+    lost = []
+    own = {id(parameter) for parameter in _own(old).values()}
+    for key, value in old.__getstate__().items():  # which leaves out what was compiled
+        if key == "training":
+            continue
+        if key in ("_parameters", "_buffers", "_modules"):
+            extra = {k: v for k, v in value.items() if k not in _OWN}
+            vars(new)[key].update(copy.deepcopy(extra, memo))
+        elif key in _MODULE:
+            vars(new)[key] = copy.deepcopy(value, memo)
+        elif key not in _usual(type(old)):
+            if hasattr(new, key) or _leads(value, own, known):
+                lost.append(key)
+            else:
+                vars(new)[key] = copy.deepcopy(value, memo)
+    return lost
+
+
+def _carry_to_weights(
+    old: nn.Module, new: nn.Module, memo: dict[int, Any], known: MutableMapping[int, object]
+) -> list[str]:
+    """Give the parameters of `new` the attributes of those of `old`; what they cannot have."""
+    lost = []
+    old_weights = {key: p for key, p in _own(old).items() if key != "bias"}
+    own = {id(parameter) for parameter in old_weights.values()}
+    weights = [p for key, p in new.named_parameters() if key.rpartition(".")[2] in _OWN - {"bias"}]
+    for name, weight in old_weights.items():
+        for key, value in vars(weight).items():
+            sized = isinstance(value, Tensor) and value.shape == weight.shape
+            if sized or _leads(value, own, known):
+                lost.append(f"{name}.{key}")
+            else:
+                for parameter in weights:
+                    vars(parameter)[key] = copy.deepcopy(value, memo)
+        if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+            lost.append(f"{name} (its hooks)")
+    return lost
+
+
+def _carry_to(new: Tensor, old: Tensor, memo: dict[int, Any]) -> None:
+    """Give a parameter that is as it was the attributes and hooks that copying it leaves behind."""
+    vars(new).update(copy.deepcopy(vars(old), memo))
+    for hooks, register in (
+        (old._backward_hooks, new.register_hook),
+        (old._post_accumulate_grad_hooks, new.register_post_accumulate_grad_hook),
+    ):
+        for hook in (hooks or {}).values() if new.requires_grad else ():
+            register(copy.deepcopy(hook, memo))
+
+
+def _refuse_old(model: nn.Module, copied: nn.Module, made: Collection[nn.Module]) -> None:
+    """Raise `ValueError` where `copied` leads to an old layer, to its parameters, or to what contains it."""
+    old: dict[int, str] = {}
+    for name, layer in model.named_modules():
+        if layer in made:
+            path = name.split(".") if name else []
+            around = (model.get_submodule(".".join(path[:k])) for k in range(len(path)))
+            for thing in (*around, layer, *_own(layer).values()):
+                old.setdefault(id(thing), name)
+    seen: dict[int, object] = {id(module): module for module in copied.modules()}
+    for name, module in copied.named_modules():
+        for key, value in vars(module).items():
+            for thing in reachable([value], seen):
+                if id(thing) in old:
+                    layer, where = old[id(thing)] or "the layer", f"{name}.{key}".lstrip(".")
+                    raise ValueError(
+                        f"{where} reaches {layer} where copying does not follow (a closure, a weak "
+                        f"reference, a weight without its layer) and would go on with the old one: let it "
+                        f"call self.{layer} (or let factorize exclude {layer})"
+                    )
+
+
+def _own(layer: nn.Module) -> dict[str, nn.Parameter]:
+    return {key: p for key, p in layer._parameters.items() if key in _OWN and p is not None}
+
+
+def _bias(layer: nn.Module) -> nn.Parameter | None:
+    return next((p for key, p in layer.named_parameters() if key.rpartition(".")[2] == "bias"), None)
+
+
+def _leads(value: object, targets: set[int], known: MutableMapping[int, object]) -> bool:
+    return any(id(thing) in targets for thing in reachable([value], ChainMap({}, known)))
+
+
+@cache
+def _usual(kind: type[nn.Module]) -> frozenset[str]:
+    """The attributes that every layer of a kind has: those of its class, and what its constructors set."""
+    constructors = [cls.__init__ for cls in kind.__mro__ if "__init__" in vars(cls) and cls is not object]
+    return frozenset(dir(kind)).union(*(f.__code__.co_names for f in constructors))

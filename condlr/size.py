@@ -1,0 +1,115 @@
+"""How many weights a network has, dense, in training and exported."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from condlr.exporting import export_forms
+from condlr.layers import LowRank
+
+
+@dataclass(frozen=True)
+class Size:
+    """Weights of a network: of its linear and convolution layers, and all parameters.
+
+    Attributes:
+        dense: what the linear and convolution layers of the dense network have, biases left out.
+        trained: what is trained: r (n + m + r) for a triple, r (n + m) for a pair, r more for a diagonal.
+        deployed: what an exported network keeps: n m or r (n + m) for a low-rank layer, see `condlr.export`.
+        network_dense, network_trained, network_deployed: the same of all parameters of the network, whatever
+            they belong to, each counted once.
+        layers: how many layers have a matrix or a kernel, of whatever kind.
+        factored: how many of these are low-rank.
+        factored_dense: what the dense network has in those: n m each.
+    """
+
+    dense: int
+    trained: int
+    deployed: int
+    network_dense: int
+    network_trained: int
+    network_deployed: int
+    layers: int
+    factored: int
+    factored_dense: int
+
+    @property
+    def train_compression(self) -> float:
+        """Measured compression of the network in training; 0 for one without weights."""
+        return _removed(self.dense, self.trained)
+
+    @property
+    def deploy_compression(self) -> float:
+        """Measured compression of the exported network; 0 for one without weights."""
+        return _removed(self.dense, self.deployed)
+
+    @property
+    def network_train_compression(self) -> float:
+        """The share of all parameters that is removed in training."""
+        return _removed(self.network_dense, self.network_trained)
+
+    @property
+    def network_deploy_compression(self) -> float:
+        """The share of all parameters that is removed in the exported network."""
+        return _removed(self.network_dense, self.network_deployed)
+
+    def as_dict(self) -> dict[str, float]:
+        """For run.json."""
+        return {
+            "dense": self.dense,
+            "trained": self.trained,
+            "deployed": self.deployed,
+            "train_compression": self.train_compression,
+            "deploy_compression": self.deploy_compression,
+        }
+
+    def __str__(self) -> str:
+        before = self.factored_dense
+        removed = _removed(before, before - self.dense + self.trained)
+        return (
+            f"factored {self.factored} of {self.layers} layers: {100 * removed:.2g} % of their weights "
+            f"removed, {100 * self.network_train_compression:.2g} % of all parameters"
+        )
+
+
+def measure(model: nn.Module) -> Size:
+    """Count the weights of `model`, a network with or without low-rank layers.
+
+    Example:
+        >>> from condlr import factorize
+        >>> print(measure(factorize(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)), ranks={"0": 10})))
+        factored 1 of 2 layers: 66 % of their weights removed, 58 % of all parameters
+    """
+    forms = export_forms(model)
+    factored = trained = deployed = others = layers = 0
+    for layer in model.modules():
+        if isinstance(layer, LowRank):
+            (n, m), r = layer.shape, layer.rank
+            factored += n * m
+            trained += r * (n + m) + (0 if layer.S is None else layer.S.numel())
+            deployed += n * m if forms[layer] == "dense" else r * (n + m)
+        elif isinstance(layer, nn.Linear | nn.Conv2d):
+            others += layer.weight.numel()
+        layers += any(numel(p) and p.ndim > 1 for p in layer.parameters(recurse=False))
+    total = sum(map(numel, model.parameters()))
+    return Size(
+        dense=others + factored,
+        trained=others + trained,
+        deployed=others + deployed,
+        network_dense=total - trained + factored,
+        network_trained=total,
+        network_deployed=total - trained + deployed,
+        layers=layers,
+        factored=len(forms),
+        factored_dense=factored,
+    )
+
+
+def numel(parameter: nn.Parameter) -> int:
+    """How many numbers there are, as far as that is known yet."""
+    return 0 if is_lazy(parameter) else parameter.numel()
+
+
+def _removed(before: int, after: int) -> float:
+    return 1 - after / before if before else 0.0

@@ -1,0 +1,460 @@
+"""What factorize promises of networks as people write them: layers held twice, hooks, odd weights."""
+
+import copy
+import threading
+import warnings
+import weakref
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import condlr
+from condlr.factorization import low_rank_layers
+from condlr.models.lenet5 import LeNet5
+from condlr.models.vgg16 import Vgg16
+
+
+class Two(nn.Module):
+    """Two layers, which `hold` puts somewhere else, too, for `run` to call them there."""
+
+    def __init__(self, hold=None, run=None):
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 12)
+        self.run = run
+        if hold:
+            self.held = hold(self)
+
+    def forward(self, x):
+        return self.run(self.held, x) if self.run else self.b(torch.tanh(self.a(x)))
+
+
+@dataclass
+class Pair:
+    first: nn.Module
+    second: nn.Module
+
+
+class Slots:
+    __slots__ = ("first", "second")
+
+    def __init__(self, first, second):
+        self.first, self.second = first, second
+
+
+def apply(layer, x):
+    return layer(x)
+
+
+def pairwise(held, x):
+    return held[1](torch.tanh(held[0](x)))
+
+
+HOLDERS = {
+    "list": (lambda net: [net.a, net.b], pairwise),
+    "dict": (lambda net: {0: net.a, 1: net.b}, pairwise),
+    "keys": (lambda net: {net.a: 0, net.b: 1}, lambda held, x: pairwise([*held], x)),
+    "nested": (lambda net: (((net.a, 0),), [{"b": net.b}]), lambda h, x: h[1][0]["b"](h[0][0][0](x).tanh())),
+    "dataclass": (lambda net: Pair(net.a, net.b), lambda held, x: held.second(held.first(x).tanh())),
+    "slots": (lambda net: Slots(net.a, net.b), lambda held, x: held.second(held.first(x).tanh())),
+    "partial": (lambda net: [partial(apply, net.a), partial(apply, net.b)], pairwise),
+    "keyword": (lambda net: [partial(apply, x=None, layer=net.a), partial(apply, layer=net.b)],
+                lambda held, x: held[1](x=held[0](x=x).tanh())),
+    "forward": (lambda net: [net.a.forward, net.b.forward], pairwise),
+    "call": (lambda net: [net.a.__call__, partial(net.b.forward)], pairwise),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_layer_is_replaced_wherever_the_network_holds_it(holder):
+    net, x = Two(*HOLDERS[holder]), torch.randn(4, 12)
+    low = condlr.factorize(net, 0.3)
+    low(x).square().sum().backward()
+    assert all(p.grad is not None for p in low.parameters())
+    torch.testing.assert_close(low(x), low.b(low.a(x).tanh()))
+    plain = condlr.export(low)
+    torch.testing.assert_close(plain(x), low(x))
+    plain(x).sum().backward()
+    assert all(p.grad is not None for p in plain.parameters())
+    assert not torch.equal(net(x), low(x)), "the network itself is as it was"
+
+
+def test_bound_methods_of_convolutions_are_those_of_the_new_layer():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3)
+            self.run = self.conv.forward
+
+        def forward(self, x):
+            return self.run(x)
+
+    low = condlr.factorize(Net(), 0.3)
+    assert low.run.__self__ is low.conv
+    x = torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(condlr.export(low)(x), low.conv(x))
+
+
+def hooked(net):
+    net.a.register_forward_hook(lambda layer, inputs, output: net.a.weight.norm())
+
+
+def listening(net):
+    net.b.register_forward_hook(lambda layer, inputs, output, source=net: None)
+
+
+UNFOLLOWED = {
+    "a closure": lambda net: lambda x, a=net.a: a(x),
+    "a closure over the network": lambda net: lambda x: net.b(net.a(x)),
+    "nested": lambda net: [partial(lambda f, x: f(x), lambda x: net.a(x))],
+    "a weight": lambda net: [net.a.weight],
+    "a closure over a weight": lambda net: lambda: net.a.weight.norm(),
+    "a bias": lambda net: lambda b=net.a.bias: b.norm(),
+    "a weak reference": lambda net: weakref.ref(net.a),
+    "a weak set": lambda net: weakref.WeakSet([net.a]),
+    "an optimizer": lambda net: torch.optim.SGD(net.parameters(), lr=1.0),
+}
+
+
+@pytest.mark.parametrize("holder", UNFOLLOWED)
+def test_what_copying_does_not_follow_is_refused(holder):
+    net = Two(UNFOLLOWED[holder])
+    with pytest.raises(ValueError, match=r"held reaches [ab] where .* call self\.[ab] .*exclude [ab]"):
+        condlr.factorize(net, 0.3)
+
+
+@pytest.mark.parametrize(("hook", "where"), [(hooked, "a"), (listening, "b")])
+def test_hooks_that_hold_an_old_layer_are_refused(hook, where):
+    net = Two()
+    hook(net)
+    with pytest.raises(ValueError, match=f"{where}._forward_hooks reaches a where"):
+        condlr.factorize(net, 0.3)
+
+
+def test_what_holds_an_excluded_layer_is_no_obstacle():
+    a, seen = nn.Linear(8, 8), []
+    net = nn.Sequential(a, nn.Linear(8, 8))
+    net.path = lambda x: a(x)
+    net[1].register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    with pytest.raises(ValueError, match="path reaches 0 where"):
+        condlr.factorize(net, 0.3)
+    low = condlr.factorize(net, 0.3, exclude="0")
+    assert [*low_rank_layers(low)] == ["1"]
+    low(torch.randn(1, 8))
+    assert len(seen) == 1
+
+
+def test_dense_weights_are_never_copied(monkeypatch):
+    copied, original = [], nn.Parameter.__deepcopy__
+
+    def recorded(self, memo):
+        copied.append(tuple(self.shape))
+        return original(self, memo)
+
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", recorded)
+    net = nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20), nn.Conv2d(3, 8, 3))
+    low = condlr.factorize(net, 0.3)
+    assert copied == [(20,), (20,)], "of the normalisation"
+    copied.clear()
+    condlr.export(low)
+    assert copied == [(20,), (20,)]
+
+
+def test_a_network_that_cannot_be_copied_says_what_of_it():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
+    net[1].lock = threading.Lock()
+    with pytest.raises(RuntimeError, match=r"cannot be copied: 1\.lock: cannot pickle"):
+        condlr.factorize(net, 0.3)
+    normed = nn.Sequential(nn.utils.weight_norm(nn.Conv1d(4, 8, 3)), nn.Linear(8, 8))
+    with pytest.raises(RuntimeError, match=r"cannot be copied: 0\.weight: Only Tensors created"):
+        condlr.factorize(normed, 0.3)
+
+
+class Quantised(torch.Tensor):
+    """A tensor with a class of its own."""
+
+    def __deepcopy__(self, memo):
+        return nn.Parameter(self.detach().as_subclass(torch.Tensor).clone().as_subclass(Quantised))
+
+
+def with_weight(make):
+    layer = nn.Linear(8, 8)
+    layer.weight = make(layer.weight.detach())
+    return layer
+
+
+def with_forward(_=None):
+    layer = nn.Linear(8, 8)
+    layer.forward = lambda x: x
+    return layer
+
+
+def pruned_bias():
+    layer = nn.Linear(8, 8)
+    bias = nn.Parameter(torch.zeros(8))
+    del layer.bias
+    layer.register_parameter("bias_orig", bias)
+    layer.bias = torch.zeros(8)
+    return layer
+
+
+ODD = {
+    "complex": (lambda: nn.Linear(8, 8, dtype=torch.complex64), "its weight is complex64"),
+    "complex kernel": (lambda: nn.Conv2d(4, 4, 3, dtype=torch.complex64), "its weight is complex64"),
+    "float8": (lambda: with_weight(lambda w: nn.Parameter(w.to(torch.float8_e4m3fn), False)),
+               "its weight is float8_e4m3fn"),
+    "integers": (lambda: with_weight(lambda w: nn.Parameter(w.to(torch.int8), False)), "its weight is int8"),
+    "a class": (lambda: with_weight(lambda w: nn.Parameter(w.as_subclass(Quantised))),
+                "its weight is a Quantised"),
+    "cut": (lambda: with_weight(lambda w: nn.Parameter(w[:5])), r"its weight has the shape \(5, 8\)"),
+    "empty": (lambda: nn.Conv2d(4, 4, (1, 0)), "its weight has the shape"),
+    "forward": (with_forward, "its forward was replaced"),
+    "bias": (pruned_bias, "its bias is computed from other tensors"),
+    "spectral norm": (lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), "its weight is computed"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors", "ignore:.*deprecated")
+@pytest.mark.parametrize("kind", ODD)
+def test_weights_without_singular_values_stay_dense(kind):
+    make, reason = ODD[kind]
+    net = nn.ModuleDict({"odd": make(), "plain": nn.Linear(40, 40)})
+    with pytest.warns(UserWarning, match=f"left dense: odd .{reason}"):
+        low = condlr.factorize(net, 0.3)
+    assert [*low_rank_layers(low)] == ["plain"]
+    assert type(low["odd"]) is type(net["odd"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        condlr.factorize(net, ranks={"plain": 4})
+    with pytest.raises(ValueError, match=f"odd cannot be factored: {reason}"):
+        condlr.factorize(net, ranks={"odd": 2})
+
+
+def test_sparse_weights_are_refused():
+    net = with_weight(lambda w: nn.Parameter(w.to_sparse()))
+    with pytest.raises(ValueError, match="this layer cannot be factored: its weight is sparse"):
+        condlr.factorize(net, ranks={"": 2})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("core", ["full", "diagonal", "none"])
+def test_half_precision_is_factored_in_float64(dtype, core):
+    net = nn.Sequential(nn.Conv2d(4, 16, 3), nn.Flatten(), nn.Linear(64, 16)).to(dtype)
+    low = condlr.factorize(net, 0.3, core=core)
+    assert {p.dtype for p in low.parameters()} == {dtype}
+    exact = condlr.factorize(copy.deepcopy(net).double(), 0.3, core=core)
+    for name, layer in low_rank_layers(low).items():
+        torch.testing.assert_close(layer.U, low_rank_layers(exact)[name].U.to(dtype))
+    x = torch.randn(2, 4, 4, 4, dtype=dtype)
+    torch.testing.assert_close(condlr.export(low)(x), low(x), rtol=2e-2, atol=2e-2)
+    for options in ({"init": "released_code"}, {"decay": 1.5}):
+        assert condlr.factorize(net, 0.3, core=core, **options)(x).isfinite().all()
+
+
+def test_networks_without_values_are_factored_too():
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8))
+    low = condlr.factorize(net, 0.5, decay=1.5)
+    assert condlr.measure(low).dense == 32 * 40
+    assert all(p.is_meta for p in condlr.export(low).parameters())
+
+
+def marked():
+    """A network with hooks and attributes at every place."""
+    net, calls = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 8)), []
+
+    def note(what):
+        return lambda *_: calls.append(what)
+
+    net[0].register_forward_pre_hook(note("before"))
+    net.handle = net[0].register_forward_hook(note("after"))
+    net[0].register_full_backward_hook(note("backward"))
+    net[0].register_state_dict_post_hook(note("saved"))
+    net[0].register_load_state_dict_post_hook(note("loaded"))
+    net[0].tag, net[0].alias = "stem", [net[3]]
+    net[0].register_buffer("scale", torch.ones(3))
+    net[0].weight._no_weight_decay = True
+    net[0].weight.of = net[0]
+    net[0].bias._group = "bias"
+    net[2].weight._no_weight_decay = True
+    net[2].bias.register_hook(note("gradient"))
+    net[2].weight.register_post_accumulate_grad_hook(note("accumulated"))
+    return net, calls
+
+
+def test_hooks_and_attributes_go_over_to_the_new_layers():
+    net, calls = marked()
+    low = condlr.factorize(net, 0.3)
+    plain = condlr.export(low)
+    for made in (low, plain):
+        calls.clear()
+        made(torch.randn(2, 8)).sum().backward()
+        assert calls[:2] == ["before", "after"]
+        assert sorted(calls[2:]) == ["accumulated", "backward", "gradient"]
+        calls.clear()
+        made.load_state_dict(made.state_dict())
+        assert calls == ["saved", "loaded"]
+        assert made[0].tag == "stem"
+        assert made[0].alias == [made[3]]
+        assert torch.equal(made[0].scale, torch.ones(3))
+        assert made[2].weight._no_weight_decay
+        for name, parameter in made[0].named_parameters():
+            if name.endswith("bias"):
+                assert parameter._group == "bias"
+                assert not hasattr(parameter, "_no_weight_decay")
+            else:
+                assert parameter._no_weight_decay
+                assert parameter.of is made[0]
+        made.handle.remove()
+        calls.clear()
+        made(torch.randn(2, 8))
+        assert calls == ["before"]
+    net(torch.randn(2, 8))
+    assert calls == ["before", "before", "after"], "a handle removes the hook of its own network"
+
+
+def test_what_cannot_go_over_is_named():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    net[0].weight.register_hook(lambda grad: grad)
+    net[0].weight.main_grad = torch.zeros(8, 8)
+    net[0].kept = [net[0].weight]
+    net[0].rank = 3
+    net[1].weight.requires_grad_().register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.warns(UserWarning, match="not taken over to the low-rank layers") as caught:
+        low = condlr.factorize(net, 0.3)
+    text = str(caught[0].message)
+    assert caught[0].filename == __file__
+    for lost in ("0.kept", "0.rank", "0.weight.main_grad", "0.weight (its hooks)", "1.weight (its hooks)"):
+        assert lost in text
+    assert not hasattr(low[0], "kept")
+    assert not hasattr(low[0].U, "main_grad")
+    low[0].U.register_hook(lambda grad: grad)
+    with pytest.warns(UserWarning, match=r"not taken over to the plain layers: 0\.U .its hooks"):
+        condlr.export(low)
+
+
+def test_forms_and_compiled_code_are_no_attributes():
+    net = nn.Sequential(nn.Linear(8, 8))
+    net[0].compile()
+    low = condlr.factorize(net, 0.3)
+    assert low[0]._compiled_call_impl is None
+    condlr.set_forms(low, "multiplied")
+    assert "form" not in vars(condlr.export(low)[0])
+
+
+def test_the_size_of_the_whole_network():
+    net = nn.Sequential(nn.Embedding(50, 20), nn.Linear(20, 30), nn.LSTM(30, 10), nn.LayerNorm(10))
+    total = sum(p.numel() for p in net.parameters())
+    low = condlr.factorize(net, ranks={"1": 6})
+    size = condlr.measure(low)
+    assert (size.factored, size.layers, size.factored_dense) == (1, 3, 600)
+    assert size.network_dense == total == condlr.measure(net).network_trained
+    assert size.network_trained == sum(p.numel() for p in low.parameters()) == total - 600 + 6 * 56
+    exported = condlr.export(low)
+    assert size.network_deployed == sum(p.numel() for p in exported.parameters()) == total - 600 + 6 * 50
+    assert size.network_train_compression == pytest.approx((600 - 336) / total)
+    assert size.network_deploy_compression == pytest.approx((600 - 300) / total)
+    share = 100 * 264 / total
+    assert (
+        str(size) == f"factored 1 of 3 layers: 44 % of their weights removed, {share:.2g} % of all parameters"
+    )
+    assert [*size.as_dict()] == ["dense", "trained", "deployed", "train_compression", "deploy_compression"]
+    assert str(condlr.measure(nn.ReLU())).startswith("factored 0 of 0 layers: 0 %")
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(4, 16, 16))
+        self.gate = nn.Linear(16, 4)
+
+
+@pytest.mark.parametrize(
+    ("others", "kind"),
+    [
+        (nn.Conv3d(8, 8, 3), "Conv3d 86 %"),
+        (nn.Conv1d(16, 16, 5), "Conv1d 83 %"),
+        (nn.ConvTranspose2d(16, 16, 5), "ConvTranspose2d 96 %"),
+        (nn.LSTM(16, 32), "LSTM 96 %"),
+        (nn.GRU(16, 32), "GRU 9"),
+        (nn.MultiheadAttention(16, 2), "MultiheadAttention 60 %"),
+        (nn.Embedding(100, 16), "Embedding 85 %"),
+        (Experts(), "Experts 75 %"),
+    ],
+)
+def test_a_network_of_which_little_is_factored_says_so(others, kind):
+    net = nn.Sequential(nn.Linear(16, 16), others)
+    with pytest.warns(UserWarning) as caught:
+        low = condlr.factorize(net, 0.3)
+    text = str(caught[-1].message)
+    assert caught[-1].filename == __file__
+    assert text.startswith("only ")
+    assert kind in text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        condlr.factorize(net, 0.3, exclude="1")
+        condlr.factorize(net, ranks={"0": 3})
+        condlr.factorize(nn.Sequential(low[0], nn.Linear(4, 4)), 0.3), "low-rank already is no loss"
+    with pytest.raises(ValueError, match=kind.split()[0]):
+        condlr.factorize(nn.Sequential(others), 0.3, exclude=["0.gate"] if hasattr(others, "gate") else [])
+
+
+def test_ordinary_networks_are_factored_without_a_word():
+    from torchvision.models import resnet18
+
+    mlp = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("error")
+        for net in (LeNet5(), Vgg16().build((3, 32, 32), 10), resnet18(), mlp.to("meta")):
+            for classifier in ("compressed", "dense", "full_rank"):
+                condlr.factorize(net, 0.5, classifier=classifier)
+
+
+def test_a_module_that_is_excluded_is_so_with_all_in_it():
+    net = nn.ModuleDict({"body": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "head": nn.Linear(8, 8)})
+    for exclude in ("body", "body.*", ["body.0", "body.1"], "bod[xy]"):
+        assert [*low_rank_layers(condlr.factorize(net, 0.3, exclude=exclude))] == ["head"]
+
+
+def test_a_name_of_what_has_no_parameters_is_refused_as_any_other():
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.BatchNorm1d(8))
+    for name in ("1", "3", "0.weights"):
+        with pytest.raises(ValueError, match=f"no linear or convolution layer is named '{name}'"):
+            condlr.factorize(net, 0.3, exclude=name)
+
+
+def test_a_weight_with_two_names_stays_dense():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(20, 20))
+    net[0].alias = net[0].weight
+    with pytest.warns(UserWarning, match=r"left dense: 0 \(its weight is shared"):
+        low = condlr.factorize(net, 0.3)
+    assert low[0].alias is low[0].weight
+
+
+def test_a_network_of_many_layers_is_looked_through_once(monkeypatch):
+    calls, original = [0], nn.Module.named_modules
+
+    def counted(self, *args, **kwargs):
+        calls[0] += 1
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+
+    def work(layers):
+        calls[0] = 0
+        net = nn.ModuleList(nn.Linear(4, 4) for _ in range(layers))
+        condlr.export(condlr.factorize(net, 0.3))
+        return calls[0]
+
+    assert work(40) < 2.5 * work(20)
+
+
+def test_functions_of_the_network_are_still_copied_as_ever():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    net.activation, net.scale = F.gelu, partial(torch.mul, 2.0)
+    low = condlr.factorize(net, 0.3)
+    assert low.activation is F.gelu
+    assert low.scale(torch.ones(())) == 2
