@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from condlr.errors import Diverged, Held, Interrupted, Lost, UserError
+from condlr.errors import Diverged, Held, Interrupted, Lost, NoWeights, UserError
 from condlr.locks import Lock, Owner, owners
 
 # What an evaluation leaves in a run, and the columns that tell the rows of each file apart.
@@ -35,6 +35,8 @@ _FACTS = {
     "status": str, "run_id": str, "attempts": int, "images": dict, "ranks": dict, "weights": dict,
     "versions": dict,
 }  # fmt: skip
+# How a run comes by its weights again.
+_FROM_CHECKPOINT = "remove run.json beside it and start the run again, which goes on from its checkpoint"
 # What run.json says of how a run went.
 _OUTCOME = ("status", "reason", "started", "ended", "attempts", "train_seconds", "record_seconds")
 
@@ -162,17 +164,29 @@ class Run:
         write(self.directory / "model.safetensors", content)
         self.note(model_sha256=hashlib.sha256(content).hexdigest())
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether model.safetensors is there. A run that is done counts as done without it."""
+        return (self.directory / "model.safetensors").exists()
+
+    def require_weights(self) -> None:
+        """Raise `NoWeights`, with what to do, where model.safetensors is missing."""
+        if self.has_weights:
+            return
+        path, advice = self.directory / "model.safetensors", _FROM_CHECKPOINT
+        if not (self.directory / "checkpoint.pt").exists():
+            advice = f"bring these weights back, or remove {self.directory} to train the run again"
+        raise NoWeights(f"{path} is missing: {advice}")
+
     def load_model(self) -> dict[str, Any]:
         """The weights in model.safetensors, which must be the file that `save_model` wrote."""
         from safetensors.torch import load
 
+        self.require_weights()
         path = self.directory / "model.safetensors"
-        advice = "remove run.json beside it and start the run again, which goes on from its checkpoint"
-        if not path.exists():
-            raise UserError(f"{path} is missing: {advice}")
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != self.info.get("model_sha256"):
-            raise UserError(f"{path} is damaged or of another run: {advice}")
+            raise UserError(f"{path} is damaged or of another run: {_FROM_CHECKPOINT}")
         return load(content)
 
     def forget_results(self) -> None:
