@@ -52,18 +52,11 @@ class Run:
         """What run.json says; empty where there is no run yet."""
         path = self.directory / "run.json"
         try:
-            info = json.loads(path.read_text())
+            return record(path.read_bytes(), path)
         except FileNotFoundError:
             return {}
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise UserError(f"{path} cannot be read ({error}): remove it to start the run again") from error
-        if not isinstance(info, dict) or any(
-            key in info and not isinstance(info[key], kind) for key, kind in _FACTS.items()
-        ):
-            raise UserError(f"{path} is not a run's record: remove it to start the run again")
-        return info
 
     @property
     def status(self) -> str | None:
@@ -230,12 +223,28 @@ class Run:
 
     def rows(self, name: str) -> dict[tuple[str | float, ...], Mapping[str, Any]]:
         """The rows of evaluation.csv or another of `KEYS`, by their key."""
-        rows = self.read_table(name)
-        try:
-            return {_key(row, name): row for row in rows}
-        except KeyError as error:
-            path = self.directory / name
-            raise UserError(f"{path} is damaged (no column {error}): {_mended(name)}") from error
+        return by_key(self.read_table(name), self.directory / name)
+
+
+def record(content: bytes, path: Path) -> dict[str, Any]:
+    """What a run.json of this content says."""
+    try:
+        info = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it to start the run again") from error
+    if not isinstance(info, dict) or any(
+        key in info and not isinstance(info[key], kind) for key, kind in _FACTS.items()
+    ):
+        raise UserError(f"{path} is not a run's record: remove it to start the run again")
+    return info
+
+
+def by_key(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[tuple[str | float, ...], Mapping[str, Any]]:
+    """The rows of a file of one of the names in `KEYS`, by their key."""
+    try:
+        return {_key(row, path.name): row for row in rows}
+    except KeyError as error:
+        raise UserError(f"{path} is damaged (no column {error}): {_mended(path.name)}") from error
 
 
 def _mended(name: str) -> str:
@@ -381,6 +390,11 @@ def forget_partial(directory: Path) -> None:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as CSV: the columns are all their keys, in order of appearance; None is empty."""
+    write(path, as_csv(rows))
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """What `write_csv` writes."""
     shapes = dict.fromkeys(map(tuple, rows))
     columns = list(dict.fromkeys(key for shape in shapes for key in shape))
     buffer = io.StringIO()
@@ -390,18 +404,23 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(row.values() for row in rows)
     else:
         writer.writerows([row.get(column) for column in columns] for row in rows)
-    write(path, buffer.getvalue().encode())
+    return buffer.getvalue().encode()
 
 
 def read_csv(path: Path, advice: str = "") -> list[dict[str, str]]:
     """The rows of a CSV file as text; none where there is no file."""
     try:
-        with open(path, newline="") as file:
-            lines = [line for line in csv.reader(file) if line]
+        return csv_rows(path.read_bytes(), path, advice)
     except FileNotFoundError:
         return []
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def csv_rows(content: bytes, path: Path, advice: str = "") -> list[dict[str, str]]:
+    """The rows of a CSV file of this content as text."""
+    try:
+        lines = [line for line in csv.reader(io.StringIO(content.decode(), newline="")) if line]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}){advice}") from error
     if len(set(map(len, lines))) > 1:
