@@ -53,7 +53,8 @@ class Summary:
         runs = self.counts.total()
         states = ("new", "updated", "replaced", "unchanged", "left alone")
         parts = ", ".join(f"{self.counts[state]} {state}" for state in states if self.counts[state])
-        head = f"{runs} run{'' if runs == 1 else 's'} without weights, {parts}; {self.size / 1000:,.1f} kB"
+        size = f"archive of {self.size / 1000:,.1f} kB, without weights"
+        head = f"{runs} run{'' if runs == 1 else 's'}: {parts} ({size})"
         return "\n".join([head, *(f"  {note}" for note in self.notes)])
 
 

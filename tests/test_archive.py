@@ -68,7 +68,7 @@ def test_finished_runs_without_weights_in_the_same_bytes_each_time(study, kept):
     make(study, "failed", "failed")
     write_csv(study / "planned.csv", [{"run_id": "failed", "label": "x"}])
     said = str(archive(study, kept))
-    assert "2 runs without weights, 2 new; 0." in said
+    assert "2 runs: 2 new (archive of 0." in said
     assert "left out, for they are not finished: failed" in said
     with tarfile.open(kept) as tar:
         files = ("config.yaml", "evaluation.csv", "history.csv", "run.json", "train.log")
@@ -76,7 +76,7 @@ def test_finished_runs_without_weights_in_the_same_bytes_each_time(study, kept):
         assert tar.getnames() == [*expected, "s/planned.csv"]
         assert {(m.mtime, m.uid, m.uname) for m in tar} == {(0, 0, "")}
     before = kept.read_bytes()
-    assert "2 runs without weights, 2 unchanged" in str(archive(study, kept))
+    assert "2 runs: 2 unchanged" in str(archive(study, kept))
     os.utime(study / "done" / "run.json", (1e9, 1e9))
     kept.unlink()
     archive(study, kept)
@@ -91,7 +91,7 @@ def test_what_is_archived_comes_back_and_goes_in_again_unchanged(study, kept):
     archive(study, kept)
     before, packed = contents(study), kept.read_bytes()
     shutil.rmtree(study)
-    assert str(restore(kept, study)).startswith("2 runs without weights, 2 new")
+    assert str(restore(kept, study)).startswith("2 runs: 2 new")
     left_out = ("model.safetensors", "checkpoint.pt", "partial-7")
     assert contents(study) == {name: text for name, text in before.items() if not name.endswith(left_out)}
     again = contents(study)
@@ -110,11 +110,11 @@ def test_runs_that_are_gone_stay_in_the_archive_and_rows_are_never_lost(study, k
     (run / "history.csv").write_text("epoch,loss\n0,\n")
     write_csv(run / "cost.csv", [{"batch_size": 1, "flops": 2}])
     make(study, "new")
-    assert str(archive(study, kept)).startswith("3 runs without weights, 1 new, 1 updated, 1 unchanged")
+    assert str(archive(study, kept)).startswith("3 runs: 1 new, 1 updated, 1 unchanged")
     packed = kept.read_bytes()
     archive(study, kept)
     assert kept.read_bytes() == packed
-    assert str(restore(kept, study)).startswith("3 runs without weights, 1 new, 1 updated, 1 unchanged")
+    assert str(restore(kept, study)).startswith("3 runs: 1 new, 1 updated, 1 unchanged")
     assert (study / "gone" / "run.json").exists()
     assert cells(run) == {0.0: 0.5, 0.1: 0.4, 0.2: 0.3}
     assert len(read_csv(run / "history.csv")) == 2
@@ -166,7 +166,7 @@ def test_a_run_at_work_is_left_alone(study, kept):
     before = contents(run)
     with Lock(run):
         said = str(restore(kept, study))
-    assert said.startswith("2 runs without weights, 1 new, 1 left alone")
+    assert said.startswith("2 runs: 1 new, 1 left alone")
     assert f"left alone: {run} is held by process {os.getpid()}" in said
     assert contents(run) == before
 
@@ -343,10 +343,10 @@ def test_a_restored_study_is_as_it_was(script, tmp_path):
     before = made()
     status, out, _ = script("archive", "study=s")
     assert status == 0
-    assert out.startswith("results/s/runs.tar.gz: 3 runs without weights, 3 new; ")
+    assert out.startswith("results/s/runs.tar.gz: 3 runs: 3 new (archive of ")
     Path("runs").rename("elsewhere")
     status, out, _ = script("restore", "study=s")
-    assert (status, out.partition(",")[2].partition(";")[0]) == (0, " 3 new")
+    assert (status, out.partition(" (")[0]) == (0, "runs/s: 3 runs: 3 new")
     assert not [
         *Path("runs").rglob("*.safetensors"),
         *Path("runs").rglob("*.pt"),
@@ -358,4 +358,4 @@ def test_a_restored_study_is_as_it_was(script, tmp_path):
     assert "4 runs, 2 to do" in out
     assert "4 runs: 2 done, 2 skipped" in out
     status, out, _ = script("archive", "study=s")
-    assert "5 runs without weights, 2 new, 3 unchanged" in out
+    assert "5 runs: 2 new, 3 unchanged" in out
