@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STUDY ?= default
 
-.PHONY: help demo test test-chaos test-slurm test-ray tables figures report status reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks benchmark clean
+.PHONY: help demo test test-chaos test-slurm test-ray tables figures report status archive restore reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks benchmark clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -52,6 +52,12 @@ report: $(VENV)/.installed  ## Write the report of STUDY, one HTML page, from it
 
 status: $(VENV)/.installed  ## How far the runs of STUDY are; live with ARGS='watch=true'
 	$(RUN) scripts/status.py study=$(STUDY) $(ARGS)
+
+archive: $(VENV)/.installed  ## Keep the finished runs of STUDY, without weights, in results/STUDY/runs.tar.gz
+	$(RUN) scripts/archive.py study=$(STUDY)
+
+restore: $(VENV)/.installed  ## Bring the runs in results/STUDY/runs.tar.gz back into runs/STUDY
+	$(RUN) scripts/restore.py study=$(STUDY)
 
 # What is missing is run, and what was interrupted goes on. ARGS are keys of train.yaml for all runs: ARGS='seed=0'
 define reproduce

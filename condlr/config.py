@@ -150,11 +150,14 @@ class Crosscheck:
 
 @dataclass
 class Collection:
-    """Keys of `scripts/collect.py`."""
+    """Keys of `scripts/collect.py`, `scripts/archive.py` and `scripts/restore.py`."""
 
     study: str
     runs_dir: str
     results_dir: str
+
+    def __post_init__(self) -> None:
+        _check_study(self.study)
 
 
 @dataclass

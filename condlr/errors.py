@@ -23,6 +23,10 @@ class Lost(UserError):
     """Another process has taken a run over: what it writes is not to be written over."""
 
 
+class NoWeights(UserError):
+    """A run is done, and its weights were left elsewhere."""
+
+
 class Interrupted(KeyboardInterrupt):
     """We were asked to stop by a signal: no error, which somebody might deal with, and known to libraries."""
 

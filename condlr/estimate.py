@@ -75,8 +75,8 @@ class Estimate:
         run = Run(config.directory)
         if run.status == "diverged":
             row.diverged += 1
-        elif finished(run, config):
-            row.done += 1
+        elif finished(run, config) or (run.status == "done" and not run.has_weights):
+            row.done += 1  # without its weights a run is neither trained again nor attacked
         else:
             if run.status != "done":
                 row.epochs += config.protocol.epochs - _epochs(run)

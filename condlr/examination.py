@@ -56,18 +56,19 @@ def audit_run(run: Run, config: RunConfig, again: bool = False) -> list[Mapping[
 
     An audit that is there is returned, and made once more only if `again`.
     """
+    _require_done(run, config)
     audit = audit_of(config)
-    data, model = _finished(run, config)
-    images = first(data.test, min(config.attack.images or IMAGES, len(data.test)))
-    where: Row = {"norm": audit.norm, "eps": audit.eps, "n": len(images), "attack_seed": audit.seed}
+    count = min(config.attack.images or IMAGES, run.info.get("images", {}).get("test", 0))
+    where: Row = {"norm": audit.norm, "eps": audit.eps, "n": count, "attack_seed": audit.seed}
     dense = Run(run.directory.parent / config.baseline.run_id)
-    other = None
-    if dense.status == "done" and dense.directory.name != run.directory.name:
-        other = load_network(dense, config.baseline, data)
+    has_dense = dense.directory.name != run.directory.name and dense.status == "done" and dense.has_weights
     before = [row for key, row in run.rows("audit.csv").items() if key[:-1] == tuple(where.values())]
     left_out = any(row["check"] == "transfer" and row["status"] == "not done" for row in before)
-    if len(before) == len(CHECKS) and not again and not (left_out and other):
+    if len(before) == len(CHECKS) and not again and not (left_out and has_dense):
         return before
+    data, model = _finished(run, config)
+    images = first(data.test, count)
+    other = load_network(dense, config.baseline, data) if has_dense else None
     with Steps(f"audit of {config.row['label']} at eps={audit.eps:g}") as steps:
         checks = audit.checks(model, images, other, steps.at)
     rows: list[Mapping[str, Any]] = [
@@ -213,6 +214,7 @@ def source_of(run: Run, config: RunConfig, data: Data) -> nn.Module | None:
         advice = "give the directory of a run that is done"
     if other.status != "done":
         raise UserError(f"attack.source: {other.directory} is {other.status or 'not a run'}: {advice}")
+    other.require_weights()
     if origin.identity["dataset"]["name"] != config.identity["dataset"]["name"]:
         raise UserError(f"attack.source: {other.directory} was trained on another dataset")
     return load_network(other, origin, data)
@@ -239,6 +241,7 @@ def _require_done(run: Run, config: RunConfig) -> None:
 def _finished(run: Run, config: RunConfig) -> tuple[Data, nn.Module]:
     """The data and the network of a run that is done."""
     _require_done(run, config)
+    run.require_weights()
     data = load_data(config, pick_device(config.device))
     if data.digest != run.info.get("images", {}).get("digest"):
         raise UserError(f"{config.data_root} holds other images than the run was trained on")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from condlr.config import FlowConfig, RunConfig
-from condlr.errors import UserError
+from condlr.errors import NoWeights, UserError
 from condlr.locks import BEAT, SILENCE, Lock, Owner, forget_dead, owners
 from condlr.runs import Run, forget_partial, read_csv, write_csv
 
@@ -18,7 +18,9 @@ log = logging.getLogger(__name__)
 
 PLAN = "planned.csv"
 # How runs end, in the words of a summary; with the first three a sweep is content.
-STATES = ("done", "skipped", "elsewhere", "diverged", "failed", "interrupted", "not started")
+STATES = (
+    "done", "skipped", "elsewhere", "without weights", "diverged", "failed", "interrupted", "not started",
+)  # fmt: skip
 _CONTENT = STATES[:3]
 # Seconds until an owner elsewhere gives its next sign of life, and one here that was to stop has stopped.
 _SIGN, _PATIENCE = 3 * BEAT, 5.0
@@ -80,6 +82,18 @@ class Job:
             return self.run.info.get("attempts", 0)
         except (OSError, UserError):
             return 0
+
+    @property
+    def lacks_weights(self) -> str:
+        """Why a run that is done can't be evaluated as asked, where its weights were left elsewhere."""
+        try:
+            if self.run.status == "done":
+                self.run.require_weights()
+        except NoWeights as error:
+            return f"done, but what is asked for now needs its weights: {error}"
+        except (OSError, UserError):  # is told when it runs
+            pass
+        return ""
 
     @property
     def obstacle(self) -> str:
@@ -201,6 +215,8 @@ def _rank(outcome: Outcome) -> int:
 def _outcome(job: Job, start: Start | None, owner: Owner | None, silent: Collection[Owner]) -> Outcome:
     if not job.closed and job.obstacle:
         return Outcome(job, "failed", job.obstacle)
+    if not job.closed and (reason := job.lacks_weights):
+        return Outcome(job, "without weights", reason)
     if owner is not None:
         return Outcome(job, "elsewhere", f"{owner} is at work on it")
     forget_dead(job.run.directory, "lock", "rows")

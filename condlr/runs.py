@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from condlr.errors import Diverged, Held, Interrupted, Lost, UserError
+from condlr.errors import Diverged, Held, Interrupted, Lost, NoWeights, UserError
 from condlr.locks import Lock, Owner, owners
 
 # What an evaluation leaves in a run, and the columns that tell the rows of each file apart.
@@ -35,6 +35,8 @@ _FACTS = {
     "status": str, "run_id": str, "attempts": int, "images": dict, "ranks": dict, "weights": dict,
     "versions": dict,
 }  # fmt: skip
+# How a run comes by its weights again.
+_FROM_CHECKPOINT = "remove run.json beside it and start the run again, which goes on from its checkpoint"
 # What run.json says of how a run went.
 _OUTCOME = ("status", "reason", "started", "ended", "attempts", "train_seconds", "record_seconds")
 
@@ -50,18 +52,11 @@ class Run:
         """What run.json says; empty where there is no run yet."""
         path = self.directory / "run.json"
         try:
-            info = json.loads(path.read_text())
+            return record(path.read_bytes(), path)
         except FileNotFoundError:
             return {}
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise UserError(f"{path} cannot be read ({error}): remove it to start the run again") from error
-        if not isinstance(info, dict) or any(
-            key in info and not isinstance(info[key], kind) for key, kind in _FACTS.items()
-        ):
-            raise UserError(f"{path} is not a run's record: remove it to start the run again")
-        return info
 
     @property
     def status(self) -> str | None:
@@ -162,17 +157,29 @@ class Run:
         write(self.directory / "model.safetensors", content)
         self.note(model_sha256=hashlib.sha256(content).hexdigest())
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether model.safetensors is there. A run that is done counts as done without it."""
+        return (self.directory / "model.safetensors").exists()
+
+    def require_weights(self) -> None:
+        """Raise `NoWeights`, with what to do, where model.safetensors is missing."""
+        if self.has_weights:
+            return
+        path, advice = self.directory / "model.safetensors", _FROM_CHECKPOINT
+        if not (self.directory / "checkpoint.pt").exists():
+            advice = f"bring these weights back, or remove {self.directory} to train the run again"
+        raise NoWeights(f"{path} is missing: {advice}")
+
     def load_model(self) -> dict[str, Any]:
         """The weights in model.safetensors, which must be the file that `save_model` wrote."""
         from safetensors.torch import load
 
+        self.require_weights()
         path = self.directory / "model.safetensors"
-        advice = "remove run.json beside it and start the run again, which goes on from its checkpoint"
-        if not path.exists():
-            raise UserError(f"{path} is missing: {advice}")
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != self.info.get("model_sha256"):
-            raise UserError(f"{path} is damaged or of another run: {advice}")
+            raise UserError(f"{path} is damaged or of another run: {_FROM_CHECKPOINT}")
         return load(content)
 
     def forget_results(self) -> None:
@@ -216,12 +223,28 @@ class Run:
 
     def rows(self, name: str) -> dict[tuple[str | float, ...], Mapping[str, Any]]:
         """The rows of evaluation.csv or another of `KEYS`, by their key."""
-        rows = self.read_table(name)
-        try:
-            return {_key(row, name): row for row in rows}
-        except KeyError as error:
-            path = self.directory / name
-            raise UserError(f"{path} is damaged (no column {error}): {_mended(name)}") from error
+        return by_key(self.read_table(name), self.directory / name)
+
+
+def record(content: bytes, path: Path) -> dict[str, Any]:
+    """What a run.json of this content says."""
+    try:
+        info = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it to start the run again") from error
+    if not isinstance(info, dict) or any(
+        key in info and not isinstance(info[key], kind) for key, kind in _FACTS.items()
+    ):
+        raise UserError(f"{path} is not a run's record: remove it to start the run again")
+    return info
+
+
+def by_key(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[tuple[str | float, ...], Mapping[str, Any]]:
+    """The rows of a file of one of the names in `KEYS`, by their key."""
+    try:
+        return {_key(row, path.name): row for row in rows}
+    except KeyError as error:
+        raise UserError(f"{path} is damaged (no column {error}): {_mended(path.name)}") from error
 
 
 def _mended(name: str) -> str:
@@ -367,6 +390,11 @@ def forget_partial(directory: Path) -> None:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as CSV: the columns are all their keys, in order of appearance; None is empty."""
+    write(path, as_csv(rows))
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """What `write_csv` writes."""
     shapes = dict.fromkeys(map(tuple, rows))
     columns = list(dict.fromkeys(key for shape in shapes for key in shape))
     buffer = io.StringIO()
@@ -376,18 +404,23 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(row.values() for row in rows)
     else:
         writer.writerows([row.get(column) for column in columns] for row in rows)
-    write(path, buffer.getvalue().encode())
+    return buffer.getvalue().encode()
 
 
 def read_csv(path: Path, advice: str = "") -> list[dict[str, str]]:
     """The rows of a CSV file as text; none where there is no file."""
     try:
-        with open(path, newline="") as file:
-            lines = [line for line in csv.reader(file) if line]
+        return csv_rows(path.read_bytes(), path, advice)
     except FileNotFoundError:
         return []
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def csv_rows(content: bytes, path: Path, advice: str = "") -> list[dict[str, str]]:
+    """The rows of a CSV file of this content as text."""
+    try:
+        lines = [line for line in csv.reader(io.StringIO(content.decode(), newline="")) if line]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}){advice}") from error
     if len(set(map(len, lines))) > 1:

@@ -75,7 +75,7 @@ class StudySweeper(Sweeper):
         if not jobs:
             raise UserError(f"these values make no run: {' '.join(arguments)}")
         plan(jobs)
-        open_ = [job for job in jobs if not job.closed and not job.obstacle]
+        open_ = [job for job in jobs if not (job.closed or job.obstacle or job.lacks_weights)]
         elsewhere = living(open_)
         left = [job for job in open_ if job.config.directory not in elsewhere]
         starts = {id(job): Start.of(job) for job in left}

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from condlr.cli import command
 from condlr.config import Evaluation, RunConfig, check, typed
-from condlr.errors import UserError
+from condlr.errors import NoWeights, UserError
 from condlr.runs import Run
 
 
@@ -30,7 +30,8 @@ def main(config: DictConfig) -> None:
             audit_of(run_config)  # a mistake shows before hours of attacks
     console = Console()
     console = console if console.is_terminal else Console(width=160)
-    for run, run_config in checked:
+
+    def examine(run: Run, run_config: RunConfig) -> None:
         evaluate_run(run, run_config, asked.again)
         if asked.audit:
             print_audit(audit_run(run, run_config, asked.again), console)
@@ -40,8 +41,20 @@ def main(config: DictConfig) -> None:
             print_guarantees(proved, console)
         if asked.cost:
             print_cost(count_cost(run, run_config), console)
-    if left_out:
-        raise UserError(f"not evaluated, for they are not done: {', '.join(left_out)}")
+
+    lacking: dict[str, NoWeights] = {}
+    for run, run_config in checked:
+        try:
+            examine(run, run_config)
+        except NoWeights as error:
+            lacking[run.directory.name] = error
+    reasons = [f"for they are not done: {', '.join(left_out)}"] if left_out else []
+    if lacking:
+        if len(runs) == 1 and not left_out:
+            raise lacking.popitem()[1]
+        reasons.append(f"for want of weights: {', '.join(lacking)} ({next(iter(lacking.values()))})")
+    if reasons:
+        raise UserError(f"not evaluated, {'; '.join(reasons)}")
 
 
 def _runs(pattern: str) -> tuple[list[Run], list[str]]:

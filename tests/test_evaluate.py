@@ -153,6 +153,44 @@ def test_a_run_of_a_pattern_that_is_not_done_stops_no_other(script, runs):
     )
 
 
+def test_runs_whose_weights_were_left_elsewhere_stop_no_other(script, runs):
+    assert script("evaluate", f"run={runs['baseline']}", *FEW, "audit=true")[0] == 0
+    for name in ("model.safetensors", "checkpoint.pt"):
+        (runs["baseline"] / name).unlink()
+    before = {path: path.read_bytes() for path in runs["baseline"].iterdir() if path.is_file()}
+    alone = [f"run={runs['baseline']}", *FEW]
+    status, out, err = script("evaluate", *alone, "audit=true")
+    assert status == 0, err
+    assert "was evaluated already" in out
+    assert "active test" in out, "what is there needs no weights"
+    missing = "baseline.*model.safetensors is missing: bring these weights back, or remove .*baseline"
+    for arguments in (
+        ["attack.eps=[0.2]"], ["again=true"], ["conditioning=true"], ["cost=true"],
+        ["data_root=nowhere", "attack.eps=[0.2]"],
+        ["attack.eps=[0.1]", "audit=true", "attack.seed=1"],
+    ):  # fmt: skip
+        complains(script("evaluate", *alone, *arguments), missing)
+    complains(script("crosscheck", f"run={runs['baseline']}", "images=5"), missing)
+    both = [f"run={runs['condlr'].parent}/*", "attack.images=40", "attack.eps=[0,0.1]"]
+    complains(
+        script("evaluate", *both), f"error: not evaluated, for want of weights: lenet5-.* \\(.*{missing}"
+    )
+    assert "40" in {row["n"] for row in rows(runs["condlr"], "evaluation.csv")}
+    assert before == {path: path.read_bytes() for path in runs["baseline"].iterdir() if path.is_file()}
+
+
+def test_images_of_a_network_whose_weights_are_elsewhere_cannot_be_made(script, runs):
+    for name in ("model.safetensors", "checkpoint.pt"):
+        (runs["baseline"] / name).unlink()
+    transfer = [f"run={runs['condlr']}", "attack=transfer", "attack.steps=1", *FEW]
+    complains(script("evaluate", *transfer), "baseline.*model.safetensors is missing: bring these weights")
+    source = f"attack.source={runs['baseline']}"
+    complains(script("evaluate", *transfer, source), "baseline.*model.safetensors is missing: bring these")
+    assert script("evaluate", f"run={runs['condlr']}", *FEW, "audit=true")[0] == 0
+    checks = {row["check"]: row["status"] for row in rows(runs["condlr"], "audit.csv")}
+    assert checks["transfer"] == "not done"
+
+
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [

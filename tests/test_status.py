@@ -228,7 +228,7 @@ def test_a_study_of_one_damaged_run(tmp_path):
     """Of which no row is known."""
     run = make(tmp_path / "s", "baseline", 0, "done")
     (run / "run.json").write_text("{")
-    assert "1 damaged" in printed(survey(tmp_path / "s"))
+    assert "1 damaged" in printed(survey(tmp_path / "s"), 200)
 
 
 @pytest.mark.parametrize(("silence", "state"), [(SILENCE - 20, "running"), (SILENCE + 20, "stalled")])

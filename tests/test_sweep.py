@@ -278,6 +278,52 @@ def test_the_reason_of_this_start_is_told(script, tmp_path):
     assert "failed  Baseline, seed 0: trained, but not evaluated: attack.source: nowhere" in out
 
 
+@pytest.mark.parametrize("launcher", [[], TOGETHER])
+def test_a_done_run_without_its_weights_is_done(script, tmp_path, launcher):
+    sweep = ["-m", *SMALL, "method=baseline,vanilla", "attack.images=40", "study=a"]
+    assert script("train", *sweep)[0] == 0
+    (dense,) = (tmp_path / "runs" / "a").glob("*-baseline-*")
+    (other,) = (tmp_path / "runs" / "a").glob("*-vanilla-*")
+    for name in ("model.safetensors", "checkpoint.pt"):
+        (dense / name).unlink()
+
+    def kept():
+        files = (path for path in dense.iterdir() if path.is_file() and path.name != "train.log")
+        return {path: path.read_bytes() for path in files}
+
+    before = kept()
+    status, out, _ = script("train", *sweep, *launcher)
+    assert status == 0
+    assert "2 runs: 2 skipped" in out
+    one = [word.replace("baseline,vanilla", "baseline") for word in sweep[1:]]
+    assert "is done already" in script("train", *one)[1]
+    assert "2 runs, 2 done, 0 to do" in script("estimate", *sweep)[1]
+    assert "2 runs: 2 done" in script("status", "study=a")[1]
+
+    missing = "model.safetensors is missing: bring these weights back, or remove"
+    complains(script("train", *one, "attack.eps=[0.3]"), missing)
+    status, out, err = script("train", *sweep, *launcher, "attack.eps=[0.3]")
+    assert status == 1
+    assert "2 runs, 1 to do" in out, "it is not launched"
+    assert "2 runs: 1 done, 1 without weights" in out
+    assert re.search(rf"without weights  Baseline, seed 0: done, but .* needs its weights: .*{missing}", out)
+    assert "1 of 2 runs are not done" in err
+    assert "1 run, 1 done, 0 to do" in script("estimate", *one, "attack.eps=[0.3]")[1]
+    assert before == kept()
+    # A run that borrows images of it fails alone
+    status, out, _ = script(
+        "train", *sweep, *launcher, "attack=transfer", "attack.steps=1", "attack.eps=[0.1]"
+    )
+    assert status == 1
+    assert "2 runs: 1 without weights, 1 failed" in out
+    assert re.search(rf"trained, but not evaluated: .*-baseline-.*/{missing}", out)
+    assert Run(other).status == "done"
+    # What a version of before did not keep needs the weights, too
+    (dense / "spectra.csv").unlink()
+    complains(script("train", *one), missing)
+    assert "1 skipped, 1 without weights" in script("train", *sweep)[1]
+
+
 def test_a_run_of_a_dead_process_of_another_machine_is_no_success(script, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "_SIGN", 1.0)
     monkeypatch.setattr(jobs, "SILENCE", 1.0)

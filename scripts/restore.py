@@ -1,0 +1,25 @@
+#!/usr/bin/env python3
+"""Bring the runs of an archive back; what is newer here, at work, or not in the archive stays as it is."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from condlr.cli import command
+from condlr.config import Collection, typed
+
+
+@command("restore")
+def main(config: DictConfig) -> None:
+    """Read <results_dir>/<study>/runs.tar.gz, add to <runs_dir>/<study>/*."""
+    asked = typed(Collection, config)
+
+    from condlr.archive import NAME, restore
+
+    study = Path(asked.runs_dir) / asked.study
+    summary = restore(Path(asked.results_dir) / asked.study / NAME, study)
+    print(f"{study}: {summary}")
+
+
+if __name__ == "__main__":
+    main()
