@@ -112,7 +112,7 @@ class LowRank(nn.Module):
     Vt: nn.Parameter
     S: nn.Parameter | None
     bias: nn.Parameter | None
-    form: str = "factored"
+    form: str
     # Compiled by TorchScript, which has no need of them, these would have to be written in its dialect.
     __jit_unused_properties__ = ["V", "rank", "weight"]  # noqa: RUF012
 
@@ -127,6 +127,7 @@ class LowRank(nn.Module):
         shape = {"full": (rank, rank), "diagonal": (rank,)}.get(core)
         self.register_parameter("S", nn.Parameter(torch.empty(shape, **kind)) if shape else None)
         self.register_parameter("bias", nn.Parameter(torch.empty(n, **kind)) if bias else None)
+        self.core, self.form = core, "factored"
         self.dense_mean: float | None = None
         self.reset_parameters()
 
@@ -157,7 +158,10 @@ class LowRank(nn.Module):
     @property
     def left(self) -> Tensor:
         """U S, or U for the pair: (n, r)."""
-        return _times(self.U, self.S)
+        S = self.S  # a name of its own, of which TorchScript believes that it is no None
+        if S is None:
+            return self.U
+        return self.U @ S if self.core == "full" else self.U * S
 
     @property
     def matrix(self) -> Tensor:
@@ -208,8 +212,10 @@ class LowRank(nn.Module):
         """
         left = torch.linalg.qr(self.U.double(), mode="r").R
         right = torch.linalg.qr(self.V.double(), mode="r").R
-        core = _times(left, None if self.S is None else self.S.double())
-        return torch.linalg.svdvals(core @ right.mT)
+        if self.S is not None:
+            S = self.S.double()
+            left = left @ S if self.core == "full" else left * S
+        return torch.linalg.svdvals(left @ right.mT)
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
@@ -298,10 +304,10 @@ class LowRankLinear(LowRank):
     def forward(self, x: Tensor) -> Tensor:
         if self.form == "multiplied":
             return F.linear(x, self.matrix, self.bias)
-        z = F.linear(x, self.Vt)
-        if self.form == "factored" or self.S is None:
+        z, S = F.linear(x, self.Vt), self.S
+        if self.form == "factored" or S is None:
             return F.linear(z, self.left, self.bias)
-        z = F.linear(z, self.S) if self.S.dim() == 2 else z * self.S
+        z = F.linear(z, S) if self.core == "full" else z * S
         return F.linear(z, self.U, self.bias)
 
     @override
@@ -346,6 +352,7 @@ class LowRankConv2d(LowRank):
         self.kernel_size, self.stride, self.dilation = twin.kernel_size, twin.stride, twin.dilation
         self.padding, self.padding_mode = twin.padding, padding_mode
         self._pad = list(twin._reversed_padding_repeated_twice)
+        self._padding = twin.padding if padding_mode == "zeros" else (0, 0)
 
     @classmethod
     def like(cls, dense: nn.Conv2d, rank: int, core: str = "full") -> "LowRankConv2d":
@@ -376,16 +383,17 @@ class LowRankConv2d(LowRank):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        padding = self.padding
+        padding = self._padding
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._pad, mode=self.padding_mode), 0
+            x = F.pad(x, self._pad, mode=self.padding_mode)
         if self.form == "multiplied":
             kernel = self._as_kernel(self.matrix)
             return F.conv2d(x, kernel, self.bias, self.stride, padding, self.dilation)
         z = F.conv2d(x, self.filters, None, self.stride, padding, self.dilation)
-        if self.form == "factored" or self.S is None:
+        S = self.S
+        if self.form == "factored" or S is None:
             return F.conv2d(z, self.left[:, :, None, None], self.bias)
-        core = self.S if self.S.dim() == 2 else torch.diag(self.S)
+        core = S if self.core == "full" else torch.diag(S)
         return F.conv2d(F.conv2d(z, core[:, :, None, None]), self.U[:, :, None, None], self.bias)
 
     @override
@@ -395,15 +403,8 @@ class LowRankConv2d(LowRank):
 
 
 def _options(layer: LowRank) -> str:
-    core = {None: ", core=none", 1: ", core=diagonal"}.get(None if layer.S is None else layer.S.ndim, "")
+    core = "" if layer.core == "full" else f", core={layer.core}"
     return f", bias={layer.bias is not None}{core}"
-
-
-def _times(U: Tensor, S: Tensor | None) -> Tensor:
-    """U S for a full, diagonal or missing S."""
-    if S is None:
-        return U
-    return U @ S if S.dim() == 2 else U * S
 
 
 def _take_over(layer: LowRank, dense: nn.Linear | nn.Conv2d) -> None:
