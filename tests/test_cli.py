@@ -788,3 +788,60 @@ def test_the_library_imports_without_hydra_pandas_and_matplotlib():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def git(directory, *arguments):
+    who = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "init.defaultBranch=main")
+    done = subprocess.run(
+        ["git", *who, *arguments], cwd=directory, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def unpacked(directory):
+    """A source tree as an archive leaves it; the file of it that asks for its commit."""
+    for name in ("condlr/runs.py", "conf/train.yaml", "scripts/train.py"):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text("")
+    return directory / "condlr" / "runs.py"
+
+
+@pytest.fixture
+def no_repository_around(monkeypatch):
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("place", ["condlr-main", "lib/python3.11/site-packages", "a/b ü", "."])
+@pytest.mark.parametrize("tracked", [False, True])
+def test_the_commit_of_an_outer_repository_is_not_ours(
+    tmp_path, monkeypatch, no_repository_around, place, tracked
+):
+    git(tmp_path, "init", "-q")
+    source = unpacked(tmp_path / place)
+    monkeypatch.setattr(runs, "__file__", str(source))
+    assert runs.commit() is None, "a repository without a commit"
+    if tracked:
+        git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "thesis")
+    ours = git(tmp_path, "rev-parse", "--short=12", "HEAD") if tracked and place == "." else None
+    assert runs.commit() == ours
+
+
+def test_the_commit_is_that_of_our_own_repository(tmp_path, monkeypatch, no_repository_around):
+    """Inside another, as a submodule or a clone is, through a link, and whatever a hook of another set."""
+    outer, own = tmp_path / "outer", tmp_path / "outer" / "own"
+    source = unpacked(own)
+    for place in (own, outer):
+        git(place, "init", "-q")
+        git(place, "add", "-A")
+        git(place, "commit", "-q", "--allow-empty", "-m", place.name)
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "condlr").symlink_to(own / "condlr")
+    head = git(own, "rev-parse", "--short=12", "HEAD")
+    monkeypatch.setenv("GIT_DIR", str(outer / ".git"))
+    for path in (source, tmp_path / "link" / "condlr" / "runs.py"):
+        monkeypatch.setattr(runs, "__file__", str(path))
+        assert runs.commit() == head
+    (own / "conf" / "train.yaml").write_text("seed: 1")
+    assert runs.commit() == f"{head}+"
