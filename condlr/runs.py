@@ -50,7 +50,7 @@ class Run:
         """What run.json says; empty where there is no run yet."""
         path = self.directory / "run.json"
         try:
-            info = json.loads(path.read_text())
+            info = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
             return {}
         except OSError as error:
@@ -184,7 +184,7 @@ class Run:
         """Write config.yaml."""
         from omegaconf import OmegaConf
 
-        write(self.directory / "config.yaml", OmegaConf.to_yaml(dict(config)).encode())
+        write_text(self.directory / "config.yaml", OmegaConf.to_yaml(dict(config)))
 
     def read_config(self) -> dict[str, Any]:
         """The resolved config of the run."""
@@ -359,6 +359,11 @@ def write(path: Path, content: bytes | memoryview) -> None:
         os.close(directory)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8, also one with the name of a file in it that is in no encoding."""
+    write(path, text.encode(errors="backslashreplace"))
+
+
 def forget_partial(directory: Path) -> None:
     """Remove what processes that died while they wrote left half written; for who holds the lock on it."""
     for leftover in directory.glob(f"*{_PARTIAL}*"):
@@ -376,13 +381,13 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(row.values() for row in rows)
     else:
         writer.writerows([row.get(column) for column in columns] for row in rows)
-    write(path, buffer.getvalue().encode())
+    write_text(path, buffer.getvalue())
 
 
 def read_csv(path: Path, advice: str = "") -> list[dict[str, str]]:
     """The rows of a CSV file as text; none where there is no file."""
     try:
-        with open(path, newline="") as file:
+        with open(path, encoding="utf-8", newline="") as file:
             lines = [line for line in csv.reader(file) if line]
     except FileNotFoundError:
         return []
