@@ -9,7 +9,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -35,6 +36,14 @@ _FACTS = {
     "status": str, "run_id": str, "attempts": int, "images": dict, "ranks": dict, "weights": dict,
     "versions": dict,
 }  # fmt: skip
+# What to do about runs of which tables have nothing to show, by status.
+_REMEDIES = {
+    "diverged": "a smaller protocol.lr may help",
+    "failed": "the same command tries again",
+    "interrupted": "the same command goes on",
+    "running": "wait",
+    "done": "but not evaluated: scripts/evaluate.py attacks",
+}
 # What run.json says of how a run went.
 _OUTCOME = ("status", "reason", "started", "ended", "attempts", "train_seconds", "record_seconds")
 
@@ -256,6 +265,7 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
     cells: list[dict[str, Any]] = []
     histories: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
+    unfinished: list[dict[str, Any]] = []  # matrix flows
     others: dict[str, list[dict[str, Any]]] = {
         name.removesuffix(".csv"): [] for name in ("steps.csv", "flow.csv", *KEYS) if name != "evaluation.csv"
     }
@@ -281,6 +291,7 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
                 )
             for line in others["flow"]:
                 line |= info.get("versions", {})
+            unfinished.append(who | {"status": info["status"]})
             continue
         compresses = about.get("compresses")
         factored = [f"cond_{name}" for name in info.get("ranks", {})] if compresses else []
@@ -315,7 +326,23 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
             | info.get("versions", {})
             | {"ranks": " ".join(f"{k}={r}" for k, r in info.get("ranks", {}).items())}
         )
+    if not any(others.values()):  # a flow that has not come to its end: somebody will want to know
+        cells = cells or unfinished
     return {"cells": cells, "runs": runs, "history": histories} | others
+
+
+def nothing_to_show(statuses: Iterable[str]) -> str:
+    """The line on a study of which no run is done and evaluated: how many are what, and what to do.
+
+    Args:
+        statuses: of each run.
+    """
+    counts = Counter(statuses)
+    parts = (
+        f"{n} {status}{f' ({_REMEDIES[status]})' if status in _REMEDIES else ''}"
+        for status, n in counts.items()
+    )
+    return f"no run of this study is done and evaluated yet: {', '.join(parts)}; scripts/status.py says more"
 
 
 def _key(row: Mapping[str, Any], name: str) -> tuple[str | float, ...]:

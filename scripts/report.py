@@ -14,6 +14,7 @@ def main(config: DictConfig) -> None:
     """Read <results_dir>/<study>/*.csv and figures, write report.html and report.md beside them."""
     from condlr.report import page, report_markdown
     from condlr.report.chapters import document
+    from condlr.report.results import read_if_there, require_evaluated
     from condlr.runs import write_text
 
     asked = typed(Page, config)
@@ -21,6 +22,8 @@ def main(config: DictConfig) -> None:
     texts = {"report.html": page.render(made), "report.md": report_markdown.render(made)}
     for name, text in texts.items():
         write_text(asked.directory / name, text)
+    if (cells := read_if_there(asked.directory, "cells")) is not None:
+        require_evaluated(cells)  # the report says no more than that
     print(*(asked.directory / name for name in texts), sep="\n")
 
 
