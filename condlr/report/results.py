@@ -146,8 +146,8 @@ def require_evaluated(cells: pd.DataFrame) -> None:
 
 def _evaluated(cells: pd.DataFrame) -> pd.Series:
     """Whether a line is of a run that is done, and of an attack on it; no run has one if there are none."""
-    known = cells.reindex(columns=["status", "eps", "accuracy"])
-    return known["status"].eq("done") & known["eps"].notna() & known["accuracy"].notna()
+    attacked = cells.reindex(columns=["eps", "accuracy"]).notna().all(axis=1)
+    return pd.Series(cells["status"].eq("done") & attacked, index=cells.index)
 
 
 def done_runs(cells: pd.DataFrame) -> pd.Series:
