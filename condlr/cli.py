@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import NoReturn
 
 import hydra
@@ -22,12 +23,17 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from condlr.config import CONF, check_any, one_line
 from condlr.errors import Interrupted, UserError
+from condlr.streams import tolerate
 from condlr.sweep import register
 
 log = logging.getLogger(__name__)
 
 # The launchers of Hydra's plugins, and what brings them.
 _EXTRAS = {"joblib": "several", "submitit_slurm": "slurm", "ray": "ray"}
+
+# What a notebook or a user has set for figures of their own is no affair of ours, nor could it be imported
+# everywhere: ours have a style and go to files.
+_FIGURES = {"MPLBACKEND": "agg", "MATPLOTLIBRC": str(Path(__file__).parent / "report" / "condlr.mplstyle")}
 
 Task = Callable[[DictConfig], None]
 
@@ -53,6 +59,7 @@ def command(
     def decorate(task: Task) -> Callable[[], NoReturn]:
         def guarded(config: DictConfig) -> None:
             multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+            tolerate()  # a launcher may have put us into a process of its own
             logging.raiseExceptions = verbose  # a log on a full disk is no reason for a stack trace
             os.chdir(HydraConfig.get().runtime.cwd)  # paths are relative to where the command was given
             try:
@@ -76,6 +83,8 @@ def command(
         main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)
 
         def program() -> NoReturn:
+            tolerate()
+            os.environ |= _FIGURES
             os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to us
             try:
                 main()

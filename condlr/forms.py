@@ -159,7 +159,7 @@ def _path() -> Path:
 def _read() -> dict[str, str]:
     """What was found before; nothing where it cannot be read, for it can be found again."""
     with suppress(OSError, ValueError, RuntimeError):
-        content = json.loads(_path().read_text())
+        content = json.loads(_path().read_text("utf-8"))
         if isinstance(content, dict):
             return content
     return {}

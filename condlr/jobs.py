@@ -244,7 +244,7 @@ def _outcome(job: Job, start: Start | None, owner: Owner | None, silent: Collect
 
 def _log(job: Job) -> str:
     with suppress(OSError):
-        return job.log.read_text(errors="replace")
+        return job.log.read_text("utf-8", "replace")
     return ""
 
 

@@ -95,7 +95,7 @@ class Owner:
     def said(self) -> dict[str, Any]:
         """What it last said of itself."""
         with suppress(OSError, ValueError):
-            if isinstance(said := json.loads(self.path.read_text()), dict):
+            if isinstance(said := json.loads(self.path.read_text("utf-8")), dict):
                 return said
         return {}
 
@@ -152,8 +152,13 @@ class Lock:
         self._path = self.directory / f"{self.name}-{host}-{_machine()}-{pid}-{_born(pid)}"
 
     def __enter__(self) -> Self:
-        self._until = time.monotonic() + self.patience
+        start, told = time.monotonic(), False
+        self._until = start + self.patience
         while not self._take():
+            if self.wait and not told and time.monotonic() - start > 1:
+                holders = ", ".join(map(str, owners(self.directory, self.name)))
+                log.info("%s: waiting for %s (%s)", self.directory, holders, self.name)
+                told = True
             time.sleep(random.uniform(0.01, 0.05))
         self._stop = threading.Event()
         self._beating = threading.Thread(target=self._keep_beating, daemon=True, name=f"{self.name} beat")
@@ -232,7 +237,7 @@ def _machine() -> str:
     """Eight hexadecimal digits for this machine since it was started, and this container of it."""
     parts = [socket.gethostname()]
     with suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text("utf-8"))
         parts.append(str(Path("/proc/self/ns/pid").stat().st_ino))
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:8]
 
@@ -264,7 +269,7 @@ class _Stat(NamedTuple):
 
 def _stat(pid: int) -> _Stat:
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
         return _Stat(fields[0], int(fields[1]), fields[19])
     except (OSError, IndexError):
         return _Stat()

@@ -28,7 +28,7 @@ def busy() -> bool:
 def _processor() -> str:
     """Its name; on virtual machines, which may call all of a make alike, with its family and model."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
     except OSError:
         text = ""
     known = {key: value.strip() for key, value in re.findall(r"^([\w ]+?)\s*:(.*)$", text, re.MULTILINE)}

@@ -9,7 +9,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -35,8 +36,19 @@ _FACTS = {
     "status": str, "run_id": str, "attempts": int, "images": dict, "ranks": dict, "weights": dict,
     "versions": dict,
 }  # fmt: skip
+<<<<<<< HEAD
 # How a run comes by its weights again.
 _FROM_CHECKPOINT = "remove run.json beside it and start the run again, which goes on from its checkpoint"
+=======
+# What to do about runs of which tables have nothing to show, by status.
+_REMEDIES = {
+    "diverged": "a smaller protocol.lr may help",
+    "failed": "the same command tries again",
+    "interrupted": "the same command goes on",
+    "running": "wait",
+    "done": "but not evaluated: scripts/evaluate.py attacks",
+}
+>>>>>>> suite-a
 # What run.json says of how a run went.
 _OUTCOME = ("status", "reason", "started", "ended", "attempts", "train_seconds", "record_seconds")
 
@@ -52,7 +64,11 @@ class Run:
         """What run.json says; empty where there is no run yet."""
         path = self.directory / "run.json"
         try:
+<<<<<<< HEAD
             return record(path.read_bytes(), path)
+=======
+            info = json.loads(path.read_text("utf-8"))
+>>>>>>> suite-a
         except FileNotFoundError:
             return {}
         except OSError as error:
@@ -191,7 +207,7 @@ class Run:
         """Write config.yaml."""
         from omegaconf import OmegaConf
 
-        write(self.directory / "config.yaml", OmegaConf.to_yaml(dict(config)).encode())
+        write_text(self.directory / "config.yaml", OmegaConf.to_yaml(dict(config)))
 
     def read_config(self) -> dict[str, Any]:
         """The resolved config of the run."""
@@ -279,6 +295,7 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
     cells: list[dict[str, Any]] = []
     histories: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
+    unfinished: list[dict[str, Any]] = []  # matrix flows
     others: dict[str, list[dict[str, Any]]] = {
         name.removesuffix(".csv"): [] for name in ("steps.csv", "flow.csv", *KEYS) if name != "evaluation.csv"
     }
@@ -304,6 +321,7 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
                 )
             for line in others["flow"]:
                 line |= info.get("versions", {})
+            unfinished.append(who | {"status": info["status"]})
             continue
         compresses = about.get("compresses")
         factored = [f"cond_{name}" for name in info.get("ranks", {})] if compresses else []
@@ -338,7 +356,23 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
             | info.get("versions", {})
             | {"ranks": " ".join(f"{k}={r}" for k, r in info.get("ranks", {}).items())}
         )
+    if not any(others.values()):  # a flow that has not come to its end: somebody will want to know
+        cells = cells or unfinished
     return {"cells": cells, "runs": runs, "history": histories} | others
+
+
+def nothing_to_show(statuses: Iterable[str]) -> str:
+    """The line on a study of which no run is done and evaluated: how many are what, and what to do.
+
+    Args:
+        statuses: of each run.
+    """
+    counts = Counter(statuses)
+    parts = (
+        f"{n} {status}{f' ({_REMEDIES[status]})' if status in _REMEDIES else ''}"
+        for status, n in counts.items()
+    )
+    return f"no run of this study is done and evaluated yet: {', '.join(parts)}; scripts/status.py says more"
 
 
 def _key(row: Mapping[str, Any], name: str) -> tuple[str | float, ...]:
@@ -382,6 +416,11 @@ def write(path: Path, content: bytes | memoryview) -> None:
         os.close(directory)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8, also one with the name of a file in it that is in no encoding."""
+    write(path, text.encode(errors="backslashreplace"))
+
+
 def forget_partial(directory: Path) -> None:
     """Remove what processes that died while they wrote left half written; for who holds the lock on it."""
     for leftover in directory.glob(f"*{_PARTIAL}*"):
@@ -404,13 +443,22 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
         writer.writerows(row.values() for row in rows)
     else:
         writer.writerows([row.get(column) for column in columns] for row in rows)
+<<<<<<< HEAD
     return buffer.getvalue().encode()
+=======
+    write_text(path, buffer.getvalue())
+>>>>>>> suite-a
 
 
 def read_csv(path: Path, advice: str = "") -> list[dict[str, str]]:
     """The rows of a CSV file as text; none where there is no file."""
     try:
+<<<<<<< HEAD
         return csv_rows(path.read_bytes(), path, advice)
+=======
+        with open(path, encoding="utf-8", newline="") as file:
+            lines = [line for line in csv.reader(file) if line]
+>>>>>>> suite-a
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -444,15 +492,26 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree, with + where it was changed since; None outside of git."""
-    root = Path(__file__).parent.parent
+    """The commit of the source tree, with + where it was changed since; None outside of its own repository.
+
+    Source that was unpacked or installed inside somebody else's is no part of that one's commits.
+    """
+    source = Path(__file__).resolve()
+    # Where git sends its hooks to another repository, it sends what they start there, too
+    elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+    surroundings = {name: value for name, value in os.environ.items() if name not in elsewhere}
 
     def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", *arguments], cwd=source.parent.parent, env=surroundings,
+            capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True,
+        )  # fmt: skip
         return done.stdout.strip()
 
     try:
+        if git("rev-parse", "--show-prefix"):  # the repository's top is further up
+            return None
+        git("ls-files", "--error-unmatch", str(source))
         changed = git("status", "--porcelain", "--", "condlr", "conf", "scripts")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):

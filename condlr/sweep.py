@@ -35,6 +35,7 @@ from condlr.locks import owners
 from condlr.processes import Killed, call_apart
 from condlr.runs import Run
 from condlr.signals import Signals
+from condlr.streams import tolerate
 
 log = logging.getLogger(__name__)
 
@@ -211,6 +212,7 @@ def carry_out(values: dict[str, Any]) -> None:
 def _carry_out(values: dict[str, Any], logs: dict[str, Any], verbose: Any) -> None:
     from condlr.workflow import carry_out
 
+    tolerate()
     logging.raiseExceptions = bool(verbose)  # a log on a full disk is no reason for a stack trace
     configure_log(OmegaConf.create(logs), verbose)
     carry_out(values)

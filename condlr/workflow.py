@@ -72,7 +72,7 @@ def carry_out(values: dict[str, Any]) -> None:
 
 def _say_done(run: Run, config: RunConfig | FlowConfig) -> None:
     made = run.info.get("commit")
-    other = "" if made == commit() else f" with the code of {made}"
+    other = f" with the code of {made}" if made and made != commit() else ""
     log.info("%s is done already%s; remove it to train it again", run.directory, other)
     if isinstance(config, RunConfig) and config.record_every and not run.read_table("steps.csv"):
         log.warning("%s was trained without record_every: it has no steps.csv", run.directory)

@@ -27,7 +27,7 @@ def main(config: DictConfig) -> None:
     from condlr.loading import pick_device
     from condlr.precision import require
     from condlr.report import benchmark as report
-    from condlr.runs import environment, write, write_csv
+    from condlr.runs import environment, write, write_csv, write_text
 
     device = pick_device(asked.device)
     try:
@@ -69,11 +69,11 @@ def main(config: DictConfig) -> None:
         shown.add_column(title, justify="left" if number in (0, 1, 3) else "right")
     for line in lines:
         shown.add_row(*line, end_section=line[3] == "CondLR, naive")
+    write_text(out / f"{name}.md", report.markdown(lines, facts))
+    figures = [*report.figure(frame, facts, out)]  # all files are written before a word is said
     console.print(shown)
     console.print(report.legend(facts))
-    write(out / f"{name}.md", report.markdown(lines, facts).encode())
-    for path in report.figure(frame, facts, out):
-        console.print(str(path))
+    console.print(*map(str, figures), sep="\n")
 
 
 if __name__ == "__main__":

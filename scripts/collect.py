@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from condlr.cli import command
 from condlr.config import Collection, typed
 from condlr.errors import UserError
-from condlr.runs import collect, write_csv
+from condlr.runs import collect, nothing_to_show, write_csv
 
 
 @command("collect")
@@ -27,6 +27,8 @@ def main(config: DictConfig) -> None:
             write_csv(target / f"{name}.csv", rows)
         else:
             (target / f"{name}.csv").unlink(missing_ok=True)
+    if (cells := tables["cells"]) and not any(c["status"] == "done" and c.get("eps") for c in cells):
+        raise UserError(f"{target}: {nothing_to_show({c['run_id']: c['status'] for c in cells}.values())}")
     counts = Counter(run["status"] for run in tables["runs"])
     runs = ", ".join(f"{n} {status}" for status, n in counts.items())
     print(f"{target}: {len(tables['cells'])} cells of {runs} runs" if runs else f"{target}: a matrix flow")

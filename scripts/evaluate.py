@@ -33,14 +33,17 @@ def main(config: DictConfig) -> None:
 
     def examine(run: Run, run_config: RunConfig) -> None:
         evaluate_run(run, run_config, asked.again)
-        if asked.audit:
-            print_audit(audit_run(run, run_config, asked.again), console)
-        if asked.conditioning:
-            layers, proved = analyse_conditioning(run, run_config)
-            print_conditioning(layers, console)
-            print_guarantees(proved, console)
-        if asked.cost:
-            print_cost(count_cost(run, run_config), console)
+        # What is found is in the run before a word of it is said
+        audited = audit_run(run, run_config, asked.again) if asked.audit else None
+        analysed = analyse_conditioning(run, run_config) if asked.conditioning else None
+        counted = count_cost(run, run_config) if asked.cost else None
+        if audited:
+            print_audit(audited, console)
+        if analysed:
+            print_conditioning(analysed[0], console)
+            print_guarantees(analysed[1], console)
+        if counted:
+            print_cost(counted, console)
 
     lacking: dict[str, NoWeights] = {}
     for run, run_config in checked:

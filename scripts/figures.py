@@ -16,10 +16,9 @@ def main(config: DictConfig) -> None:
     from condlr.report.figures import drawings
 
     asked = typed(Report, config)
-    made = 0
-    for drawing in drawings(asked.directory, Path(asked.paper), asked.directory):
+    made = [*drawings(asked.directory, Path(asked.paper), asked.directory)]
+    for drawing in made:
         print(drawing.png, drawing.pdf, sep="\n")
-        made += 1
     if not made:
         raise UserError(f"nothing to draw in {asked.directory}: no attack of several strengths or rows")
 

@@ -14,13 +14,17 @@ def main(config: DictConfig) -> None:
     """Read <results_dir>/<study>/*.csv and figures, write report.html and report.md beside them."""
     from condlr.report import page, report_markdown
     from condlr.report.chapters import document
-    from condlr.runs import write
+    from condlr.report.results import read_if_there, require_evaluated
+    from condlr.runs import write_text
 
     asked = typed(Page, config)
     made = document(asked.directory, Path(asked.paper), Path(asked.runs_dir))
-    for name, text in {"report.html": page.render(made), "report.md": report_markdown.render(made)}.items():
-        write(asked.directory / name, text.encode())
-        print(asked.directory / name)
+    texts = {"report.html": page.render(made), "report.md": report_markdown.render(made)}
+    for name, text in texts.items():
+        write_text(asked.directory / name, text)
+    if (cells := read_if_there(asked.directory, "cells")) is not None:
+        require_evaluated(cells)  # the report says no more than that
+    print(*(asked.directory / name for name in texts), sep="\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from condlr.cli import command
 from condlr.config import Report, typed
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from condlr.report.sheet import Sheet
 
 
 @command("tables")
@@ -19,30 +19,37 @@ def main(config: DictConfig) -> None:
     from rich.console import Console
 
     from condlr.report import results, theorem
-    from condlr.runs import write
+    from condlr.report.terminal import print_sheet
+    from condlr.runs import write_text
 
     asked, console = typed(Report, config), Console()
     flow = results.read_if_there(asked.directory, "flow")
     written = {"theorem1.md": "" if flow is None else theorem.markdown(flow)}
-    console.print(written["theorem1.md"], end="", highlight=False, markup=False)
+    sheets, notes = [], ""
     if flow is None or (asked.directory / "cells.csv").exists():
-        written |= tables_of_runs(asked, console)
+        sheets, notes, files = tables_of_runs(asked)
+        written |= files
+    # All files are written before a word is said: whoever reads that may have had enough
     for name, text in written.items():
         if text:
-            write(asked.directory / name, text.encode())
+            write_text(asked.directory / name, text)
         else:
             (asked.directory / name).unlink(missing_ok=True)  # nothing stale is left
+    console.print(written["theorem1.md"], end="", highlight=False, markup=False)
+    wide = console if console.is_terminal else Console(width=160)
+    for sheet in sheets:
+        print_sheet(sheet, wide)
+    console.print(notes, end="", highlight=False, markup=False)
 
 
-def tables_of_runs(asked: Report, console: "Console") -> dict[str, str]:
-    """Print the tables of a study's runs; return the files to write, by name."""
+def tables_of_runs(asked: Report) -> "tuple[list[Sheet], str, dict[str, str]]":
+    """The tables of a study's runs, what is to be said of them, and the files to write, by name."""
     import pandas as pd
 
     from condlr.report import analysis, audit, comparisons, html, results, tables
     from condlr.report.latex import latex
     from condlr.report.markdown import markdown
     from condlr.report.published import NUMBERS
-    from condlr.report.terminal import print_sheet
     from condlr.report.training import training
 
     directory, cells = asked.directory, results.read(asked.directory)
@@ -51,18 +58,13 @@ def tables_of_runs(asked: Report, console: "Console") -> dict[str, str]:
     sheets = [*comparisons.by_protocol(made), *tables.table1(made, Path(asked.paper))]
     sheets += [table.sheet for table in made]
     compared = [comparison.sheet for comparison in comparisons.by_attack(made)]
-    wide = console if console.is_terminal else type(console)(width=160)
-    for sheet in [*sheets, *compared]:
-        print_sheet(sheet, wide)
     absent = results.left_out(cells)
     absent = f"Not in the tables: {absent}.\n" if absent else ""
-    console.print(absent, end="", highlight=False)
+    notes = absent
     if not Path(asked.paper).is_dir() and any(
         pair in NUMBERS for pair in zip(cells.model, cells.dataset, strict=True)
     ):
-        console.print(
-            f"Without the published numbers: there is no {asked.paper} (paper=DIRECTORY names them)"
-        )
+        notes += f"Without the published numbers: there is no {asked.paper} (paper=DIRECTORY names them)\n"
     written = {
         "table.md": "\n".join([*map(markdown, sheets), absent]).rstrip("\n") + "\n",
         "table.tex": "\n".join(map(latex, sheets)),
@@ -75,7 +77,7 @@ def tables_of_runs(asked: Report, console: "Console") -> dict[str, str]:
     for name in ("conditioning", "guarantees", "cost"):
         found = results.read_if_there(directory, name)
         written[f"{name}.md"] = "" if found is None else getattr(analysis, name)(found)
-    return written
+    return [*sheets, *compared], notes, written
 
 
 if __name__ == "__main__":

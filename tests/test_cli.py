@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import locale
 import os
 import re
 import runpy
@@ -29,6 +30,7 @@ from condlr.errors import UserError
 from condlr.report import results
 
 ROOT = Path(__file__).resolve().parent.parent
+PAPER = ROOT / "results" / "paper"
 FIGURES = ("robustness", "compression", "cost", "spectra")
 SMALL = ["dataset=digits", "protocol=demo", "protocol.epochs=1", "attack.eps=[0,0.1]"]
 
@@ -788,3 +790,157 @@ def test_the_library_imports_without_hydra_pandas_and_matplotlib():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def git(directory, *arguments):
+    who = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "init.defaultBranch=main")
+    done = subprocess.run(
+        ["git", *who, *arguments], cwd=directory, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def unpacked(directory):
+    """A source tree as an archive leaves it; the file of it that asks for its commit."""
+    for name in ("condlr/runs.py", "conf/train.yaml", "scripts/train.py"):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text("")
+    return directory / "condlr" / "runs.py"
+
+
+@pytest.fixture
+def no_repository_around(monkeypatch):
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("place", ["condlr-main", "lib/python3.11/site-packages", "a/b ü", "."])
+@pytest.mark.parametrize("tracked", [False, True])
+def test_the_commit_of_an_outer_repository_is_not_ours(
+    tmp_path, monkeypatch, no_repository_around, place, tracked
+):
+    git(tmp_path, "init", "-q")
+    source = unpacked(tmp_path / place)
+    monkeypatch.setattr(runs, "__file__", str(source))
+    assert runs.commit() is None, "a repository without a commit"
+    if tracked:
+        git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "thesis")
+    ours = git(tmp_path, "rev-parse", "--short=12", "HEAD") if tracked and place == "." else None
+    assert runs.commit() == ours
+
+
+def test_the_commit_is_that_of_our_own_repository(tmp_path, monkeypatch, no_repository_around):
+    """Inside another, as a submodule or a clone is, through a link, and whatever a hook of another set."""
+    outer, own = tmp_path / "outer", tmp_path / "outer" / "own"
+    source = unpacked(own)
+    for place in (own, outer):
+        git(place, "init", "-q")
+        git(place, "add", "-A")
+        git(place, "commit", "-q", "--allow-empty", "-m", place.name)
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "condlr").symlink_to(own / "condlr")
+    head = git(own, "rev-parse", "--short=12", "HEAD")
+    monkeypatch.setenv("GIT_DIR", str(outer / ".git"))
+    for path in (source, tmp_path / "link" / "condlr" / "runs.py"):
+        monkeypatch.setattr(runs, "__file__", str(path))
+        assert runs.commit() == head
+    (own / "conf" / "train.yaml").write_text("seed: 1")
+    assert runs.commit() == f"{head}+"
+
+
+def test_no_script_needs_a_terminal_that_can_show_all_it_says(script, tmp_path, monkeypatch):
+    """Files are UTF-8 all the same, also where the locale is not."""
+
+    def said(encoding, name, *arguments):
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2)]
+        monkeypatch.setattr(sys, "stdout", streams[0])
+        monkeypatch.setattr(sys, "stderr", streams[1])
+        status, *_ = script(name, *arguments)
+        out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams)
+        assert status == 0, out + err
+        assert err == ""
+        return out
+
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    try:
+        (tmp_path / "Größe ∞").mkdir()
+        where, to = "runs_dir='Größe ∞'", "results_dir='Größe ∞/x'"
+        assert "Gr??e ?/default" in said("ascii", "train", *SMALL, where)
+        said("latin-1", "evaluate", "run='Größe ∞/default/*'", "cost=true")
+        assert "CondLR ?=0.1" in said("latin-1", "status", "study=default", where)
+        assert "Größe ?" in said("latin-1", "collect", "study=default", where, to)
+        for encoding in ("euc_jp", "gb2312", "ascii"):
+            assert "?" in said(encoding, "tables", "study=default", to, f"paper={PAPER}")
+        said("ascii", "report", "study=default", to, where, f"paper={PAPER}")
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+    results = tmp_path / "Größe ∞" / "x" / "default"
+    for name in ("table.md", "table.html", "report.html", "training.md"):
+        assert "CondLR τ=0.1" in (results / name).read_text("utf-8")
+    (log,) = (tmp_path / "Größe ∞").rglob("train.log")
+    assert "Größe ∞" in log.read_text("utf-8")
+
+
+def test_files_are_written_before_their_reader_has_had_enough(script, tmp_path, monkeypatch):
+    """As in `tables.py study=two | head -1`."""
+    for method in ("baseline", "condlr"):
+        script("train", *SMALL, f"method={method}", "study=two")
+    script("collect", "study=two")
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+        def fileno(self):
+            return os.open(os.devnull, os.O_WRONLY)
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    for name, files in (("tables", ["table.md", "table.csv"]), ("figures", ["robustness.png", "cost.pdf"])):
+        script(name, "study=two")
+        assert all((tmp_path / "results" / "two" / file).stat().st_size for file in files)
+
+
+def test_a_path_that_is_in_no_encoding_is_written(tmp_path):
+    runs.write_csv(tmp_path / "planned.csv", [{"a": "r\udcc3\udcff", "b": "τ"}])
+    assert (tmp_path / "planned.csv").read_text("utf-8") == "a,b\nr\\udcc3\\udcff,τ\n"
+    assert runs.read_csv(tmp_path / "planned.csv") == [{"a": "r\\udcc3\\udcff", "b": "τ"}]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "said"),
+    [
+        (["diverged", "diverged"], "2 diverged .a smaller protocol.lr may help.;"),
+        (["failed"], "1 failed .the same command tries again.;"),
+        (["running", "running", "running"], "3 running .wait.;"),
+        (["interrupted", "failed", "diverged"], "1 interrupted .*, 1 failed .*, 1 diverged"),
+    ],
+)
+@pytest.mark.parametrize("attacked", [False, True])
+def test_a_study_of_which_no_run_is_done_says_so(script, tmp_path, statuses, said, attacked):
+    """And does not ask to collect it again."""
+    script("train", *SMALL, "method=baseline")
+    origin = run_of(tmp_path)
+    for number, status in enumerate(statuses):
+        run = tmp_path / "runs" / "bad" / f"run{number}"
+        shutil.copytree(origin, run)
+        info = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(info | {"run_id": run.name, "status": status}))
+        if not attacked:
+            for name in ("evaluation.csv", "history.csv", "spectra.csv"):
+                (run / name).unlink()
+    for name in ("collect", "tables", "figures", "report"):
+        result = script(name, "study=bad")
+        complains(result, f"no run of this study is done and evaluated yet: {said}.* scripts/status.py says")
+        assert "collect" not in result[2]
+
+
+def test_a_matrix_flow_that_failed_says_so(script, tmp_path):
+    small = ["flow.steps=[4,64]", "flow.etas=[0.01]", "flow.flows=[rotation]", "flow.weak=[]"]
+    assert script("train", "experiment=theorem1", *small)[0] == 0
+    (flow,) = (tmp_path / "runs" / "theorem1").glob("flow-*")
+    (flow / "flow.csv").unlink()
+    (flow / "run.json").write_text((flow / "run.json").read_text().replace('"done"', '"failed"'))
+    for name in ("collect", "tables", "figures", "report"):
+        complains(script(name, "study=theorem1"), "no run of this study is done and evaluated yet: 1 failed")

@@ -2,10 +2,18 @@
 
 import gzip
 import hashlib
+import io
 import logging
 import os
 import pickle
 import shutil
+import socket
+import tarfile
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +22,14 @@ import torch
 from condlr.config import AUGMENTATIONS as NAMES
 from condlr.data import _idx, _plain_pickle, cifar10
 from condlr.data._augmentation import AUGMENTATIONS, crop_flip
+from condlr.data._fetch import _SCRATCH
 from condlr.data.base import Data, Images
 from condlr.data.cifar10 import Cifar10
 from condlr.data.digits import Digits
 from condlr.data.fashion_mnist import FashionMnist
 from condlr.data.mnist import Mnist
 from condlr.errors import UserError
+from condlr.locks import Lock
 
 
 def images(n):
@@ -63,6 +73,27 @@ def test_idx_files_plain_and_packed_are_the_same(idx, tmp_path):
     assert packed.train.pixels.shape == (30, 1, 28, 28)
 
 
+@pytest.mark.parametrize("kept", [0, 7, 15, 16, -1])
+@pytest.mark.parametrize("index", [0, 3])
+def test_a_cut_file_beside_a_whole_packed_one_is_read_from_that(idx, tmp_path, caplog, index, kept):
+    """As a program leaves it that unpacks in place, and was killed, or is still at it."""
+    whole = Mnist().load(tmp_path)
+    path = idx / _idx.FILES[index]
+    content = path.read_bytes()
+    packed = path.with_name(f"{path.name}.gz")
+    packed.write_bytes(gzip.compress(content))
+    path.write_bytes(content[:kept])
+    caplog.clear()
+    assert Mnist().load(tmp_path).digest == whole.digest
+    assert f"is truncated: {len(content[:kept])} bytes" in caplog.text
+    assert f"reading {packed.name} instead" in caplog.text
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(
+        UserError, match=rf"{path.name} is truncated: .*{packed.name} is damaged .*; remove it, and"
+    ):
+        Mnist().load(tmp_path)
+
+
 def test_files_that_are_not_official_are_said(idx, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         Mnist().load(tmp_path)
@@ -92,6 +123,250 @@ def test_a_failed_fetch_says_what_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "MNIST", refuse)
     with pytest.raises(UserError, match="no route to host.*put train-images-idx3-ubyte.*MNIST/raw"):
         Mnist().load(tmp_path)
+
+
+@pytest.fixture
+def official(tmp_path, idx, cifar, monkeypatch):
+    """Torchvision has small data sets of ours to give, slowly; what it is asked for is listed."""
+    import torchvision.datasets
+
+    store, asked, root = tmp_path / "store", [], tmp_path / "data"
+    store.mkdir()
+    for folder in ("MNIST", "cifar-10-batches-py"):
+        (tmp_path / folder).rename(store / folder)
+    shutil.copytree(store / "MNIST", store / "FashionMNIST")
+
+    def give(dataset, folder):
+        def kind(root, download):
+            asked.append(root)
+            for path in sorted((store / folder).rglob("*")):
+                if path.is_file():
+                    target = root / path.relative_to(store)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    content = path.read_bytes()
+                    for part in (content[: len(content) // 2], content):
+                        target.write_bytes(part)
+                        time.sleep(0.15)
+
+        monkeypatch.setattr(torchvision.datasets, dataset, kind)
+
+    give("MNIST", "MNIST")
+    give("FashionMNIST", "FashionMNIST")
+    give("CIFAR10", "cifar-10-batches-py")
+    return SimpleNamespace(store=store, root=root, asked=asked)
+
+
+KINDS = [(Mnist, "MNIST/raw"), (FashionMnist, "FashionMNIST/raw"), (Cifar10, "cifar-10-batches-py")]
+
+
+@pytest.mark.parametrize(("kind", "folder"), KINDS)
+def test_of_many_that_want_a_dataset_one_fetches_it(official, caplog, kind, folder):
+    caplog.set_level(logging.INFO)
+    with ThreadPoolExecutor(4) as pool:
+        loads = [pool.submit(kind().load, official.root) for _ in range(4)]
+        while not all(load.done() for load in loads):  # at no moment is half a file in its place
+            for path in (official.root / folder).glob("*"):
+                if path.is_file() and not path.name.startswith("fetching-") and ".partial-" not in path.name:
+                    assert path.read_bytes() == (official.store / folder / path.name).read_bytes()
+            time.sleep(0.01)
+    assert len({load.result().digest for load in loads}) == 1
+    assert len(official.asked) == 1
+    waiting = [r for r in caplog.messages if "waiting for process" in r and "fetching-" in r]
+    assert len(waiting) == 3, "each says so once"
+    left = {path.name for path in (official.root / folder).iterdir()}
+    assert left == {path.name for path in (official.store / folder).iterdir()}
+
+
+@pytest.mark.parametrize(("kind", "folder"), KINDS)
+def test_what_a_killed_process_left_is_in_nobodys_way(official, kind, folder):
+    scratch = official.root / folder / f"{_SCRATCH}abc"
+    scratch.mkdir(parents=True)
+    (scratch / "half").write_bytes(b"1")
+    with Lock(official.root / folder, f"fetching-{folder.split('/')[0]}") as lock:
+        held = lock._path.read_bytes()
+    name = lock._path.name.replace(f"-{os.getpid()}-", "-99999999-")  # no such process
+    (lock._path.parent / name).write_bytes(held)
+    kind().load(official.root)
+    assert not scratch.exists()
+    assert len(official.asked) == 1
+
+
+def test_files_of_ones_own_stay_when_others_are_fetched(official):
+    own = official.root / "MNIST" / "raw" / _idx.FILES[1]
+    own.parent.mkdir(parents=True)
+    own.write_bytes((2049).to_bytes(4, "big") + (30).to_bytes(4, "big") + bytes([7] * 30))
+    assert set(Mnist().load(official.root).train.labels.tolist()) == {7}
+
+
+def test_the_archive_of_cifar10_put_there_by_hand_is_taken(tmp_path, monkeypatch):
+    """By torchvision, from where it looks for it; ours stays as it is."""
+    import torchvision.datasets
+
+    class Kind:
+        filename = "cifar-10-python.tar.gz"
+
+        def __init__(self, root, download):
+            (root / self.filename).write_bytes((root / self.filename).read_bytes() + b"!")
+            raise RuntimeError(f"found {(root / self.filename).read_text()}")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Kind)
+    (tmp_path / Kind.filename).write_text("archive")
+    with pytest.raises(UserError, match="could not be fetched .found archive!.: put data_batch_1"):
+        Cifar10().load(tmp_path)
+    assert (tmp_path / Kind.filename).read_text() == "archive"
+
+
+@pytest.mark.parametrize(("kind", "folder"), KINDS)
+@pytest.mark.parametrize("there", [False, True])
+def test_a_data_root_that_cannot_be_written_is_one_line(official, monkeypatch, kind, folder, there):
+    if there:
+        (official.root / folder).mkdir(parents=True)
+
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(
+        UserError, match=r"could not be fetched \(Permission denied: .*\): put .*, or set data_root$"
+    ):
+        kind().load(official.root)
+    assert not official.asked
+
+
+def test_a_data_root_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / "data").write_text("")
+    with pytest.raises(
+        UserError, match=r"could not be fetched \(Not a directory: .*\): put .*, or set data_root$"
+    ):
+        Mnist().load(tmp_path / "data")
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """What answers in place of the servers that have the data sets, with one answer for all."""
+    import torchvision.datasets
+
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [url])
+        monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [url])
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", f"{url}cifar-10-python.tar.gz")
+        answer = {"": b""}
+
+        def serve():
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(answer[""].replace(b"SELF", url.encode()))
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield answer
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def fails_to_fetch(kind, root, why=""):
+    """In one line that says where to put the files, with nothing left behind."""
+    with pytest.raises(
+        UserError, match=rf"could not be fetched \(.*{why}.*\): put .*, or set data_root$"
+    ) as said:
+        kind().load(root)
+    assert str(said.value).isprintable()
+    assert len(str(said.value)) < 900
+    assert [path for path in root.rglob("*") if path.is_file() or path.name.startswith(_SCRATCH)] == []
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+MOVED = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: "
+
+
+@pytest.mark.parametrize("kind", [Mnist, FashionMnist, Cifar10])
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (OK + b"Content-Length: 5\r\n\r\n<p>hi", "a log-in page, or a part of it"),
+        (OK + b"Content-Length: 0\r\n\r\n", "a log-in page, or a part of it"),
+        (OK + b"Content-Length: 999999\r\n\r\n\x1f\x8b" + bytes(3000), "a log-in page, or a part of it"),
+        (OK + b"Content-Length: many\r\n\r\nx", "a log-in page"),
+        (OK + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", "IncompleteRead"),
+        (OK + b"".join(b"A%d: b\r\n" % n for n in range(200)) + b"\r\n", "HTTPException: got more than 100"),
+        (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", "403"),
+        (b"HTTP/1.1 abc\r\n\r\n", "BadStatusLine: HTTP/1.1 abc"),
+        (b"SSH-2.0-OpenSSH_9\r\n", "BadStatusLine: SSH-2.0"),
+        (b"\x00\x1b[2J\x85\xff" * 5000 + b"\r\n", ""),
+        (b"", "Remote end closed connection"),
+        (MOVED + b"file:///etc/hostname\r\n\r\n", "not allowed"),
+        (MOVED + b"ssh://host/x\r\n\r\n", "not allowed"),
+        (MOVED + b"SELFagain\r\n\r\n", "infinite loop. .*Found"),
+        (MOVED + b"http://[::1\r\n\r\n", "ValueError"),
+        (MOVED + b"http://127.0.0.1:port/\r\n\r\n", "InvalidURL"),
+    ],
+)
+def test_a_network_that_answers_nonsense_is_one_line(network, tmp_path, kind, answer, why):
+    network[""] = answer
+    fails_to_fetch(kind, tmp_path, why)
+
+
+@pytest.mark.parametrize("kind", [Mnist, Cifar10])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"<html>",
+        gzip.compress(bytes(range(256)) * 99)[:200],
+        gzip.compress(b"x" * 999)[:12] + b"\xff" * 30,
+        gzip.compress(b"no IDX, and no tar"),
+        gzip.compress(b""),
+        b"",
+    ],
+)
+def test_archives_that_cannot_be_unpacked_are_one_line(network, tmp_path, monkeypatch, kind, content):
+    """Though they are what torchvision expects."""
+    import torchvision.datasets
+
+    digest = hashlib.md5(content).hexdigest()
+    files = [(f"{name}.gz", digest) for name in _idx.FILES]
+    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", files)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", digest)
+    network[""] = OK + b"Content-Length: %d\r\n\r\n" % len(content) + content
+    fails_to_fetch(kind, tmp_path)
+
+
+def test_an_archive_without_the_batches_is_one_line(network, tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("cifar-10-batches-py/data_batch_1"))
+    content = packed.getvalue()
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())
+    network[""] = OK + b"Content-Length: %d\r\n\r\n" % len(content) + content
+    fails_to_fetch(Cifar10, tmp_path, "Dataset not found or corrupted")
+
+
+@pytest.mark.parametrize("kind", [Mnist, Cifar10])
+@pytest.mark.parametrize(
+    ("proxy", "why"),
+    [
+        ("nonsense://127.0.0.1:1", "unknown url type"),
+        ("http://127.0.0.1:port", "InvalidURL"),
+        ("http:127.0.0.1", ""),
+        ("http://[::1", ""),
+        ("http://127.0.0.1:1", "refused"),
+        ("127.0.0.1:1", "refused"),
+        ("http://a\nb:1", ""),
+        ("http://" + "a" * 70 + ":1", ""),
+    ],
+)
+def test_a_proxy_that_is_none_is_one_line(network, tmp_path, monkeypatch, kind, proxy, why):
+    monkeypatch.setenv("http_proxy", proxy)
+    fails_to_fetch(kind, tmp_path, why)
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (0.25, 25), (0.1, 10)])
@@ -245,6 +520,21 @@ def test_truncated_batches_are_named(cifar):
         path.write_bytes(whole[:end])
         with pytest.raises(UserError, match="test_batch is damaged, or no batch of CIFAR-10"):
             Cifar10().load(root)
+
+
+@pytest.mark.parametrize("kept", [0, 3072, -5])
+def test_the_line_on_a_cut_batch_says_what_to_remove(cifar, kept):
+    root, _ = cifar
+    path = root / "cifar-10-batches-bin" / "data_batch_2.bin"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"truncated: .*; remove it, and .*cifar-10-batches-py is read$"):
+        Cifar10().load(root)
+    path.unlink()
+    assert len(Cifar10().load(root).train) == 60
+    other = root / "cifar-10-batches-py" / "test_batch"
+    other.write_bytes(other.read_bytes()[:kept])
+    with pytest.raises(UserError, match="damaged, or no batch .*; remove it, and it is fetched again$"):
+        Cifar10().load(root)
 
 
 def test_swapped_official_batches_are_named(cifar, monkeypatch, caplog):

@@ -1,12 +1,16 @@
 """What is drawn of a study: every row a line of its own, from the tables that are there."""
 
+import os
 import re
+import subprocess
+import sys
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
-from test_cli import complains, script  # noqa: F401  (a fixture)
+from test_cli import ROOT, complains, script  # noqa: F401  (a fixture)
 from test_report import PAPER, cells
 
 from condlr.analysis.flow import Settings, errors
@@ -291,3 +295,45 @@ def test_a_study_of_nothing_to_draw_says_so(script, tmp_path):  # noqa: F811
     complains(script("figures", "study=one"), "nothing to draw in results/one")
     write(results_of, cells=one.assign(status="failed"))
     complains(script("figures", "study=one"), "no run of this study is done and evaluated yet")
+
+
+HOSTILE = [
+    {"text.usetex": True, "font.size": 30, "savefig.dpi": 33, "lines.antialiased": False},
+    {
+        "axes.prop_cycle": mpl.cycler(color="rgb"), "font.family": "serif", "savefig.transparent": True,
+        "pdf.compression": 0, "axes.facecolor": "yellow", "figure.constrained_layout.w_pad": 0.9,
+    },
+    {"axes.formatter.limits": (-1, 1), "legend.loc": "upper left", "savefig.format": "svg"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", HOSTILE)
+def test_a_users_own_settings_change_no_figure(tmp_path, settings):
+    frame = study(settings=DECAY)
+    write(tmp_path, cells=frame, history=history(frame), steps=steps(frame))
+    pictures = []
+    for rc in ({}, settings):
+        with mpl.rc_context(rc):
+            made = [*drawings(tmp_path, PAPER, tmp_path)]
+            pictures.append([path.read_bytes() for drawing in made for path in (drawing.png, drawing.pdf)])
+    assert len(pictures[0]) == 10
+    assert pictures[0] == pictures[1]
+
+
+def test_a_notebooks_backend_and_a_matplotlibrc_are_in_nobodys_way(tmp_path):
+    """In a process of its own: they are read when matplotlib is imported."""
+    results_of, frame = tmp_path / "results" / "one", study()
+    results_of.mkdir(parents=True)
+    write(results_of, cells=frame, history=history(frame))
+    made = [*drawings(results_of, PAPER, results_of)]
+    before = {path: path.read_bytes() for drawing in made for path in (drawing.png, drawing.pdf)}
+    (tmp_path / "matplotlibrc").write_text("backend: TkAgg\ntext.usetex: True\nno.such_key: 1\n")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "matplotlibrc").write_bytes("font.family: Größe".encode("latin-1"))
+    kernel = {"MPLBACKEND": "module://no_such_module.backend_inline", "MPLCONFIGDIR": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "figures.py"), "study=one", f"paper={PAPER}"],
+        cwd=tmp_path, env={**os.environ, **kernel}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {path: path.read_bytes() for path in before} == before

@@ -1,31 +1,82 @@
 """Official files that are not at hand are fetched by torchvision, which knows where they are."""
 
 import logging
+import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from condlr.errors import UserError
+from condlr.locks import Lock
+from condlr.runs import forget_partial, write
 
 log = logging.getLogger(__name__)
 
+AGAIN = "remove it, and it is fetched again"  # a damaged file
 
-def fetch(dataset: str, root: Path, allowed: bool, advice: str) -> None:
-    """Let torchvision put `dataset`, named as it names it, below `root`.
+_SCRATCH = ".fetching-"
+# What torchvision says in general, and what it means.
+_MEANING = {"File not found or corrupted.": "what came is not the archive: a log-in page, or a part of it"}
+
+
+def fetch(dataset: str, root: Path, missing: Callable[[], list[Path]], allowed: bool, advice: str) -> None:
+    """Let torchvision fetch `dataset`, named as it names it, and put what is missing of it below `root`.
+
+    Of several processes one fetches and the others wait. Files are put in their place whole and checked,
+    so that nobody reads the half of one, whatever becomes of the network or of this process.
+
+    Args:
+        dataset: for example `MNIST`.
+        root: the data root.
+        missing: what is not there, in torchvision's layout below `root`; empty if nothing is wanted.
+        allowed: dataset.download.
+        advice: where to put the files by hand.
 
     Raises:
         UserError: it is not allowed or did not work; ends in `advice`.
     """
     if not allowed:
         raise UserError(f"{dataset} is not at hand and dataset.download=false: {advice}")
-    log.info("fetching %s into %s", dataset, root)
+    if not (wanted := missing()):  # another process has just fetched it
+        return
+    folder = wanted[0].parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with Lock(folder, f"fetching-{dataset}", wait=True):
+            if wanted := missing():  # or another has, while we waited
+                log.info("fetching %s into %s", dataset, root)
+                _fetch(dataset, root, folder, wanted)
+    except Exception as error:  # what urllib, http, ssl, tarfile or zlib make of what comes from a network
+        raise UserError(f"{dataset} could not be fetched ({_reason(error)}): {advice}") from error
+
+
+def _fetch(dataset: str, root: Path, folder: Path, wanted: list[Path]) -> None:
+    import torchvision.datasets
+
+    kind = getattr(torchvision.datasets, dataset)
+    forget_partial(folder)
+    for leftover in folder.glob(f"{_SCRATCH}*"):  # of a process that died
+        shutil.rmtree(leftover, ignore_errors=True)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
-        import torchvision.datasets
-
-        getattr(torchvision.datasets, dataset)(root, download=True)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{dataset} could not be fetched ({reason}): {advice}") from error
+        with TemporaryDirectory(prefix=_SCRATCH, dir=folder, ignore_cleanup_errors=True) as scratch:
+            archive = root / getattr(kind, "filename", "")
+            if archive.is_file():  # put there by hand; torchvision takes it if it is whole
+                shutil.copy(archive, scratch)
+            kind(Path(scratch), download=True)
+            for path in wanted:
+                write(path, (Path(scratch) / path.relative_to(root)).read_bytes())
     finally:
         socket.setdefaulttimeout(before)
+
+
+def _reason(error: Exception) -> str:
+    """Why, in a few words, whatever a server has put into them."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    last = str(error).rpartition("got:\n")[2].strip()  # of several servers that were tried
+    said = "".join(c if c.isprintable() else " " for c in last)
+    said = _MEANING.get(said, " ".join(said.split())[:200])
+    return said if said and isinstance(error, OSError | RuntimeError) else f"{type(error).__name__}: {said}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from condlr.data._fetch import fetch
+from condlr.data._fetch import AGAIN, fetch
 from condlr.data.base import Data, Dataset, Images
 from condlr.errors import UserError
 
@@ -55,17 +55,33 @@ class Idx(Dataset):
     @override
     def load(self, root: Path) -> Data:
         raw = root / self.folder / "raw"
-        if missing := [name for name in FILES if _find(raw, name) is None]:
-            advice = f"put {', '.join(missing)} (plain or .gz) into {raw}, or set data_root"
-            fetch(self.folder, root, self.download, advice)
+
+        def missing() -> list[Path]:
+            return [raw / name for name in FILES if not _found(raw, name)]
+
+        if absent := missing():
+            names = ", ".join(path.name for path in absent)
+            advice = f"put {names} (plain or .gz) into {raw}, or set data_root"
+            fetch(self.folder, root, missing, self.download, advice)
         arrays, official = zip(*(self._read(raw, index) for index in range(len(FILES))), strict=True)
         train, test = (_pair(raw, arrays[i], arrays[i + 1], FILES[i]) for i in (0, 2))
         return Data(train, test, classes=10, official=all(official))
 
     def _read(self, raw: Path, index: int) -> tuple[Tensor, bool]:
-        """The array of one file, and whether it is the official one."""
-        path = _find(raw, FILES[index])
-        assert path is not None
+        """The array of one file, and whether it is the official one; if it is cut, of the .gz beside it."""
+        path, *others = _found(raw, FILES[index])
+        try:
+            return self._read_one(path, index)
+        except UserError as error:
+            if not others:
+                raise
+            log.warning("%s: reading %s instead", error, others[0].name)
+            try:
+                return self._read_one(others[0], index)
+            except UserError as second:
+                raise UserError(f"{error}; {second}") from second
+
+    def _read_one(self, path: Path, index: int) -> tuple[Tensor, bool]:
         content = _unpack(path)
         digest = hashlib.sha256(content).hexdigest()
         for folder, digests in OFFICIAL.items():
@@ -83,8 +99,9 @@ class Idx(Dataset):
         return array, official
 
 
-def _find(raw: Path, name: str) -> Path | None:
-    return next((p for p in (raw / name, raw / f"{name}.gz") if p.is_file()), None)
+def _found(raw: Path, name: str) -> list[Path]:
+    """The plain file and the packed one, as far as they are there."""
+    return [path for path in (raw / name, raw / f"{name}.gz") if path.is_file()]
 
 
 def _unpack(path: Path) -> bytes:
@@ -94,7 +111,7 @@ def _unpack(path: Path) -> bytes:
     try:
         return gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is damaged or truncated: {error}; fetch it again") from error
+        raise UserError(f"{path} is damaged or truncated: {error}; {AGAIN}") from error
 
 
 def _parse(path: Path, content: bytes, dimensions: int) -> Tensor:
@@ -102,7 +119,9 @@ def _parse(path: Path, content: bytes, dimensions: int) -> Tensor:
     expected = f"{_KINDS[dimensions]} (magic number {0x800 + dimensions})"
     header = 4 * (1 + dimensions)
     if len(content) < header:
-        raise UserError(f"{path} is truncated: {len(content)} bytes, expected an IDX file of {expected}")
+        raise UserError(
+            f"{path} is truncated: {len(content)} bytes, expected an IDX file of {expected}; {AGAIN}"
+        )
     magic = int.from_bytes(content[:4], "big")
     if magic != 0x800 + dimensions:
         kind = _KINDS.get(magic - 0x800, "no IDX bytes")
@@ -113,7 +132,8 @@ def _parse(path: Path, content: bytes, dimensions: int) -> Tensor:
     size = header + int(np.prod(sizes))
     if len(content) != size:
         state = "truncated" if len(content) < size else "too long"
-        raise UserError(f"{path} is {state}: {len(content)} bytes; expected {size} for {sizes[0]} items")
+        expected = f"expected {size} for {sizes[0]} items"
+        raise UserError(f"{path} is {state}: {len(content)} bytes; {expected}; {AGAIN}")
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(sizes).copy())
 
 

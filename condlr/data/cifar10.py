@@ -10,7 +10,7 @@ import torch
 from typing_extensions import override
 
 from condlr.data import _plain_pickle
-from condlr.data._fetch import fetch
+from condlr.data._fetch import AGAIN, fetch
 from condlr.data.base import Data, Dataset, Images
 from condlr.errors import UserError
 
@@ -53,18 +53,23 @@ class Cifar10(Dataset):
     @override
     def load(self, root: Path) -> Data:
         names = (*TRAIN, TEST)
-        paths = _complete(root, names)
-        if paths is None:
-            missing = [name for name in names if not _paths(root, names)[name].is_file()]
+
+        def missing() -> list[Path]:
+            here = _complete(root, names)
+            return [] if here else [path for path in _paths(root, names, "py").values() if not path.is_file()]
+
+        if absent := missing():
             advice = (
-                f"put {', '.join(missing)} into {root / 'cifar-10-batches-py'}, or the .bin files of the "
-                f"binary version into {root / 'cifar-10-batches-bin'}, or set data_root"
+                f"put {', '.join(path.name for path in absent)} into {root / 'cifar-10-batches-py'}, or the "
+                f".bin files of the binary version into {root / 'cifar-10-batches-bin'}, or set data_root"
             )
-            fetch("CIFAR10", root, self.download, advice)
-            paths = _complete(root, names)
-            if paths is None:
-                raise UserError(f"CIFAR-10 was fetched, but is not all there: {advice}")
-        records = {name: _read(path) for name, path in paths.items()}
+            fetch("CIFAR10", root, missing, self.download, advice)
+        paths, *others = _complete(root, names)
+        try:
+            records = {name: _read(path) for name, path in paths.items()}
+        except UserError as error:
+            advice = f"remove it, and {others[0][TEST].parent} is read" if others else AGAIN
+            raise UserError(f"{error}; {advice}") from error
         official = [_is_official(name, paths[name], records[name]) for name in names]
         standard = (MEAN, DEVIATION) if self.standardize else None
         return Data(
@@ -76,15 +81,15 @@ class Cifar10(Dataset):
         )
 
 
-def _paths(root: Path, names: tuple[str, ...], kind: str = "py") -> dict[str, Path]:
+def _paths(root: Path, names: tuple[str, ...], kind: str) -> dict[str, Path]:
     suffix = ".bin" if kind == "bin" else ""
     return {name: root / f"cifar-10-batches-{kind}" / f"{name}{suffix}" for name in names}
 
 
-def _complete(root: Path, names: tuple[str, ...]) -> dict[str, Path] | None:
-    """The paths of the version that is all there, if one is."""
+def _complete(root: Path, names: tuple[str, ...]) -> list[dict[str, Path]]:
+    """The paths of each version that is all there, the first to be read."""
     versions = (_paths(root, names, kind) for kind in ("bin", "py"))
-    return next((paths for paths in versions if all(path.is_file() for path in paths.values())), None)
+    return [paths for paths in versions if all(path.is_file() for path in paths.values())]
 
 
 def _read(path: Path) -> np.ndarray:
@@ -107,7 +112,7 @@ def _from_pickle(path: Path, content: bytes) -> np.ndarray:
     try:
         batch = _plain_pickle.load(content)
     except ValueError as error:
-        raise UserError(f"{path} is damaged, or no batch of CIFAR-10: {error}; fetch it again") from error
+        raise UserError(f"{path} is damaged, or no batch of CIFAR-10: {error}") from error
     try:
         pixels, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
         if pixels.dtype != np.uint8 or pixels.shape != (len(labels), _RECORD - 1) or len(labels) == 0:

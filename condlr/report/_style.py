@@ -50,8 +50,8 @@ class Drawing(NamedTuple):
 
 
 def style() -> AbstractContextManager[None]:
-    """The one style file, for a while."""
-    return mpl.style.context(Path(__file__).parent / "condlr.mplstyle")
+    """The one style file, for a while, and nothing of what a user's own matplotlibrc says."""
+    return mpl.style.context(Path(__file__).parent / "condlr.mplstyle", after_reset=True)
 
 
 def saved(figure: Figure, out: Path, name: str, number: int = 1) -> Iterator[Path]:

@@ -224,7 +224,7 @@ def _runs(
         name = run["run_id"]
         known = [accuracies.get((name, eps)) for eps in (0.0, strongest)[: 1 + len(under)]]
         folder = folders / name
-        here = Link(name, f"{quote(Path(os.path.relpath(folder, study)).as_posix())}/")
+        here = Link(name, f"{quote(os.fsencode(os.path.relpath(folder, study)))}/")
         rows.append([
             run_title(run), run["status"], *[_word(run.get("reason"))] * why, _time(run["train_seconds"]),
             analysis.shown(losses.get(name)), analysis.shown(cond.get(name)),

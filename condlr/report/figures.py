@@ -7,7 +7,7 @@ import pandas as pd
 
 from condlr.report import accuracies, evolution, spectra, theorem, tradeoffs
 from condlr.report._style import Drawing
-from condlr.report.results import read, read_if_there
+from condlr.report.results import read, read_if_there, require_evaluated
 
 
 def drawings(study: Path, paper: Path, out: Path) -> Iterator[Drawing]:
@@ -23,7 +23,9 @@ def drawings(study: Path, paper: Path, out: Path) -> Iterator[Drawing]:
         yield from _theorem(flow, out)
         if not (study / "cells.csv").exists():
             return
-    cells, history = read(study), read(study, "history")
+    cells = read(study)
+    require_evaluated(cells)
+    history = read(study, "history")
     # All are read before anything is drawn: a damaged table leaves no half of the figures
     steps, values, counted = (read_if_there(study, name) for name in ("steps", "spectra", "cost"))
     yield from accuracies.robustness(cells, history, paper, out)

@@ -39,7 +39,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 def render(document: Document) -> str:
     """The whole page."""
-    style = (Path(__file__).parent / "page.css").read_text()
+    style = (Path(__file__).parent / "page.css").read_text("utf-8")
     title = escape(document.title)
     contents = "".join(f'<li><a href="#{s.anchor}">{escape(s.heading)}</a></li>' for s in document.sections)
     return "\n".join([

@@ -10,6 +10,7 @@ import pandas as pd
 
 from condlr.errors import UserError
 from condlr.report.published import camera_ready, published
+from condlr.runs import nothing_to_show
 
 # The columns that runs of one table share; each combination is a table of its own.
 CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm", "n"]
@@ -92,6 +93,8 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
         raise UserError(f"{path} is missing: collect the study's runs first (scripts/collect.py)") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a table of results ({error})") from error
+    if name == "cells" and {"run_id", "status"} <= {*frame} and not {"attack", "eps", "accuracy"} & {*frame}:
+        require_evaluated(frame)
     require(frame, _NEEDED[name], str(path))
     for column in [name for name in frame if name in _NUMBERS or name.startswith("cond_")]:
         if not pd.api.types.is_numeric_dtype(frame[column]):
@@ -121,10 +124,8 @@ def summarize(cells: pd.DataFrame) -> pd.DataFrame:
         seed), seeds, and the means of cond, cond_all, seconds, train_compression, deploy_compression.
         `variant` tells rows of one label apart: the options in which they differ.
     """
-    done = cells[cells["status"].eq("done") & cells["eps"].notna() & cells["accuracy"].notna()]
-    if done.empty:
-        raise UserError("no run of this study is done and evaluated yet")
-    done = done.fillna({"options": "", "settings": ""}).reset_index(drop=True)
+    require_evaluated(cells)
+    done = cells[_evaluated(cells)].fillna({"options": "", "settings": ""}).reset_index(drop=True)
     done = done.assign(variant=_variants(done), n=done["n"].astype(int))
     means = {name: (name, "mean") for name in _MEANS}
     frame = (
@@ -135,6 +136,18 @@ def summarize(cells: pd.DataFrame) -> pd.DataFrame:
     frame = frame.assign(_rank=order(frame["label"]))
     keys = ["compression", "_rank", "label", "variant", "row_id", "eps"]
     return frame.sort_values(keys, kind="stable").drop(columns="_rank").reset_index(drop=True)
+
+
+def require_evaluated(cells: pd.DataFrame) -> None:
+    """Raise `UserError`, which says how the runs are, if there is none that tables could show."""
+    if not _evaluated(cells).any():
+        raise UserError(nothing_to_show(cells.drop_duplicates("run_id")["status"].astype(str)))
+
+
+def _evaluated(cells: pd.DataFrame) -> pd.Series:
+    """Whether a line is of a run that is done, and of an attack on it; no run has one if there are none."""
+    attacked = cells.reindex(columns=["eps", "accuracy"]).notna().all(axis=1)
+    return pd.Series(cells["status"].eq("done") & attacked, index=cells.index)
 
 
 def done_runs(cells: pd.DataFrame) -> pd.Series:
