@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from condlr.errors import UserError, in_range, one_of
 from condlr.ranks import RANK_RULES
 from condlr.registry import available, find
+from condlr.strengths import distinct, require_pixels, strengths
 
 if TYPE_CHECKING:
     from condlr.analysis.flow import Settings
@@ -133,17 +134,20 @@ class Crosscheck:
     """Keys of `scripts/crosscheck.py`."""
 
     run: str
-    eps: list[float]
+    eps: Any
     steps: int
     images: int
     data_root: str | None
     device: str
 
     def __post_init__(self) -> None:
-        for eps in self.eps:
-            in_range("eps", eps, 0, 1)
-        if not self.eps:
+        self.eps = strengths(self.eps)
+        if not isinstance(self.eps, list) or not self.eps:
             raise ValueError("eps is empty: name at least one strength")
+        for eps in self.eps:
+            require_pixels(eps)
+            in_range("eps", eps, 0, 1)
+        self.eps = distinct(self.eps)
         in_range("steps", self.steps, 1, math.inf)
         in_range("images", self.images, 1, math.inf)
 
@@ -410,9 +414,13 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
                 f"model={model_keys['name']} with dataset={dataset_keys['name']}: {error}"
             ) from None
     attack_keys = {
-        key: [value] if key in ("eps", "iterations") and isinstance(value, int | float) else value
+        key: [value] if key == "iterations" and isinstance(value, int | float) else value
         for key, value in values["attack"].items()
     }
+    try:
+        attack_keys |= {"eps": strengths(attack_keys["eps"])} if "eps" in attack_keys else {}
+    except ValueError as error:
+        raise UserError(f"attack.{error}") from None
     if attack_keys.get("clamp", True) is None:
         attack_keys = attack_keys | {"clamp": protocol.clamp}
     attack, _ = choose("attack", "attacks", attack_keys, Attack)

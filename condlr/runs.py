@@ -18,6 +18,7 @@ from typing import Any
 
 from condlr.errors import Diverged, Held, Interrupted, Lost, UserError
 from condlr.locks import Lock, Owner, owners
+from condlr.strengths import as_printed
 
 # What an evaluation leaves in a run, and the columns that tell the rows of each file apart.
 KEYS = {
@@ -319,8 +320,14 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _key(row: Mapping[str, Any], name: str) -> tuple[str | float, ...]:
-    """What tells a row of a file from its others; numbers are equal however they are written."""
-    return tuple(_number(row[column]) for column in KEYS[name])
+    """What tells a row of a file from its others; numbers are equal however they are written.
+
+    Strengths are equal if they print alike, see `condlr.strengths.as_printed`.
+    """
+    key = {column: _number(row[column]) for column in KEYS[name]}
+    if isinstance(eps := key.get("eps"), float):
+        key["eps"] = as_printed(eps)
+    return tuple(key.values())
 
 
 def _number(text: Any) -> str | float:
