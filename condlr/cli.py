@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from condlr.config import CONF, check_any, one_line
+from condlr.config import CONF, check_any, expanded, one_line
 from condlr.errors import Interrupted, UserError
 from condlr.sweep import register
 
@@ -33,6 +33,11 @@ Task = Callable[[DictConfig], None]
 
 OmegaConf.register_new_resolver("condlr.run_id", lambda *, _root_: check_any(_root_).run_id, replace=True)
 register()
+OmegaConf.register_new_resolver("condlr.path", expanded, replace=True)
+# A variable that is set to nothing counts as not set
+OmegaConf.register_new_resolver(
+    "condlr.data_root", lambda: os.environ.get("CONDLR_DATA", "").strip() or "data", replace=True
+)
 OmegaConf.register_new_resolver("condlr.scratch", lambda: _scratch(), replace=True)
 
 

@@ -1,6 +1,7 @@
 """The run store: what touches the disk of a run, and nothing else does."""
 
 import csv
+import errno
 import gc
 import hashlib
 import io
@@ -31,6 +32,11 @@ KEYS = {
     "spectra.csv": ("when", "layer", "index"),
 }
 _PARTIAL = ".partial-"
+# How network file systems refuse to sync a directory, or to open it for that: the file is whole without it.
+_NO_SYNC = {
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR,
+    errno.EACCES, errno.EPERM,
+}  # fmt: skip
 # What the rest of condlr takes for granted of run.json, where it says it.
 _FACTS = {
     "status": str, "run_id": str, "attempts": int, "images": dict, "ranks": dict, "weights": dict,
@@ -359,11 +365,15 @@ def write(path: Path, content: bytes | memoryview) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise OSError(error.errno, error.strerror, str(path.parent)) from error
 
 
 def forget_partial(directory: Path) -> None:
