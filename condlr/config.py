@@ -7,6 +7,7 @@ needs no torch is checked before torch is imported.
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
@@ -19,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from condlr.errors import UserError, in_range, one_of
 from condlr.ranks import RANK_RULES
 from condlr.registry import available, find
+from condlr.strengths import distinct, require_pixels, strengths
 
 if TYPE_CHECKING:
     from condlr.analysis.flow import Settings
@@ -36,6 +38,8 @@ AUGMENTATIONS = ("none", "crop_flip")
 
 # What does not make a run another run: where things lie, what it runs on and how, and how it is attacked.
 _NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "forms", "record_every", "attack", "flow")
+# Keys that name a file or directory: `~` in them is the home directory, which no shell expands behind `key=`.
+_PATHS = ("run", "runs_dir", "data_root", "results_dir", "paper")
 # Keys of a protocol that act only where another group refers to them, and count there.
 _REFERRED = ("batch_norm_momentum", "clamp", "methods")
 
@@ -133,17 +137,20 @@ class Crosscheck:
     """Keys of `scripts/crosscheck.py`."""
 
     run: str
-    eps: list[float]
+    eps: Any
     steps: int
     images: int
     data_root: str | None
     device: str
 
     def __post_init__(self) -> None:
-        for eps in self.eps:
-            in_range("eps", eps, 0, 1)
-        if not self.eps:
+        self.eps = strengths(self.eps)
+        if not isinstance(self.eps, list) or not self.eps:
             raise ValueError("eps is empty: name at least one strength")
+        for eps in self.eps:
+            require_pixels(eps)
+            in_range("eps", eps, 0, 1)
+        self.eps = distinct(self.eps)
         in_range("steps", self.steps, 1, math.inf)
         in_range("images", self.images, 1, math.inf)
 
@@ -413,9 +420,13 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
                 f"model={model_keys['name']} with dataset={dataset_keys['name']}: {error}"
             ) from None
     attack_keys = {
-        key: [value] if key in ("eps", "iterations") and isinstance(value, int | float) else value
+        key: [value] if key == "iterations" and isinstance(value, int | float) else value
         for key, value in values["attack"].items()
     }
+    try:
+        attack_keys |= {"eps": strengths(attack_keys["eps"])} if "eps" in attack_keys else {}
+    except ValueError as error:
+        raise UserError(f"attack.{error}") from None
     if attack_keys.get("clamp", True) is None:
         attack_keys = attack_keys | {"clamp": protocol.clamp}
     attack, _ = choose("attack", "attacks", attack_keys, Attack)
@@ -504,12 +515,36 @@ def choose(group: str, room: str, keys: Mapping[str, Any], base: type[T]) -> tup
 def resolved(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """A composed config as plain values, without Hydra's own part: what config.yaml holds."""
     if not isinstance(config, DictConfig):
-        return dict(config)
+        return _at_home(config)
     ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:
-        return OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+        plain: Any = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(one_line(error)) from error
+    return _at_home(plain)
+
+
+def _at_home(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with `~` expanded in those that are paths."""
+    paths = {key: expanded(values[key]) for key in _PATHS if key in values}
+    attack = values.get("attack")
+    if isinstance(attack, dict) and "source" in attack:
+        paths["attack"] = attack | {"source": expanded(attack["source"])}
+    return dict(values) | paths
+
+
+def expanded(path: T) -> T | str:
+    """A path with `~` or `~somebody` in front as the home directory; what is no text stays as it is.
+
+    Raises:
+        UserError: nobody has such a home; a directory called `~` would be made otherwise.
+    """
+    if not isinstance(path, str) or not path.startswith("~"):
+        return path
+    found = os.path.expanduser(path)  # noqa: PTH111 (Path's drops what the text ends with)
+    if found.startswith("~"):
+        raise UserError(f"{path}: there is no such home directory; a name that begins with ~ is ./{path}")
+    return found
 
 
 def one_line(error: BaseException) -> str:

@@ -420,7 +420,7 @@ class Constraint:
             known = group.held[0].inverses() if len(group.held) == 1 else None
             return *spectrum.gram_solve(S, G, H, known), 1.0
         if self.options.preconditioner == "scalar":
-            return *(spectrum.rms_solve(S, X) for X in (G, H)), 1.0
+            return spectrum.rms_solve(S, G), spectrum.rms_solve(S, H), 1.0
         scale = group.held[0].scale
         assert scale is not None, "with this preconditioner every layer has its scale"
         return G, H, scale

@@ -56,7 +56,7 @@ class Estimate:
     """The rows of a sweep, by `row_id`; `add` its runs one by one."""
 
     rows: dict[str, Row] = field(default_factory=dict)
-    study: str = ""
+    studies: dict[str, None] = field(default_factory=dict)
     device: str = ""
     _data: tuple[object, Data] | None = None
     _counted: set[Path] = field(default_factory=set)
@@ -71,7 +71,8 @@ class Estimate:
         self._counted.add(config.directory)
         facts = config.row
         row = self.rows.setdefault(facts["row_id"], Row(facts["label"], facts["compression"]))
-        self.study, row.runs = config.study, row.runs + 1
+        self.studies[config.study] = None
+        row.runs += 1
         run = Run(config.directory)
         if run.status == "diverged":
             row.diverged += 1

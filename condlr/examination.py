@@ -23,6 +23,7 @@ from condlr.evaluation import Row, evaluate, first
 from condlr.loading import build, load_data, load_network, pick_device
 from condlr.progress import Steps
 from condlr.runs import Run
+from condlr.strengths import as_printed
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ def audit_run(run: Run, config: RunConfig, again: bool = False) -> list[Mapping[
     where: Row = {"norm": audit.norm, "eps": audit.eps, "n": count, "attack_seed": audit.seed}
     dense = Run(run.directory.parent / config.baseline.run_id)
     has_dense = dense.directory.name != run.directory.name and dense.status == "done" and dense.has_weights
-    before = [row for key, row in run.rows("audit.csv").items() if key[:-1] == tuple(where.values())]
+    asked = (audit.norm, as_printed(audit.eps), count, audit.seed)
+    before = [row for key, row in run.rows("audit.csv").items() if key[:-1] == asked]
     left_out = any(row["check"] == "transfer" and row["status"] == "not done" for row in before)
     if len(before) == len(CHECKS) and not again and not (left_out and has_dense):
         return before
@@ -170,7 +172,8 @@ def attack_run(
 def missing(run: Run, config: RunConfig) -> list[float]:
     """The strengths of the config's attack of which the run lacks a row."""
     rows = run.rows("evaluation.csv")
-    return sorted({key[-1] for key in _cells(run, config) if key not in rows})
+    lacking = {key[-1] for key in _cells(run, config) if key not in rows}
+    return [eps for eps in config.attack.eps if as_printed(eps) in lacking]
 
 
 def known(run: Run, config: RunConfig) -> list[Mapping[str, Any]]:
@@ -221,9 +224,9 @@ def source_of(run: Run, config: RunConfig, data: Data) -> nn.Module | None:
 
 
 def _cells(run: Run, config: RunConfig) -> list[tuple[str, str, int, float]]:
-    """The keys of the rows that the config's attack makes."""
+    """The keys of the rows that the config's attack makes, as `Run.rows` has them."""
     attack, n = config.attack, config.attack.images or run.info.get("images", {}).get("test", 0)
-    return [(label, attack.norm, n, eps) for label, eps in attack.cells()]
+    return [(label, attack.norm, n, as_printed(eps)) for label, eps in attack.cells()]
 
 
 def _require_done(run: Run, config: RunConfig) -> None:

@@ -152,8 +152,9 @@ def _key(layer: LowRank, x: Tensor) -> str:
 
 
 def _path() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "condlr" / "forms.json"
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The specification of that variable has relative paths ignored, such as `~/cache` which nobody expanded
+    return (root if root.is_absolute() else Path.home() / ".cache") / "condlr" / "forms.json"
 
 
 def _read() -> dict[str, str]:

@@ -1,10 +1,12 @@
 """A run of a sweep in a process of its own: its crash costs no other run, whatever launched it."""
 
 import multiprocessing
+import multiprocessing.util
 import os
 import pickle
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -22,6 +24,8 @@ from condlr.signals import Signals
 _START = "forkserver" if sys.platform == "linux" else "spawn"
 # What runs import, some of it late: the optimisers' own imports, the digits' library.
 _PRELOAD = ["condlr.workflow", "torch._dynamo", "sklearn.datasets"]
+# Bytes of a temporary directory's name that leave room for a socket in it: the kernel takes 107 in all.
+_LONGEST = 107 - len("/pymp-abcdefgh/listener-abcdefgh")
 _AT_WORK = threading.Lock()
 
 
@@ -97,11 +101,28 @@ def _blocked() -> Iterator[None]:
 
 
 def _start(process: Any) -> None:
+    _make_room_for_sockets()
     try:
         with _blocked():
             process.start()
     except (EOFError, ConnectionError) as error:
         raise Killed("the run's process was killed as it began: the same command starts it again") from error
+
+
+@cache
+def _make_room_for_sockets() -> None:
+    """Have the server's socket in a directory of a short name, where a scheduler's TMPDIR has a long one."""
+    usual = tempfile.gettempdir()
+    if len(os.fsencode(usual)) <= _LONGEST:
+        return
+    try:
+        for tempfile.tempdir in ("/tmp", "/var/tmp", "/dev/shm"):
+            with suppress(OSError):
+                multiprocessing.util.get_temp_dir()  # made now, and used from now on
+                return
+    finally:
+        tempfile.tempdir = usual
+    raise UserError(f"TMPDIR={usual} is too long for the name of a socket in it: set a shorter one")
 
 
 def _result(process: Any, receiver: Connection, signals: Signals) -> Exception | Interrupted | None:

@@ -1,6 +1,7 @@
 """The run store: what touches the disk of a run, and nothing else does."""
 
 import csv
+import errno
 import gc
 import hashlib
 import io
@@ -19,6 +20,7 @@ from typing import Any
 
 from condlr.errors import Diverged, Held, Interrupted, Lost, NoWeights, UserError
 from condlr.locks import Lock, Owner, owners
+from condlr.strengths import as_printed
 
 # What an evaluation leaves in a run, and the columns that tell the rows of each file apart.
 KEYS = {
@@ -31,15 +33,18 @@ KEYS = {
     "spectra.csv": ("when", "layer", "index"),
 }
 _PARTIAL = ".partial-"
+# How network file systems refuse to sync a directory, or to open it for that: the file is whole without it.
+_NO_SYNC = {
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR,
+    errno.EACCES, errno.EPERM,
+}  # fmt: skip
 # What the rest of condlr takes for granted of run.json, where it says it.
 _FACTS = {
     "status": str, "run_id": str, "attempts": int, "images": dict, "ranks": dict, "weights": dict,
     "versions": dict,
 }  # fmt: skip
-<<<<<<< HEAD
 # How a run comes by its weights again.
 _FROM_CHECKPOINT = "remove run.json beside it and start the run again, which goes on from its checkpoint"
-=======
 # What to do about runs of which tables have nothing to show, by status.
 _REMEDIES = {
     "diverged": "a smaller protocol.lr may help",
@@ -48,7 +53,6 @@ _REMEDIES = {
     "running": "wait",
     "done": "but not evaluated: scripts/evaluate.py attacks",
 }
->>>>>>> suite-a
 # What run.json says of how a run went.
 _OUTCOME = ("status", "reason", "started", "ended", "attempts", "train_seconds", "record_seconds")
 
@@ -64,11 +68,7 @@ class Run:
         """What run.json says; empty where there is no run yet."""
         path = self.directory / "run.json"
         try:
-<<<<<<< HEAD
             return record(path.read_bytes(), path)
-=======
-            info = json.loads(path.read_text("utf-8"))
->>>>>>> suite-a
         except FileNotFoundError:
             return {}
         except OSError as error:
@@ -376,8 +376,14 @@ def nothing_to_show(statuses: Iterable[str]) -> str:
 
 
 def _key(row: Mapping[str, Any], name: str) -> tuple[str | float, ...]:
-    """What tells a row of a file from its others; numbers are equal however they are written."""
-    return tuple(_number(row[column]) for column in KEYS[name])
+    """What tells a row of a file from its others; numbers are equal however they are written.
+
+    Strengths are equal if they print alike, see `condlr.strengths.as_printed`.
+    """
+    key = {column: _number(row[column]) for column in KEYS[name]}
+    if isinstance(eps := key.get("eps"), float):
+        key["eps"] = as_printed(eps)
+    return tuple(key.values())
 
 
 def _number(text: Any) -> str | float:
@@ -409,11 +415,15 @@ def write(path: Path, content: bytes | memoryview) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise OSError(error.errno, error.strerror, str(path.parent)) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -443,22 +453,13 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
         writer.writerows(row.values() for row in rows)
     else:
         writer.writerows([row.get(column) for column in columns] for row in rows)
-<<<<<<< HEAD
-    return buffer.getvalue().encode()
-=======
-    write_text(path, buffer.getvalue())
->>>>>>> suite-a
+    return buffer.getvalue().encode(errors="backslashreplace")  # names of files may be in no encoding
 
 
 def read_csv(path: Path, advice: str = "") -> list[dict[str, str]]:
     """The rows of a CSV file as text; none where there is no file."""
     try:
-<<<<<<< HEAD
         return csv_rows(path.read_bytes(), path, advice)
-=======
-        with open(path, encoding="utf-8", newline="") as file:
-            lines = [line for line in csv.reader(file) if line]
->>>>>>> suite-a
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -6,6 +6,7 @@ store does: a sweep launches only what it says is left to do, and at the end ask
 
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -21,14 +22,15 @@ from hydra._internal.core_plugins import basic_sweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import configure_log
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 
-from condlr.config import RunConfig, check_any
+from condlr.config import RunConfig, check_any, one_line
 from condlr.errors import UserError
 from condlr.jobs import Job, Start, living, outcomes, plan, watch, waves
 from condlr.locks import owners
@@ -43,13 +45,15 @@ log = logging.getLogger(__name__)
 _TRIES = 3
 # Seconds that runs are given to write their checkpoint when a sweep is stopped.
 _STOPPING = 60.0
+# As Hydra writes it again, escaped
+_JOB_NUMBER = re.compile(r"\$\\?\{hydra\\?:job\.(num|id)\\?\}")
 
 
 @dataclass
 class StudySweeperConf:
     """The keys of hydra.sweeper: `params` are values to sweep over, by key, as an experiment names them."""
 
-    _target_: str = f"{basic_sweeper.__name__}.StudySweeper"
+    _target_: str
     params: dict[str, str] | None = None
 
 
@@ -76,6 +80,8 @@ class StudySweeper(Sweeper):
         if not jobs:
             raise UserError(f"these values make no run: {' '.join(arguments)}")
         plan(jobs)
+        with read_write(self._config):  # a launcher makes this directory: not one that no run is for
+            self._config.hydra.sweep.dir = str(jobs[0].study)
         open_ = [job for job in jobs if not (job.closed or job.obstacle or job.lacks_weights)]
         elsewhere = living(open_)
         left = [job for job in open_ if job.config.directory not in elsewhere]
@@ -123,7 +129,7 @@ class StudySweeper(Sweeper):
             except Exception as error:
                 signals.check()
                 log.debug("the launcher failed", exc_info=True)
-                trouble = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                trouble = f"{type(error).__name__}: {one_line(error)}"[:300]
             else:
                 signals.check()
                 return lost
@@ -143,12 +149,13 @@ class StudySweeper(Sweeper):
         return lost
 
     def _jobs(self, arguments: list[str]) -> list[Job]:
-        params = [f"{key}={values}" for key, values in self.params.items()]
-        overrides = OverridesParser.create(self._loader).parse_overrides([*params, *arguments])
-        (combinations,) = basic_sweeper.BasicSweeper.split_arguments(overrides, None)
+        combinations = self._combinations(arguments)
         jobs: dict[tuple[Path, str], Job] = {}
-        for combination in combinations:
+        for number, numbered in enumerate(combinations):
+            # What is done is not launched, so that a launcher would give the others other numbers
+            combination = [_JOB_NUMBER.sub(str(number), argument) for argument in numbered]
             composed = self._loader.load_sweep_config(self._config, combination)
+            HydraConfig.instance().set_config(composed)  # for ${hydra:...}
             try:
                 config = check_any(composed)
             except UserError as error:
@@ -157,6 +164,38 @@ class StudySweeper(Sweeper):
             attack = repr(config.attack) if isinstance(config, RunConfig) else ""
             jobs.setdefault((config.directory, attack), Job(combination, config))
         return [*jobs.values()]
+
+    def _combinations(self, arguments: list[str]) -> list[list[str]]:
+        """The arguments of each run; of several experiments each is swept over its own values."""
+        parse = OverridesParser.create(self._loader).parse_overrides
+        asked = parse(arguments)
+        experiments = [override for override in asked if override.key_or_group == "experiment"]
+        if not any(override.is_sweep_override() for override in experiments):
+            return _product([*parse(_written(self.params)), *asked])
+        others = [override for override in asked if override not in experiments]
+        found = []
+        for chosen in _product(experiments):
+            config = self._loader.load_sweep_config(self._config, chosen)
+            params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+            found += _product([*parse([*_written(params), *chosen]), *others])
+        return found
+
+
+class PlanSweeper(StudySweeper):
+    """The runs of such a sweep one after the other, done or not, for a task that only asks."""
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Hand the task each run's config."""
+        self._launcher.launch([job.overrides for job in self._jobs(arguments)], initial_job_idx=0)
+
+
+def _written(params: Mapping[str, str]) -> list[str]:
+    return [f"{key}={values}" for key, values in params.items()]
+
+
+def _product(overrides: list[Override]) -> list[list[str]]:
+    (combinations,) = basic_sweeper.BasicSweeper.split_arguments(overrides, None)
+    return combinations
 
 
 @contextmanager
@@ -184,14 +223,14 @@ def _patience(launcher: Launcher) -> Iterator[None]:
 
 
 def register() -> None:
-    """Make the sweeper known to Hydra, as hydra/sweeper=study."""
-    # Hydra takes a plugin by its name, and only from packages of its own
-    StudySweeper.__module__ = basic_sweeper.__name__
-    basic_sweeper.StudySweeper = StudySweeper  # type: ignore[attr-defined]
-    ConfigStore.instance().store(
-        group="hydra/sweeper", name="study", node=StudySweeperConf, provider="condlr"
-    )
-    Plugins.instance().register(StudySweeper)
+    """Make the sweepers known to Hydra, as hydra/sweeper=study and hydra/sweeper=plan."""
+    for name, sweeper in (("study", StudySweeper), ("plan", PlanSweeper)):
+        # Hydra takes a plugin by its name, and only from packages of its own
+        sweeper.__module__ = basic_sweeper.__name__
+        setattr(basic_sweeper, sweeper.__name__, sweeper)
+        node = StudySweeperConf(f"{sweeper.__module__}.{sweeper.__name__}")
+        ConfigStore.instance().store(group="hydra/sweeper", name=name, node=node, provider="condlr")
+        Plugins.instance().register(sweeper)
 
 
 def carry_out(values: dict[str, Any]) -> None:

@@ -62,10 +62,13 @@ def main(config: DictConfig) -> None:
 
 def _runs(pattern: str) -> tuple[list[Run], list[str]]:
     """The run of this name, or those of a pattern that are done; and the names of those that are not."""
-    matches = sorted(glob.glob(pattern))  # noqa: PTH207 (Path.glob takes no absolute patterns)
+    path = Path(pattern)
+    there = next(part for part in (path, *path.parents) if part.exists())  # by this very name, be it [a]
+    rest = str(path.relative_to(there))
+    matches = [str(there / name) for name in sorted(glob.glob(rest, root_dir=there))]  # noqa: PTH207 (all of it)
     found = [Run(Path(name)) for name in matches if (Path(name) / "config.yaml").exists()]
     if not found:
-        if not matches and glob.has_magic(pattern):
+        if not matches and glob.has_magic(rest):
             raise UserError(f"run={pattern}: there is nothing of such a name")
         if len(matches) == 1:
             pattern = matches[0]

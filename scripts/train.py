@@ -9,7 +9,7 @@ from condlr.cli import command
 from condlr.config import check_any, resolved
 
 
-@command("train", sweeps=True)
+@command("train")
 def main(config: DictConfig) -> None:
     """One run; under `-m` or `experiment=...`, each run of a sweep, in a process of its own."""
     check_any(config)

@@ -19,6 +19,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 import condlr.cli  # registers the resolvers that conf/ uses
 from condlr import runs
@@ -944,3 +946,124 @@ def test_a_matrix_flow_that_failed_says_so(script, tmp_path):
     (flow / "run.json").write_text((flow / "run.json").read_text().replace('"done"', '"failed"'))
     for name in ("collect", "tables", "figures", "report"):
         complains(script(name, "study=theorem1"), "no run of this study is done and evaluated yet: 1 failed")
+
+
+@pytest.mark.parametrize("multirun", [[], ["-m"]], ids=["", "-m"])
+@pytest.mark.parametrize("key", ["runs_dir", "study", "seed", "hydra.run.dir", "attack.source", "method.tau"])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("${oc.env:NO_SUCH_VARIABLE}", "Environment variable 'NO_SUCH_VARIABLE' not found"),
+        ("${nobody:1}", "Unsupported interpolation type nobody"),
+        ("${no.such.key}", "Interpolation key 'no.such.key' not found"),
+        ("${oc.env:}", "missing 1 required positional argument"),
+    ],
+    ids=["variable", "resolver", "key", "argument"],
+)
+def test_what_cannot_be_resolved_is_one_line(script, multirun, key, value, said):
+    if multirun and key == "hydra.run.dir":
+        pytest.skip("a sweep does not ask for it")
+    complains(script("train", *multirun, *SMALL, f"{key}={value}"), re.escape(said))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("collect", ["study=${oc.env:NO_SUCH_VARIABLE}"]),
+        ("evaluate", ["run=x", "attack.eps=${oc.env:NO_SUCH_VARIABLE}"]),
+        ("status", ["study=x", "runs_dir=${oc.env:NO_SUCH_VARIABLE}"]),
+        ("estimate", ["runs_dir=${oc.env:NO_SUCH_VARIABLE}"]),
+        ("benchmark", ["results_dir=${oc.env:NO_SUCH_VARIABLE}"]),
+    ],
+)
+def test_what_cannot_be_resolved_is_one_line_in_every_script(script, name, arguments):
+    complains(script(name, *arguments), "Environment variable 'NO_SUCH_VARIABLE' not found")
+
+
+def test_a_bug_of_ours_in_a_resolver_is_none_of_the_users(monkeypatch):
+    monkeypatch.setattr(condlr.cli, "check_any", lambda _: {}["a bug"])
+    with pytest.raises(InterpolationResolutionError) as caught:
+        OmegaConf.create({"a": "${condlr.run_id:}"})["a"]
+    assert explain(caught.value) is None
+
+
+def test_a_home_directory_is_expanded_and_nothing_is_called_tilde(script, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    assert script("train", *SMALL, "method=baseline", 'runs_dir="~/runs"')[0] == 0
+    assert script("train", "-m", *SMALL, "method=vanilla", 'runs_dir="~/runs"')[0] == 0
+    dense, run = sorted((home / "runs" / "default").glob("lenet5-*"))
+    source = f'attack.source="~/runs/default/{dense.name}"'
+    few = ["attack.images=20", "attack.eps=[0.1]", "attack.steps=1"]
+    arguments = [f'run="~/runs/default/{run.name}"', "attack=transfer", source, *few]
+    assert script("evaluate", *arguments)[0] == 0
+    assert "transfer-pgd1" in (run / "evaluation.csv").read_text()
+    assert script("collect", "study=default", 'runs_dir="~/runs"', 'results_dir="~/results"')[0] == 0
+    assert script("tables", "study=default", 'results_dir="~/results"')[0] == 0
+    assert (home / "results" / "default" / "table.md").exists()
+    assert script("status", "study=default", 'runs_dir="~/runs"')[0] == 0
+    complains(script("train", *SMALL, 'runs_dir="~nobody-here/runs"'), "there is no such home directory")
+    complains(script("train", *SMALL, 'hydra.run.dir="~/x"'), "Hydra does not expand ~ here")
+    complains(script("tables", "-m", "study=a", 'hydra.sweep.dir="~/x"'), "Hydra does not expand ~ here")
+    complains(script("train", *SMALL, "runs_dir=~/runs"), r"quote it: 'runs_dir=\"~/runs\"'")
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith("~")]
+
+
+@pytest.mark.parametrize("name", ["~/MNIST files", "[a]", "a: b", "${x}", "'q' \"r\"", "x=1, {y}", "- a"])
+def test_any_directory_can_be_in_the_variable(script, small_mnist, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    target = tmp_path / Path(name).expanduser()
+    target.parent.mkdir(exist_ok=True)
+    (tmp_path / "data").rename(target)
+    monkeypatch.setenv("CONDLR_DATA", name)
+    few = ["dataset=mnist", "dataset.download=false", "protocol=demo", "protocol.epochs=1", "attack.eps=[0]"]
+    status, _, err = script("train", *few, "method=baseline")
+    assert status == 0, err
+    status, _, err = script("evaluate", f"run={run_of(tmp_path)}", "attack.eps=[0.1]")
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_variable_is_none(script, small_mnist, monkeypatch, empty):
+    monkeypatch.setenv("CONDLR_DATA", empty)
+    few = ["dataset=mnist", "dataset.download=false", "protocol=demo", "protocol.epochs=1", "attack.eps=[0]"]
+    assert script("train", *few, "method=baseline")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "quoted"),
+    [
+        ("run=runs [a]/b", "'run=\"runs [a]/b\"'"),
+        ("run=a]b", "'run=\"a]b\"'"),
+        ("run={a}/it's", "'run=\"{a}/it'\"'\"'s\"'"),
+    ],
+)
+def test_an_argument_that_cannot_be_read_is_shown_quoted(script, argument, quoted):
+    for name in ("evaluate", "crosscheck"):
+        complains(script(name, argument), re.escape(f"if that is text, quote it: {quoted}"))
+
+
+def test_logs_may_be_set_as_hydra_has_it(script, tmp_path):
+    few = [*SMALL, "method=baseline"]
+    assert script("train", *few, "hydra/job_logging=none", "seed=1")[0] == 0
+    status, out, _ = script("train", *few, "hydra/job_logging=stdout", "seed=2")
+    assert (status, "fgsm 0.1" in out) == (0, True)
+    status, out, _ = script("train", *few, "hydra.job_logging.root.level=WARNING", "seed=3")
+    assert (status, out) == (0, "")
+    complains(script("train", *few, "hydra.job_logging.root.level=LOUD"), "Unable to configure root logger")
+    complains(script("train", *few, "hydra/job_logging=colorlog"), "Could not find 'hydra/job_logging/colorl")
+    status, out, _ = script("train", "-m", *few, "hydra/job_logging=none", "seed=1,4", "hydra.sweep.dir=logs")
+    assert (status, "2 runs: 1 done, 1 skipped" in out) == (0, True)
+    assert list((tmp_path / "logs").glob("lenet5-*/.hydra"))
+    assert script("collect", "study=default", "hydra/job_logging=none")[0] == 0
+
+
+@pytest.mark.parametrize("launcher", [[], ["hydra/launcher=several"]], ids=["one by one", "several"])
+def test_jobs_that_fail_are_in_the_exit_status_under_every_sweeper(script, launcher):
+    sweep = ["-m", *SMALL, "hydra/sweeper=basic", "method=baseline", "protocol.lr=0.1,1e30", *launcher]
+    status, out, err = script("train", *sweep)
+    assert status == 1
+    assert "diverged" in out
+    assert err.splitlines()[-1].startswith("error: see above:")
+    assert "protocol.lr=1e+30" in err
+    assert "Traceback" not in out + err

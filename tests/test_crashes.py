@@ -1,8 +1,10 @@
 """What is left when processes of a sweep die, besides the run's own: its fork server, a pool's parent."""
 
+import errno
 import multiprocessing
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 
+from condlr import runs
 from condlr.config import CONF, check
 from condlr.errors import Interrupted, UserError
 from condlr.locks import Lock, owners
@@ -184,3 +187,44 @@ def test_a_sweep_clears_up_what_crashes_left(script, tmp_path):
     assert script(*arguments)[0] == 0
     left = [*study.rglob("lock-*"), *study.rglob("rows-*"), *study.rglob("plan-*"), *study.rglob("*partial*")]
     assert not left
+
+
+@pytest.mark.parametrize("length", [40, 120])
+def test_a_long_temporary_directory_has_no_socket_in_it(tmp_path, length):
+    """A socket's name has at most 107 bytes."""
+    long = tmp_path / ("x" * length) / ("ü" * 20)
+    long.mkdir(parents=True)
+    code = (
+        "from condlr.processes import call_apart\nimport os, tempfile\n"
+        "call_apart(os.mkdir, 'done')\nassert tempfile.gettempdir() == os.environ['TMPDIR']"
+    )
+    environment = os.environ | {"TMPDIR": str(long), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.ENOSYS])
+@pytest.mark.parametrize("call", ["open", "fsync"])
+def test_a_file_is_written_where_a_directory_cannot_be_synced(tmp_path, monkeypatch, call, number):
+    refuse_directories(monkeypatch, tmp_path, call, number)
+    runs.write(tmp_path / "a.csv", b"content")
+    assert (tmp_path / "a.csv").read_bytes() == b"content"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_disk_that_fails_is_told_of(tmp_path, monkeypatch):
+    refuse_directories(monkeypatch, tmp_path, "fsync", errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        runs.write(tmp_path / "a.csv", b"content")
+
+
+def refuse_directories(monkeypatch, directory, call, number):
+    real = getattr(os, call)
+
+    def refuse(what, *arguments):
+        if what == directory or (isinstance(what, int) and stat.S_ISDIR(os.fstat(what).st_mode)):
+            raise OSError(number, os.strerror(number))
+        return real(what, *arguments)
+
+    monkeypatch.setattr(f"condlr.runs.os.{call}", refuse)

@@ -2,10 +2,13 @@
 
 import csv
 
+import pandas as pd
 import pytest
 
 from condlr.analysis.masking import CHECKS
-from tests.test_cli import SMALL, complains, script
+from condlr.report import results
+from condlr.strengths import as_printed, distinct, strengths
+from tests.test_cli import ROOT, SMALL, complains, script
 
 __all__ = ["script"]  # a fixture
 FEW = ["attack.images=60", "attack.eps=[0,0.1]"]
@@ -262,3 +265,79 @@ def test_a_run_whose_config_is_from_before_a_key_was_there_is_evaluated(script, 
     config.write_text("".join(old))
     status, out, err = script("evaluate", f"run={run}", "attack.eps=[0.3]")
     assert status == 0, out + err
+
+
+def test_strengths_may_be_written_as_fractions(script, tmp_path):
+    few = ["dataset=digits", "protocol=demo", "protocol.epochs=1", "attack.images=40", "method=baseline"]
+    assert script("train", *few, "attack.eps=[0,2/255,0.5/255]")[0] == 0
+    (run,) = (tmp_path / "runs" / "default").glob("lenet5-*")
+    made = [float(row["eps"]) for row in rows(run, "evaluation.csv")]
+    assert made == [0, 0.5 / 255, 2 / 255]
+    assert script("train", "-m", *few, "attack.eps=4/255,16/255")[0] == 0
+    evaluate = ["evaluate", f"run={run}", "attack.images=40"]
+    assert script(*evaluate, "attack.eps='32 / 255'")[0] == 0
+    assert "evaluated already" in script(*evaluate)[1], "at the strengths of the run"
+    made = [float(row["eps"]) for row in rows(run, "evaluation.csv")]
+    assert made == [0, 0.5 / 255, 2 / 255, 4 / 255, 16 / 255, 32 / 255]
+
+
+@pytest.mark.parametrize(
+    ("eps", "said"),
+    [
+        ("3/0", "fractions such as 8/255; got '3/0'"),
+        ("eight/255", "fractions such as 8/255; got 'eight/255'"),
+        ("[0,1/2/3]", "fractions such as 8/255; got '1/2/3'"),
+        ("16", r"must be in \[0, 1\], as pixels are; got 16: of 255 levels that is 16/255"),
+        ("[0,0.5/255,4]", r"must be in \[0, 1\], as pixels are; got 4: of 255 levels that is 4/255"),
+        ("300/255", r"must be in \[0, 1\]"),
+        ("-2/255", r"must be in \[0, 1\]"),
+        ("nan/255", r"must be in \[0, 1\]"),
+        ("null", "eps"),
+    ],
+)
+def test_strengths_that_are_none_are_one_line(script, tmp_path, eps, said):
+    complains(script("train", *SMALL, f"attack.eps={eps}"), said)
+    complains(script("crosscheck", "run=x", f"eps={eps}"), said)
+
+
+def test_strengths_that_print_alike_are_one(script, tmp_path):
+    few = [*SMALL, "method=baseline", "attack.images=40"]
+    assert script("train", *few, "attack.eps=[0,0.0313725]")[0] == 0
+    assert script("train", *few, "seed=1", "attack.eps=[0,8/255]")[0] == 0
+    ((first,), (second,)) = ([*tmp_path.glob(f"runs/default/*-s{seed}-*")] for seed in (0, 1))
+    for eps in ("8/255", "0.03137254901960784", "[0.0313725,8/255]", "[0.03137251]"):
+        for run in (first, second):
+            status, out, err = script("evaluate", f"run={run}", "attack.images=40", f"attack.eps={eps}")
+            assert (status, "evaluated already" in out) == (0, True), out + err
+    assert [len(rows(run, "evaluation.csv")) for run in (first, second)] == [2, 2]
+    assert script("evaluate", f"run={first}", "attack.images=40", "attack.eps=0.031373")[0] == 0
+    assert len(rows(first, "evaluation.csv")) == 3, "which prints as another"
+    assert script("evaluate", f"run={first}", "attack.images=40", "attack.eps=8/255", "again=true")[0] == 0
+    assert len(rows(first, "evaluation.csv")) == 3
+    status, out, _ = script("train", *SMALL, "method=baseline", "attack.images=40", "attack.eps=8/255")
+    assert "is done already" in out
+    assert script("collect", "study=default")[0] == 0
+    assert script("tables", "study=default")[0] == 0
+    table = (tmp_path / "results" / "default" / "table.md").read_text()
+    assert table.count("ε=0.0313725") == 1
+    (row,) = [line for line in table.splitlines() if line.startswith("| Baseline")]
+    assert "±" in row, "a mean of both seeds"
+
+
+def test_cells_of_one_run_that_print_alike_count_once(tmp_path):
+    """As they were collected before strengths that print alike were one."""
+    study = ROOT / "results" / "reproduce_mnist"
+    cells = pd.read_csv(study / "cells.csv", dtype=str)
+    six = cells[cells["eps"] == "0.06"]
+    pd.concat([cells, six.assign(eps="0.06000000001")]).to_csv(tmp_path / "cells.csv", index=False)
+    read = results.read(tmp_path)
+    assert set(read["eps"]) == {float(eps) for eps in cells["eps"]}
+    assert len(read) == len(cells)
+
+
+def test_as_printed():
+    assert as_printed(8 / 255) == as_printed(0.0313725) == 0.0313725
+    assert as_printed(0.1 + 0.2) == 0.3
+    assert as_printed(0.0313726) != as_printed(0.0313725)
+    assert distinct([8 / 255, 0.2, 0.0313725, 0, 0.2]) == [0, 8 / 255, 0.2]
+    assert strengths("8/255") == [8 / 255] and strengths([0, "1/4", 0.5]) == [0, 0.25, 0.5]

@@ -149,3 +149,10 @@ def test_bad_forms_are_refused():
     with pytest.raises(ValueError, match="no low-rank layer is named '1'; there are 0, 3, 5"):
         condlr.set_forms(net, {"0": "multiplied", "1": "factored"})
     assert forms.forms(net)["0"] == "factored", "all or nothing"
+
+
+@pytest.mark.parametrize("value", ["~/cache", "relative", ""])
+def test_a_cache_that_is_no_absolute_path_is_not_used(tmp_path, monkeypatch, value):
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert forms._path() == tmp_path / ".cache" / "condlr" / "forms.json"

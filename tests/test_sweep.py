@@ -19,6 +19,7 @@ from hydra.plugins.launcher import Launcher
 
 from condlr import jobs
 from condlr.errors import Interrupted, UserError
+from condlr.estimate import Pace
 from condlr.locks import owners
 from condlr.processes import Killed, call_apart
 from condlr.runs import Run, read_csv
@@ -542,3 +543,69 @@ try:
 except Interrupted:
     sys.exit(7)
 """
+
+
+@pytest.fixture
+def experiments(tmp_path):
+    """Two experiments of a user's own, each a sweep."""
+    folder = tmp_path / "mine" / "experiment"
+    folder.mkdir(parents=True)
+    for name, params in {"seeds": "seed: 0,1,2", "rows": "row: baseline,vanilla-c0.5"}.items():
+        (folder / f"{name}.yaml").write_text(
+            f"# @package _global_\nstudy: {name}\n"
+            f"hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      {params}\n"
+        )
+    return ["--config-dir", str(tmp_path / "mine"), "-m", *SMALL]
+
+
+@pytest.mark.parametrize("chosen", ["seeds,rows", "glob([rows,seeds])"])
+def test_experiments_that_are_swept_are_run_whole(script, tmp_path, experiments, monkeypatch, chosen):
+    made = []
+    monkeypatch.setattr("condlr.sweep.call_apart", lambda _, values, *__: made.append(values))
+    script("train", *experiments, f"experiment={chosen}")
+    found = {(values["study"], values["method"]["name"], values["seed"]) for values in made}
+    assert len(made) == 5
+    assert found == {
+        ("seeds", "condlr", 0), ("seeds", "condlr", 1), ("seeds", "condlr", 2),
+        ("rows", "baseline", 0), ("rows", "vanilla", 0),
+    }  # fmt: skip
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"rows", "seeds"}, "and no default"
+    assert len(read_csv(tmp_path / "runs" / "seeds" / "planned.csv")) == 3
+    monkeypatch.setattr("condlr.estimate.Estimate._try", lambda *_: Pace(1, 1))
+    status, out, err = script("estimate", *experiments, f"experiment={chosen}")
+    assert status == 0, err
+    assert re.search(r"(seeds, rows|rows, seeds): 5 runs, 0 done, 5 to do", out)
+
+
+def test_an_argument_is_for_all_experiments_that_are_swept(script, experiments, monkeypatch):
+    made = []
+    monkeypatch.setattr("condlr.sweep.call_apart", lambda _, values, *__: made.append(values))
+    script("train", *experiments, "experiment=choice(seeds)", "seed=5,6")
+    assert [(values["study"], values["seed"]) for values in made] == [("seeds", 5), ("seeds", 6)]
+    complains(script("train", *experiments, "experiment=null,seeds"), "Config group override must be")
+    complains(script("train", *experiments, "experiment=seeds,nosuch"), "Could not find 'experiment/nosuch'")
+
+
+def test_what_hydra_says_of_a_job_can_be_a_value(script, tmp_path):
+    """And stays it when what is done is not launched again."""
+    few = ["-m", *SMALL, "study=${hydra:job.name}", "seed=${hydra:job.num}"]
+    assert script("train", *few, "method=baseline")[0] == 0
+    status, out, _ = script("train", *few, "method=baseline,vanilla")
+    assert (status, "2 runs: 1 done, 1 skipped" in out) == (0, True)
+    names = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "runs" / "train").glob("lenet5-*"))
+    assert names == ["lenet5-digits-baseline-s0", "lenet5-digits-vanilla-c0.5-s1"]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["train"]
+
+
+def test_runs_below_a_directory_of_any_name(script, tmp_path):
+    for name in ("runs [a] x=1, ü", "{b}, (c) *?"):
+        few = ["-m", *SMALL, f"runs_dir='{name}'", "study=s", "method=baseline", "seed=0,1", *TOGETHER]
+        assert script("train", *few)[0] == 0
+        found = sorted((tmp_path / name / "s").glob("lenet5-*"))
+        attack = ["attack=noise", "attack.images=20", "attack.eps=[0.1]"]
+        assert script("evaluate", f"run='{found[0].relative_to(tmp_path)}'", *attack)[0] == 0
+        status, out, err = script("evaluate", f"run='{tmp_path}/{name}/s/*-s[01]-*'", *attack)
+        assert status == 0, err
+        assert out.count("noise 0.1") == 2
+        complains(script("evaluate", f"run='{name}/s'"), "is not a run: give a run in it")
+        assert script("status", f"runs_dir='{name}'", "study=s")[0] == 0

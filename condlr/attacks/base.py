@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr.errors import in_range, one_of
+from condlr.strengths import distinct, require_pixels
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Attack(ABC):
     """A way to perturb images, its options being the keys of `conf/attack/<name>.yaml`.
 
     Attributes:
-        eps: strengths, in units of `norm`; 0 is no attack.
+        eps: strengths, in units of `norm`; 0 is no attack. Of those that print alike only one is taken.
         norm: what measures the perturbation, one of the attack's `norms`. `linf` and `l2` are in units
             of the pixel range [0, 1]; `l2_relative` is the 2-norm as a part of the image's own.
         images: only the first so many test images; None is all.
@@ -63,8 +64,10 @@ class Attack(ABC):
         if not self.eps:
             raise ValueError("eps is empty: name at least one strength")
         for value in self.eps:
+            if self.norm == "linf":
+                require_pixels(value)
             in_range("eps", value, 0, 1 if self.norm == "linf" else 1e6)
-        self.eps = sorted(set(self.eps))
+        self.eps = distinct(self.eps)
         if self.images is not None:
             in_range("images", self.images, 1, math.inf)
         in_range("seed", self.seed, 0, 2**32, half_open=True)

@@ -13,8 +13,9 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
     runs, done, diverged = (sum(getattr(row, name) for row in rows) for name in ("runs", "done", "diverged"))
     lost = f", {diverged} diverged and left alone" if diverged else ""
     left = runs - done - diverged
+    studies = ", ".join(estimate.studies)
     console.print(
-        f"{estimate.study}: {runs} run{'' if runs == 1 else 's'}, {done} done{lost}, {left} to do",
+        f"{studies}: {runs} run{'' if runs == 1 else 's'}, {done} done{lost}, {left} to do",
         highlight=False,
     )
     if not left:

@@ -10,7 +10,8 @@ import pandas as pd
 
 from condlr.errors import UserError
 from condlr.report.published import camera_ready, published
-from condlr.runs import nothing_to_show
+from condlr.runs import KEYS, nothing_to_show
+from condlr.strengths import as_printed
 
 # The columns that runs of one table share; each combination is a table of its own.
 CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm", "n"]
@@ -99,6 +100,12 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
     for column in [name for name in frame if name in _NUMBERS or name.startswith("cond_")]:
         if not pd.api.types.is_numeric_dtype(frame[column]):
             raise UserError(f"{path} has something else than numbers in the column {column}")
+    if "eps" in frame and frame["eps"].dtype.kind == "f":
+        frame["eps"] = frame["eps"].map(as_printed)
+        keys = ["run_id", *KEYS.get({"cells": "evaluation"}.get(name, name) + ".csv", ())]
+        if {*keys} <= {*frame.columns}:  # of one run attacked twice at what prints alike the last counts
+            alike = frame["eps"].notna() & frame.duplicated(keys, keep="last")
+            frame = frame[~alike].reset_index(drop=True) if alike.any() else frame
     for column, rule in _RULES.items():
         if column in frame and not rule(frame).all():
             raise UserError(f"{path} is damaged in the column {column}: collect the runs again")

@@ -1,0 +1,49 @@
+"""Strengths of attacks: how they may be written, and which of them are one."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+def strengths(values: Any) -> Any:
+    """One strength or several as a list of numbers; `8/255` is a number, too.
+
+    What is neither number nor text is left as it is, for whoever checks types.
+
+    Raises:
+        ValueError: a text is no number.
+    """
+    if isinstance(values, str | int | float):
+        values = [values]
+    if not isinstance(values, list):
+        return values
+    return [_number(value) if isinstance(value, str) else value for value in values]
+
+
+def _number(text: str) -> float:
+    above, slash, below = text.partition("/")
+    try:
+        return float(above) / float(below if slash else 1)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"eps must be numbers, or fractions such as 8/255; got {text!r}") from None
+
+
+def require_pixels(eps: float) -> None:
+    """Raise `ValueError` unless a strength of the maximum norm is one of pixels, which are in [0, 1]."""
+    if isinstance(eps, int | float) and 1 < eps <= 255:
+        raise ValueError(
+            f"eps must be in [0, 1], as pixels are; got {eps:g}: of 255 levels that is {eps:g}/255"
+        )
+
+
+def as_printed(eps: float) -> float:
+    """The strength to the six significant digits that tables print.
+
+    Strengths that print alike are one: 8/255, 0.03137254901960784 and 0.0313725.
+    """
+    return float(f"{eps:.6g}") if math.isfinite(eps) else eps
+
+
+def distinct(values: Iterable[float]) -> list[float]:
+    """In ascending order, and of those that print alike one."""
+    return [*{as_printed(value): value for value in sorted(values)}.values()]
