@@ -17,8 +17,10 @@ from condlr.data._augmentation import AUGMENTATIONS
 from condlr.data.base import Data
 from condlr.errors import Diverged
 from condlr.evaluation import accuracy
+from condlr.factorization import low_rank_layers
 from condlr.forms import forms, set_forms
 from condlr.graphs import GraphedStep
+from condlr.layers import LowRankLinear
 from condlr.memory import keep_freed_memory
 from condlr.methods.base import Method
 from condlr.precision import require, training
@@ -263,8 +265,38 @@ class Trainer:
             "random_cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
 
+    def _as_saved_now(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What is saved in another way since V^T is a layer's parameter, and S may have a product of its own.
+
+        Then V was the parameter, and a linear layer decided by the rows of each batch.
+        """
+        layers = low_rank_layers(self.model)
+        old = {name: layer for name, layer in layers.items() if f"{name}.V".lstrip(".") in state["model"]}
+        if not old:
+            return {}
+        by_rows = {
+            name: "chained"
+            for name, layer in old.items()
+            if isinstance(layer, LowRankLinear) and layer.core == "full"
+            if state["forms"][name] == "factored" and self.protocol.batch_size < layer.shape[0]
+        }
+        turned = {layer.Vt for layer in old.values()}
+        moments = dict(state["optimizer"]["state"])
+        for place, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            if p in turned and place in moments:
+                found = moments[place].items()
+                moments[place] = {
+                    key: value.mT.contiguous() if isinstance(value, Tensor) and value.ndim == 2 else value
+                    for key, value in found
+                }
+        return {
+            "forms": state["forms"] | by_rows,
+            "optimizer": state["optimizer"] | {"state": moments},
+        }
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was called."""
+        state = state | self._as_saved_now(state)
         self.model.load_state_dict(state["model"])
         set_forms(self.model, state["forms"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,5 +1,6 @@
 """Layers whose weight is a product of thin factors: U S V^T, U diag(s) V^T, or U V^T."""
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
@@ -51,7 +52,8 @@ class Product(Tensor, metaclass=_Related):
     ) -> Any:
         kwargs = kwargs or {}
         name = func.__name__
-        written = [kwargs.get("out"), args[0] if _writes(name) else None]
+        first = next(iter((*args, *kwargs.values())), None)  # `nn.init` gives its tensor by name
+        written = [kwargs.get("out"), first if _writes(name) else None]
         if any(type(target) is cls for target in _tensors(written)):
             raise RuntimeError(
                 f"{name} would write into the weight of a low-rank layer, a product that is not kept: "
@@ -63,9 +65,14 @@ class Product(Tensor, metaclass=_Related):
             views = isinstance(found, Tensor) and _memory(found) in memory
             return found.as_subclass(cls) if views else found
 
+    # What is saved or copied is a plain tensor.
     @override
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.as_subclass(Tensor).__reduce_ex__(protocol)  # what is saved is a plain tensor
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    @override
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.as_subclass(Tensor), memo)
 
 
 def _writes(name: str) -> bool:
