@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from condlr.errors import ConstraintBreach, in_range, one_of
-from condlr.factorization import low_rank_layers
+from condlr.held import (
+    Held,
+    audited,
+    core_of,
+    limits,
+    old_memory,
+    orthonormalize,
+    require_float,
+    required,
+    triples,
+    turn_old_moments,
+    worst,
+)  # fmt: skip
 from condlr.layers import LowRank
 from condlr.manifolds import spectrum, stiefel
 from condlr.precision import strict
@@ -19,21 +31,11 @@ PRECONDITIONERS = ("exact", "scalar", "released_code")
 MOMENTA = ("after_projection", "before_projection")
 PROJECTIONS = ("svd", "qr")
 
-# What is promised after every step in float32, and audited in float64.
-ORTHONORMALITY_TOLERANCE = 1e-5
-CONDITION_TOLERANCE = 1e-4
-
-# Where tau is large rounding is felt in the smallest singular value: 1 + tau grows by this share of it.
-ROUNDING = 1e-6
-
 # In a band as narrow as this the inverse of a Gram matrix keeps its digits.
 _NARROW = 1.0
 
 # Where an optimiser's state_dict holds what the constraint remembers: in its first parameter group
 _MEMORY = "condlr"
-# And where it did when that was kept by the names of the layers
-_OLD_SCALES, _OLD_SETTLED = "condlr_scales", "condlr_settled"
-_OLD_INVERSES = ("condlr_core", "condlr_left", "condlr_right")
 
 
 def constrain(
@@ -143,7 +145,7 @@ class Constraint:
         self.options = options
         self.optimizer = optimizer
         self._model = model
-        self._held: dict[LowRank, _Held] = {}
+        self._held: dict[LowRank, Held] = {}
         self._seen: list[int] = []
         self._forget_step()
         self._take_hold()
@@ -187,7 +189,7 @@ class Constraint:
     def audit(self) -> dict[str, float]:
         """In float64 over all layers: the largest max |U^T U - I| (V alike) and the largest cond(S)."""
         self._take_hold()
-        return _worst(map(_audited, self.layers.values()))
+        return worst(map(audited, self.layers.values()))
 
     def check(self) -> dict[str, float]:
         """`audit`, and raise `ConstraintBreach` where it finds more than what is promised.
@@ -195,15 +197,15 @@ class Constraint:
         Of cond(S) something is promised once a step has moved it. An S that has vanished is a breach.
         """
         self._take_hold()
-        found = {held: _audited(held.layer) for held in self._held.values()}
+        found = {held: audited(held.layer) for held in self._held.values()}
         for held, figures in found.items():
-            for name, limit in _limits(self.options.tau).items():
+            for name, limit in limits(self.options.tau).items():
                 if not figures[name] <= limit and (held.settled or name != "cond_S"):
                     raise ConstraintBreach(
                         f"CondLR's constraint is broken by {held.name or 'the layer'}: "
                         f"{name} {figures[name]:.3g} > {limit:.3g}"
                     )
-        return _worst(found.values())
+        return worst(found.values())
 
     def _take_hold(self) -> None:
         """Hold the layers that the model has now, of those whose factors the optimiser has now."""
@@ -213,28 +215,28 @@ class Constraint:
         seen = [id(p) for factors in layers for p in factors.values()] + [*map(id, parameters)]
         if seen == self._seen:
             return
-        self._device = parameters[0].device
+        self._device = next((p.device for p in parameters), torch.device("cpu"))
         now, trained = {}, {*parameters}
-        for name, layer in _triples(self._model).items():
-            held = _Held(name, layer, layer.U, _core(layer), layer.Vt)
+        for name, layer in triples(self._model).items():
+            held = Held(name, layer, layer.U, core_of(layer), layer.Vt)
             if not trained.isdisjoint(held.factors):
                 before = self._held.get(layer)
                 same = before and all(X is Y for X, Y in zip(before.factors, held.factors, strict=True))
                 now[layer] = before if before and same else held
         new = [held for layer, held in now.items() if self._held.get(layer) is not held]
         for held in new:
-            _require_float(held.name, held.U)
+            require_float(held.name, held.U)
         self._require_alone(new)
         if self.options.momentum == "before_projection":
             _require_plain_sgd(self.optimizer)
         for held in new:
-            _orthonormalize(held.layer)
+            orthonormalize(held.layer)
             held.scale = self._first_scale(held.layer)
         self._held, self._trained, self._seen = now, trained, seen
         if new:
             self._recall(self.optimizer, new)
 
-    def _require_alone(self, new: "Sequence[_Held]") -> None:
+    def _require_alone(self, new: "Sequence[Held]") -> None:
         """Two constraints on one layer would precondition its gradients twice."""
         for hook in self.optimizer._optimizer_step_pre_hooks.values():
             other = getattr(hook, "__self__", None)
@@ -250,14 +252,14 @@ class Constraint:
             return 1.0
         mean = layer.dense_mean
         if mean is None:
-            mean = torch.linalg.svdvals(_core(layer).detach()).mean().item()
+            mean = torch.linalg.svdvals(core_of(layer).detach()).mean().item()
         if mean == 0:
             raise ValueError(
                 "preconditioner=released_code with tau=0 divides by the initial S, which is zero"
             )
         return 1 / mean
 
-    def _places(self) -> "dict[_Held, int]":
+    def _places(self) -> "dict[Held, int]":
         """By which place in the optimiser each layer is known to a state_dict, as its parameters are."""
         parameters = (p for group in self.optimizer.param_groups for p in group["params"])
         places = {p: place for place, p in enumerate(parameters)}
@@ -270,15 +272,15 @@ class Constraint:
         group = state_dict["param_groups"][0]
         group[_MEMORY] = group.get(_MEMORY, {}) | memory
 
-    def _recall(self, optimizer: torch.optim.Optimizer, of: "Iterable[_Held] | None" = None) -> None:
+    def _recall(self, optimizer: torch.optim.Optimizer, of: "Iterable[Held] | None" = None) -> None:
         """Take up what a loaded state_dict has brought of the layers `of`, by default of all."""
         self._take_hold()
         group, places = optimizer.param_groups[0], self._places()
         brought = group.get(_MEMORY, {})
         for held in self._held.values() if of is None else of:
-            _turn_old_moments(optimizer.state.get(held.Vt, {}), held.Vt)
+            turn_old_moments(optimizer.state.get(held.Vt, {}), held.Vt)
             memory = brought.get(places[held])
-            memory = memory or _old_memory(group, optimizer.state.get(held.S, {}), held.name)
+            memory = memory or old_memory(group, optimizer.state.get(held.S, {}), held.name)
             if memory is None and of is None:  # the state is that of an optimiser without a constraint
                 memory = {"scale": self._first_scale(held.layer), "settled": False}
             if memory is not None:
@@ -381,7 +383,7 @@ class Constraint:
             if not any(moved):
                 continue
             U, _, Vt = held.factors
-            _require_float(held.name, U)
+            require_float(held.name, U)
             key = (U.shape, Vt.shape, U.dtype, U.device, *moved) if U.is_cuda and not single else held.layer
             group = groups.setdefault(key, _Group([], [], [], []))
             group.held.append(held)
@@ -454,56 +456,10 @@ class Constraint:
         return projected
 
 
-@dataclass(eq=False)
-class _Held:
-    """A layer that is held, and what its next step must know of the last one.
-
-    Attributes:
-        name: in the model, for messages.
-        scale: the scalar of `released_code`.
-        settled: whether S has been put into the band.
-        known: S as the last step left it, (S S^T)^{-1} and (S^T S)^{-1}.
-        new: whether no step has met it.
-    """
-
-    name: str
-    layer: LowRank
-    U: nn.Parameter
-    S: nn.Parameter
-    Vt: nn.Parameter
-    scale: float | None = None
-    settled: bool = False
-    known: tuple[Tensor, Tensor, Tensor] | None = None
-    new: bool = True
-
-    @property
-    def factors(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-        return self.U, self.S, self.Vt
-
-    def memory(self) -> dict[str, Any]:
-        """What is saved, as tensors and plain values."""
-        return {"scale": self.scale, "settled": self.settled, "known": self.known}
-
-    def remember(self, memory: Mapping[str, Any]) -> None:
-        """The inverse of `memory`."""
-        known = memory.get("known")
-        self.scale, self.settled = memory["scale"], memory["settled"]
-        self.known = None if known is None else tuple(X.to(self.S) for X in known)
-
-    def inverses(self) -> tuple[Tensor, Tensor] | None:
-        """(S S^T)^{-1} and (S^T S)^{-1} where the last step left them, and S as it is."""
-        if self.known is None:
-            return None
-        core, left, right = self.known
-        if (core.dtype, core.device) != (self.S.dtype, self.S.device) or not torch.equal(core, self.S):
-            return None
-        return left, right
-
-
 class _Group(NamedTuple):
     """Layers of one shape, and those of their U, S and V^T that move, all or none."""
 
-    held: list[_Held]
+    held: list[Held]
     U: list[nn.Parameter]
     S: list[nn.Parameter]
     Vt: list[nn.Parameter]
@@ -531,15 +487,15 @@ def project(model: nn.Module, tau: float = 0.1) -> list[str]:
     """
     in_range("tau", tau, 0, math.inf)
     changed = []
-    for name, layer in _required(model).items():
-        _require_float(name, layer.U)
-        if not all(X.isfinite().all() for X in (layer.U, _core(layer), layer.Vt)):
+    for name, layer in required(model).items():
+        require_float(name, layer.U)
+        if not all(X.isfinite().all() for X in (layer.U, core_of(layer), layer.Vt)):
             raise ValueError(f"the factors of {name} are not finite: no constraint has them")
-        if all(_audited(layer)[figure] <= limit for figure, limit in _limits(tau).items()):
+        if all(audited(layer)[figure] <= limit for figure, limit in limits(tau).items()):
             continue
-        _orthonormalize(layer)
-        if not _audited(layer)["cond_S"] <= _limits(tau)["cond_S"]:
-            S = _core(layer)
+        orthonormalize(layer)
+        if not audited(layer)["cond_S"] <= limits(tau)["cond_S"]:
+            S = core_of(layer)
             S.copy_(spectrum.project(S.double(), tau)[0])
         changed.append(name)
     return changed
@@ -551,40 +507,7 @@ def audit(model: nn.Module) -> dict[str, float]:
     Raises:
         ValueError: there is no such layer.
     """
-    return _worst(map(_audited, _required(model).values()))
-
-
-def _triples(model: nn.Module) -> dict[str, LowRank]:
-    """The layers U S V^T of the model, by name."""
-    layers = low_rank_layers(model)
-    return {name: layer for name, layer in layers.items() if layer.S is not None and layer.S.ndim == 2}
-
-
-def _required(model: nn.Module) -> dict[str, LowRank]:
-    if not (layers := _triples(model)):
-        raise ValueError("this model has no U S V^T layer: factorize it first (core='full')")
-    return layers
-
-
-def _audited(layer: LowRank) -> dict[str, float]:
-    errors = [stiefel.orthonormality_error(X).item() for X in (layer.U, layer.V)]
-    condition = spectrum.condition_number(_core(layer)).item()
-    return {"orthonormality_error": math.nan if math.isnan(sum(errors)) else max(errors), "cond_S": condition}
-
-
-def _limits(tau: float) -> dict[str, float]:
-    """What is promised of each figure of an audit."""
-    return {
-        "orthonormality_error": ORTHONORMALITY_TOLERANCE,
-        "cond_S": (1 + tau) * (1 + max(CONDITION_TOLERANCE, ROUNDING * tau)),
-    }
-
-
-def _worst(audits: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    best = {"orthonormality_error": 0.0, "cond_S": 1.0}
-    audits = [best, *audits]
-    columns = {name: [found[name] for found in audits] for name in best}
-    return {name: math.nan if any(map(math.isnan, v)) else max(v) for name, v in columns.items()}
+    return worst(map(audited, required(model).values()))
 
 
 def _batch(tensors: Sequence[Tensor]) -> Tensor:
@@ -616,28 +539,6 @@ def _point(targets: Sequence[nn.Parameter], directions: Tensor) -> None:
         target.grad = direction
 
 
-def _old_memory(group: Mapping[str, Any], state: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """What a state_dict holds of a layer if it was saved when layers were known by their names."""
-    if _OLD_SETTLED not in group:
-        return None
-    known = tuple(state.pop(key) for key in _OLD_INVERSES if key in state) or None
-    return {
-        "scale": group.get(_OLD_SCALES, {}).get(name), "settled": name in group[_OLD_SETTLED], "known": known
-    }  # fmt: skip
-
-
-def _turn_old_moments(state: dict[str, Any], Vt: nn.Parameter) -> None:
-    """Moments that were saved when V and not V^T was the parameter; of a square V they are zero."""
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape != Vt.shape and value.shape == Vt.mT.shape:
-            state[key] = value.mT.contiguous()
-
-
-def _require_float(name: str, U: Tensor) -> None:
-    if U.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"the factors of {name} are {U.dtype}: keep them in float32, use autocast")
-
-
 def _group(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict:
     return next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
 
@@ -650,20 +551,3 @@ def _require_plain_sgd(optimizer: torch.optim.Optimizer) -> None:
             raise ValueError(
                 "momentum=before_projection needs SGD without dampening, nesterov, maximize, fused"
             )
-
-
-@torch.no_grad()
-def _orthonormalize(layer: LowRank) -> None:
-    """U = Q_U R_U, V = Q_V R_V, S <- R_U S R_V^T, unless U and V are orthonormal already."""
-    for factor, transposed in ((layer.U, False), (layer.V, True)):
-        if not stiefel.orthonormality_error(factor) <= ORTHONORMALITY_TOLERANCE:
-            Q = stiefel.qr(factor.double())
-            R = Q.mT @ factor.double()
-            core = _core(layer).double()
-            _core(layer).copy_(core @ R.mT if transposed else R @ core)
-            factor.copy_(Q)
-
-
-def _core(layer: LowRank) -> nn.Parameter:
-    assert layer.S is not None
-    return layer.S

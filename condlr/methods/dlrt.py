@@ -173,9 +173,13 @@ def _is_free(layer: LowRank) -> bool:
 def _transport(layer: LowRank, optimizer: torch.optim.Optimizer, M: Tensor, N: Tensor) -> None:
     """Re-express the momentum of K = W V, L = W^T U and S in new bases: M = U_1^T U_0, N = V_1^T V_0."""
     assert layer.S is not None
-    for factor, left, right in ((layer.U, None, N), (layer.S, M, N), (layer.Vt, M, None)):
+    for factor, left, right in ((layer.U, None, N), (layer.S, M, N), (layer.Vt, None, M)):
         state = optimizer.state.get(factor, {})
         buffer = state.get("momentum_buffer")
-        if buffer is not None:
-            moved = buffer if left is None else left @ buffer
-            state["momentum_buffer"] = moved if right is None else moved @ right.mT
+        if buffer is None:
+            continue
+        if factor is layer.Vt:
+            state["momentum_buffer"] = (buffer.mT @ right.mT).mT.contiguous()
+        else:
+            moved = buffer @ right.mT
+            state["momentum_buffer"] = moved if left is None else left @ moved
