@@ -30,11 +30,13 @@ def training_flops(layers, ranks, form, batch, core="full"):
         if r is None:
             products, images, first = 0, 2 * n * m * p, 2 * n * m * p
         elif form == "factored":
-            products, images, first = 2 * r * r * min(n, batch * p), 2 * r * (n + m) * p, 2 * r * m * p
+            products, images, first = 2 * r * r * n, 2 * r * (n + m) * p, 2 * r * m * p
+        elif form == "chained":
+            products, images, first = 0, 2 * r * (n + m + r) * p, 2 * r * m * p
         else:
             products, images, first = 2 * n * r * r + 2 * n * m * r, 2 * n * m * p, 2 * n * m * p
         if r is not None and core != "full":
-            products -= 2 * r * r * (min(n, batch * p) if form == "factored" else n)
+            products -= 2 * r * r * n
         total += 3 * (products + batch * images) - (batch * first if place == 0 else 0)
     return total
 
@@ -76,7 +78,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["dense", "factored", "multiplied"])
+@pytest.mark.parametrize("form", ["dense", "factored", "chained", "multiplied"])
 @pytest.mark.parametrize("case", CASES)
 def test_operations_have_a_closed_form(case, form):
     make, shape, layers, ranks = CASES[case]

@@ -28,13 +28,14 @@ class Cost:
         layer                      forward, each image     forward, each step
         dense                      2 n m p
         U S V^T, factored          2 r (n + m) p           2 n r^2
+        U S V^T, chained           2 r (n + m + r) p
         U S V^T, multiplied        2 n m p                 2 n r^2 + 2 n m r
 
-    A pair U V^T, or a diagonal S, lacks the product 2 n r^2. The backward pass takes twice the forward pass:
-    each product A B is followed by one for the gradient of A and one for that of B. Only the images need no
-    gradient, which saves the first layer 2 n m p, or 2 r m p in the factored form; frozen weights save more.
-    What a step does once is shared out among the images of its batch. The exported network has no products
-    of weights: 2 min(n m, r (n + m)) p in each layer.
+    A pair U V^T, or a diagonal S, lacks the product 2 n r^2, or 2 r^2 p. The backward pass takes twice the
+    forward pass: each product A B is followed by one for the gradient of A and one for that of B. Only the
+    images need no gradient, which saves the first layer 2 n m p, or 2 r m p in the factored forms; frozen
+    weights save more. What a step does once is shared out among the images of its batch. The exported network
+    has no products of weights: 2 min(n m, r (n + m)) p in each layer.
 
     Attributes:
         batch_size: images in a batch, on which peaks depend, and operations where products belong to a step.
