@@ -2,6 +2,7 @@
 """Attack a finished run, audit the attacks, analyse its network: what is found is added to its directory."""
 
 import glob
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ def _runs(pattern: str) -> tuple[list[Run], list[str]]:
     there = next(part for part in (path, *path.parents) if part.exists())  # by this very name, be it [a]
     rest = str(path.relative_to(there))
     matches = [str(there / name) for name in sorted(glob.glob(rest, root_dir=there))]  # noqa: PTH207 (all of it)
+    if not matches and (full := os.path.expandvars(pattern)) != pattern:  # quoted from the shell with its *
+        return _runs(full)
     found = [Run(Path(name)) for name in matches if (Path(name) / "config.yaml").exists()]
     if not found:
         if not matches and glob.has_magic(rest):

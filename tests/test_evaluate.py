@@ -85,7 +85,7 @@ def test_attacks_are_options_of_a_sweep(script, tmp_path):
     assert before == [path.read_bytes() for path in (tmp_path / "runs" / "a").rglob("evaluation.csv")]
 
 
-def test_an_audit_and_analyses_up_to_the_tables(script, runs, tmp_path):
+def test_an_audit_and_analyses_up_to_the_tables(script, runs, tmp_path, monkeypatch):
     for run in runs.values():
         status, out, err = script(
             "evaluate", f"run={run}", *FEW, "audit=true", "conditioning=true", "cost=true"
@@ -109,6 +109,8 @@ def test_an_audit_and_analyses_up_to_the_tables(script, runs, tmp_path):
     status, out, _ = script("evaluate", pattern, *FEW, "audit=true")
     assert "was evaluated already" in out
     assert (rows(runs["condlr"], "evaluation.csv"), rows(runs["condlr"], "audit.csv")) == before
+    monkeypatch.setenv("WHERE", str(tmp_path))  # in quotes, which keep * from the shell
+    assert "was evaluated already" in script("evaluate", "run='$WHERE/runs/s/*'", *FEW)[1]
     status, out, _ = script("evaluate", f"run={tmp_path}/runs/s/*", *FEW, "again=true")
     assert out.count("fgsm 0.1") == 2
     # Once more, at another strength: kept beside the first.
