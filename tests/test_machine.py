@@ -26,13 +26,13 @@ def not_known_yet():
 )
 def test_processors_that_a_virtual_machine_calls_alike_are_told_apart(monkeypatch, name, called):
     text = CORE.format(name=name, family=26, model=2) * 2
-    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    monkeypatch.setattr(Path, "read_text", lambda self, *_: text)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert machine.name(torch.device("cpu")) == called
 
 
 def test_a_system_without_cpuinfo_has_a_name(monkeypatch):
-    def missing(self):
+    def missing(self, *_):
         raise FileNotFoundError(self)
 
     monkeypatch.setattr(Path, "read_text", missing)

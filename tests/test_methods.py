@@ -547,6 +547,7 @@ class Twice(nn.Module):
         return self.head(self.first(z))
 
 
+@pytest.mark.filterwarnings("ignore:no gradient reached unused")
 @pytest.mark.parametrize("method", ALL, ids=named)
 def test_shared_and_unused_layers(method):
     torch.manual_seed(0)
