@@ -14,6 +14,7 @@ import condlr.cli  # noqa: F401  (registers the resolvers that conf/ uses)
 from condlr.config import CONF, check
 from condlr.data.digits import Digits
 from condlr.loading import build
+from condlr.seeds import derive_seed
 
 STEPS = 20
 
@@ -64,7 +65,8 @@ class TheirCondLR:
 
     def __init__(self, p, dense, tau, lr, mu):
         self.p, self.tau, self.lr, self.mu, self.buffers = p, tau, lr, mu, {}
-        first = {x: p[f"{x}.S"] for x in LAYERS} | {"fc1": dense.get_parameter("fc1.weight").double()}
+        first = {x: p[f"{x}.S"] for x in LAYERS}
+        first |= {x: dense.get_parameter(f"{x}.weight").double() for x in ("fc1", "fc2")}
         self.c = {x: 1.0 if tau else 1 / torch.linalg.svdvals(S).mean().item() for x, S in first.items()}
 
     def step(self, images, labels):
@@ -118,6 +120,12 @@ class TheirStiefel:
             self.p[name] = Y.T.reshape(value.shape)
 
 
+def dense_start(config, data):
+    """The dense network that `build` factors."""
+    torch.manual_seed(derive_seed(config.seed, "init"))
+    return config.model.build(data.shape, data.classes)
+
+
 def compare(config, theirs_of, data, dtype):
     """20 steps of ours and theirs from the same weights on the same batches.
 
@@ -146,9 +154,7 @@ def compare(config, theirs_of, data, dtype):
 def test_condlr(tau, compression, dtype, data):
     config = configured("method=condlr", f"method.tau={tau}", f"compression={compression}")
     assert (config.protocol.lr, config.protocol.momentum) == (0.1, 0.3)
-    model = compare(
-        config, lambda p: TheirCondLR(p, build(config.baseline, data), tau, 0.1, 0.3), data, dtype
-    )
+    model = compare(config, lambda p: TheirCondLR(p, dense_start(config, data), tau, 0.1, 0.3), data, dtype)
     ranks = [10, 25, 250, 10] if compression == 0.5 else [4, 10, 100, 10]
     assert [model.get_submodule(x).rank for x in LAYERS] == ranks
 
