@@ -332,6 +332,7 @@ def test_several_runs_at_once_end_as_one_by_one(tmp_path):
             str(ROOT / "scripts" / "train.py"),
             "-m",
             *SMALL,
+            "forms=multiplied",  # bits are those of one form
             f"study={study}",
             *arguments,
         ]

@@ -19,7 +19,7 @@ from condlr.signals import Signals
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [
     sys.executable, str(ROOT / "scripts" / "train.py"), "dataset=digits", "protocol=demo", "method=condlr",
-    "protocol.epochs=10", "attack.eps=[0,0.1]", "device=cpu",
+    "protocol.epochs=10", "attack.eps=[0,0.1]", "device=cpu", "forms=chained",
 ]  # fmt: skip
 
 
