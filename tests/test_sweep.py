@@ -376,7 +376,7 @@ def test_who_takes_a_run_at_the_last_moment_keeps_it(tmp_path):
     """A requeued job begins after everybody was looked for."""
     config = SimpleNamespace(directory=tmp_path / "s" / "r", run_id="r")
     job = SimpleNamespace(
-        config=config, run=Run(config.directory), closed=False, obstacle="", attempts=2,
+        config=config, run=Run(config.directory), closed=False, obstacle="", lacks_weights="", attempts=2,
         log=config.directory / "train.log",
     )  # fmt: skip
     config.directory.mkdir(parents=True)
