@@ -19,6 +19,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
+from joblib.externals.loky import reusable_executor
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
@@ -52,7 +53,11 @@ def script(tmp_path, monkeypatch, capfd):
         return stop.value.code, *capfd.readouterr()
 
     yield run
-    forkserver._forkserver._stop()  # which has this test's stdout and stderr for its own
+    # What outlives a sweep but not a command: joblib's workers, and the fork server, have this test's
+    # directory, stdout and stderr for their own
+    if reusable_executor._executor is not None:
+        reusable_executor._executor.shutdown(wait=True, kill_workers=True)
+    forkserver._forkserver._stop()
 
 
 def run_of(tmp_path, study="default"):
