@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from condlr.errors import ConstraintBreach, in_range, one_of
+from condlr._support.errors import ConstraintBreach, in_range, one_of
+from condlr._support.precision import strict
 from condlr.held import (
     Held,
     audited,
@@ -25,7 +26,6 @@ from condlr.held import (
 )  # fmt: skip
 from condlr.layers import LowRank
 from condlr.manifolds import spectrum, stiefel
-from condlr.precision import strict
 
 PRECONDITIONERS = ("exact", "scalar", "released_code")
 MOMENTA = ("after_projection", "before_projection")

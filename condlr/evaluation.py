@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from condlr._support.memory import keep_freed_memory
+from condlr._support.modes import in_eval_mode
+from condlr._support.precision import strict
+from condlr._support.seeds import derive_seed
 from condlr.attacks._balls import lengths
 from condlr.attacks.base import Attack, Perturbed, correct
 from condlr.data.base import Images, channels_last
-from condlr.memory import keep_freed_memory
-from condlr.modes import in_eval_mode
-from condlr.precision import strict
-from condlr.seeds import derive_seed
 
 Row = dict[str, str | float | int | None]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from condlr.errors import one_of
+from condlr._support.errors import one_of
 from condlr.layers import LowRank, LowRankConv2d
 from condlr.reading import ATTRIBUTES, read_layers
 from condlr.replacement import listed, replaced

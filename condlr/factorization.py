@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condlr.errors import in_range, one_of
+from condlr._support.errors import in_range, one_of
 from condlr.exporting import export
 from condlr.layers import LowRank, LowRankConv2d, LowRankLinear
 from condlr.ranks import RANK_RULES, rank_for

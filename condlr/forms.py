@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from condlr import machine
-from condlr.errors import one_of
+from condlr._support import machine
+from condlr._support.errors import one_of
+from condlr._support.files import write
+from condlr._support.modes import in_eval_mode
 from condlr.factorization import low_rank_layers
 from condlr.layers import FORMS, LowRank, LowRankConv2d
-from condlr.modes import in_eval_mode
-from condlr.runs import write
 
 # A form is timed for so many rounds, fewer where they take longer than so many seconds in all.
 _ROUNDS, _SECONDS = 9, 0.3

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from condlr.errors import one_of
+from condlr._support.errors import one_of
 
 CORES = ("full", "diagonal", "none")
 FORMS = ("factored", "chained", "multiplied")

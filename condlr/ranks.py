@@ -2,7 +2,7 @@
 
 import math
 
-from condlr.errors import in_range, one_of
+from condlr._support.errors import in_range, one_of
 
 RANK_RULES = ("params", "released_code")
 

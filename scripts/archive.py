@@ -5,8 +5,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from condlr.cli import command
-from condlr.config import Collection, typed
+from condlr.suite.cli import command
+from condlr.suite.config import Collection, typed
 
 
 @command("archive")
@@ -14,7 +14,7 @@ def main(config: DictConfig) -> None:
     """Read <runs_dir>/<study>/*, add to <results_dir>/<study>/runs.tar.gz."""
     asked = typed(Collection, config)
 
-    from condlr.archive import NAME, archive
+    from condlr.suite.archive import NAME, archive
 
     archived = Path(asked.results_dir) / asked.study / NAME
     summary = archive(Path(asked.runs_dir) / asked.study, archived)

@@ -7,9 +7,9 @@ from tempfile import TemporaryDirectory
 
 from omegaconf import DictConfig
 
-from condlr.cli import command
-from condlr.config import Benchmark, typed
-from condlr.errors import UserError
+from condlr._support.errors import UserError
+from condlr.suite.cli import command
+from condlr.suite.config import Benchmark, typed
 
 
 @command("benchmark")
@@ -22,12 +22,13 @@ def main(config: DictConfig) -> None:
     from rich.progress import Progress
     from rich.table import Table
 
-    from condlr import benchmark
+    from condlr._support.files import write, write_csv, write_text
+    from condlr._support.precision import require
     from condlr.data.mnist import Mnist
-    from condlr.loading import pick_device
-    from condlr.precision import require
-    from condlr.report import benchmark as report
-    from condlr.runs import environment, write, write_csv, write_text
+    from condlr.report import speed as report
+    from condlr.suite import benchmark
+    from condlr.suite.environment import environment
+    from condlr.suite.loading import pick_device
 
     device = pick_device(asked.device)
     try:

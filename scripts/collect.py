@@ -6,10 +6,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from condlr.cli import command
-from condlr.config import Collection, typed
-from condlr.errors import UserError
-from condlr.runs import collect, nothing_to_show, write_csv
+from condlr._support.errors import UserError
+from condlr._support.files import write_csv
+from condlr.suite.cli import command
+from condlr.suite.collecting import collect, nothing_to_show
+from condlr.suite.config import Collection, typed
 
 
 @command("collect")

@@ -6,9 +6,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.console import Console
 
-from condlr.cli import command
-from condlr.config import Crosscheck, check, typed
-from condlr.runs import Run
+from condlr.suite.cli import command
+from condlr.suite.config import Crosscheck, check, typed
+from condlr.suite.runs import Run
 
 
 @command("crosscheck")
@@ -21,8 +21,8 @@ def main(config: DictConfig) -> None:
         again["data_root"] = asked.data_root
     checked = check(again)
 
-    from condlr.examination import crosscheck_run
     from condlr.report.analysis import print_rows
+    from condlr.suite.examination import crosscheck_run
 
     rows = crosscheck_run(run, checked, asked.images, asked.eps, asked.steps)
     print_rows(rows, list(rows[0]), Console())

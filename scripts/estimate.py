@@ -5,8 +5,8 @@ import sys
 
 from omegaconf import DictConfig
 
-from condlr.cli import command
-from condlr.config import RunConfig, check_any
+from condlr.suite.cli import command
+from condlr.suite.config import RunConfig, check_any
 
 _asked: list[RunConfig] = []
 
@@ -18,8 +18,8 @@ def estimate() -> None:
     from rich.console import Console
     from rich.progress import track
 
-    from condlr.estimate import Estimate
-    from condlr.report.estimate import print_estimate
+    from condlr.report.forecast import print_estimate
+    from condlr.suite.sweeps.estimate import Estimate
 
     console, found = Console(), Estimate()
     for config in track(

@@ -9,10 +9,10 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
-from condlr.cli import command
-from condlr.config import Evaluation, RunConfig, check, typed
-from condlr.errors import NoWeights, UserError
-from condlr.runs import Run
+from condlr._support.errors import NoWeights, UserError
+from condlr.suite.cli import command
+from condlr.suite.config import Evaluation, RunConfig, check, typed
+from condlr.suite.runs import Run
 
 
 @command("evaluate")
@@ -22,9 +22,9 @@ def main(config: DictConfig) -> None:
     runs, left_out = _runs(asked.run)
     checked = [(run, _as_asked(run, asked)) for run in runs]
 
-    from condlr.examination import analyse_conditioning, audit_of, audit_run, count_cost, evaluate_run
     from condlr.report.analysis import print_conditioning, print_cost, print_guarantees
     from condlr.report.audit import print_audit
+    from condlr.suite.examination import analyse_conditioning, audit_of, audit_run, count_cost, evaluate_run
 
     if asked.audit:
         for _, run_config in checked:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from condlr.cli import command
-from condlr.config import Report, typed
-from condlr.errors import UserError
+from condlr._support.errors import UserError
+from condlr.suite.cli import command
+from condlr.suite.config import Report, typed
 
 
 @command("figures")

@@ -5,17 +5,17 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from condlr.cli import command
-from condlr.config import Page, typed
+from condlr.suite.cli import command
+from condlr.suite.config import Page, typed
 
 
 @command("report")
 def main(config: DictConfig) -> None:
     """Read <results_dir>/<study>/*.csv and figures, write report.html and report.md beside them."""
+    from condlr._support.files import write_text
     from condlr.report import page, report_markdown
     from condlr.report.chapters import document
     from condlr.report.results import read_if_there, require_evaluated
-    from condlr.runs import write_text
 
     asked = typed(Page, config)
     made = document(asked.directory, Path(asked.paper), Path(asked.runs_dir))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from condlr.cli import command
-from condlr.config import Collection, typed
+from condlr.suite.cli import command
+from condlr.suite.config import Collection, typed
 
 
 @command("restore")
@@ -14,7 +14,7 @@ def main(config: DictConfig) -> None:
     """Read <results_dir>/<study>/runs.tar.gz, add to <runs_dir>/<study>/*."""
     asked = typed(Collection, config)
 
-    from condlr.archive import NAME, restore
+    from condlr.suite.archive import NAME, restore
 
     study = Path(asked.runs_dir) / asked.study
     summary = restore(Path(asked.results_dir) / asked.study / NAME, study)

@@ -3,8 +3,8 @@
 
 from omegaconf import DictConfig
 
-from condlr.cli import command
-from condlr.config import Watch, typed
+from condlr.suite.cli import command
+from condlr.suite.config import Watch, typed
 
 
 @command("status")
@@ -14,11 +14,11 @@ def main(config: DictConfig) -> None:
 
     from rich.console import Console
 
-    from condlr.errors import UserError
-    from condlr.experiments import wanted_of
+    from condlr._support.errors import UserError
     from condlr.report.provenance import experiments
-    from condlr.report.status import print_status, watch
-    from condlr.status import survey
+    from condlr.report.watching import print_status, watch
+    from condlr.suite.sweeps.experiments import wanted_of
+    from condlr.suite.sweeps.status import survey
 
     names = experiments(asked.study)
     wanted, notes = wanted_of(names)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from condlr.cli import command
-from condlr.config import Report, typed
+from condlr.suite.cli import command
+from condlr.suite.config import Report, typed
 
 if TYPE_CHECKING:
     from condlr.report.sheet import Sheet
@@ -18,9 +18,9 @@ def main(config: DictConfig) -> None:
     """Read <results_dir>/<study>/*.csv, write table.md, .tex, .html, .csv and others beside them."""
     from rich.console import Console
 
+    from condlr._support.files import write_text
     from condlr.report import results, theorem
     from condlr.report.terminal import print_sheet
-    from condlr.runs import write_text
 
     asked, console = typed(Report, config), Console()
     flow = results.read_if_there(asked.directory, "flow")

@@ -5,8 +5,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from condlr.cli import command
-from condlr.config import check_any, resolved
+from condlr.suite.cli import command
+from condlr.suite.config import check_any, resolved
 
 
 @command("train")
@@ -15,9 +15,9 @@ def main(config: DictConfig) -> None:
     check_any(config)
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        from condlr.sweep import carry_out
+        from condlr.suite.sweeps.sweep import carry_out
     else:
-        from condlr.workflow import carry_out
+        from condlr.suite.workflow import carry_out
     carry_out(resolved(config))
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import condlr
+from condlr._support.errors import ConstraintBreach
 from condlr.constraint import Constraint
-from condlr.errors import ConstraintBreach
 from condlr.factorization import low_rank_layers
 
 X, Y = torch.randn(64, 20, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 7

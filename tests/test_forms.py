@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import condlr
-from condlr import config, forms
+from condlr import forms
 from condlr.factorization import low_rank_layers
 from condlr.layers import FORMS
+from condlr.suite import config
 
 
 @pytest.fixture

@@ -4,19 +4,18 @@ import csv
 import re
 import shlex
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
-import condlr.cli  # noqa: F401  (registers the resolvers that conf/ uses)
-from condlr.config import CONF, check
+import condlr.suite.cli  # noqa: F401  (registers the resolvers that conf/ uses)
 from condlr.factorization import Scheme
 from condlr.methods.base import Method
+from condlr.suite.config import CONF, check
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SWEEPS = (ROOT / "SWEEPS.md").read_text()
 
@@ -65,7 +64,7 @@ def test_the_sweeps_are_sweeps_of_configs_that_can_be():
 def test_the_methods_example_is_a_method(tmp_path, monkeypatch):
     """Put where the README says, it is found, built from its config, and trains."""
     import condlr.methods
-    from condlr import config, registry
+    from condlr.suite import config, registry
 
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "(Method)" in block)
     (options,) = re.findall(r"```yaml\n(.*?)```", README, re.S)

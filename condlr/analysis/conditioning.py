@@ -8,18 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condlr.analysis.operators import (
+from condlr._support.modes import in_eval_mode
+from condlr.analysis._layers import blank, compact_kernel, obstacle
+from condlr.layers import LowRank, LowRankConv2d
+from condlr.manifolds.convolution import (
     DENSE_LIMIT,
-    blank,
     circular_singular_values,
-    compact_kernel,
-    obstacle,
     padded_bound,
     padded_norm,
     padded_singular_values,
 )
-from condlr.layers import LowRank, LowRankConv2d
-from condlr.modes import in_eval_mode
 
 
 @torch.no_grad()

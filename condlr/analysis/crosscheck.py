@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condlr.analysis.checks import share_of
+from condlr._support.errors import UserError
+from condlr.analysis.sceptic.checks import share_of
 from condlr.attacks.base import Attack, correct
 from condlr.attacks.fgsm import Fgsm
 from condlr.attacks.pgd import Pgd
 from condlr.data.base import Images
-from condlr.errors import UserError
 from condlr.evaluation import evaluate, evaluating
 
 

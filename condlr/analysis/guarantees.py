@@ -6,9 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from condlr.analysis.bounds import certified_radii, in_double, lipschitz, pointwise_bound, share_certified
-from condlr.analysis.local import local_condition, worst_condition
-from condlr.analysis.proposition import proposition_1
+from condlr.analysis.theory.bounds import (
+    certified_radii,
+    in_double,
+    lipschitz,
+    pointwise_bound,
+    share_certified,
+)
+from condlr.analysis.theory.local import local_condition, worst_condition
+from condlr.analysis.theory.proposition import proposition_1
 from condlr.data.base import Images
 
 # How many images the local condition number is measured at, and from how many it is driven up.
@@ -21,7 +27,7 @@ def guarantees(model: nn.Module, images: Images, strengths: Sequence[float]) -> 
     A line for each quantity, with the keys quantity, value and note.
 
     Args:
-        model: a network; of one that is no chain (`condlr.analysis.chain`) only what is measured is told.
+        model: a network; of one that is no chain (`analysis.theory.chain`) only what is measured is told.
         images: on which; the local condition numbers on the first ones alone.
         strengths: of attacks in the maximum norm: the share of certified images is told at the largest.
     """

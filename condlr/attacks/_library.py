@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from condlr.errors import UserError
+from condlr._support.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 from typing_extensions import override
 
-from condlr.errors import in_range, one_of
-from condlr.strengths import distinct, require_pixels
+from condlr._support.errors import in_range, one_of
+from condlr._support.strengths import distinct, require_pixels
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from condlr._support.errors import in_range
 from condlr.attacks._balls import on_sphere, radius
 from condlr.attacks.base import OneByOne, Perturbed
-from condlr.errors import in_range
 
 
 @dataclass

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from condlr._support.errors import in_range, one_of
 from condlr.attacks._balls import inside, project, radius, steepest
 from condlr.attacks._losses import LOSSES, Loss
 from condlr.attacks.base import OneByOne, Perturbed, right, without_direction
-from condlr.errors import in_range, one_of
 
 
 @dataclass

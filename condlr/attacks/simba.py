@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from condlr._support.errors import in_range, one_of
 from condlr.attacks._losses import ce
 from condlr.attacks.base import Attack, Perturbed, right
-from condlr.errors import in_range, one_of
 
 
 @dataclass

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from condlr._support.errors import in_range
 from condlr.attacks._library import NORMS, library, require
 from condlr.attacks._losses import margin
 from condlr.attacks.base import OneByOne, Perturbed, right
-from condlr.errors import in_range
 
 
 @dataclass

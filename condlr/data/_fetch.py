@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from condlr.errors import UserError
-from condlr.locks import Lock
-from condlr.runs import forget_partial, write
+from condlr._support.errors import UserError
+from condlr._support.files import forget_partial, write
+from condlr._support.locks import Lock
 
 log = logging.getLogger(__name__)
 

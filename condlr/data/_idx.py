@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from condlr._support.errors import UserError
 from condlr.data._fetch import AGAIN, fetch
 from condlr.data.base import Data, Dataset, Images
-from condlr.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from condlr.errors import in_range
+from condlr._support.errors import in_range
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from condlr._support.errors import UserError
 from condlr.data import _plain_pickle
 from condlr.data._fetch import AGAIN, fetch
 from condlr.data.base import Data, Dataset, Images
-from condlr.errors import UserError
 
 log = logging.getLogger(__name__)
 

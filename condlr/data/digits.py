@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 from typing_extensions import override
 
+from condlr._support.errors import UserError
 from condlr.data.base import Data, Dataset, Images
-from condlr.errors import UserError
 
 _TEST = 360
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from condlr.errors import one_of
+from condlr._support.errors import one_of
 from condlr.manifolds import _fast
 from condlr.manifolds._lapack import eigh, svd
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from condlr.errors import ConstraintBreach, in_range, one_of
+from condlr._support.errors import ConstraintBreach, in_range, one_of
+from condlr._support.precision import strict
 from condlr.factorization import low_rank_layers
 from condlr.manifolds import stiefel
 from condlr.methods.baseline import Baseline
-from condlr.precision import strict
 
 TOLERANCE = 1e-5
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import override
 
-from condlr.errors import in_range, one_of
+from condlr._support.errors import in_range, one_of
 from condlr.manifolds import stiefel
 from condlr.methods._stiefel_descent import StiefelDescent
 

@@ -9,13 +9,13 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from typing_extensions import override
 
-from condlr.errors import ConstraintBreach, in_range
+from condlr._support.errors import ConstraintBreach, in_range
+from condlr._support.precision import strict
 from condlr.factorization import Scheme, factorize, low_rank_layers
 from condlr.layers import LowRank
 from condlr.manifolds import spectrum, stiefel
 from condlr.methods.base import Method
 from condlr.methods.vanilla import step_along
-from condlr.precision import strict
 
 TOLERANCE = 1e-5
 

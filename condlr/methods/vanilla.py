@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from condlr.errors import in_range, one_of
+from condlr._support.errors import in_range, one_of
 from condlr.factorization import Scheme, low_rank_layers
 from condlr.methods.base import Method
 

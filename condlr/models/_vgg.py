@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from condlr.errors import in_range
+from condlr._support.errors import in_range
 from condlr.models.base import Architecture
 
 # Filters of the convolutions of each stage; a stage ends in 2 x 2 pooling.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from condlr.errors import UserError
+from condlr._support.errors import UserError
 from condlr.report._style import Drawing
 from condlr.report.content import (
     Block,

@@ -6,8 +6,8 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from condlr.config import CONF
 from condlr.report.results import title
+from condlr.suite.config import CONF
 
 _MEANINGS = {
     "lr_milestones": "the epochs at which the learning rate is lowered",

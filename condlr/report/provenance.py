@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import OmegaConf
 
-from condlr.config import CONF
-from condlr.errors import UserError
+from condlr._support.errors import UserError
 from condlr.report.results import ROW, duration, network, row_title
+from condlr.suite.config import CONF
 
 _SHARED = ["dataset", "model", "protocol", "epochs", "settings"]
 _VERSIONS = ("python", "condlr", "torch", "torchvision", "numpy", "hydra-core")

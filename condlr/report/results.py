@@ -8,10 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from condlr.errors import UserError
+from condlr._support.errors import UserError
+from condlr._support.strengths import as_printed
 from condlr.report.published import camera_ready, published
-from condlr.runs import KEYS, nothing_to_show
-from condlr.strengths import as_printed
+from condlr.suite.collecting import nothing_to_show
+from condlr.suite.runs import KEYS
 
 # The columns that runs of one table share; each combination is a table of its own.
 CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm", "n"]

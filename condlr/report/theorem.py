@@ -1,4 +1,4 @@
-"""Theorem 1 beside what was measured: a figure and a page, from the rows of `condlr.analysis.flow.errors`."""
+"""Theorem 1 beside what was measured: a figure and a page, from the rows of `theory.theorem1.errors`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +45,7 @@ def figure(frame: pd.DataFrame, out: Path) -> Iterator[Path]:
     admit. Dotted upright: the largest learning rate up to which a step of Algorithm 1 is within 3 lambda eta.
 
     Args:
-        frame: the rows of `condlr.analysis.flow.errors`.
+        frame: the rows of `analysis.theory.theorem1.errors`.
         out: where `theorem1.png` and `.pdf` go; a number follows the name for a second flow.
     """
     etas = sorted(frame["eta"].unique())

@@ -11,24 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from condlr.locks import owners
+from condlr._support.locks import owners
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 START = time.monotonic()
 _MARK = "CONDLR_CHAOS_SWEEP"  # in the environment of a sweep, and so of all processes it starts
 
 
 def say(text):
     print(f"[{time.monotonic() - START:6.1f} s] {text}", flush=True)
-
-
-def wait_for(condition, seconds, what):
-    """What `condition` returns once that is true; every wait of the test has a limit."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"{seconds:.0f} s were not enough: {what}"
-        time.sleep(0.02)
-    return found
 
 
 @dataclass(frozen=True)

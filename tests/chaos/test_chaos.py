@@ -15,9 +15,10 @@ from contextlib import suppress
 
 import pytest
 
-from condlr.errors import Held
-from condlr.locks import Lock, owners
-from tests.chaos.stage import Sweep, Watch, damaged, end_all, fill, processes, say, small_disk, wait_for
+from condlr._support.errors import Held
+from condlr._support.locks import Lock, owners
+from tests.chaos.stage import Sweep, Watch, damaged, end_all, fill, processes, say, small_disk
+from tests.helpers import wait_for
 
 pytestmark = pytest.mark.chaos
 

@@ -23,9 +23,10 @@ from threading import Thread
 
 import pytest
 
+from tests.helpers import ROOT
+
 pytestmark = pytest.mark.ray
 
-ROOT = Path(__file__).resolve().parents[2]
 EPOCHS = 20
 SWEEP = [
     "dataset=digits", "protocol=demo", f"protocol.epochs={EPOCHS}", "attack.eps=[0,0.1]", "device=cpu",

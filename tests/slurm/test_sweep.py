@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from tests.helpers import ROOT
+
 from .cluster import cluster, missing
 
 pytestmark = pytest.mark.slurm
 
-ROOT = Path(__file__).resolve().parents[2]
 TRAIN = [sys.executable, "-u", str(ROOT / "scripts" / "train.py")]
 RUN = [
     "dataset=digits", "protocol=demo", "attack.eps=[0,0.1]", "device=cpu",

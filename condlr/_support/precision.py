@@ -1,0 +1,73 @@
+"""The arithmetic of float32 tensors: strict, or with products in fewer bits."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condlr._support.errors import one_of
+
+PRECISIONS = ("float32", "tf32", "bf16")
+
+
+@contextmanager
+def strict(device: torch.device) -> Iterator[None]:
+    """Float32 as IEEE has it in the body: no autocast and no TF32, whatever holds around it."""
+    with products("ieee"), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def require(precision: str, device: torch.device) -> None:
+    """Raise `ValueError` for a precision that is none, or that `device` does not have."""
+    one_of("precision", precision, PRECISIONS)
+    if precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"precision=tf32 is for CUDA devices; on {device.type} choose float32 or bf16")
+
+
+@contextmanager
+def training(model: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
+    """In the body the forward and backward passes of `model` are in `precision`.
+
+    `float32` is strict. `tf32` rounds the factors of matrix products and convolutions to 10 bits of mantissa,
+    on GPUs that can. `bf16` computes what the network does to its input in bfloat16 where PyTorch's autocast
+    finds that safe; weights, gradients and logits are float32.
+
+    Raises:
+        ValueError: see `require`.
+    """
+    require(precision, device)
+    with products("tf32" if precision == "tf32" else "ieee"):
+        if precision != "bf16":
+            yield
+            return
+        forward, own = model.forward, model.__dict__.get("forward")
+
+        # The weights change in each step, so there is nothing to cache; and a graph must not record a cache.
+        def in_bfloat16(*args: Any, **kwargs: Any) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+                return forward(*args, **kwargs).float()
+
+        model.forward = in_bfloat16
+        try:
+            yield
+        finally:
+            del model.forward
+            if own is not None:
+                model.forward = own
+
+
+@contextmanager
+def products(kind: str) -> Iterator[None]:
+    """How products and convolutions of float32 tensors are computed: `ieee` or `tf32`."""
+    backends: Any = torch.backends
+    settings = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
+    others = [(setting, before) for setting in settings if (before := setting.fp32_precision) != kind]
+    try:
+        for setting, _ in others:
+            setting.fp32_precision = kind
+        yield
+    finally:
+        for setting, before in others:
+            setting.fp32_precision = before

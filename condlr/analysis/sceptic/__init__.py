@@ -1,0 +1,1 @@
+"""Whether an accuracy under attack is to be believed."""

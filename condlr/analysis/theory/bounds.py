@@ -1,0 +1,247 @@
+"""What a chain's Lipschitz constant guarantees: certified radii, and a bound on the condition number.
+
+Products over the layers of a network are guarantees, and as such weak ones: what they say of a network is
+true, and what they do not say may be true as well. Up to the rounding of float64; a network that is run in
+float32 has rounding of its own.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condlr._support.errors import in_range, one_of
+from condlr._support.modes import in_eval_mode
+from condlr.analysis._layers import blank, compact_kernel, obstacle
+from condlr.analysis.theory.chain import Op, chain
+from condlr.layers import LowRank, LowRankConv2d
+from condlr.manifolds.convolution import padded_bound
+from condlr.models.base import Standardize
+
+NORMS = ("l2", "linf")
+
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What one operation contributes to a Lipschitz constant: name and kind as its `Op` has them."""
+
+    name: str
+    kind: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Lipschitz:
+    """An upper bound on the Lipschitz constant of a chain, in the Euclidean norm, as a product.
+
+    Attributes:
+        factors: of the operations, in order.
+    """
+
+    factors: tuple[Factor, ...]
+
+    @property
+    def constant(self) -> float:
+        """Of the whole chain."""
+        return math.prod(factor.value for factor in self.factors)
+
+    @property
+    def before_last(self) -> float:
+        """Of all operations but the last."""
+        return math.prod(factor.value for factor in self.factors[:-1])
+
+
+@torch.no_grad()
+def lipschitz(model: nn.Module, shape: Sequence[int]) -> Lipschitz:
+    """An upper bound L, ||f(x) - f(y)|| <= L ||x - y||, on the eval-mode network, operation by operation.
+
+    ||W|| of a linear layer; `padded_bound` of a convolution; max |gamma| / sqrt(var + eps) of batch
+    normalisation; 1 / min deviation of `Standardize`; 1 of max pooling that does not overlap, whose
+    outputs are different inputs; of average pooling the norm of the convolution it is; sup |sigma'| of an
+    activation; 1 of flattening and dropout.
+
+    Args:
+        model: a network that `condlr.analysis.theory.chain.chain` understands.
+        shape: of one input, (channels, height, width) for images.
+
+    Raises:
+        ValueError: no chain, or an operation that is not understood.
+    """
+    z = blank(model, shape)
+    factors = []
+    operations = chain(model)
+    with in_eval_mode(model):
+        for op in operations:
+            factors.append(Factor(op.name, op.kind, _factor(op, z)))
+            z = op(z)
+    return Lipschitz(tuple(factors))
+
+
+@torch.no_grad()
+def certified_radii(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    norm: str = "l2",
+    bound: Lipschitz | None = None,
+) -> Tensor:
+    """For each image, a radius within which no perturbation changes the network's answer.
+
+    The last operation is linear, z = W h(x) + b, so that z_y - z_j has the Lipschitz constant
+    ||w_y - w_j|| L_h, and the radius is
+
+        max(0, min over j != y of (z_y - z_j) / (||w_y - w_j|| L_h))
+
+    in the Euclidean norm (Tsuzuku, Sato, Sugiyama, NeurIPS 2018); never smaller than margin / (sqrt(2) L),
+    L = ||W|| L_h. A perturbation of maximum norm eps has a Euclidean norm of at most eps sqrt(d),
+    d the number of pixels. The perturbation is strictly shorter than the radius, and need not keep
+    pixels in [0, 1].
+
+    Args:
+        model: a chain, see `lipschitz`, that ends in a linear layer.
+        images: (n, ...), computed in float64.
+        labels: (n,), the true ones.
+        norm: `l2` or `linf`.
+        bound: `lipschitz(model, images.shape[1:])`, if that is known.
+
+    Returns:
+        (n,), float64; 0 for what the network gets wrong.
+
+    Raises:
+        ValueError: no such chain, another norm, or not as many labels as images.
+    """
+    one_of("norm", norm, NORMS)
+    if labels.shape != (len(images),):
+        raise ValueError(f"{len(images)} images with labels of the shape {tuple(labels.shape)}")
+    last = chain(model)[-1:]
+    if not last or last[0].kind != "linear":
+        raise ValueError("certified radii are for a network that ends in a linear layer")
+    bound = bound or lipschitz(model, images.shape[1:])
+    logits = _logits(model, images)
+    rows = _weight(last[0].module)
+    true = labels.to(logits.device)[:, None]
+    margins = logits.gather(1, true) - logits
+    apart = (rows[:, None] - rows).norm(dim=2)[true[:, 0]] * bound.before_last
+    # Classes with equal rows keep their distance, whatever the image: inf, or 0 where it is not positive.
+    radii = torch.where(margins > 0, margins / apart, 0.0).scatter(1, true, math.inf).amin(1)
+    return radii if norm == "l2" else radii / math.sqrt(images[0].numel())
+
+
+def share_certified(radii: Tensor, eps: float) -> float:
+    """Of all images, the share whose answer is right and stays so under perturbations of size eps.
+
+    Args:
+        radii: (n,), from `certified_radii`.
+        eps: in the norm of the radii; 0 gives the accuracy.
+
+    Raises:
+        ValueError: no radii, or a negative eps.
+    """
+    in_range("eps", eps, 0, math.inf)
+    if radii.ndim != 1 or len(radii) == 0:
+        raise ValueError(f"radii are (n,), of one image or more; these are {tuple(radii.shape)}")
+    return (radii > eps).double().mean().item()
+
+
+@torch.no_grad()
+def pointwise_bound(model: nn.Module, images: Tensor, bound: Lipschitz | None = None) -> Tensor:
+    """L ||x|| / ||f(x)|| for each image: an upper bound on cond(f; x), biases or not.
+
+    Lemma 2 of arXiv 2306.01485 at the point x, cond(g o h; x) <= cond(g; h(x)) cond(h; x), telescopes over a
+    chain: all norms but the first and the last cancel.
+
+    Args:
+        model: a chain, see `lipschitz`.
+        images: (n, ...), computed in float64.
+        bound: `lipschitz(model, images.shape[1:])`, if that is known.
+
+    Returns:
+        (n,), float64.
+
+    Raises:
+        ValueError: no chain, or an operation that is not understood.
+    """
+    bound = bound or lipschitz(model, images.shape[1:])
+    outputs = _logits(model, images)
+    sizes = images.to(outputs.device).double().flatten(1).norm(dim=1)
+    return bound.constant * sizes / outputs.flatten(1).norm(dim=1)
+
+
+def in_double(model: nn.Module) -> nn.Module:
+    """A copy of a network in float64 and eval mode, whose weights need no gradient."""
+    return copy.deepcopy(model).double().eval().requires_grad_(False)
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    double = in_double(model)
+    device = blank(double, ()).device
+    return torch.cat([double(part.to(device).double().contiguous()) for part in images.split(_BATCH)])
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """The matrix of a linear layer in float64."""
+    if isinstance(layer, LowRank):
+        return in_double(layer).matrix  # type: ignore[return-value]
+    assert isinstance(layer, nn.Linear)
+    return layer.weight.detach().double()
+
+
+def _factor(op: Op, z: Tensor) -> float:
+    """The Lipschitz constant of one operation, at inputs of the shape of z."""
+    module = op.module
+    if op.activation is not None:
+        return op.activation.lipschitz()
+    if isinstance(module, nn.Linear | LowRank) and op.kind == "linear":
+        return torch.linalg.matrix_norm(_weight(module), 2).item()
+    if isinstance(module, nn.Conv2d | LowRankConv2d):
+        return _convolution(op.name, module, z)
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | Standardize):
+        return gains(module).max().item()
+    if isinstance(module, nn.AvgPool2d | nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
+        return _pooling(op.name, module, z)
+    return 1.0
+
+
+def gains(module: nn.BatchNorm1d | nn.BatchNorm2d | Standardize) -> Tensor:
+    """By what each channel is multiplied, without its sign: (channels,), float64."""
+    if isinstance(module, Standardize):
+        return 1 / module.deviation.double().abs().flatten()
+    assert module.running_var is not None
+    scale = 1 / (module.running_var.double() + module.eps).sqrt()
+    return scale if module.weight is None else scale * module.weight.detach().double().abs()
+
+
+def _convolution(name: str, layer: nn.Conv2d | LowRankConv2d, z: Tensor) -> float:
+    if reason := obstacle(layer):
+        raise ValueError(f"{name}: a convolution with {reason} is not understood")
+    size = z.shape[-2], z.shape[-1]
+    return padded_bound(compact_kernel(layer), size, layer.padding, layer.stride, layer.dilation)
+
+
+def _pooling(name: str, module: nn.Module, z: Tensor) -> float:
+    """Of average pooling, a convolution of each channel; of adaptive pooling, if its windows are equal."""
+    size = _both(z.shape[-2:])
+    padding = 0, 0
+    if isinstance(module, nn.AvgPool2d):
+        kernel, stride, padding = (_both(v) for v in (module.kernel_size, module.stride, module.padding))
+    else:
+        wanted = zip(_both(module.output_size), size, strict=True)
+        output = [n if wish is None else wish for wish, n in wanted]
+        if any(n % o for n, o in zip(size, output, strict=True)):
+            raise ValueError(f"{name}: adaptive pooling from {size} to {tuple(output)} has unequal windows")
+        kernel = stride = (size[0] // output[0], size[1] // output[1])
+    if isinstance(module, nn.AdaptiveMaxPool2d):
+        return 1.0
+    average = torch.full((1, 1, *kernel), 1 / math.prod(kernel), dtype=torch.float64)
+    return padded_bound(average, size, padding, stride)
+
+
+def _both(value: Any) -> tuple[int, int]:
+    """One number for rows and columns, or two."""
+    return (value[0], value[1]) if isinstance(value, Sequence) else (value, value)

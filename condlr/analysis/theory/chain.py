@@ -1,0 +1,231 @@
+"""A network as a chain of operations, read from its forward pass.
+
+    chain(model)        # [Op(name="conv1", kind="conv", ...), Op("max_pool2d", "max_pool", ...), ...]
+
+Bounds that are products over layers hold for chains alone, so what is not one is refused, in a line that
+says where.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
+from torch.nn import functional as F
+from typing_extensions import override
+
+from condlr._support.modes import in_eval_mode
+from condlr.analysis.theory.activations import SIGMOID, SILU, SOFTPLUS, TANH, Activation, hardtanh, leaky_relu
+from condlr.layers import LowRank, LowRankConv2d, LowRankLinear
+from condlr.models.base import Standardize
+
+KINDS: Mapping[type[nn.Module], str] = {
+    nn.Linear: "linear",
+    LowRankLinear: "linear",
+    nn.Conv2d: "conv",
+    LowRankConv2d: "conv",
+    nn.BatchNorm1d: "batch_norm",
+    nn.BatchNorm2d: "batch_norm",
+    Standardize: "standardize",
+    nn.MaxPool2d: "max_pool",
+    nn.AdaptiveMaxPool2d: "max_pool",
+    nn.AvgPool2d: "average_pool",
+    nn.AdaptiveAvgPool2d: "average_pool",
+    nn.LeakyReLU: "activation",
+    nn.ReLU: "activation",
+    nn.Tanh: "activation",
+    nn.Hardtanh: "activation",
+    nn.Sigmoid: "activation",
+    nn.Softplus: "activation",
+    nn.SiLU: "activation",
+    nn.Flatten: "flatten",
+    nn.Dropout: "dropout",
+    nn.Dropout1d: "dropout",
+    nn.Dropout2d: "dropout",
+    nn.Identity: "identity",
+}
+
+# Functions and methods, the module that does the same, and the names of its arguments in order.
+_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+_AVERAGE = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+_FUNCTIONS: dict[Any, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+    F.max_pool2d: (nn.MaxPool2d, _POOL),
+    torch.max_pool2d: (nn.MaxPool2d, _POOL),
+    F.avg_pool2d: (nn.AvgPool2d, _AVERAGE),
+    F.adaptive_avg_pool2d: (nn.AdaptiveAvgPool2d, ("output_size",)),
+    F.adaptive_max_pool2d: (nn.AdaptiveMaxPool2d, ("output_size", "return_indices")),
+    F.leaky_relu: (nn.LeakyReLU, ("negative_slope", "inplace")),
+    F.relu: (nn.ReLU, ("inplace",)),
+    torch.relu: (nn.ReLU, ()),
+    "relu": (nn.ReLU, ()),
+    F.tanh: (nn.Tanh, ()),
+    torch.tanh: (nn.Tanh, ()),
+    "tanh": (nn.Tanh, ()),
+    F.hardtanh: (nn.Hardtanh, ("min_val", "max_val", "inplace")),
+    F.sigmoid: (nn.Sigmoid, ()),
+    torch.sigmoid: (nn.Sigmoid, ()),
+    "sigmoid": (nn.Sigmoid, ()),
+    F.softplus: (nn.Softplus, ("beta", "threshold")),
+    F.silu: (nn.SiLU, ("inplace",)),
+    torch.flatten: (nn.Flatten, ("start_dim", "end_dim")),
+    "flatten": (nn.Flatten, ("start_dim", "end_dim")),
+    "contiguous": (nn.Identity, ()),
+}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of a chain.
+
+    Attributes:
+        name: of the module in the network, or what the tracer calls the function.
+        kind: one of the values of `KINDS`.
+        module: the network's own module, or one with the arguments of the function; calling the `Op`
+            calls it.
+        activation: its constants, for the kind `activation`.
+    """
+
+    name: str
+    kind: str
+    module: nn.Module = field(repr=False)
+    activation: Activation | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Do it, in the mode the module is in."""
+        return self.module(x)
+
+
+def chain(model: nn.Module) -> list[Op]:
+    """The operations of a network in eval mode, in order: y = op_k(... op_1(x)).
+
+    Understood are linear layers and convolutions, dense or low-rank, batch normalisation, `Standardize`,
+    pooling, the activations of `analysis.theory.activations`, flattening all but the batch, and dropout, as
+    modules or functions. `torch.fx` traces the forward pass; the model is not changed.
+
+    Raises:
+        ValueError: the network cannot be traced, is no chain (a residual sum, two inputs), or has an
+            operation that is not understood.
+    """
+    if type(model) in KINDS:  # the tracer looks into the module it starts from, however small
+        model = nn.Sequential(model)
+    with in_eval_mode(model):
+        try:
+            nodes = list(_Tracer().trace(model).nodes)
+        except (TraceError, TypeError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"the forward pass cannot be traced: {str(error).splitlines()[0]}") from error
+        data = [node for node in nodes if not _is_shape(node)]
+        if [node.op for node in data].count("placeholder") != 1 or data[0].op != "placeholder":
+            raise ValueError("a chain has one input")
+        _check_order(data)
+        return [_op(model, node) for node in data[1:-1]]
+
+
+class _Tracer(fx.Tracer):
+    @override
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, LowRank | Standardize) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _is_shape(node: fx.Node) -> bool:
+    """Whether a node computes with the shape of a tensor only: x.size(0), x.shape, x.shape[0]."""
+    if node.op == "call_method":
+        return node.target == "size"
+    if node.op != "call_function":
+        return False
+    of = node.args[0] if node.args else None
+    if node.target is getattr:
+        return bool(node.args[1] == "shape")
+    return node.target is operator.getitem and isinstance(of, fx.Node) and _is_shape(of)
+
+
+def _is_batch(node: Any) -> bool:
+    """Whether a node is the number of images: x.size(0) or x.shape[0]."""
+    return isinstance(node, fx.Node) and _is_shape(node) and node.args[1:] == (0,)
+
+
+def _check_order(data: list[fx.Node]) -> None:
+    for before, node in pairwise(data):
+        sources = [source for source in node.all_input_nodes if not _is_shape(source)]
+        if sources != [before] or node.args[:1] != (before,):
+            names = ", ".join(str(source) for source in sources) or "no tensor"
+            raise ValueError(f"no chain: {node} takes {names}, not just {before}")
+
+
+def _op(model: nn.Module, node: fx.Node) -> Op:
+    if node.op == "call_module":
+        name, module = str(node.target), model.get_submodule(str(node.target))
+        if len(node.args) + len(node.kwargs) != 1:
+            raise ValueError(f"{name}: takes more than a tensor")
+    else:
+        name, module = node.name, _module(node)
+    kind = next(
+        (k for c, k in KINDS.items() if isinstance(module, c) and type(module).forward is c.forward), None
+    )
+    if kind is None:
+        raise ValueError(f"{name}: {type(module).__name__} is not understood")
+    _check(name, module)
+    return Op(name, kind, module, _activation(name, module) if kind == "activation" else None)
+
+
+def _module(node: fx.Node) -> nn.Module:
+    """The module that does what a function or method does."""
+    arguments = [a for a in node.args[1:] if not isinstance(a, fx.Node)]
+    if node.op == "call_method" and node.target in ("view", "reshape"):
+        if len(node.args) == 3 and _is_batch(node.args[1]) and node.args[2] == -1:
+            return nn.Flatten()
+        raise ValueError(f"{node.name}: a reshape other than to (batch, -1) is not understood")
+    if node.target in (F.dropout, F.dropout2d):
+        training = node.kwargs.get("training", dict(enumerate(node.args)).get(2, True))
+        if training:
+            raise ValueError(f"{node.name}: dropout that does not stop in eval mode")
+        return nn.Identity().eval()
+    target = node.target if node.op in ("call_function", "call_method") else None
+    if target not in _FUNCTIONS or len(arguments) != len(node.args) - 1:
+        raise ValueError(f"{node.name}: {getattr(target, '__name__', target)} is not understood")
+    kind, names = _FUNCTIONS[target]
+    flatten = {"start_dim": 0} if kind is nn.Flatten else {}  # the function's default, not the module's
+    given = flatten | dict(zip(names, arguments, strict=False)) | node.kwargs
+    if kind is nn.ReLU or kind is nn.SiLU:
+        given.pop("inplace", None)
+    return kind(**given).eval()
+
+
+def _check(name: str, module: nn.Module) -> None:
+    """Refuse arguments that would break what the analysis takes for granted."""
+    if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1):
+        raise ValueError(f"{name}: flattens dimensions {module.start_dim} to {module.end_dim}, not 1 to -1")
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_var is None:
+        raise ValueError(f"{name}: has no running statistics, so each image depends on the batch")
+    if isinstance(module, nn.MaxPool2d):
+        kernel, stride, padding, dilation = (
+            pair if isinstance(pair, tuple) else (pair, pair)
+            for pair in (module.kernel_size, module.stride, module.padding, module.dilation)
+        )
+        if any(s < k for s, k in zip(stride, kernel, strict=True)) or (*padding, *dilation) != (0, 0, 1, 1):
+            raise ValueError(f"{name}: max pooling that overlaps, or has a padding or dilation")
+    if getattr(module, "return_indices", False):
+        raise ValueError(f"{name}: returns more than a tensor")
+    if isinstance(module, nn.AvgPool2d):
+        partial = module.ceil_mode or (module.padding not in (0, (0, 0)) and not module.count_include_pad)
+        if partial or module.divisor_override is not None:
+            raise ValueError(f"{name}: average pooling with windows of different size, or another divisor")
+
+
+def _activation(name: str, module: nn.Module) -> Activation:
+    if isinstance(module, nn.LeakyReLU):
+        return leaky_relu(module.negative_slope)
+    if isinstance(module, nn.ReLU):
+        return leaky_relu(0.0)
+    if isinstance(module, nn.Hardtanh):
+        if module.min_val != -module.max_val:
+            raise ValueError(f"{name}: hardtanh that is not symmetric, [{module.min_val}, {module.max_val}]")
+        return hardtanh(module.max_val)
+    if isinstance(module, nn.Softplus):
+        if module.beta != 1 or module.threshold < 20:
+            raise ValueError(f"{name}: softplus with beta={module.beta}, threshold={module.threshold}")
+        return SOFTPLUS
+    return TANH if isinstance(module, nn.Tanh) else SIGMOID if isinstance(module, nn.Sigmoid) else SILU

@@ -1,0 +1,328 @@
+"""Singular values of convolutions as they act on images, not of their reshaped kernels.
+
+A reshaped kernel W, out x (in kh kw), with condition number 1 can belong to an operator with one in the
+thousands: equal singular values of W say nothing of how the taps of a filter add up over an image.
+All that is computed here is in float64.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Pair = int | Sequence[int]
+Padding = int | Sequence[int] | str
+
+# Operators whose smaller side is up to this are made dense: some seconds of one core, up to 500 MB.
+DENSE_LIMIT = 3500
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The linear map x -> y of a zero-padded convolution, (B, in, H, W) -> (B, out, H', W').
+
+    Attributes:
+        kernel: (out, in, kh, kw), float64.
+        size: (H, W).
+        stride, dilation: of rows and columns.
+        padding: ((above, below), (left, right)).
+    """
+
+    kernel: Tensor
+    size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]
+    dilation: tuple[int, int]
+
+    @property
+    def domain(self) -> tuple[int, int, int]:
+        """The shape of an input: (in, H, W)."""
+        return (self.kernel.shape[1], *self.size)
+
+    @property
+    def range(self) -> tuple[int, int, int]:
+        """The shape of an output: (out, H', W')."""
+        height, width = (slack // s + 1 for slack, s in zip(self._slack(), self.stride, strict=True))
+        return (self.kernel.shape[0], height, width)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """A x."""
+        rows, columns = self.padding
+        return F.conv2d(F.pad(x, [*columns, *rows]), self.kernel, None, self.stride, 0, self.dilation)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """A^T y."""
+        # What a stride leaves over at the lower and right edge was read by no output.
+        left_over = [slack % s for slack, s in zip(self._slack(), self.stride, strict=True)]
+        padded = F.conv_transpose2d(y, self.kernel, None, self.stride, 0, left_over, 1, self.dilation)
+        (above, _), (left, _) = self.padding
+        height, width = self.size
+        return padded[..., above : above + height, left : left + width]
+
+    def gram(self) -> tuple[Callable[[Tensor], Tensor], tuple[int, int, int]]:
+        """The map z -> A^T A z or A A^T z, whichever is smaller, and the shape of z."""
+        if math.prod(self.domain) <= math.prod(self.range):
+            return lambda z: self.adjoint(self.apply(z)), self.domain
+        return lambda z: self.apply(self.adjoint(z)), self.range
+
+    def _slack(self) -> list[int]:
+        """By how many positions the kernel can move, down and to the right."""
+        extents = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel.shape[2:], strict=True))
+        return [n + sum(p) - e for n, p, e in zip(self.size, self.padding, extents, strict=True)]
+
+
+def circular_singular_values(kernel: Tensor, size: Pair, stride: Pair = 1, dilation: Pair = 1) -> Tensor:
+    """All singular values of the convolution of a periodic image (Sedghi, Gupta, Long, ICLR 2019).
+
+    The unitary DFT turns it into one out x in matrix for each frequency f, K^(f) = sum_k K_k
+    e^(-2 pi i f d k / H). A stride s keeps every s-th output. The DFT of the m = H/s that are kept,
+    at f < m, is the sum over the s frequencies f + a m that look alike on them; with both transforms
+    made unitary it comes with the factor (1/s) sqrt(H/m) = 1/sqrt(s), so that in two dimensions the
+    matrix of f is 1/s (K^(f + a m))_a, out x (in s^2). A kernel larger than the image wraps around.
+
+    Args:
+        kernel: (out, in, kh, kw); computed in float64.
+        size: (H, W) of the image, or one number for both.
+        stride: s, which divides H and W.
+        dilation: d.
+
+    Returns:
+        (H/s, W/s, min(out, in s^2)): for each frequency, descending.
+
+    Raises:
+        ValueError: a bad shape, or a stride that does not divide the size.
+    """
+    values = torch.linalg.svdvals(_blocks(_kernel(kernel), _pair("size", size), stride, dilation))
+    # A real kernel has equal values at f and -f: only the columns up to W/2 were computed.
+    rows, columns = len(values), _pair("size", size)[1] // _pair("stride", stride)[1]
+    opposite = -torch.arange(rows, device=values.device) % rows
+    mirrored = values[opposite][:, 1 : (columns + 1) // 2].flip(1)
+    return torch.cat([values, mirrored], 1)
+
+
+def padded_bound(
+    kernel: Tensor, size: Pair, padding: Padding = 0, stride: Pair = 1, dilation: Pair = 1
+) -> float:
+    """An upper bound on the spectral norm of a zero-padded convolution.
+
+    Let the image lie on a torus of T = H + max(above, below) rows (columns alike), behind `above` rows of
+    zeros. An output u reads the rows u + d k of the padded image, all in [0, H + above + below). One of
+    them that is padding lies, modulo T, outside the image again, so each output is that of the circular
+    convolution on the torus. There are H + above + below - d (kh - 1) outputs at stride 1: no more than T if
+    one of the paddings is at most d (kh - 1), and else only H + d (kh - 1) < T in a row read the image at
+    all, and the others are 0. So outputs that count lie on different rows of the torus, and the operator is
+    a submatrix of the circular one, whose norm bounds its own. With a stride, T is rounded up to a multiple
+    of it, so that the strided circular convolution has these outputs too.
+
+    Returns:
+        The norm of the circular convolution on that torus, with room for rounding.
+
+    Raises:
+        ValueError: a bad shape, or a kernel that is larger than the padded image.
+    """
+    operator = convolution(kernel, size, stride, padding, dilation)
+    torus = [
+        -(-(n + max(p)) // s) * s
+        for n, p, s in zip(operator.size, operator.padding, operator.stride, strict=True)
+    ]
+    blocks = _blocks(operator.kernel, (torus[0], torus[1]), operator.stride, operator.dilation)
+    gram = blocks.mH @ blocks if blocks.shape[-1] < blocks.shape[-2] else blocks @ blocks.mH
+    squared = torch.linalg.eigvalsh(gram)[..., -1].max().item()
+    return math.sqrt(max(squared, 0)) * (1 + 1e-12)
+
+
+def padded_norm(
+    kernel: Tensor,
+    size: Pair,
+    stride: Pair = 1,
+    padding: Padding = 0,
+    dilation: Pair = 1,
+    tolerance: float = 1e-6,
+) -> float:
+    """The spectral norm of a zero-padded convolution, as PyTorch computes it on (in, H, W) images.
+
+    By Lanczos on A^T A (or A A^T, if smaller), from a random start: see `largest_singular_values`.
+
+    Args:
+        kernel: (out, in, kh, kw); computed in float64.
+        size: (H, W) of the image, or one number for both.
+        stride, padding, dilation: as `nn.Conv2d` has them, `"same"` and `"valid"` included.
+        tolerance: of the residual, relative to ||A||^2.
+
+    Raises:
+        ValueError: a bad shape, or a kernel that is larger than the padded image.
+        RuntimeError: no convergence.
+    """
+    operator = convolution(kernel, size, stride, padding, dilation)
+    gram, shape = operator.gram()
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(1, math.prod(shape), generator=generator, dtype=torch.float64)
+    values, _ = largest_singular_values(
+        lambda z: gram(z.view(-1, *shape)).flatten(1), start.to(operator.kernel.device), tolerance
+    )
+    return values.item()
+
+
+def padded_singular_values(
+    kernel: Tensor,
+    size: Pair,
+    stride: Pair = 1,
+    padding: Padding = 0,
+    dilation: Pair = 1,
+    limit: int = DENSE_LIMIT,
+) -> Tensor | None:
+    """All singular values of a zero-padded convolution.
+
+    Those of its dense matrix, if neither side is above 2 `limit`; else from the Gram matrix of the smaller
+    side, where values below about 1e-6 of the largest are lost in rounding, and come out as 0.
+
+    Args:
+        kernel, size, stride, padding, dilation: as for `padded_norm`.
+        limit: the longest smaller side of a matrix to be made.
+
+    Returns:
+        (k,), descending, k the smaller side; None where k > `limit`.
+
+    Raises:
+        ValueError: a bad shape, or a kernel that is larger than the padded image.
+    """
+    operator = convolution(kernel, size, stride, padding, dilation)
+    inputs, outputs = math.prod(operator.domain), math.prod(operator.range)
+    if min(inputs, outputs) > limit:
+        return None
+    if max(inputs, outputs) <= 2 * limit:
+        return torch.linalg.svdvals(_matrix(operator.apply, operator.domain, operator.kernel))
+    gram, shape = operator.gram()
+    squares = torch.linalg.eigvalsh(_matrix(gram, shape, operator.kernel)).flip(0)
+    noise = len(squares) * torch.finfo(torch.float64).eps * squares[0]
+    return squares.where(squares > noise, 0.0).sqrt()
+
+
+def largest_singular_values(
+    gram: Callable[[Tensor], Tensor],
+    start: Tensor,
+    tolerance: float = 1e-6,
+    limit: int = 200,
+    restarts: int = 50,
+) -> tuple[Tensor, Tensor]:
+    """The largest singular value of each matrix of a batch, by Lanczos with full reorthogonalisation.
+
+    In the basis V_k that k products with G = A^T A make, G is the tridiagonal T_k, and the largest
+    eigenvalue t of T_k, with eigenvector s, has the residual ||G V_k s - t V_k s|| = beta_k |s_k|: stops
+    where that is at most `tolerance` t for every matrix. Goes on from V_k s when the basis is full. The value
+    never exceeds the true one (but for rounding); it misses it by `tolerance` t at most, and far less as a
+    rule, unless the start has no part in the leading directions.
+
+    Args:
+        gram: (B, n) -> (B, n), z -> G z for each of the batch.
+        start: (B, n), float64.
+        tolerance: relative to t.
+        limit: vectors in a basis.
+        restarts: how many times to go on.
+
+    Returns:
+        The (B,) values and the (B, n) singular vectors V_k s.
+
+    Raises:
+        RuntimeError: no convergence.
+    """
+    vector = start
+    for _ in range(restarts + 1):
+        value, vector, residual = _lanczos(gram, vector, tolerance, limit)
+        if (residual <= tolerance * value).all():
+            return value.clamp_min(0).sqrt(), vector
+    raise RuntimeError(f"Lanczos has not converged after {limit * (restarts + 1)} products")
+
+
+def convolution(kernel: Tensor, size: Pair, stride: Pair, padding: Padding, dilation: Pair) -> Convolution:
+    """The operator of these arguments, as `nn.Conv2d` takes them.
+
+    Raises:
+        ValueError: a bad shape, or a kernel that is larger than the padded image.
+    """
+    kernel = _kernel(kernel)
+    steps, spread = _pair("stride", stride), _pair("dilation", dilation)
+    if padding == "same":
+        if steps != (1, 1):
+            raise ValueError("padding 'same' is for stride 1")
+        total = [d * (k - 1) for d, k in zip(spread, kernel.shape[2:], strict=True)]
+        edges = [(t // 2, t - t // 2) for t in total]
+    elif isinstance(padding, str) and padding != "valid":
+        raise ValueError(f"padding must be numbers, 'same' or 'valid'; got {padding!r}")
+    else:
+        amount = (0, 0) if isinstance(padding, str) else _pair("padding", padding, low=0)
+        edges = [(p, p) for p in amount]
+    operator = Convolution(kernel, _pair("size", size), steps, (edges[0], edges[1]), spread)
+    if min(operator._slack()) < 0:
+        raise ValueError(f"a kernel of {tuple(kernel.shape[2:])} is larger than the padded image")
+    return operator
+
+
+def _matrix(apply: Callable[[Tensor], Tensor], shape: tuple[int, int, int], like: Tensor) -> Tensor:
+    """The transpose of the matrix of a linear map: a row for each unit vector of `shape`."""
+    identity = torch.eye(math.prod(shape), dtype=like.dtype, device=like.device)
+    return torch.cat([apply(part.view(-1, *shape)).flatten(1) for part in identity.split(_BATCH)])
+
+
+def _lanczos(
+    gram: Callable[[Tensor], Tensor], start: Tensor, tolerance: float, limit: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One basis: the largest Ritz values (B,), their vectors (B, n), and the residuals (B,)."""
+    batch, n = start.shape
+    size = min(limit, n)
+    basis = start.new_empty(batch, size, n)
+    T = start.new_zeros(batch, size, size)
+    vector = start / start.norm(dim=1, keepdim=True)
+    for k in range(1, size + 1):
+        basis[:, k - 1] = vector
+        known = basis[:, :k]
+        image = gram(vector)
+        T[:, k - 1, k - 1] = (image * vector).sum(1)
+        for _ in range(2):  # once is not enough: what is subtracted may be nearly all there is
+            image = image - (known.mT @ (known @ image[:, :, None]))[:, :, 0]
+        beta = image.norm(dim=1)
+        # Where the basis spans an invariant subspace, what is left is rounding: go on with zeros.
+        beta = beta.where(beta > 1e-13 * T.diagonal(dim1=1, dim2=2).amax(1), 0.0)
+        if k == size or k % 5 == 0 or not beta.any():
+            values, vectors = torch.linalg.eigh(T[:, :k, :k])
+            residual = beta * vectors[:, -1, -1].abs()
+            if k == size or (residual <= tolerance * values[:, -1]).all():
+                return values[:, -1], (known.mT @ vectors[:, :, -1:])[:, :, 0], residual
+        T[:, k - 1, k] = T[:, k, k - 1] = beta
+        vector = torch.where(beta[:, None] > 0, image / beta[:, None], 0.0)
+    raise ValueError("a basis of at least one vector is needed")
+
+
+def _blocks(kernel: Tensor, torus: tuple[int, int], stride: Pair, dilation: Pair) -> Tensor:
+    """The matrices of `circular_singular_values`: (H/s, W/s // 2 + 1, out, in s^2), complex."""
+    steps, spread = _pair("stride", stride), _pair("dilation", dilation)
+    if any(n % s for n, s in zip(torus, steps, strict=True)):
+        raise ValueError(f"a stride of {steps} does not divide a size of {torus}")
+    waves = []
+    for axis, (n, s, d, k) in enumerate(zip(torus, steps, spread, kernel.shape[2:], strict=True)):
+        apart = n // s
+        some = torch.arange(apart // 2 + 1 if axis else apart, device=kernel.device)
+        alike = some + apart * torch.arange(s, device=kernel.device)[:, None]
+        # Whole turns are taken off while the numbers are whole.
+        turns = alike[:, :, None] * (d * torch.arange(k, device=kernel.device)) % n
+        waves.append(torch.polar(torch.full_like(turns, 1 / math.sqrt(s), dtype=torch.float64),
+                                 -2 * math.pi * turns.double() / n))  # fmt: skip
+    return torch.einsum("afy,oiyx,bgx->fgoabi", waves[0], kernel.to(waves[0].dtype), waves[1]).flatten(3)
+
+
+def _kernel(kernel: Tensor) -> Tensor:
+    if kernel.ndim != 4 or 0 in kernel.shape:
+        raise ValueError(f"a kernel is (out, in, kh, kw); this one is {tuple(kernel.shape)}")
+    return kernel.detach().double()
+
+
+def _pair(name: str, value: Pair, low: int = 1) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < low for v in pair):
+        raise ValueError(f"{name} must be one or two whole numbers of at least {low}; got {value!r}")
+    return pair[0], pair[1]

@@ -1,0 +1,309 @@
+"""How far the runs of a study are, for the terminal: what needs a look, then a line for each row."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from statistics import median
+
+import pandas as pd
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from condlr.report.results import duration, order, row_title, run_title
+from condlr.suite.sweeps.experiments import FLOW
+from condlr.suite.sweeps.status import Progress, RunStatus, Study
+
+# Of these a person wants to know what is wrong. Colours help; the words say the same.
+_TROUBLE = ("stalled", "failed", "damaged", "diverged", "interrupted")
+_STYLES = {
+    "done": "green", "running": "cyan", "stalled": "yellow", "interrupted": "yellow", "failed": "red",
+    "diverged": "magenta", "damaged": "red", "missing": "dim",
+}  # fmt: skip
+_MANY = 4  # runs that are in trouble for one reason, to be told of together
+# How many runs at work, and in trouble, have a line of their own where a terminal is too low for all
+_LEVELS = ((None, None), (None, 8), (None, 4), (12, 4), (6, 2), (3, 1), (1, 1))
+
+
+def print_status(study: Study, console: Console) -> None:
+    """Everything, once."""
+    console.print(*_blocks(study), sep="\n", highlight=False)
+
+
+def watch(look: Callable[[], Study], console: Console, every: float) -> None:
+    """Show what `look` sees, again and again, until nothing is left to run or Ctrl-C."""
+    study = look()
+    with (
+        suppress(KeyboardInterrupt),
+        Live(console=console, auto_refresh=False, vertical_overflow="crop") as live,
+    ):
+        while True:
+            live.update(fitting(study, console), refresh=True)
+            if study.at_rest:
+                return
+            time.sleep(every)
+            study = look()
+
+
+def fitting(study: Study, console: Console) -> Group:
+    """As much as the terminal has lines for.
+
+    What is wrong is cut to a line each, rows that are all done or all missing share a line, then fewer
+    and fewer runs have a line of their own.
+    """
+    shown = Group(*_blocks(study))
+    for level in _LEVELS:
+        if _height(shown, console) < console.height:
+            break
+        shown = Group(*_blocks(study, *level, fold=True))
+    return shown
+
+
+def _height(shown: RenderableType, console: Console) -> int:
+    return len(console.render_lines(shown, pad=False))
+
+
+def _blocks(
+    study: Study, working: int | None = None, wrong: int | None = None, fold: bool = False
+) -> list[RenderableType]:
+    """The parts of the whole, an empty line between them, with so many runs at work and in trouble."""
+    parts = [_summary(study), _working(study, working), _troubles(study, wrong, fold), _rows(study, fold)]
+    blocks: list[RenderableType] = []
+    for part in parts:
+        if part is not None:
+            blocks += [Text(""), part] if blocks else [part]
+    return blocks
+
+
+def _summary(study: Study) -> Text:
+    text = Text(f"{study.directory}: {len(study.runs)} run{'' if len(study.runs) == 1 else 's'}: ")
+    text.append_text(_counts(study.counts))
+    if left := _time_left(study):
+        text.append(f"\n{left}")
+    for note in study.notes:
+        text.append(f"\n{note}", "red")
+    return text
+
+
+def _counts(counts: dict[str, int]) -> Text:
+    return Text(", ").join(Text(f"{count} {state}", _STYLES[state]) for state, count in counts.items())
+
+
+def _time_left(study: Study) -> str:
+    left = study.time_left
+    if left is None:
+        return ""
+    known = "" if not left.uncounted else (
+        f" for {left.counted} of the {left.counted + left.uncounted} left, of the others nothing is known"
+    )  # fmt: skip
+    rate = f"{left.at_once} at once, as now" if left.at_once > 1 else "one run after the other"
+    return f"about {duration(left.seconds)} to go{known} ({rate})"
+
+
+def _working(study: Study, limit: int | None) -> RenderableType | None:
+    """A line for each run at work."""
+    running = [run for run in study.runs if run.state == "running"]
+    if not running:
+        return None
+    view = Table(box=None, pad_edge=False, header_style="bold")
+    view.add_column("running", style=_STYLES["running"], overflow="fold")
+    for name in ("epoch", "batch", "left", "heard of"):
+        view.add_column(name, justify="right", no_wrap=True)
+    view.add_column("process, host", overflow="fold")
+    for run in running[:limit]:
+        progress = run.progress or Progress()
+        view.add_row(
+            Text(_title(run)), _epoch(progress), _batch(progress), _left(progress), _heard(run), _owner(run)
+        )
+    return Group(view, *_rest(len(running), limit))
+
+
+def _epoch(progress: Progress) -> str:
+    """The epoch under way, as they are counted from 1; what is through once all are."""
+    if progress.epochs is None:
+        return ""
+    return f"{min(progress.epoch + 1, progress.epochs)}/{progress.epochs}"
+
+
+def _batch(progress: Progress) -> str:
+    return f"{progress.batch}/{progress.batches}" if progress.batch and not progress.trained else ""
+
+
+def _left(progress: Progress) -> str:
+    if progress.trained:
+        return "attacking"
+    return "unknown" if progress.seconds_left is None else duration(progress.seconds_left)
+
+
+def _heard(run: RunStatus) -> str:
+    return "" if math.isinf(run.silence) else f"{duration(round(run.silence))} ago".replace(".0 s", " s")
+
+
+def _owner(run: RunStatus) -> Text:
+    return Text(f"{run.owner.pid}, {run.owner.host}" if run.owner else "")
+
+
+def _troubles(study: Study, limit: int | None, terse: bool) -> RenderableType | None:
+    """What is wrong with runs, each with the reason and where to read more; `terse` is a line for each."""
+    found = [trouble for state in _TROUBLE for trouble in _alike(_wrong(study.runs, state))]
+    if not found:
+        return None
+    width = max(len(trouble.state) for trouble in found)
+    parts: list[RenderableType] = []
+    for trouble in found[:limit]:
+        line = Table.grid(padding=(0, 2, 0, 0))
+        line.add_column(min_width=width, no_wrap=True)
+        line.add_column()
+        text = Text(trouble.text, no_wrap=terse, overflow="ellipsis" if terse else "fold")
+        line.add_row(Text(trouble.state, _STYLES[trouble.state]), text)
+        parts.append(line)
+        if trouble.log and not terse:
+            parts.append(Padding(Text(trouble.log, "dim", overflow="fold"), (0, 0, 0, 2), expand=False))
+    return Group(*parts, *_rest(len(found), limit))
+
+
+@dataclass(frozen=True)
+class _Trouble:
+    """What is wrong with some runs, for the same reason."""
+
+    state: str
+    runs: Sequence[RunStatus]
+    reason: str
+
+    @property
+    def text(self) -> str:
+        run = self.runs[0]
+        which = _several(self.runs) if len(self.runs) > 1 else f"{_title(run)}{_how_far(run)}"
+        return f"{which}: {self.reason}" if self.reason else which
+
+    @property
+    def log(self) -> str:
+        """Of the first of them, where there is more in it than the reason."""
+        return "" if self.state == "interrupted" or not self.runs[0].log else str(self.runs[0].log)
+
+
+def _wrong(runs: Sequence[RunStatus], state: str) -> Iterator[_Trouble]:
+    for run in runs:
+        damaged = state == "damaged" and run.damage
+        if run.state != state and not damaged:
+            continue
+        reason = run.damage if damaged else run.reason
+        if state == "stalled" and not math.isinf(run.silence):
+            reason += f", last heard of {_heard(run)}"
+        yield _Trouble(state, [run], reason)
+
+
+def _alike(troubles: Iterable[_Trouble]) -> Iterator[_Trouble]:
+    """Many of one reason, such as a full disk, are one."""
+    by_reason: dict[str, list[_Trouble]] = {}
+    for trouble in troubles:
+        by_reason.setdefault(trouble.reason, []).append(trouble)
+    for reason, alike in by_reason.items():
+        runs = [trouble.runs[0] for trouble in alike]
+        if len(alike) < _MANY or not all(run.label for run in runs):
+            yield from alike
+        else:
+            yield _Trouble(alike[0].state, runs, reason)
+
+
+def _several(runs: Sequence[RunStatus]) -> str:
+    """`20 runs, DLRT, 50 % (seeds 0-9); Vanilla, 50 % (seeds 0-9)`."""
+    rows = _by_row(runs).items()
+    names = (f"{_row_title(label, compression)}{_seeds(alike)}" for (label, compression, _), alike in rows)
+    return f"{len(runs)} runs, {'; '.join(names)}"
+
+
+def _how_far(run: RunStatus) -> str:
+    progress = run.progress
+    if progress is None or not progress.epoch or not progress.epochs:
+        return ""
+    return f" ({progress.epoch} of {progress.epochs} epochs done)"
+
+
+def _rest(count: int, limit: int | None) -> list[Text]:
+    return [] if limit is None or count <= limit else [Text(f"and {count - limit} more", "dim")]
+
+
+def _rows(study: Study, fold: bool) -> RenderableType | None:
+    """A line for each row; with `fold` those of which all runs are done, or missing, share one."""
+    rows = _by_row(study.runs)
+    if not rows:
+        return None
+    lengths = Counter((label, compression) for label, compression, _ in rows)
+    view = Table(box=None, pad_edge=False, header_style="bold")
+    view.add_column("row", overflow="fold")
+    for name in ("done", "per run"):
+        view.add_column(name, justify="right", no_wrap=True)
+    view.add_column("else", overflow="fold")
+    alike: dict[str, list[str]] = {}
+    for (label, compression, epochs), runs in rows.items():
+        name = _row_title(label, compression)
+        if lengths[label, compression] > 1 and epochs is not None:
+            name += f", {epochs} epoch{'' if epochs == 1 else 's'}"
+        states = {run.state for run in runs}
+        if fold and len(states) == 1 and states <= {"done", "missing"}:
+            alike.setdefault(runs[0].state, []).append(f"{name} ({len(runs)})")
+            continue
+        done = [run for run in runs if run.state == "done"]
+        view.add_row(Text(name), f"{len(done)}/{len(runs)}", _per_run(done), _others(runs))
+    folded = [Text(f"all {state}: {'; '.join(names)}", _STYLES[state]) for state, names in alike.items()]
+    return Group(*([view] if view.row_count else []), *folded)
+
+
+def _by_row(runs: Sequence[RunStatus]) -> dict[tuple[str, float, int | None], list[RunStatus]]:
+    """In the order of the paper's tables."""
+    rows: dict[tuple[str, float, int | None], list[RunStatus]] = {}
+    for run in runs:
+        if run.label:
+            rows.setdefault(run.row, []).append(run)
+    places = order(pd.Series([label for label, _, _ in rows], dtype=str))
+    ranked = zip(rows, places, strict=True)
+    by_table = sorted(ranked, key=lambda pair: (pair[0][1], pair[1], pair[0][0], pair[0][2] or 0))
+    return {row: rows[row] for row, _ in by_table}
+
+
+def _per_run(done: Sequence[RunStatus]) -> str:
+    known = [run.seconds for run in done if run.seconds is not None]
+    return duration(median(known)) if known else ""
+
+
+def _others(runs: Sequence[RunStatus]) -> Text:
+    """`1 running, 2 missing (seeds 3, 4)`."""
+    parts = []
+    for state, style in _STYLES.items():
+        alike = [run for run in runs if run.state == state]
+        if alike and state != "done":
+            parts.append(Text(f"{len(alike)} {state}{_seeds(alike)}", style))
+    return Text(", ").join(parts)
+
+
+def _seeds(runs: Sequence[RunStatus]) -> str:
+    """` (seeds 0-2, 4)`; empty where any would do."""
+    seeds = sorted({run.seed for run in runs if run.seed is not None})
+    if not seeds:
+        return ""
+    spans: list[list[int]] = []
+    for seed in seeds:
+        if spans and seed == spans[-1][1] + 1:
+            spans[-1][1] = seed
+        else:
+            spans.append([seed, seed])
+    parts = [f"{first}" if first == last else f"{first}-{last}" for first, last in spans]
+    return f" (seed{'' if len(seeds) == 1 else 's'} {', '.join(parts)})"
+
+
+def _title(run: RunStatus) -> str:
+    if not run.label:
+        return run.name
+    if run.label == FLOW or run.seed is None:
+        return _row_title(run.label, run.compression)
+    return run_title({"label": run.label, "compression": run.compression, "seed": run.seed})
+
+
+def _row_title(label: str, compression: float) -> str:
+    return "Matrix flow" if label == FLOW else row_title(label, compression)

@@ -1,0 +1,1 @@
+"""The suite: what carries out a study."""

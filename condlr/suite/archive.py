@@ -1,0 +1,294 @@
+"""The finished runs of a study in one small file, without weights and checkpoints, and back.
+
+One rule merges a run that both sides hold: the record that ended later wins (on a tie the one on disk), and
+where both are of the same network, tables are united row by row, and of other files the longer one stays.
+
+The file is a tar archive, <study>/<run id>/<file>, whose bytes depend on its content alone. It is read whole
+and checked before anything is written, and no name in it becomes a path unless it is one that a run has.
+"""
+
+import gzip
+import io
+import os
+import re
+import shutil
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from condlr._support.errors import Held, UserError
+from condlr._support.files import as_csv, csv_rows, forget_partial, write
+from condlr._support.locks import Lock
+from condlr.suite.runs import KEYS, Run, by_key, record
+from condlr.suite.sweeps.jobs import PLAN
+
+NAME = "runs.tar.gz"
+# What of a run is archived: its record, its config, its tables, and what was said while it was at work.
+_FILE = re.compile(r"run\.json|config\.yaml|train\.log|[a-z0-9_]+\.csv")
+_NEEDED = ("run.json", "config.yaml")
+_DIRECTORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_FINISHED = ("done", "diverged")
+LARGEST = 2**29  # bytes of an archive, unpacked, which is held in memory; 2,000 runs are half of that
+_STAGE = ".restore"
+
+# The files of a run by name, those of a study's runs by run id.
+Files = dict[str, bytes]
+Runs = dict[str, Files]
+
+
+@dataclass
+class Summary:
+    """What became of the runs: new, updated, replaced by those of another training, unchanged, left alone."""
+
+    size: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        runs = self.counts.total()
+        states = ("new", "updated", "replaced", "unchanged", "left alone")
+        parts = ", ".join(f"{self.counts[state]} {state}" for state in states if self.counts[state])
+        size = f"archive of {self.size / 1000:,.1f} kB, without weights"
+        head = f"{runs} run{'' if runs == 1 else 's'}: {parts} ({size})"
+        return "\n".join([head, *(f"  {note}" for note in self.notes)])
+
+
+def archive(study: Path, path: Path) -> Summary:
+    """Add the finished runs of a study's directory to an archive, by the rule above."""
+    here, summary, unfinished = {}, Summary(), []
+    for found in sorted(study.glob("*/run.json")):
+        run = Run(found.parent)
+        if run.status in _FINISHED:
+            here[run.directory.name] = _files(run.directory)
+        else:
+            unfinished.append(run.directory.name)
+    if not here:
+        raise UserError(f"there is no finished run in {study}: nothing to archive")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Lock(path.parent, "archive", wait=True):
+        forget_partial(path.parent)
+        runs, plan = _unpacked(path, study.name) if path.exists() else ({}, b"")
+        merged = dict(runs)
+        for name, files in here.items():
+            _check(name, files, study)
+            merged[name], state = _merged(files, runs.get(name, {}), study / name)
+            summary.counts[state] += 1
+        summary.counts["unchanged"] += len(runs.keys() - here.keys())
+        planned = _planned(_content(study / PLAN), plan, study / PLAN)
+        if (merged, planned) != (runs, plan):
+            write(path, _packed(merged, planned, study.name))
+    if unfinished:
+        summary.notes.append(f"left out, for they are not finished: {', '.join(unfinished)}")
+    summary.size = path.stat().st_size
+    return summary
+
+
+def restore(path: Path, study: Path) -> Summary:
+    """Add the runs of an archive to a study's directory, by the rule above, each whole or not at all.
+
+    Weights and checkpoints stay as they are; so does a run that is at work, or whose weights here are of
+    another training than the archive's record.
+    """
+    if not path.exists():
+        raise UserError(f"there is no {path}: make archive writes it where the runs are")
+    runs, plan = _unpacked(path, study.name)
+    summary = Summary(path.stat().st_size)
+    with Lock(study, "restore", wait=True):
+        shutil.rmtree(study / _STAGE, ignore_errors=True)  # of a process that was killed
+        (study / _STAGE).mkdir()
+        try:
+            for name, files in sorted(runs.items()):
+                try:
+                    state = _restore(files, Run(study / name), study / _STAGE / name)
+                except Held as error:
+                    state = "left alone"
+                    summary.notes.append(f"left alone: {error}")
+                if state == "kept":
+                    state = "left alone"
+                    why = "is newer, or has its weights, and is of another training than the archive's run"
+                    summary.notes.append(f"left alone: {study / name} {why}")
+                summary.counts[state] += 1
+        finally:
+            shutil.rmtree(study / _STAGE)
+    with Lock(study, "plan", wait=True):
+        before = _content(study / PLAN)
+        if (planned := _planned(before, plan, study / PLAN)) != before:
+            write(study / PLAN, planned)
+    return summary
+
+
+def _restore(archived: Files, run: Run, stage: Path) -> str:
+    """Bring one run up to date; its files are written aside, then moved, which takes no room on the disk."""
+    try:
+        with Lock(run.directory), Lock(run.directory, "rows", wait=True):
+            here = _files(run.directory)
+            # Seen from the disk: what it lacks is new, and what it has wins where all is equal
+            merged, _ = _merged(here, archived, run.directory)
+            if merged == here:
+                return "unchanged" if _same_network(here, archived, run.directory) else "kept"
+            replaced = bool(run.info) and not _same_network(here, archived, run.directory)
+            if replaced and run.has_weights:
+                return "kept"
+            stage.mkdir()
+            changed = [name for name in merged if merged[name] != here.get(name)]
+            for name in changed:
+                write(stage / name, merged[name])
+            for name in sorted(changed, key=lambda name: name == "run.json"):  # last: with it a run is one
+                os.replace(stage / name, run.directory / name)
+            for name in here.keys() - merged.keys():
+                (run.directory / name).unlink()
+            return ("replaced" if replaced else "updated") if "run.json" in here else "new"
+    finally:
+        with suppress(OSError):  # a new one that was not to be: else it is not empty
+            run.directory.rmdir()
+
+
+def _merged(here: Files, there: Files, directory: Path) -> tuple[Files, str]:
+    """A run's files by the rule above, and what became of `there` by that."""
+    if "run.json" not in here or "run.json" not in there:
+        return (here, "new") if "run.json" in here else (there, "unchanged")
+    first, second = (here, there)
+    if _moment(here, directory) < _moment(there, directory):
+        first, second = there, here
+    if not _same_network(here, there, directory):
+        return first, "replaced" if first is here else "unchanged"
+    files = second | first
+    for name in sorted(first.keys() & second.keys()):
+        if name in KEYS:
+            files[name] = _united(first[name], second[name], directory / name)
+        elif name not in _NEEDED:
+            files[name] = max(first[name], second[name], key=len)
+    return files, "unchanged" if files == there else "updated"
+
+
+def _united(first: bytes, second: bytes, path: Path) -> bytes:
+    """The rows of both; of two with one key the first one's."""
+    if first == second:
+        return first
+    ours, theirs = (by_key(csv_rows(content, path), path) for content in (first, second))
+    return first if theirs.keys() <= ours.keys() else as_csv([*(theirs | ours).values()])
+
+
+def _planned(here: bytes, there: bytes, path: Path) -> bytes:
+    """The lines of both lists of planned runs, one for each run."""
+    if not (here and there) or here == there:
+        return here or there
+    ours, theirs = (
+        {line.get("run_id"): line for line in csv_rows(content, path)} for content in (here, there)
+    )
+    if None in ours | theirs:
+        raise UserError(
+            f"{path} is damaged (it has no column run_id): remove it, and a sweep writes it again"
+        )
+    return here if theirs.keys() <= ours.keys() else as_csv([*(theirs | ours).values()])
+
+
+def _same_network(here: Files, there: Files, directory: Path) -> bool:
+    """Whether two records are of one training: by the weights, or when it ended where there are none."""
+    ours, theirs = (_record(files, directory) for files in (here, there))
+    key = "model_sha256" if "model_sha256" in theirs else "ended"
+    return ours.get(key) == theirs.get(key) is not None
+
+
+def _moment(files: Files, directory: Path) -> datetime:
+    """When a run ended, or began where it has not."""
+    info = _record(files, directory)
+    try:
+        return datetime.fromisoformat(info.get("ended") or info["started"]).astimezone(UTC)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return datetime.min.replace(tzinfo=UTC)
+
+
+def _record(files: Files, directory: Path) -> dict[str, Any]:
+    return record(files["run.json"], directory / "run.json") if "run.json" in files else {}
+
+
+def _files(directory: Path) -> Files:
+    """What of a run on disk is archived."""
+    return {
+        path.name: path.read_bytes() for path in sorted(directory.iterdir()) if _FILE.fullmatch(path.name)
+    }
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def _check(name: str, files: Files, where: Path) -> None:
+    """Raise `UserError` unless these are the files of the finished run of this name."""
+    if absent := [needed for needed in _NEEDED if needed not in files]:
+        raise UserError(f"{where}: {name} has no {absent[0]}")
+    info = _record(files, where / name)
+    if info.get("run_id") != name or not _DIRECTORY.fullmatch(name):
+        raise UserError(
+            f"{where}: {name} holds the run {info.get('run_id')}: a copy would count twice, move it away"
+        )
+    if info.get("status") not in _FINISHED:
+        raise UserError(f"{where}: {name} is no finished run")
+
+
+def _packed(runs: Mapping[str, Files], plan: bytes, study: str) -> bytes:
+    """An archive of runs: the same bytes for the same content."""
+    content = {f"{study}/{name}/{file}": files[file] for name, files in runs.items() for file in files}
+    content |= {f"{study}/{PLAN}": plan} if plan else {}
+    tar_bytes = io.BytesIO()
+    with tarfile.open(fileobj=tar_bytes, mode="w") as tar:
+        for name in sorted(content):
+            member = tarfile.TarInfo(name)  # of nobody, of the year 1970
+            member.size = len(content[name])
+            tar.addfile(member, io.BytesIO(content[name]))
+    if tar_bytes.tell() > LARGEST:
+        raise UserError(f"the runs of {study} are too large for an archive ({tar_bytes.tell() >> 20} MiB)")
+    return gzip.compress(tar_bytes.getvalue(), mtime=0)
+
+
+def _unpacked(path: Path, study: str) -> tuple[Runs, bytes]:
+    """The runs of an archive and its planned.csv, checked.
+
+    Raises:
+        UserError: it is damaged, of another study, or holds what no archive of ours does.
+    """
+    try:
+        with gzip.open(path) as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise UserError(f"{path} is no archive of runs: it unpacks to more than {LARGEST >> 20} MiB")
+        runs, plan = _members(content, path, study)
+    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError, ValueError, OverflowError) as error:
+        advice = "bring it back, or remove it and archive again where the runs are"
+        raise UserError(f"{path} is damaged or no archive ({error}): {advice}") from error
+    for name, files in runs.items():
+        _check(name, files, path)
+    return runs, plan
+
+
+def _members(content: bytes, path: Path, study: str) -> tuple[Runs, bytes]:
+    runs: Runs = {}
+    plan = b""
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        for member in tar:
+            parts = member.name.split("/")
+            if parts[0] != study and _DIRECTORY.fullmatch(parts[0]):
+                home = path.parent.parent / parts[0]
+                raise UserError(f"{path} is of the study {parts[0]}, not of {study}: move it to {home}")
+            is_plan = parts == [study, PLAN]
+            is_run = len(parts) == 3 and _DIRECTORY.fullmatch(parts[1]) and _FILE.fullmatch(parts[2])
+            # Links, devices and holes; nothing is extracted by name, so a file's bytes are all that counts
+            file = tar.extractfile(member) if member.isfile() and not member.issparse() else None
+            if not (is_plan or is_run) or file is None:
+                raise UserError(
+                    f"{path} holds {member.name!r}, which is no file of a run: nothing was changed"
+                )
+            if is_plan:
+                plan = file.read()
+            elif parts[2] in runs.setdefault(parts[1], {}):
+                raise UserError(f"{path} holds {member.name!r} twice: nothing was changed")
+            else:
+                runs[parts[1]][parts[2]] = file.read()
+    return runs, plan

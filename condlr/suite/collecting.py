@@ -1,0 +1,136 @@
+"""From the runs of a study to tidy tables."""
+
+import gc
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from condlr._support.errors import UserError
+from condlr.suite.runs import KEYS, Run, mended
+
+# What to do about runs of which tables have nothing to show, by status.
+_REMEDIES = {
+    "diverged": "a smaller protocol.lr may help",
+    "failed": "the same command tries again",
+    "interrupted": "the same command goes on",
+    "running": "wait",
+    "done": "but not evaluated: scripts/evaluate.py attacks",
+}
+# What run.json says of how a run went.
+_OUTCOME = ("status", "reason", "started", "ended", "attempts", "train_seconds", "record_seconds")
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """In the body none is looked for: among millions of new lines that takes as long as to make them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_garbage()
+def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
+    """Tidy tables of the runs in a study's directory, by name.
+
+    Returns:
+        `cells`: a line for each run and attack strength (and one without an attack for a run that
+        did not get so far), with what tables show of the run. `history`: a line for each run and
+        epoch. In both, `cond` is the largest condition number of the layers the run has factored
+        (of all layers for a method that does not compress), `cond_all` the largest of all layers.
+        `runs`: a line for each run, how it went. `steps`, `flow`, `audit` and the other names of `KEYS`:
+        the lines of those files of all runs. A run of a matrix flow has lines in `flow` alone.
+    """
+    cells: list[dict[str, Any]] = []
+    histories: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
+    unfinished: list[dict[str, Any]] = []  # matrix flows
+    others: dict[str, list[dict[str, Any]]] = {
+        name.removesuffix(".csv"): [] for name in ("steps.csv", "flow.csv", *KEYS) if name != "evaluation.csv"
+    }
+    for path in sorted(study.glob("*/run.json")):
+        run = Run(path.parent)
+        info = run.info
+        # A matrix flow is no row of a table
+        about = {"commit": info.get("commit")} if "flow" in info else info.get("row")
+        if not {"run_id", "status"} <= info.keys() or not isinstance(about, dict):
+            raise UserError(f"{path} is not a whole record of a run: {mended(path.name)}")
+        if info["run_id"] != path.parent.name:
+            raise UserError(f"{path} is of the run {info['run_id']}: a copy would count twice, move it away")
+        who = {"study": study.name, "run_id": info["run_id"]} | about
+        for name, lines in others.items():
+            # Of the long ones a line says whose it is, and no more
+            short = {key: who.get(key) for key in ("run_id", "row_id", "seed")}
+            start = short if name in ("steps", "spectra") else who
+            lines += [start | line for line in run.read_table(f"{name}.csv")]
+        if "flow" in info:
+            if len({line["run_id"] for line in others["flow"]}) > 1:
+                raise UserError(
+                    f"{study} holds several matrix flows: give each a study of its own (study=...)"
+                )
+            for line in others["flow"]:
+                line |= info.get("versions", {})
+            unfinished.append(who | {"status": info["status"]})
+            continue
+        compresses = about.get("compresses")
+        factored = [f"cond_{name}" for name in info.get("ranks", {})] if compresses else []
+        table = path.with_name("history.csv")
+        try:
+            history = [who | row | _largest(row, factored) for row in run.read_table(table.name)]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{table} is damaged ({error}): {mended(table.name)}") from error
+        if info["status"] == "done" and not history:
+            raise UserError(f"{table} is lost or empty: {mended(table.name)}")
+        weights = info.get("weights", {})
+        facts = {
+            "status": info["status"],
+            "train_compression": weights.get("train_compression"),
+            "deploy_compression": weights.get("deploy_compression"),
+            "cond": history[-1]["cond"] if history else None,
+            "cond_all": history[-1]["cond_all"] if history else None,
+            "seconds": info.get("train_seconds"),
+            "official_data": info.get("images", {}).get("official"),
+            "device": info.get("device"),
+            "commit": info.get("commit"),
+            "torch": info.get("versions", {}).get("torch"),
+        }
+        for row in run.rows("evaluation.csv").values() or [{}]:
+            renamed = {("attack_seconds" if key == "seconds" else key): row[key] for key in row}
+            cells.append(who | facts | renamed)
+        histories += history
+        runs.append(
+            who
+            | {key: info.get(key) for key in _OUTCOME}
+            | {key: facts[key] for key in ("device", "commit", "train_compression", "deploy_compression")}
+            | info.get("versions", {})
+            | {"ranks": " ".join(f"{k}={r}" for k, r in info.get("ranks", {}).items())}
+        )
+    if not any(others.values()):  # a flow that has not come to its end: somebody will want to know
+        cells = cells or unfinished
+    return {"cells": cells, "runs": runs, "history": histories} | others
+
+
+def nothing_to_show(statuses: Iterable[str]) -> str:
+    """The line on a study of which no run is done and evaluated: how many are what, and what to do.
+
+    Args:
+        statuses: of each run.
+    """
+    counts = Counter(statuses)
+    parts = (
+        f"{n} {status}{f' ({_REMEDIES[status]})' if status in _REMEDIES else ''}"
+        for status, n in counts.items()
+    )
+    return f"no run of this study is done and evaluated yet: {', '.join(parts)}; scripts/status.py says more"
+
+
+def _largest(row: Mapping[str, str], factored: Sequence[str]) -> dict[str, float | None]:
+    """The largest condition number in a row of history.csv, of the layers named and of all."""
+    values = {key: float(row[key]) for key in row if key[:5] == "cond_" and row[key]}
+    chosen = [values[key] for key in factored if key in values] or list(values.values())
+    return {"cond": max(chosen, default=None), "cond_all": max(values.values(), default=None)}

@@ -1,0 +1,598 @@
+"""The typed schema of `conf/`, and every check of what a user asks for.
+
+A config names its things; `condlr.suite.registry` finds their classes, whose fields are the options. What
+needs no torch is checked before torch is imported.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from condlr._support.errors import UserError, in_range, one_of
+from condlr._support.strengths import distinct, require_pixels, strengths
+from condlr.ranks import RANK_RULES
+from condlr.suite.registry import available, find
+
+if TYPE_CHECKING:
+    from condlr.analysis.theory.theorem1 import Settings
+    from condlr.attacks.base import Attack
+    from condlr.data.base import Dataset
+    from condlr.factorization import Scheme
+    from condlr.methods.base import Method
+    from condlr.models.base import Architecture
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("float32", "tf32", "bf16")
+FORMS = ("measured", "factored", "chained", "multiplied")
+AUGMENTATIONS = ("none", "crop_flip")
+
+# What does not make a run another run: where things lie, what it runs on and how, and how it is attacked.
+_NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "forms", "record_every", "attack", "flow")
+# Keys that name a file or directory: `~` in them is the home directory, which no shell expands behind `key=`.
+_PATHS = ("run", "runs_dir", "data_root", "results_dir", "paper")
+# Keys of a protocol that act only where another group refers to them, and count there.
+_REFERRED = ("batch_norm_momentum", "clamp", "methods")
+
+T = TypeVar("T")
+
+
+@dataclass
+class Protocol:
+    """What a table shares between its rows: the keys of `conf/protocol/*.yaml`.
+
+    Attributes:
+        name: `paper`, `released_code`, `demo` or a user's own.
+        epochs, batch_size: as usual; the last, smaller batch of an epoch is used.
+        lr, momentum: of SGD.
+        lr_milestones, lr_factor: from epoch m on (counted from 0) lr is multiplied by the factor,
+            for each m of the milestones.
+        held_out: fraction of the training images kept for validation.
+        rank_rule, classifier, init, decay: see `condlr.factorization.Scheme`.
+        augmentation: of training images, `none` or `crop_flip` (`condlr.data._augmentation`).
+        batch_norm_momentum: of running statistics, as PyTorch counts it; for models that have them.
+        clamp: whether adversarial images are clamped to [0, 1].
+        methods: for a method, by name, the options that differ between protocols.
+
+    clamp, batch_norm_momentum and methods are what other groups refer to: `conf/attack`, `conf/model`,
+    `conf/method`.
+    """
+
+    name: str
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    lr_milestones: list[int]
+    lr_factor: float
+    held_out: float
+    rank_rule: str
+    classifier: str
+    init: str
+    augmentation: str
+    batch_norm_momentum: float
+    clamp: bool
+    methods: dict[str, dict[str, Any]]
+    decay: float | None = None
+
+    def __post_init__(self) -> None:
+        in_range("epochs", self.epochs, 1, math.inf)
+        in_range("batch_size", self.batch_size, 1, math.inf)
+        in_range("lr", self.lr, 0, math.inf, half_open=True)
+        in_range("momentum", self.momentum, 0, 1, half_open=True)
+        in_range("lr_factor", self.lr_factor, 0, math.inf, half_open=True)
+        in_range("batch_norm_momentum", self.batch_norm_momentum, 0, 1)
+        one_of("augmentation", self.augmentation, AUGMENTATIONS)
+        in_range("held_out", self.held_out, 0, 1, half_open=True)
+        if any(m < 1 for m in self.lr_milestones) or sorted(self.lr_milestones) != self.lr_milestones:
+            raise ValueError(f"lr_milestones must be epochs in ascending order; got {self.lr_milestones}")
+
+
+@dataclass
+class _Schema:
+    """The top level of a run's config; the groups whose keys depend on their choice are checked later."""
+
+    dataset: dict[str, Any]
+    model: dict[str, Any]
+    method: dict[str, Any]
+    protocol: Protocol
+    attack: dict[str, Any]
+    compression: float
+    seed: int
+    study: str
+    runs_dir: str
+    data_root: str
+    device: str
+    precision: str
+    forms: Any
+    record_every: int = 0
+    flow: Any = None
+
+
+@dataclass
+class Evaluation:
+    """Keys of `scripts/evaluate.py`."""
+
+    run: str
+    attack: dict[str, Any]
+    audit: bool
+    conditioning: bool
+    cost: bool
+    again: bool
+    data_root: str | None
+    device: str
+
+
+@dataclass
+class Crosscheck:
+    """Keys of `scripts/crosscheck.py`."""
+
+    run: str
+    eps: Any
+    steps: int
+    images: int
+    data_root: str | None
+    device: str
+
+    def __post_init__(self) -> None:
+        self.eps = strengths(self.eps)
+        if not isinstance(self.eps, list) or not self.eps:
+            raise ValueError("eps is empty: name at least one strength")
+        for eps in self.eps:
+            require_pixels(eps)
+            in_range("eps", eps, 0, 1)
+        self.eps = distinct(self.eps)
+        in_range("steps", self.steps, 1, math.inf)
+        in_range("images", self.images, 1, math.inf)
+
+
+@dataclass
+class Collection:
+    """Keys of `scripts/collect.py`, `scripts/archive.py` and `scripts/restore.py`."""
+
+    study: str
+    runs_dir: str
+    results_dir: str
+
+    def __post_init__(self) -> None:
+        _check_study(self.study)
+
+
+@dataclass
+class Watch:
+    """Keys of `scripts/status.py`.
+
+    Attributes:
+        watch: whether to look again and again, or how many seconds apart.
+    """
+
+    study: str
+    runs_dir: str
+    watch: Any = False
+
+    def __post_init__(self) -> None:
+        _check_study(self.study)
+        if not isinstance(self.watch, int | float):
+            raise ValueError(f"watch must be true, false or a number of seconds; got {self.watch!r}")
+        if not isinstance(self.watch, bool):
+            in_range("watch", self.watch, 0.1, math.inf, half_open=True)
+
+    @property
+    def directory(self) -> Path:
+        """Where the study's runs lie."""
+        return Path(self.runs_dir) / self.study
+
+    @property
+    def every(self) -> float | None:
+        """Seconds from one look to the next; None for one look."""
+        return 2.0 if self.watch is True else self.watch or None
+
+
+@dataclass
+class Report:
+    """Keys of `scripts/tables.py` and `scripts/figures.py`."""
+
+    study: str
+    results_dir: str
+    paper: str
+
+    def __post_init__(self) -> None:
+        if not Path(self.paper).is_dir() and Path(self.paper) != Path(self.results_dir) / "paper":
+            raise ValueError(f"paper={self.paper} is not a directory of published numbers")
+
+    @property
+    def directory(self) -> Path:
+        """Where the study's results lie."""
+        return Path(self.results_dir) / self.study
+
+
+@dataclass
+class Page(Report):
+    """Keys of `scripts/report.py`."""
+
+    runs_dir: str
+
+
+@dataclass
+class Benchmark:
+    """Keys of `scripts/benchmark.py`."""
+
+    networks: list[str]
+    rank_rules: list[str]
+    compressions: list[float]
+    tau: float
+    batch_size: int
+    repeats: int
+    precision: str
+    device: str
+    epoch: bool
+    collect: int
+    data_root: str
+    results_dir: str
+
+    def __post_init__(self) -> None:
+        for network in self.networks:
+            one_of("networks", network, ("lenet5", "vgg16"))
+        for rank_rule in self.rank_rules:
+            one_of("rank_rules", rank_rule, RANK_RULES)
+        if not self.networks:
+            raise ValueError("networks is empty: name lenet5, vgg16 or both")
+        for name in ("networks", "rank_rules", "compressions"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} names something twice: {getattr(self, name)}")
+        for compression in self.compressions:
+            in_range("compressions", compression, 0, 1, half_open=True)
+        in_range("tau", self.tau, 0, math.inf, half_open=True)
+        in_range("batch_size", self.batch_size, 1, 2**20)
+        in_range("repeats", self.repeats, 1, math.inf)
+        in_range("collect", self.collect, 0, math.inf)
+        one_of("precision", self.precision, PRECISIONS)
+        one_of("device", self.device, DEVICES)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run's config, checked, with its things found.
+
+    Attributes:
+        identity: what makes this run the run it is, as plain values: all that its result depends on.
+        label: the method's, with every option that is not the usual one under the protocol.
+        attack: evaluated at the end, and not part of the identity: a finished run that is asked for
+            with another attack is only attacked, not trained again.
+    """
+
+    identity: dict[str, Any]
+    label: str
+    dataset: "Dataset"
+    model: "Architecture"
+    method: "Method"
+    scheme: "Scheme"
+    protocol: Protocol
+    attack: "Attack"
+    seed: int
+    study: str
+    runs_dir: Path
+    data_root: Path
+    device: str
+    precision: str
+    forms: str | dict[str, str]
+    record_every: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the identity: 8 hexadecimal digits."""
+        return fingerprint(self.identity)
+
+    @property
+    def run_id(self) -> str:
+        """For example `lenet5-mnist-condlr-tau0.1-c0.5-s0-3fa9c1d2`."""
+        label = re.sub(r"[^A-Za-z0-9._-]+", "_", self.label)  # so that `run=<its directory>` needs no quotes
+        names = [self.identity["model"]["name"], self.identity["dataset"]["name"], label]
+        if self.scheme.compression is not None:
+            names.append(f"c{self.scheme.compression:g}")
+        return "-".join([*names, f"s{self.seed}", self.fingerprint])
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What tables say of this run; runs that differ in their seed alone have one `row_id`."""
+        options = self.identity["model"] | self.identity["method"]
+        return {
+            "dataset": self.identity["dataset"]["name"],
+            "model": self.identity["model"]["name"],
+            "method": self.identity["method"]["name"],
+            "label": self.label,
+            "tau": self.identity["method"].get("tau"),
+            "compression": self.scheme.compression or 0.0,
+            "compresses": self.method.compresses,
+            "protocol": self.protocol.name,
+            "epochs": self.protocol.epochs,
+            "settings": _as_text(self.identity["protocol"] | self._unusual, without=("name", "epochs")),
+            "options": _as_text(options, without=("name",)),
+            "seed": self.seed,
+            "row_id": fingerprint({key: v for key, v in self.identity.items() if key != "seed"}),
+        }
+
+    @property
+    def _unusual(self) -> dict[str, Any]:
+        """What else the runs of one table share, where it is not as usual: precision, part of the data."""
+        usual = {field.name: field.default for field in fields(self.dataset)}
+        keys = self.identity["dataset"].items()
+        unusual = {key: value for key, value in keys if key != "name" and value != usual.get(key)}
+        return unusual | ({} if self.precision == "float32" else {"precision": self.precision})
+
+    @property
+    def directory(self) -> Path:
+        """Where the run lives."""
+        return self.runs_dir / self.study / self.run_id
+
+    @property
+    def baseline(self) -> "RunConfig":
+        """The run of the dense network that differs from this one in its method alone."""
+        from condlr.methods.base import Method
+
+        method, keys = choose("method", "methods", {"name": "baseline"}, Method)
+        return replace(
+            self,
+            identity=self.identity | {"method": keys, "compression": None},
+            label=_label(method, keys, self.protocol),
+            method=method,
+            scheme=replace(self.scheme, compression=None),
+        )
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """The config of a run that follows a matrix flow instead of training a network: `experiment=theorem1`."""
+
+    flow: "Settings"
+    identity: dict[str, Any]
+    study: str
+    runs_dir: Path
+
+    @property
+    def run_id(self) -> str:
+        """For example `flow-3fa9c1d2`."""
+        return f"flow-{fingerprint(self.identity)}"
+
+    @property
+    def directory(self) -> Path:
+        """Where the run lives."""
+        return self.runs_dir / self.study / self.run_id
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits that differ where two identities do."""
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
+    """Check a composed config of `scripts/train.py` and find its things.
+
+    Raises:
+        UserError: names the key, what is wrong with it and what it may be.
+    """
+    plain = _typed(_Schema, resolved(config))
+    values = {field.name: plain[field.name] for field in fields(_Schema)}
+    protocol = _made(Protocol, values["protocol"], "protocol")
+    try:
+        in_range("compression", values["compression"], 0, 1, half_open=True)
+        in_range("seed", values["seed"], 0, 2**32, half_open=True)
+        one_of("device", values["device"], DEVICES)
+        one_of("precision", values["precision"], PRECISIONS)
+        _check_forms(values["forms"])
+        in_range("record_every", values["record_every"], 0, math.inf, half_open=True)
+        _check_study(values["study"])
+        if not values["runs_dir"]:
+            raise ValueError("runs_dir is empty: name a directory, or leave it at runs")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+    from condlr.attacks.base import Attack
+    from condlr.data.base import Dataset
+    from condlr.factorization import Scheme
+    from condlr.methods.base import Method
+    from condlr.models.base import Architecture
+
+    method, method_keys = choose("method", "methods", values["method"], Method)
+    for name, keys in protocol.methods.items():
+        if name not in available("methods"):
+            choices = ", ".join(available("methods"))
+            raise UserError(f"protocol.methods.{name}: there is no such method; choose from {choices}")
+        if name == method_keys["name"] and (unknown := [key for key in keys if key not in method_keys]):
+            raise UserError(f"protocol.methods.{name}.{unknown[0]}: the method {name} has no such key")
+    model, model_keys = choose("model", "models", values["model"], Architecture)
+    dataset, dataset_keys = choose("dataset", "data", values["dataset"], Dataset)
+    if dataset.shape is not None:
+        try:
+            model.require(dataset.shape)
+        except ValueError as error:
+            raise UserError(
+                f"model={model_keys['name']} with dataset={dataset_keys['name']}: {error}"
+            ) from None
+    attack_keys = {
+        key: [value] if key == "iterations" and isinstance(value, int | float) else value
+        for key, value in values["attack"].items()
+    }
+    try:
+        attack_keys |= {"eps": strengths(attack_keys["eps"])} if "eps" in attack_keys else {}
+    except ValueError as error:
+        raise UserError(f"attack.{error}") from None
+    if attack_keys.get("clamp", True) is None:
+        attack_keys = attack_keys | {"clamp": protocol.clamp}
+    attack, _ = choose("attack", "attacks", attack_keys, Attack)
+    compression = values["compression"] if method.compresses else None
+    try:
+        scheme = Scheme(compression, protocol.rank_rule, protocol.classifier, protocol.init, protocol.decay)
+    except ValueError as error:
+        raise UserError(f"protocol.{error}") from None
+
+    identity = {key: value for key, value in values.items() if key not in _NOT_IDENTITY} | {
+        "method": method_keys,
+        "model": model_keys,
+        "dataset": {key: value for key, value in dataset_keys.items() if key != "download"},
+        # What a protocol leaves at None is as if it had no such key: a new one renames no run.
+        "protocol": {
+            key: value
+            for key, value in values["protocol"].items()
+            if key not in _REFERRED and value is not None
+        },
+        "compression": compression,
+    }
+    return RunConfig(
+        identity, _label(method, method_keys, protocol),
+        dataset, model, method, scheme, protocol, attack, values["seed"], values["study"],
+        Path(values["runs_dir"]), Path(values["data_root"]), values["device"], values["precision"],
+        values["forms"], values["record_every"],
+    )  # fmt: skip
+
+
+def check_any(config: DictConfig | Mapping[str, Any]) -> RunConfig | FlowConfig:
+    """`check`, or what it is for the config of a matrix flow."""
+    values = resolved(config)
+    if values.get("flow") is None:
+        return check(config)
+    from condlr.analysis.theory.theorem1 import Settings
+
+    if not isinstance(values["flow"], dict):
+        raise UserError(f"flow must be a group of keys, as in experiment=theorem1; got {values['flow']!r}")
+    keys = _typed(Settings, values["flow"], "flow")
+    try:
+        _check_study(values["study"])
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return FlowConfig(_made(Settings, keys, "flow"), keys, values["study"], Path(values["runs_dir"]))
+
+
+def _check_study(study: Any) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", str(study)):
+        raise ValueError(f"study must be a plain name of letters, digits, - _ .; got {study!r}")
+
+
+def _check_forms(forms: Any) -> None:
+    if isinstance(forms, dict):
+        for name, form in forms.items():
+            one_of(f"forms.{name}", form, FORMS[1:])
+    else:
+        one_of("forms", forms, FORMS)
+
+
+def _label(method: "Method", keys: Mapping[str, Any], protocol: Protocol) -> str:
+    """`condlr-tau0.1`; an option that is not the protocol's or the default is added: `-retraction=polar`."""
+    usual = {"name": keys["name"]}
+    for field in fields(method):
+        usual[field.name] = field.default if field.default_factory is MISSING else field.default_factory()
+    usual |= protocol.methods.get(keys["name"], {})
+    unusual = [key for key in keys if keys[key] != usual.get(key) and key not in method.in_label]
+    return "-".join([method.label(), *(f"{key}={keys[key]}" for key in unusual)])
+
+
+def typed(schema: type[T], config: DictConfig) -> T:
+    """A script's config as an instance of its schema."""
+    return _made(schema, _typed(schema, resolved(config)))
+
+
+def choose(group: str, room: str, keys: Mapping[str, Any], base: type[T]) -> tuple[T, dict[str, Any]]:
+    """The thing that a group of a config names, made from its other keys; and all its keys, complete."""
+    options = dict(keys)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise UserError(f"{group}.name is missing: it names a file of condlr/{room}/")
+    kind = find(room, name, base)
+    complete = _typed(kind, options, group)
+    return _made(kind, complete, group), {"name": name} | complete
+
+
+def resolved(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """A composed config as plain values, without Hydra's own part: what config.yaml holds."""
+    if not isinstance(config, DictConfig):
+        return _at_home(config)
+    ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    try:
+        plain: Any = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from error
+    return _at_home(plain)
+
+
+def _at_home(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with `~` expanded in those that are paths."""
+    paths = {key: expanded(values[key]) for key in _PATHS if key in values}
+    attack = values.get("attack")
+    if isinstance(attack, dict) and "source" in attack:
+        paths["attack"] = attack | {"source": expanded(attack["source"])}
+    return dict(values) | paths
+
+
+def expanded(path: T) -> T | str:
+    """A path with `~` or `~somebody` in front as the home directory; what is no text stays as it is.
+
+    Raises:
+        UserError: nobody has such a home; a directory called `~` would be made otherwise.
+    """
+    if not isinstance(path, str) or not path.startswith("~"):
+        return path
+    found = os.path.expanduser(path)  # noqa: PTH111 (Path's drops what the text ends with)
+    if found.startswith("~"):
+        raise UserError(f"{path}: there is no such home directory; a name that begins with ~ is ./{path}")
+    return found
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error of Hydra's or OmegaConf's, without the parts that help nobody."""
+    text = str(error).split("Config search path")[0]
+    text = re.sub(r"To append to your config use \S+", "There is no such key, see --help.", text)
+    lines = [line.strip() for line in text.splitlines()]
+    noise = ("full_key:", "reference_type=", "object_type=", "See https://")
+    key = next((line[len("full_key:") :].strip() for line in lines if line.startswith("full_key:")), "")
+    kept = " ".join(line for line in lines if line and not line.startswith(noise))
+    return f"{key}: {kept}" if key and key not in kept else kept
+
+
+def _as_text(keys: Mapping[str, Any], without: tuple[str, ...]) -> str:
+    """`lr=0.1 lr_milestones=[70,100]`: keys as they are written on the command line."""
+    parts = ((key, json.dumps(value, separators=(",", ":"))) for key, value in keys.items())
+    return " ".join(f"{key}={value.strip(chr(34))}" for key, value in parts if key not in without)
+
+
+def _typed(schema: type, values: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+    """`values` converted to the types of a dataclass's fields, defaults filled in, no other key."""
+    prefix = f"{group}." if group else ""
+    known = [field.name for field in fields(schema)]
+    if unknown := [key for key in values if key not in known]:
+        choices = f"the keys of {group} are {', '.join(known)}" if known else f"{group} has no other keys"
+        raise UserError(f"{prefix}{unknown[0]}: there is no such key; {choices if group else 'see --help'}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), dict(values))
+        plain = OmegaConf.to_container(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(prefix + one_line(error)) from error
+    assert isinstance(plain, dict)
+    if missing := _missing(plain):
+        raise UserError(f"{prefix}{missing[0]} is missing")
+    return plain  # type: ignore[return-value]
+
+
+def _missing(values: Mapping[Any, Any], prefix: str = "") -> list[str]:
+    """The keys, nested ones with dots, that have no value yet."""
+    found = [f"{prefix}{key}" for key, value in values.items() if value == "???"]
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found += _missing(value, f"{prefix}{key}.")
+    return found
+
+
+def _made(kind: type[T], values: Mapping[str, Any], group: str = "") -> T:
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"{group}.{error}" if group else str(error)) from None

@@ -1,0 +1,315 @@
+"""One step, one epoch, one run of training, the same for every method."""
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condlr._support.errors import Diverged
+from condlr._support.memory import keep_freed_memory
+from condlr._support.precision import require, training
+from condlr._support.seeds import derive_seed
+from condlr.analysis.conditioning import layer_conditions
+from condlr.data._augmentation import AUGMENTATIONS
+from condlr.data.base import Data
+from condlr.evaluation import accuracy
+from condlr.factorization import low_rank_layers
+from condlr.forms import forms, set_forms
+from condlr.layers import LowRankLinear
+from condlr.methods.base import Method
+from condlr.suite.config import Protocol
+from condlr.suite.graphs import GraphedStep
+
+log = logging.getLogger(__name__)
+
+HistoryRow = dict[str, float | int | None]
+
+
+@dataclass
+class EpochTotals:
+    """Sums over the batches of the epoch under way; loss and correct stay on the device."""
+
+    loss: Tensor
+    correct: Tensor
+    images: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def zero(cls, device: torch.device) -> "EpochTotals":
+        """The totals before the first batch."""
+        return cls(torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), device=device))
+
+    @property
+    def so_far(self) -> tuple[float, float, int]:
+        """loss, correct and images, read back from the device."""
+        return self.loss.item(), self.correct.item(), self.images
+
+    def clear(self) -> None:
+        """Back to zero, in the same tensors."""
+        self.loss.zero_()
+        self.correct.zero_()
+        self.images, self.seconds = 0, 0.0
+
+
+@dataclass
+class Trainer:
+    """A network in training, at a definite batch of a definite epoch.
+
+    Everything random in an epoch is drawn from (seed, epoch), so a state that is saved at any batch and
+    loaded elsewhere goes on as if it had not been interrupted; on the CPU bit for bit.
+
+    Attributes:
+        model: what `method.apply` returned, on its device.
+        data: on the same device.
+        precision: of forward and backward passes, see `_support.precision.training`; factors, constraints and
+            the optimiser are float32 in any case.
+        epoch: epochs completed.
+        batch: batches completed of the epoch under way.
+        step: optimiser steps taken.
+        history: a row for each epoch completed, row 0 the initial network.
+        record_every: steps from one row of `records` to the next; 0: none.
+        records: like history, but within epochs: loss and accuracy over the batches of the epoch since
+            the row before, the layers' condition numbers, and the seconds it took to find these.
+    """
+
+    model: nn.Module
+    method: Method
+    data: Data
+    protocol: Protocol
+    seed: int
+    precision: str = "float32"
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    history: list[HistoryRow] = field(default_factory=list)
+    record_every: int = 0
+    records: list[HistoryRow] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.optimizer = self.method.optimizer(self.model, self.protocol.lr, self.protocol.momentum)
+        self.device = self.data.train.pixels.device
+        require(self.precision, self.device)
+        self.totals = EpochTotals.zero(self.device)
+        self._recorded = (0.0, 0.0, 0)
+        graphed = self.device.type == "cuda" and self.method.capturable
+        self._graph = GraphedStep(self._take_step) if graphed else None
+        keep_freed_memory()
+
+    @property
+    def batches(self) -> int:
+        """Batches in an epoch."""
+        return math.ceil(len(self.data.train) / self.protocol.batch_size)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the epoch under way."""
+        passed = sum(self.epoch >= milestone for milestone in self.protocol.lr_milestones)
+        return self.protocol.lr * self.protocol.lr_factor**passed
+
+    def fit(
+        self,
+        on_batch: Callable[["Trainer"], None] = lambda trainer: None,
+        on_epoch: Callable[["Trainer"], None] = lambda trainer: None,
+    ) -> None:
+        """Train to the end of the protocol's epochs.
+
+        Args:
+            on_batch: called after every batch; may raise to stop there.
+            on_epoch: called after every epoch, when its row is in the history.
+
+        Raises:
+            Diverged: the loss or a weight is not finite.
+            ConstraintBreach: the method's audit failed.
+        """
+        if not self.history:
+            self.history.append(self._row(None))
+            if self.record_every:
+                self.records.append(self._record())
+        while self.epoch < self.protocol.epochs:
+            self._finish_epoch(on_batch)
+            on_epoch(self)
+
+    def _finish_epoch(self, on_batch: Callable[["Trainer"], None]) -> None:
+        """Take the batches that are left of the epoch, and add its row to the history.
+
+        A graph cannot fall back from its fast maps where they do not hold, and leaves NaN: then the
+        epoch is taken again, step by step.
+        """
+        start = copy.deepcopy(self.state_dict()) if self._graph else None
+        try:
+            self._take_batches(on_batch, self._graph or self._take_step)
+        except Diverged as error:
+            if start is None:
+                raise
+            log.info("%s; epoch %d is taken again without a CUDA graph", error, self.epoch + 1)
+            self.load_state_dict(start)
+            self._take_batches(on_batch, self._take_step)
+        row = self._row(self.totals)
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.totals.clear()
+        self._recorded = (0.0, 0.0, 0)
+        self.history.append(row | {"epoch": self.epoch})
+
+    def _take_batches(
+        self, on_batch: Callable[["Trainer"], None], take_step: Callable[[Tensor, Tensor], None]
+    ) -> None:
+        order = self._begin_epoch()
+        self.model.train()
+        remaining = self.data.train.batches(self.protocol.batch_size, order, self.batch, self._augmentation())
+        clock = time.perf_counter()
+        with training(self.model, self.precision, self.device):
+            for images, labels in remaining:
+                take_step(images, labels)
+                self.totals.images += len(labels)
+                self.batch, self.step = self.batch + 1, self.step + 1
+                now = time.perf_counter()
+                self.totals.seconds, clock = self.totals.seconds + now - clock, now
+                if self.device.type == "cpu" and not self.totals.loss.isfinite():
+                    self.require_finite()  # elsewhere looking at the loss would stall the device
+                if self.record_every and self.step % self.record_every == 0:
+                    self.records.append(self._record())
+                on_batch(self)
+                clock = time.perf_counter()
+        self.require_finite()
+        self.totals.seconds += time.perf_counter() - clock  # until a device has done what it was given
+
+    def _take_step(self, images: Tensor, labels: Tensor) -> None:
+        """A step of the method, its loss and hits added to the totals on the device."""
+        loss, logits = self.method.step(self.model, self.optimizer, images, labels)
+        self.totals.loss.add_(loss * len(labels))
+        self.totals.correct.add_((logits.argmax(1) == labels).sum())
+
+    def _begin_epoch(self) -> Tensor:
+        """Set the learning rate and the random state; return the order of the images."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        seed = derive_seed(self.seed, "epoch", self.epoch)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        if self.batch == 0:
+            torch.manual_seed(seed)
+        self.method.begin_epoch(self.model, self.optimizer, self.epoch, self.protocol.epochs)
+        if self._graph:
+            places = tuple((p.data_ptr(), p.shape) for p in self.model.state_dict(keep_vars=True).values())
+            self._graph.renew((self.lr, places))
+        return torch.randperm(len(self.data.train), generator=generator, device=self.device)
+
+    def _augmentation(self) -> Callable[[Tensor, int], Tensor] | None:
+        """The change of each batch, drawn from (seed, epoch, batch): the same for every method."""
+        augment = AUGMENTATIONS[self.protocol.augmentation]
+        if augment is None:
+            return None
+        generator, epoch = torch.Generator(self.device), self.epoch
+
+        def change(pixels: Tensor, batch: int) -> Tensor:
+            generator.manual_seed(derive_seed(self.seed, "augmentation", epoch, batch))
+            return augment(pixels, generator)
+
+        return change
+
+    def require_finite(self) -> None:
+        """Raise `Diverged` if the loss or a weight is not finite."""
+        tensors = self.totals.loss, *self.model.parameters()
+        if not all(torch.isfinite(tensor).all() for tensor in tensors):
+            where = f"epoch {self.epoch + 1}, batch {self.batch} of {self.batches}"
+            raise Diverged(
+                f"diverged in {where}: the loss or a weight is not finite; try a smaller protocol.lr"
+            )
+
+    def _row(self, totals: EpochTotals | None) -> HistoryRow:
+        """The history's row for the network as it is."""
+        row: HistoryRow = {"epoch": self.epoch, "step": self.step, "lr": self.lr}
+        n = totals.images if totals else 0
+        row["train_loss"] = totals.loss.item() / n if totals else None
+        row["train_accuracy"] = totals.correct.item() / n if totals else None
+        held_out = self.data.held_out
+        row["held_out_accuracy"] = accuracy(self.model, held_out) if held_out else None
+        row["seconds"] = totals.seconds if totals else None
+        row["images_per_second"] = n / totals.seconds if totals else None
+        row |= {f"cond_{name}": value for name, value in layer_conditions(self.model).items()}
+        if totals:
+            row |= {f"audit_{name}": value for name, value in self.method.audit(self.model).items()}
+        return row
+
+    def _record(self) -> HistoryRow:
+        """The records' row for the network as it is."""
+        clock = time.perf_counter()
+        before, self._recorded = self._recorded, self.totals.so_far
+        loss, correct, images = (now - then for now, then in zip(self._recorded, before, strict=True))
+        row: HistoryRow = {"step": self.step, "epoch": self.epoch}
+        row["train_loss"] = loss / images if images else None
+        row["train_accuracy"] = correct / images if images else None
+        row |= {f"cond_{name}": value for name, value in layer_conditions(self.model).items()}
+        return row | {"seconds": time.perf_counter() - clock}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on, as tensors and plain values."""
+        cuda = self.device.type == "cuda"
+        return {
+            "model": self.model.state_dict(),
+            "forms": forms(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "totals": {name: getattr(self.totals, name) for name in EpochTotals.__dataclass_fields__},
+            "history": self.history,
+            "records": self.records,
+            "recorded": self._recorded,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
+        }
+
+    def _as_saved_now(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What is saved in another way since V^T is a layer's parameter, and S may have a product of its own.
+
+        Then V was the parameter, and a linear layer decided by the rows of each batch.
+        """
+        layers = low_rank_layers(self.model)
+        old = {name: layer for name, layer in layers.items() if f"{name}.V".lstrip(".") in state["model"]}
+        if not old:
+            return {}
+        by_rows = {
+            name: "chained"
+            for name, layer in old.items()
+            if isinstance(layer, LowRankLinear) and layer.core == "full"
+            if state["forms"][name] == "factored" and self.protocol.batch_size < layer.shape[0]
+        }
+        turned = {layer.Vt for layer in old.values()}
+        moments = dict(state["optimizer"]["state"])
+        for place, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            if p in turned and place in moments:
+                found = moments[place].items()
+                moments[place] = {
+                    key: value.mT.contiguous() if isinstance(value, Tensor) and value.ndim == 2 else value
+                    for key, value in found
+                }
+        return {
+            "forms": state["forms"] | by_rows,
+            "optimizer": state["optimizer"] | {"state": moments},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was called."""
+        state = state | self._as_saved_now(state)
+        self.model.load_state_dict(state["model"])
+        set_forms(self.model, state["forms"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+        self.totals = EpochTotals(**state["totals"])
+        self.totals.loss, self.totals.correct = (
+            tensor.to(self.device) for tensor in (self.totals.loss, self.totals.correct)
+        )
+        if self._graph:  # what was recorded knows the tensors from before
+            self._graph = GraphedStep(self._take_step)
+        self.history = state["history"]
+        # Checkpoints of condlr before it kept records have none
+        self.records, self._recorded = state.get("records", []), tuple(state.get("recorded", (0.0, 0.0, 0)))
+        torch.set_rng_state(state["random"].cpu())
+        if self.device.type == "cuda" and state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)

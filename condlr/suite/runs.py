@@ -1,0 +1,282 @@
+"""The run store: what touches the disk of a run, and nothing else does."""
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from condlr._support.errors import Diverged, Held, Interrupted, Lost, NoWeights, UserError
+from condlr._support.files import forget_partial, read_csv, write, write_csv, write_text
+from condlr._support.locks import Lock, Owner, owners
+from condlr._support.strengths import as_printed
+
+# What an evaluation leaves in a run, and the columns that tell the rows of each file apart.
+KEYS = {
+    "evaluation.csv": ("attack", "norm", "n", "eps"),
+    "audit.csv": ("norm", "eps", "n", "attack_seed", "check"),
+    "conditioning.csv": ("layer",),
+    "guarantees.csv": ("quantity",),
+    "cost.csv": ("batch_size",),
+    "crosscheck.csv": ("attack", "norm", "eps"),
+    "spectra.csv": ("when", "layer", "index"),
+}
+# What the rest of condlr takes for granted of run.json, where it says it.
+_FACTS = {
+    "status": str, "run_id": str, "attempts": int, "images": dict, "ranks": dict, "weights": dict,
+    "versions": dict,
+}  # fmt: skip
+# How a run comes by its weights again.
+_FROM_CHECKPOINT = "remove run.json beside it and start the run again, which goes on from its checkpoint"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's directory. Every file in it is written whole or not at all."""
+
+    directory: Path
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What run.json says; empty where there is no run yet."""
+        path = self.directory / "run.json"
+        try:
+            return record(path.read_bytes(), path)
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from error
+
+    @property
+    def status(self) -> str | None:
+        """running, done, diverged, failed, interrupted; None where there is no run yet."""
+        return self.info.get("status")
+
+    def note(self, **facts: Any) -> None:
+        """Add to run.json."""
+        write(self.directory / "run.json", json.dumps(self.info | facts, indent=2).encode() + b"\n")
+
+    @contextmanager
+    def recording(self, **facts: Any) -> Iterator[None]:
+        """Keep run.json true while the body trains: running, and then how it ended.
+
+        What an earlier attempt left half written is removed.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        forget_partial(self.directory)
+        earlier = self.info
+        attempts = earlier.get("attempts", 0) + 1
+        first = earlier.get("started", _now())
+        self.note(status="running", started=first, ended=None, reason=None, attempts=attempts, **facts)
+        try:
+            yield
+        except Lost:
+            raise  # run.json is another process's now
+        except BaseException as error:
+            status = {Diverged: "diverged", Interrupted: "interrupted", KeyboardInterrupt: "interrupted"}
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self._note_end(status.get(type(error), "failed"), reason)
+            raise
+        self._note_end("done", None)
+
+    def note_death(self, reason: str, status: str = "failed", silent: Collection[Owner] = ()) -> None:
+        """Say of a run whose process is dead, and could not say so itself, how it ended.
+
+        Args:
+            reason, status: for run.json.
+            silent: processes of other machines that gave no sign of life for long enough.
+        """
+        holders = owners(self.directory)
+        if self.status != "running" or any(not owner.dead and owner not in silent for owner in holders):
+            return
+        with suppress(Held), Lock(self.directory, silent=silent):
+            if self.status == "running":
+                self._note_end(status, reason)
+
+    def _note_end(self, status: str, reason: str | None) -> None:
+        try:
+            self.note(status=status, ended=_now(), reason=reason)
+        except OSError:
+            if status == "done":  # otherwise the first error, on its way, says more
+                raise
+
+    def save_checkpoint(self, state: Mapping[str, Any], fingerprint: str) -> None:
+        """Write checkpoint.pt; the one before stays until the new one is whole."""
+        import torch
+
+        buffer = io.BytesIO()
+        torch.save({"fingerprint": fingerprint, "state": dict(state)}, buffer)
+        _seal(buffer)
+        write(self.directory / "checkpoint.pt", buffer.getbuffer())
+
+    def load_checkpoint(self, fingerprint: str) -> dict[str, Any] | None:
+        """What `save_checkpoint` saved, or None.
+
+        Raises:
+            UserError: the file is damaged, or belongs to another configuration.
+        """
+        import torch
+
+        path = self.directory / "checkpoint.pt"
+        if not path.exists():
+            return None
+        advice = "remove it to train this run from its start"
+        if (archive := _unsealed(path.read_bytes())) is None:
+            raise UserError(f"{path} is damaged or no checkpoint (its digest is not its content's): {advice}")
+        try:
+            content = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+            own, state = content["fingerprint"], content["state"]
+        except Exception as error:  # torch raises what it likes for what is not its own
+            raise UserError(
+                f"{path} is damaged or no checkpoint ({type(error).__name__}): {advice}"
+            ) from error
+        if own != fingerprint:
+            raise UserError(
+                f"{path} is of another configuration ({own}; this run is {fingerprint}): {advice}"
+            )
+        return state
+
+    def save_model(self, state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Write model.safetensors: the weights, and the identity that rebuilds the network."""
+        from safetensors.torch import save
+
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        metadata = {"config": json.dumps(config, sort_keys=True)}
+        content = save(tensors, metadata)
+        write(self.directory / "model.safetensors", content)
+        self.note(model_sha256=hashlib.sha256(content).hexdigest())
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether model.safetensors is there. A run that is done counts as done without it."""
+        return (self.directory / "model.safetensors").exists()
+
+    def require_weights(self) -> None:
+        """Raise `NoWeights`, with what to do, where model.safetensors is missing."""
+        if self.has_weights:
+            return
+        path, advice = self.directory / "model.safetensors", _FROM_CHECKPOINT
+        if not (self.directory / "checkpoint.pt").exists():
+            advice = f"bring these weights back, or remove {self.directory} to train the run again"
+        raise NoWeights(f"{path} is missing: {advice}")
+
+    def load_model(self) -> dict[str, Any]:
+        """The weights in model.safetensors, which must be the file that `save_model` wrote."""
+        from safetensors.torch import load
+
+        self.require_weights()
+        path = self.directory / "model.safetensors"
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.info.get("model_sha256"):
+            raise UserError(f"{path} is damaged or of another run: {_FROM_CHECKPOINT}")
+        return load(content)
+
+    def forget_results(self) -> None:
+        """Remove what an earlier training left, before one that starts afresh."""
+        for name in ("model.safetensors", "history.csv", "steps.csv", *KEYS):
+            (self.directory / name).unlink(missing_ok=True)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write config.yaml."""
+        from omegaconf import OmegaConf
+
+        write_text(self.directory / "config.yaml", OmegaConf.to_yaml(dict(config)))
+
+    def read_config(self) -> dict[str, Any]:
+        """The resolved config of the run."""
+        from omegaconf import OmegaConf
+
+        path = self.directory / "config.yaml"
+        try:
+            config = OmegaConf.to_container(OmegaConf.load(path))
+        except FileNotFoundError:
+            raise UserError(f"{self.directory} is not a run: it has no config.yaml") from None
+        except Exception as error:  # a YAML parser's errors share no base with OmegaConf's
+            raise UserError(f"{path} cannot be read ({type(error).__name__})") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{path} is not a run's config")
+        return config  # type: ignore[return-value]
+
+    def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write history.csv or another table; None is an empty field."""
+        write_csv(self.directory / name, rows)
+
+    def read_table(self, name: str) -> list[dict[str, str]]:
+        """The rows of history.csv or another table as text; none where there is no file."""
+        return read_csv(self.directory / name, f": {mended(name)}")
+
+    def add_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows to evaluation.csv or another of `KEYS`, in place of those of the same key."""
+        with Lock(self.directory, "rows", wait=True):
+            self.write_table(name, [*(self.rows(name) | {_key(row, name): row for row in rows}).values()])
+
+    def rows(self, name: str) -> dict[tuple[str | float, ...], Mapping[str, Any]]:
+        """The rows of evaluation.csv or another of `KEYS`, by their key."""
+        return by_key(self.read_table(name), self.directory / name)
+
+
+def record(content: bytes, path: Path) -> dict[str, Any]:
+    """What a run.json of this content says."""
+    try:
+        info = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it to start the run again") from error
+    if not isinstance(info, dict) or any(
+        key in info and not isinstance(info[key], kind) for key, kind in _FACTS.items()
+    ):
+        raise UserError(f"{path} is not a run's record: remove it to start the run again")
+    return info
+
+
+def by_key(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[tuple[str | float, ...], Mapping[str, Any]]:
+    """The rows of a file of one of the names in `KEYS`, by their key."""
+    try:
+        return {_key(row, path.name): row for row in rows}
+    except KeyError as error:
+        raise UserError(f"{path} is damaged (no column {error}): {mended(path.name)}") from error
+
+
+def mended(name: str) -> str:
+    """How a run comes by a sound file of this name again."""
+    return "remove it and evaluate again" if name in KEYS else "remove this run, or train it again"
+
+
+def _key(row: Mapping[str, Any], name: str) -> tuple[str | float, ...]:
+    """What tells a row of a file from its others; numbers are equal however they are written.
+
+    Strengths are equal if they print alike, see `condlr._support.strengths.as_printed`.
+    """
+    key = {column: _number(row[column]) for column in KEYS[name]}
+    if isinstance(eps := key.get("eps"), float):
+        key["eps"] = as_printed(eps)
+    return tuple(key.values())
+
+
+def _number(text: Any) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return str(text)
+
+
+def _seal(archive: io.BytesIO) -> None:
+    """Make the SHA-256 of a ZIP archive, which torch.save writes, its comment: any change of a bit shows."""
+    digest = hashlib.sha256(archive.getbuffer()).hexdigest().encode()
+    archive.seek(-2, io.SEEK_END)  # the length of the comment, none until now
+    archive.write(len(digest).to_bytes(2, "little") + digest)
+
+
+def _unsealed(content: bytes) -> bytes | None:
+    """The archive that was sealed, or None if it is not what it was."""
+    digest = content[-64:]
+    archive = content[:-66] + bytes(2)
+    intact = content[-66:-64] == (64).to_bytes(2, "little")
+    return archive if intact and hashlib.sha256(archive).hexdigest().encode() == digest else None
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,36 @@
+"""What came of a sweep, for the terminal."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+
+from condlr.report.results import run_title
+from condlr.suite.config import RunConfig
+from condlr.suite.sweeps.jobs import STATES, Job, Outcome
+
+
+def print_outcomes(outcomes: Sequence[Outcome], studies: str) -> None:
+    """How many runs ended how, and of those that are not done the reason and the log."""
+    counts = Counter(outcome.state for outcome in outcomes)
+    words = ", ".join(f"{counts[state]} {_WORDS.get(state, state)}" for state in STATES if counts[state])
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{escape(studies)}: {len(outcomes)} run{'' if len(outcomes) == 1 else 's'}: {words}")
+    for outcome in outcomes:
+        if outcome.state in ("done", "skipped"):
+            continue
+        reason = f": {outcome.reason.splitlines()[0]}" if outcome.reason else ""
+        told = os.path.exists(outcome.job.log)  # noqa: PTH110 (Path's may raise)
+        log = f"; log: {outcome.job.log}" if told else ""
+        state = _WORDS.get(outcome.state, outcome.state)
+        console.print(f"  [bold]{state}[/]  {escape(_title(outcome.job) + reason + log)}")
+
+
+_WORDS = {"elsewhere": "at work elsewhere"}
+
+
+def _title(job: Job) -> str:
+    config = job.config
+    return run_title(config.row) if isinstance(config, RunConfig) else config.run_id

@@ -1,0 +1,411 @@
+"""How far the runs of a study are, by the run store alone; nothing is written there, no lock taken.
+
+A run's record says how it ended, its lock whether somebody is at work on it and how far, its history how
+long an epoch takes. Any of them can be damaged, or vanish while it is looked at: that is told of the run.
+"""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from condlr._support.errors import UserError
+from condlr._support.locks import Owner, owners
+from condlr.suite.runs import Run
+from condlr.suite.sweeps.experiments import FLOW, Wanted
+from condlr.suite.sweeps.jobs import planned
+
+# Best first. What is `LEFT` the same sweep would do, go on with or try again.
+STATES = ("done", "running", "stalled", "interrupted", "failed", "diverged", "damaged", "missing")
+LEFT = ("running", "stalled", "interrupted", "failed", "missing")
+_ENDED = ("done", "diverged", "failed", "interrupted")
+_RECENT = 5  # epochs that say how long an epoch takes now
+_TRACES = ("config.yaml", "train.log", "checkpoint.pt", "history.csv")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is in its training.
+
+    Attributes:
+        epoch: epochs completed.
+        epochs: of the whole run; None where nobody says.
+        batch, batches: of the epoch under way; 0 where nobody says.
+        pace: seconds for an epoch at present; None while nothing is known of it.
+    """
+
+    epoch: int = 0
+    epochs: int | None = None
+    batch: int = 0
+    batches: int = 0
+    pace: float | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether the epochs are through, and only the attacks are left."""
+        return self.epochs is not None and self.epoch >= self.epochs
+
+    @property
+    def epochs_left(self) -> float | None:
+        """Epochs and a part of one."""
+        part = min(self.batch / self.batches, 1.0) if self.batches else 0.0
+        return None if self.epochs is None else max(self.epochs - self.epoch - part, 0.0)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the epochs are through."""
+        if self.epochs_left is None or self.pace is None:
+            return None
+        return self.epochs_left * self.pace
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What the store says of a run.
+
+    Attributes:
+        name: its directory's; empty for one that only an experiment asks for.
+        state: one of `STATES`.
+        label, compression, epochs, seed: of its row; the label is empty where nothing is known of it.
+        seconds: a done run took.
+        progress: of one that is not done.
+        owner: who is at work on it; of a stalled run, who was.
+        silence: seconds since the owner's last sign of life.
+        reason: why it is in this state, in one line.
+        damage: which of its files can't be read, and why.
+        log: what was said while it was at work, if that was kept.
+    """
+
+    name: str
+    state: str
+    label: str = ""
+    compression: float = 0.0
+    epochs: int | None = None
+    seed: int | None = None
+    seconds: float | None = None
+    progress: Progress | None = None
+    owner: Owner | None = None
+    silence: float = math.inf
+    reason: str = ""
+    damage: str = ""
+    log: Path | None = None
+
+    @property
+    def row(self) -> tuple[str, float, int | None]:
+        """What the runs of one row share."""
+        return self.label, self.compression, self.epochs
+
+
+@dataclass(frozen=True)
+class TimeLeft:
+    """How long a study will take.
+
+    Attributes:
+        seconds: until all runs counted are done, so many at once as run now, or one after the other.
+        at_once: how many run now.
+        counted, uncounted: runs that are left, with and without a basis for saying how long they take.
+    """
+
+    seconds: float
+    at_once: int
+    counted: int
+    uncounted: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """The runs of a study, those that are missing last, and what of its files could not be read."""
+
+    directory: Path
+    runs: Sequence[RunStatus]
+    notes: Sequence[str] = ()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many runs are in each state, in the order of `STATES`."""
+        counts = Counter(run.state for run in self.runs)
+        return {state: counts[state] for state in STATES if counts[state]}
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing runs and nothing is left to run."""
+        return not any(run.state in LEFT for run in self.runs)
+
+    @property
+    def time_left(self) -> TimeLeft | None:
+        """By the runs at work and the done runs of the rows; None where nothing is left, or known."""
+        left = [run for run in self.runs if run.state in LEFT]
+        usual = _usual_seconds(self.runs)
+        known = [seconds for run in left if (seconds := _seconds_left(run, usual)) is not None]
+        if not known:
+            return None
+        at_once = sum(run.state == "running" for run in left)
+        seconds = max(sum(known) / max(at_once, 1), *known)  # no run is done by two
+        return TimeLeft(seconds, at_once, len(known), len(left) - len(known))
+
+
+def survey(study: Path, asked: Iterable[Wanted] = (), notes: Sequence[str] = ()) -> Study:
+    """Look at a study's directory.
+
+    Args:
+        study: its directory, which need not be there.
+        asked: what its experiments ask for; what of that no run covers is missing.
+        notes: what went wrong before, to be told with what goes wrong here.
+    """
+    plan, trouble = _planned(study)
+    names = _directories(study)
+    found = [run for name in names if (run := _look(study / name, plan.get(name))) is not None]
+    seen = {run.name for run in found}
+    found += [run for name, run in plan.items() if name not in seen]
+    return Study(study, [*found, *_uncovered(asked, found)], [*notes, *trouble])
+
+
+def _directories(study: Path) -> list[str]:
+    try:
+        with os.scandir(study) as entries:
+            return sorted(entry.name for entry in entries if _is_directory(entry))
+    except FileNotFoundError:
+        return []
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    with suppress(OSError):  # a link to itself
+        return entry.is_dir()
+    return False
+
+
+def _planned(study: Path) -> tuple[dict[str, RunStatus], list[str]]:
+    """The runs that sweeps asked for, each as if it were missing; and what is wrong with the list."""
+    plan = {}
+    try:
+        for line in planned(study):
+            label, compression, seed, epochs = (line[k] for k in ("label", "compression", "seed", "epochs"))
+            plan[line["run_id"]] = RunStatus(
+                line["run_id"], "missing", label or FLOW, float(compression or 0),
+                int(epochs) if epochs else None, int(seed) if seed else None,
+            )  # fmt: skip
+    except (OSError, UserError) as error:
+        return plan, [str(error)]
+    except (KeyError, ValueError) as error:
+        return plan, [f"{study / 'planned.csv'} is damaged ({type(error).__name__}: {error})"]
+    return plan, []
+
+
+def _look(directory: Path, plan: RunStatus | None) -> RunStatus | None:
+    """The run in a directory; None where there is none, and nobody asked for one."""
+    run = Run(directory)
+    known = plan or RunStatus(directory.name, "missing")
+    log = directory / "train.log"
+    try:
+        info = run.info
+        holders = [] if info.get("status") in ("done", "diverged") else _holders(directory)
+        living = next((owner for owner in holders if owner.at_work), None)
+        if info.get("status") == "running" and living is None:
+            info = run.info  # it may have ended, and let go, since its record was read
+        if not info and living is None:
+            return _without_record(directory, plan)
+        known = _of_record(known, info) if info else known
+        known = replace(known, log=log if log.exists() else None)
+        if living is not None:
+            return _unfinished(replace(known, state="running", owner=living, silence=living.silence), run)
+        status = info.get("status")
+        if status == "running":
+            owner = min(holders, key=lambda owner: owner.silence, default=None)
+            known = replace(known, state="stalled", owner=owner, reason=_why_stalled(owner))
+            return _unfinished(replace(known, silence=owner.silence if owner else math.inf), run)
+        if status not in _ENDED:
+            return replace(known, state="damaged", damage=f"run.json has the status {status!r}")
+        known = replace(known, state=status, reason=_first_line(info.get("reason")))
+        if status == "done":
+            return replace(known, seconds=_seconds(info))
+        return known if status == "diverged" else _unfinished(known, run)
+    except (OSError, UserError) as error:
+        return replace(known, state="damaged", damage=str(error))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        damage = f"{directory / 'run.json'} is not a whole record ({type(error).__name__}: {error})"
+        return replace(known, state="damaged", damage=damage)
+
+
+def _without_record(directory: Path, plan: RunStatus | None) -> RunStatus | None:
+    """A directory that has no run.json: planned, the remains of a run, or none of ours."""
+    log = directory / "train.log"
+    log = log if log.exists() else None
+    if plan is not None:
+        return replace(plan, log=log)
+    if any((directory / name).exists() for name in _TRACES):
+        damage = f"{directory / 'run.json'} is missing, and no sweep planned this run"
+        return RunStatus(directory.name, "damaged", damage=damage, log=log)
+    return None
+
+
+def _of_record(known: RunStatus, info: dict[str, Any]) -> RunStatus:
+    """The row that a record names."""
+    if "flow" in info:
+        return replace(known, label=FLOW)
+    row = info["row"]
+    return replace(
+        known, label=str(row["label"]), compression=float(row["compression"]),
+        epochs=int(row["epochs"]), seed=int(row["seed"]),
+    )  # fmt: skip
+
+
+def _holders(directory: Path) -> list[Owner]:
+    return [owner for owner in owners(directory) if owner.beat is not None]
+
+
+def _why_stalled(owner: Owner | None) -> str:
+    if owner is None:
+        return "its process died without a word"
+    return f"{owner} is dead" if owner.dead else f"no sign of life from {owner}"
+
+
+def _unfinished(known: RunStatus, run: Run) -> RunStatus:
+    """With how far it is, by its lock if somebody is at work on it, and by its history."""
+    try:
+        seconds = _epoch_seconds(run)
+        own = _of_this_attempt(run, seconds)
+        damage = ""
+    except (OSError, UserError, KeyError, ValueError) as error:
+        seconds, own = [], []
+        what = f"{run.directory / 'history.csv'} is damaged ({type(error).__name__}: {error})"
+        damage = str(error) if isinstance(error, UserError) else what
+    said = known.owner.said if known.owner else {}
+    return replace(known, damage=damage, progress=_progress(known.epochs, seconds, own, said))
+
+
+def _epoch_seconds(run: Run) -> list[float]:
+    """What each epoch took, the first one first."""
+    return [float(line["seconds"]) for line in run.read_table("history.csv") if int(line["epoch"]) > 0]
+
+
+def _of_this_attempt(run: Run, seconds: Sequence[float]) -> list[float]:
+    """The epochs since the run was taken up last, maybe on another machine than before.
+
+    An attempt begins with writing config.yaml, and the history is written after each epoch: between the
+    two lie this attempt's epochs.
+    """
+    begun, written = (_modified(run.directory / name) for name in ("config.yaml", "history.csv"))
+    if begun is None or written is None:
+        return list(seconds)
+    own: list[float] = []
+    for epoch in reversed(seconds):
+        if sum(own) + epoch > written - begun:
+            break
+        own.insert(0, epoch)
+    return own
+
+
+def _modified(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _progress(
+    epochs: int | None, seconds: Sequence[float], own: Sequence[float], said: dict[str, Any]
+) -> Progress:
+    """By what an owner said of itself, which may be older than the history, or newer."""
+    epoch, batch, batches = (_whole(said.get(key)) for key in ("epoch", "batch", "batches"))
+    spent = said.get("seconds")
+    pace = None
+    if own:
+        pace = median(own[-_RECENT:])
+    elif batch and isinstance(spent, int | float):
+        pace = spent / batch * batches
+    elif seconds:  # of an earlier attempt: better than nothing
+        pace = median(seconds[-_RECENT:])
+    if epoch < len(seconds):
+        epoch, batch = len(seconds), 0
+    return Progress(epoch, epochs, batch, batches, pace)
+
+
+def _whole(figure: Any) -> int:
+    return figure if isinstance(figure, int) else 0
+
+
+def _seconds(info: dict[str, Any]) -> float | None:
+    """What a done run took: by the clock, attacks included, if it was never interrupted."""
+    trained = info.get("train_seconds")
+    seconds = None if trained is None else float(trained) + float(info.get("record_seconds") or 0)
+    if info.get("attempts") == 1 and info.get("started") and info.get("ended"):
+        begun, ended = (datetime.fromisoformat(info[key]) for key in ("started", "ended"))
+        return max((ended - begun).total_seconds(), seconds or 0.0)
+    return seconds
+
+
+def _first_line(reason: Any) -> str:
+    return str(reason or "").strip().partition("\n")[0]
+
+
+def _usual_seconds(runs: Sequence[RunStatus]) -> Callable[[RunStatus], float | None]:
+    """What a run takes by the done runs of its row; else by those of another length, epoch for epoch."""
+    done = [run for run in runs if run.state == "done" and run.seconds is not None]
+    alike: dict[tuple[str, float, int | None], list[float]] = {}
+    per_epoch: dict[tuple[str, float], list[float]] = {}
+    for run in done:
+        assert run.seconds is not None
+        alike.setdefault(run.row, []).append(run.seconds)
+        if run.epochs:
+            per_epoch.setdefault(run.row[:2], []).append(run.seconds / run.epochs)
+
+    def usual(run: RunStatus) -> float | None:
+        if run.row in alike:
+            return median(alike[run.row])
+        if run.epochs and run.row[:2] in per_epoch:
+            return median(per_epoch[run.row[:2]]) * run.epochs
+        return None
+
+    return usual
+
+
+def _seconds_left(run: RunStatus, usual: Callable[[RunStatus], float | None]) -> float | None:
+    """Of a run at work what it will take at its own pace, of another what its row takes, for what is left."""
+    progress = run.progress or Progress()
+    if run.state == "running" and progress.seconds_left is not None:
+        return progress.seconds_left
+    whole, part = usual(run), progress.epochs_left
+    if whole is None or not run.epochs or part is None:
+        return whole
+    return whole * part / run.epochs
+
+
+def _uncovered(asked: Iterable[Wanted], runs: Sequence[RunStatus]) -> list[RunStatus]:
+    """What experiments ask for and no run covers, whatever its protocol; each run covers one.
+
+    Runs of the same number of epochs are matched first: a study may have rows in two lengths.
+    """
+    open_ = list(asked)
+    rows = {(run.label, run.compression) for run in runs}
+    open_ = [want for want in open_ if want.seed is not None or (want.label, want.compression) not in rows]
+    free = Counter((run.label, run.compression, run.seed, run.epochs) for run in runs)
+    open_ = _take(free, open_, lambda want: (want.label, want.compression, want.seed, want.epochs))
+    free = _of_any_length(free)
+    open_ = _take(free, open_, lambda want: (want.label, want.compression, want.seed))
+    return [RunStatus("", "missing", want.label, want.compression, want.epochs, want.seed) for want in open_]
+
+
+def _of_any_length(free: Counter[tuple[Any, ...]]) -> Counter[tuple[Any, ...]]:
+    found: Counter[tuple[Any, ...]] = Counter()
+    for key, count in free.items():
+        found[key[:3]] += count
+    return found
+
+
+def _take(
+    free: Counter[tuple[Any, ...]], asked: list[Wanted], key: Callable[[Wanted], tuple[Any, ...]]
+) -> list[Wanted]:
+    """Take a free run for each that is asked for; return what finds none."""
+    rest = []
+    for want in asked:
+        if free[key(want)] > 0:
+            free[key(want)] -= 1
+        else:
+            rest.append(want)
+    return rest

@@ -1,0 +1,215 @@
+"""A run from its config to its evaluation: the straight line through all the rooms."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from condlr._support.errors import Diverged, Interrupted, UserError
+from condlr._support.locks import Lock
+from condlr._support.precision import training
+from condlr.analysis.theory.theorem1 import errors
+from condlr.data.base import Data
+from condlr.factorization import low_rank_layers, measure
+from condlr.forms import choose_forms, forms, set_forms
+from condlr.suite.config import FlowConfig, RunConfig, check_any
+from condlr.suite.engine import Trainer
+from condlr.suite.environment import commit, environment
+from condlr.suite.examination import (
+    attack_run,
+    complete,
+    evaluate_run,
+    finished,
+    known,
+    not_of_itself,
+    record_spectra,
+    source_of,
+    summary,
+)
+from condlr.suite.loading import build, load_data, pick_device
+from condlr.suite.progress import LiveLine, Steps
+from condlr.suite.runs import Run
+from condlr.suite.signals import Signals
+
+log = logging.getLogger(__name__)
+
+# Seconds in which a process that was told to stop, or whose parent died, has mostly written its checkpoint.
+_PATIENCE = 5.0
+
+
+def carry_out(values: dict[str, Any]) -> None:
+    """Do what is missing of a run, of a network or a matrix flow.
+
+    Args:
+        values: its resolved config.
+
+    Raises:
+        UserError: and its subclasses, with the run's status and reason noted in run.json.
+        Held: another process is at work on it.
+        Interrupted: after SIGINT or SIGTERM, with a checkpoint written.
+    """
+    config = check_any(values)
+    run = Run(config.directory)
+    if isinstance(config, RunConfig):
+        config = not_of_itself(run, config)
+    if finished(run, config):
+        _say_done(run, config)
+        return
+    with Signals() as signals, Lock(run.directory, patience=_PATIENCE) as lock:
+        info = run.info  # as whoever had the lock before has left it
+        if info.get("status") == "diverged":
+            again = f"remove {run.directory} to train it again"
+            raise Diverged(f"{config.run_id} has {info.get('reason')} ({again})")
+        if isinstance(config, FlowConfig):
+            _follow(run, config, values)
+        elif info.get("status") == "done":
+            _say_done(run, config)
+            complete(run, config)
+            evaluate_run(run, config)
+        else:
+            _train(run, config, values, signals, lock)
+
+
+def _say_done(run: Run, config: RunConfig | FlowConfig) -> None:
+    made = run.info.get("commit")
+    other = f" with the code of {made}" if made and made != commit() else ""
+    log.info("%s is done already%s; remove it to train it again", run.directory, other)
+    if isinstance(config, RunConfig) and config.record_every and not run.read_table("steps.csv"):
+        log.warning("%s was trained without record_every: it has no steps.csv", run.directory)
+
+
+def _train(run: Run, config: RunConfig, written: dict[str, Any], signals: Signals, lock: Lock) -> None:
+    """Train a run, or go on from its checkpoint, and attack it."""
+    facts = {"run_id": config.run_id, "study": config.study, "row": config.row}
+    with run.recording(**facts, **environment()):
+        device = pick_device(config.device)
+        run.note(device=describe(device))
+        run.write_config(written)
+        data = load_data(config, device)
+        source = source_of(run, config, data)
+        model = build(config, data).to(device)
+        run.note(**_sizes(model), images=_images(data))
+        trainer = _trained(run, config, model, data, signals, lock)
+        run.note(**_sizes(model))  # a method may have changed the ranks
+        lock.require()
+        run.save_model(model.state_dict(), config.identity)
+        record_spectra(run, config, data)
+        attack_run(run, config, model, data, source)
+        seconds, recording = (
+            sum(float(row["seconds"] or 0) for row in rows) for rows in (trainer.history, trainer.records)
+        )
+        lock.require()
+        run.note(train_seconds=round(seconds, 2), record_seconds=round(recording, 2))
+    log.info("%s: %s (%.0f s)", run.directory, summary(known(run, config)), seconds)
+
+
+def _follow(run: Run, config: FlowConfig, written: dict[str, Any]) -> None:
+    """Follow a matrix flow, and keep its errors."""
+    with run.recording(run_id=config.run_id, study=config.study, flow=config.identity, **environment()):
+        run.write_config(written)
+        with Steps("flow") as steps:
+            run.write_table("flow.csv", errors(config.flow, steps.at))
+    log.info("%s: done", run.directory)
+
+
+def _trained(
+    run: Run, config: RunConfig, model: nn.Module, data: Data, signals: Signals, lock: Lock
+) -> Trainer:
+    """Train to the end, from the checkpoint if there is one, keeping the run's files up to date."""
+    trainer = trainer_for(config, model, data)
+    fingerprint = f"{config.fingerprint}-{data.digest}"
+    if state := run.load_checkpoint(fingerprint):
+        trainer.load_state_dict(state)
+        log.info("%s goes on from epoch %d, batch %d", run.directory, trainer.epoch, trainer.batch)
+        if config.record_every and not trainer.records:
+            log.warning("%s began without record_every: its steps.csv begins here", run.directory)
+    else:
+        run.forget_results()
+        choose_run_forms(trainer, config)
+    run.note(forms=forms(model))
+    row = config.row
+
+    with LiveLine(f"{row['label']} {row['compression']:g} s{row['seed']}") as line, signals.deferred():
+
+        def keep(trainer: Trainer) -> None:
+            lock.require()
+            run.save_checkpoint(trainer.state_dict(), fingerprint)
+
+        def on_batch(trainer: Trainer) -> None:
+            line.batch(trainer)
+            lock.says = _progress(trainer)
+            if signals.received:
+                trainer.require_finite()
+                keep(trainer)
+                raise Interrupted(signals.received)
+
+        def on_epoch(trainer: Trainer) -> None:
+            keep(trainer)
+            _write_progress(run, trainer)
+            line.epoch(trainer)
+
+        trainer.fit(on_batch, on_epoch)
+    _write_progress(run, trainer)  # a kill may have come between checkpoint and history
+    return trainer
+
+
+def _progress(trainer: Trainer) -> dict[str, Any]:
+    """How far a run is, for who looks at its lock."""
+    return {
+        "epoch": trainer.epoch, "epochs": trainer.protocol.epochs,
+        "batch": trainer.batch, "batches": trainer.batches, "seconds": round(trainer.totals.seconds, 2),
+    }  # fmt: skip
+
+
+def _write_progress(run: Run, trainer: Trainer) -> None:
+    run.write_table("history.csv", trainer.history)
+    if trainer.records:
+        run.write_table("steps.csv", trainer.records)
+
+
+def trainer_for(config: RunConfig, model: nn.Module, data: Data) -> Trainer:
+    """The trainer of a run, before its first batch."""
+    try:
+        return Trainer(
+            model, config.method, data, config.protocol, config.seed, config.precision,
+            record_every=config.record_every,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def choose_run_forms(trainer: Trainer, config: RunConfig) -> None:
+    """Give each low-rank layer, if there are any, the form that the config says, or the faster one."""
+    if not low_rank_layers(trainer.model):
+        return
+    if config.forms == "measured":
+        images, _ = next(trainer.data.train.batches(config.protocol.batch_size))
+        with training(trainer.model, config.precision, trainer.device):
+            choose_forms(trainer.model, images)
+        return
+    try:
+        set_forms(trainer.model, config.forms)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _sizes(model: nn.Module) -> dict[str, Any]:
+    """The ranks and the measured compression of a network."""
+    ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
+    return {"ranks": ranks, "weights": measure(model).as_dict()}
+
+
+def _images(data: Data) -> dict[str, Any]:
+    """What run.json says of the data."""
+    counts = {"train": len(data.train), "held_out": len(data.held_out or ()), "test": len(data.test)}
+    return counts | {"digest": data.digest, "official": data.official}
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for run.json."""
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )

@@ -1,0 +1,267 @@
+"""Training goes on from any batch as if it had not stopped, under every method."""
+
+import io
+
+import pytest
+import torch
+
+from condlr._support.errors import ConstraintBreach, Diverged
+from condlr._support.seeds import derive_seed
+from condlr.data.base import Data
+from condlr.data.digits import Digits
+from condlr.factorization import Scheme
+from condlr.methods.base import Method
+from condlr.methods.baseline import Baseline
+from condlr.methods.cayley_sgd import CayleySgd
+from condlr.methods.condlr import CondLR
+from condlr.methods.dlrt import Dlrt
+from condlr.methods.projected_sgd import ProjectedSgd
+from condlr.methods.svd_prune import SvdPrune
+from condlr.methods.vanilla import Vanilla
+from condlr.models.lenet5 import LeNet5
+from condlr.suite.config import Protocol
+from condlr.suite.engine import Trainer
+from condlr.suite.runs import Run
+
+METHODS = {
+    "baseline": Baseline(),
+    "vanilla": Vanilla(),
+    "gaussian": Vanilla(init="gaussian", frobenius_decay=1e-3),
+    "alternating": Vanilla("alternating"),
+    "condlr": CondLR(0.1),
+    "unit": CondLR(0.0, "one", projection="qr", transport=True),
+    "released": CondLR(0.0, "mean", "released_code", "before_projection"),
+    "cayley_sgd": CayleySgd(),
+    "cayley_exact": CayleySgd(transform="exact"),
+    "cayley_released": CayleySgd(
+        "inactive", "free", "one", "as_is", True, 3, inner_iterations=4, first="momentum"
+    ),
+    "projected_sgd": ProjectedSgd(),
+    "dlrt": Dlrt(),
+    "dlrt_adaptive": Dlrt(theta=0.1),
+    "svd_prune": SvdPrune(),
+    "svd_prune_full": SvdPrune("full", energy=0.05, phases=[0.3, 0.6]),
+}
+
+
+def protocol(**changes):
+    keys = {
+        "name": "test", "epochs": 3, "batch_size": 64, "lr": 0.05, "momentum": 0.3, "lr_milestones": [1, 2],
+        "lr_factor": 0.5, "held_out": 0.2, "rank_rule": "params", "classifier": "dense", "init": "spectral",
+        "augmentation": "none", "batch_norm_momentum": 0.1, "clamp": True, "methods": {},
+    }  # fmt: skip
+    return Protocol(**(keys | changes))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    digits = Digits().load(tmp_path_factory.mktemp("data"))
+    return Data(digits.train.take(slice(250)), digits.test.take(slice(50)), 10).hold_out(0.2, 0)
+
+
+class Noisy(LeNet5):
+    """With dropout, so that the random state matters."""
+
+    def forward(self, images):
+        return super().forward(torch.nn.functional.dropout(images, 0.1, self.training))
+
+
+def trainer(method, data, **changes):
+    torch.manual_seed(5)
+    scheme = Scheme(0.5 if method.compresses else None, classifier="dense")
+    model = method.apply(Noisy(), scheme)
+    return Trainer(model, method, data, protocol(**changes), seed=0, record_every=3)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 10])
+@pytest.mark.parametrize("name", METHODS)
+def test_an_interrupted_run_ends_with_the_same_bits(name, data, stop_at, tmp_path):
+    # Under the released code's scalar mu c > 1 and noisy gradients let the momentum run away.
+    augmented = {"augmentation": "none" if name == "released" else "crop_flip"}
+    whole = trainer(METHODS[name], data, **augmented)
+    whole.fit()
+    first = trainer(METHODS[name], data, **augmented)
+
+    def stop(t):
+        if t.step == stop_at:
+            raise Stop
+
+    with pytest.raises(Stop):
+        first.fit(on_batch=stop)
+    Run(tmp_path).save_checkpoint(first.state_dict(), "f")
+    torch.manual_seed(99)
+    second = trainer(METHODS[name], data, **augmented)
+    state = Run(tmp_path).load_checkpoint("f")
+    assert state is not None
+    second.load_state_dict(state)
+    second.fit()
+    assert whole.step == second.step == 12
+    for key, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[key]), key
+    timing = {"seconds", "images_per_second"}
+    for mine, other in ((whole.history, second.history), (whole.records, second.records)):
+        for a, b in zip(mine, other, strict=True):
+            assert {k: v for k, v in a.items() if k not in timing} == {
+                k: v for k, v in b.items() if k not in timing
+            }
+
+
+def test_a_checkpoint_from_before_there_were_records_is_gone_on_with(data):
+    t = trainer(METHODS["vanilla"], data, epochs=1)
+    t.fit()
+    old = {key: value for key, value in t.state_dict().items() if not key.startswith("record")}
+    second = trainer(METHODS["vanilla"], data, epochs=2)
+    second.load_state_dict(old)
+    second.fit()
+    assert [row["step"] for row in second.records] == [6]
+
+
+def test_checkpoints_hold_plain_values_only(data):
+    t = trainer(METHODS["released"], data)
+    t.fit()
+    buffer = io.BytesIO()
+    torch.save(t.state_dict(), buffer)
+    buffer.seek(0)
+    torch.load(buffer, weights_only=True)
+
+
+def test_history(data):
+    t = trainer(METHODS["condlr"], data)
+    t.fit()
+    assert [row["epoch"] for row in t.history] == [0, 1, 2, 3]
+    assert [row["step"] for row in t.history] == [0, 4, 8, 12]
+    assert [row["lr"] for row in t.history[1:]] == [0.05, 0.025, 0.0125]
+    assert t.history[0]["train_loss"] is None
+    for row in t.history[1:]:
+        assert row["audit_cond_S"] <= 1.1 * (1 + 1e-4)
+        largest = max(row[f"cond_{layer}"] for layer in ("conv1", "conv2", "fc1"))
+        assert largest == pytest.approx(row["audit_cond_S"], rel=1e-3)
+        assert {"cond_conv1", "cond_fc1", "cond_fc2", "held_out_accuracy", "images_per_second"} <= row.keys()
+
+
+def test_records_within_epochs(data):
+    """Every third of 4 batches an epoch: a line's loss is the mean over the batches since the line before."""
+    losses = []
+    method = METHODS["vanilla"]
+    t = trainer(method, data, epochs=3)
+    taken = t._take_step
+    t._take_step = lambda *batch: taken(*batch) or losses.append((float(t.totals.loss), t.totals.images))  # type: ignore[method-assign]
+    t.fit()
+    assert [row["step"] for row in t.records] == [0, 3, 6, 9, 12]
+    assert [row["epoch"] for row in t.records] == [0, 0, 1, 2, 2]
+    assert t.records[0]["train_loss"] is None
+    assert t.records[0]["cond_conv1"] == t.history[0]["cond_conv1"]
+    assert t.records[-1]["cond_fc1"] == t.history[-1]["cond_fc1"]
+    batch = t.protocol.batch_size
+    assert t.records[1]["train_loss"] == pytest.approx(losses[2][0] / (3 * batch))
+    assert t.records[2]["train_loss"] == pytest.approx(losses[5][0] / (2 * batch))
+    assert t.records[3]["train_loss"] == pytest.approx(losses[8][0] / batch)
+    assert t.records[4]["train_loss"] == pytest.approx(
+        (losses[11][0] - losses[8][0]) / (len(data.train) - batch)
+    )
+    assert all(0 <= row["train_accuracy"] <= 1 for row in t.records[1:])
+
+
+def test_loss_and_accuracy_count_every_image_once(data):
+    """With lr 0 the mean over an epoch of unequal batches is the mean over the images."""
+    t = trainer(METHODS["baseline"], data, lr=0.0, epochs=1)
+    t.model.forward = lambda images: LeNet5.forward(t.model, images)  # type: ignore[assignment]
+    t.fit()
+    x, y = data.train.pixels.float() / 255, data.train.labels
+    expected = torch.nn.functional.cross_entropy(t.model(x), y).item()
+    assert t.history[1]["train_loss"] == pytest.approx(expected, rel=1e-5)
+    assert t.history[1]["train_accuracy"] == pytest.approx((t.model(x).argmax(1) == y).float().mean().item())
+
+
+def test_every_method_sees_the_images_in_the_same_order(data, monkeypatch):
+    seen = {}
+    for name, method in METHODS.items():
+        t = trainer(method, data, epochs=2)
+        labels, step = [], method.step
+        with monkeypatch.context() as patch:
+            patch.setattr(method, "step", lambda *a, to=labels, step=step: to.append(a[3]) or step(*a))
+            t.fit()
+        seen[name] = torch.cat(labels)
+    first, second = seen["baseline"].chunk(2)
+    assert all(torch.equal(labels, seen["baseline"]) for labels in seen.values())
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sort().values, data.train.labels.sort().values)
+
+
+# The other forms of Cayley SGD take their time, and differ in rounding or in the first steps alone.
+@pytest.mark.parametrize("name", [name for name in METHODS if name[:7] != "cayley_" or name == "cayley_sgd"])
+def test_every_method_learns(name, data):
+    t = trainer(METHODS[name], data, epochs=12, batch_size=16, lr_milestones=[])
+    t.fit()
+    assert t.history[-1]["held_out_accuracy"] >= 0.6
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data):
+    t = trainer(METHODS["baseline"], data, lr=1e6)
+    with pytest.raises(Diverged, match=r"diverged in epoch 1, batch \d+ of 4: .* smaller protocol.lr"):
+        t.fit()
+
+
+def test_weights_that_are_not_finite_stop_the_run(data):
+    t = trainer(METHODS["vanilla"], data, epochs=1)
+
+    def poison(t):
+        if t.batch == t.batches:
+            t.model.fc2.bias.data[0] = torch.inf
+
+    with pytest.raises(Diverged):
+        t.fit(on_batch=poison)
+
+
+def test_a_broken_promise_stops_the_run(data):
+    t = trainer(CondLR(0.1), data)
+
+    def breach(t):
+        t.model.conv1.U.data[0] += 0.01
+
+    with pytest.raises(ConstraintBreach):
+        t.fit(on_batch=breach)
+
+
+def test_a_method_may_add_a_penalty():
+    """With the penalty ||W||^2 / 2 a step is one of weight decay."""
+
+    class Decay(Method):
+        def penalty(self, model):
+            return model.weight.square().sum() / 2
+
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    nets = [torch.nn.Linear(4, 3) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    plain = torch.nn.functional.cross_entropy(nets[0](x), y).item()
+    size = nets[0].weight.square().sum().item() / 2
+    loss, _ = Decay().step(nets[0], Decay().optimizer(nets[0], 0.1, 0.0), x, y)
+    assert loss.item() == pytest.approx(plain + size)
+    decayed = torch.optim.SGD(
+        [{"params": nets[1].weight, "weight_decay": 1.0}, {"params": nets[1].bias}], lr=0.1
+    )
+    Method().step(nets[1], decayed, x, y)
+    torch.testing.assert_close(nets[0].weight, nets[1].weight)
+
+
+def test_seeds_for_different_purposes_differ():
+    seeds = {
+        derive_seed(s, *p) for s in range(50) for p in (("init",), ("held_out",), ("epoch", 0), ("epoch", 1))
+    }
+    assert len(seeds) == 200
+    assert derive_seed(0, "init") == derive_seed(0, "init") < 2**63
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", METHODS)
+def test_on_a_gpu(name, data):
+    torch.manual_seed(5)
+    method = METHODS[name]
+    model = method.apply(LeNet5(), Scheme(0.5 if method.compresses else None, classifier="dense")).cuda()
+    t = Trainer(model, method, data.to(torch.device("cuda")), protocol(epochs=2), seed=0)
+    t.fit()
+    assert torch.isfinite(torch.tensor(t.history[-1]["train_loss"]))

@@ -1,0 +1,160 @@
+"""Runs that are killed, stopped or out of disk, as processes of their own."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from condlr._support.errors import Interrupted
+from condlr.suite.signals import Signals
+from tests.helpers import ROOT, wait_for
+
+COMMAND = [
+    sys.executable, str(ROOT / "scripts" / "train.py"), "dataset=digits", "protocol=demo", "method=condlr",
+    "protocol.epochs=10", "attack.eps=[0,0.1]", "device=cpu", "forms=chained",
+]  # fmt: skip
+
+
+def start(directory, *arguments):
+    directory.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [*COMMAND, *arguments], cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(directory, *arguments):
+    process = start(directory, *arguments)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return out
+
+
+def run_of(directory):
+    (path,) = (directory / "runs" / "default").glob("lenet5-*")
+    return path
+
+
+def info(directory):
+    return json.loads((run_of(directory) / "run.json").read_text())
+
+
+def outcome(directory):
+    """What must not depend on interruptions: the weights' bytes and the evaluation but for its times."""
+    run = run_of(directory)
+    rows = list(csv.DictReader((run / "evaluation.csv").open()))
+    evaluation = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return (run / "model.safetensors").read_bytes(), evaluation
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("undisturbed")
+    finish(directory)
+    return directory
+
+
+def kill_in_the_middle(directory, number):
+    process = start(directory)
+    wait_for(lambda: list(directory.glob("runs/default/*/checkpoint.pt")))
+    time.sleep(0.1)
+    process.send_signal(number)
+    return process.communicate(timeout=60)[0], process.returncode
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(undisturbed, tmp_path):
+    out, status = kill_in_the_middle(tmp_path, signal.SIGKILL)
+    assert status == -signal.SIGKILL, out
+    assert info(tmp_path)["status"] == "running"
+    (run_of(tmp_path) / "checkpoint.pt.partial-1").write_text("half a file of a killed process")
+    out = finish(tmp_path)
+    assert "goes on from epoch" in out
+    assert outcome(tmp_path) == outcome(undisturbed)
+    assert info(tmp_path)["attempts"] == 2
+    assert not list(run_of(tmp_path).glob("*partial*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_writes_a_checkpoint_and_ends_the_same(undisturbed, tmp_path, number):
+    out, status = kill_in_the_middle(tmp_path, number)
+    assert status == 128 + number, out
+    assert "interrupted: the same command takes it up again" in out
+    assert "Traceback" not in out
+    assert info(tmp_path)["status"] == "interrupted"
+    out = finish(tmp_path)
+    assert "goes on from epoch" in out
+    assert outcome(tmp_path) == outcome(undisturbed)
+
+
+def test_a_diverged_run_says_so_keeps_its_checkpoint_and_is_not_run_again(tmp_path):
+    # It trains at a sensible rate, and then the schedule raises the rate beyond all reason.
+    arguments = ["protocol.lr_milestones=[2]", "protocol.lr_factor=1e8"]
+    process = start(tmp_path, *arguments)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: diverged in epoch 3" in out
+    assert "Traceback" not in out
+    assert info(tmp_path)["status"] == "diverged"
+    assert "diverged in epoch 3" in info(tmp_path)["reason"]
+    checkpoint = torch.load(run_of(tmp_path) / "checkpoint.pt", weights_only=True)
+    assert checkpoint["state"]["epoch"] == 2
+    assert all(torch.isfinite(t).all() for t in checkpoint["state"]["model"].values())
+    process = start(tmp_path, *arguments)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "has diverged in epoch 3" in out
+    assert "to train it again" in out
+
+
+@pytest.mark.skipif(not shutil.which("mount"), reason="needs a small file system")
+def test_a_full_disk_is_one_line_and_loses_nothing(undisturbed, tmp_path):
+    small = tmp_path / "runs"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        process = start(tmp_path)
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "error: No space left on device" in out
+        assert "Traceback" not in out
+        run = run_of(tmp_path)
+        assert not list(run.glob("*partial*"))
+        subprocess.run(["mount", "-o", "remount,size=100m", str(small)], check=True)
+        finish(tmp_path)
+        assert outcome(tmp_path) == outcome(undisturbed)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_stopped_sweep_stops(tmp_path):
+    process = start(tmp_path, "seed=0,1", "--multirun")
+    wait_for(lambda: list(tmp_path.glob("runs/default/*/checkpoint.pt")))
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, out
+    assert "Traceback" not in out
+    assert info(tmp_path)["status"] == "interrupted", "and the second run was not begun"
+
+
+def test_a_signal_is_never_lost():
+    """One that comes while nobody looks is raised as soon as it may be; elsewhere at once."""
+    before = signal.getsignal(signal.SIGINT)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        with pytest.raises(Interrupted) as stop, Signals() as signals, signals.deferred():
+            os.kill(os.getpid(), signum)
+            assert signals.received == signum
+        assert stop.value.signum == signum
+        with pytest.raises(Interrupted), Signals():
+            os.kill(os.getpid(), signum)
+            pytest.fail("went on after a signal")
+    assert signal.getsignal(signal.SIGINT) is before
