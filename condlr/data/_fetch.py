@@ -47,6 +47,10 @@ def fetch(dataset: str, root: Path, missing: Callable[[], list[Path]], allowed: 
             if wanted := missing():  # or another has, while we waited
                 log.info("fetching %s into %s", dataset, root)
                 _fetch(dataset, root, folder, wanted)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"fetching {dataset} needs {error.name}: pip install 'condlr[suite]'; or {advice}"
+        ) from error
     except Exception as error:  # what urllib, http, ssl, tarfile or zlib make of what comes from a network
         raise UserError(f"{dataset} could not be fetched ({_reason(error)}): {advice}") from error
 

@@ -5,7 +5,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from typing_extensions import override
 
@@ -92,44 +91,49 @@ def _complete(root: Path, names: tuple[str, ...]) -> list[dict[str, Path]]:
     return [paths for paths in versions if all(path.is_file() for path in paths.values())]
 
 
-def _read(path: Path) -> np.ndarray:
-    """A batch as (n, 3073) bytes: label, then 1024 red, green and blue pixels."""
+def _read(path: Path) -> bytearray:
+    """A batch as the binary version has it, of each image the label, then 1024 red, green and blue pixels."""
     content = path.read_bytes()
     if path.suffix == ".bin":
         if len(content) == 0 or len(content) % _RECORD:
             raise UserError(
                 f"{path} is damaged or truncated: {len(content)} bytes; expected a multiple of {_RECORD}"
             )
-        records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD)
+        records = bytearray(content)
     else:
         records = _from_pickle(path, content)
-    if records[:, 0].max() > 9:
-        raise UserError(f"{path} has a label {records[:, 0].max()}; expected 0 to 9")
+    if (largest := max(records[::_RECORD])) > 9:
+        raise UserError(f"{path} has a label {largest}; expected 0 to 9")
     return records
 
 
-def _from_pickle(path: Path, content: bytes) -> np.ndarray:
+def _from_pickle(path: Path, content: bytes) -> bytearray:
     try:
         batch = _plain_pickle.load(content)
     except ValueError as error:
         raise UserError(f"{path} is damaged, or no batch of CIFAR-10: {error}") from error
     try:
-        pixels, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
-        if pixels.dtype != np.uint8 or pixels.shape != (len(labels), _RECORD - 1) or len(labels) == 0:
-            raise ValueError(f"its data are {pixels.shape} {pixels.dtype}, its labels {len(labels)}")
+        pixels, labels = (torch.as_tensor(batch[key]) for key in ("data", "labels"))
+        if pixels.dtype != torch.uint8 or pixels.shape != (len(labels), _RECORD - 1) or len(labels) == 0:
+            kind = str(pixels.dtype).removeprefix("torch.")
+            raise ValueError(f"its data are {tuple(pixels.shape)} {kind}, its labels {len(labels)}")
         if labels.ndim != 1:
-            raise ValueError(f"its labels are {labels.shape}")
-        if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() > 255:
+            raise ValueError(f"its labels are {tuple(labels.shape)}")
+        whole = not labels.is_floating_point() and labels.dtype != torch.bool
+        if not whole or not 0 <= labels.long().min() <= labels.long().max() <= 255:
             raise ValueError("its labels are no classes")
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise UserError(
             f"{path} is no batch of CIFAR-10 ({error}); expected data of (n, 3072) bytes and n labels"
         ) from error
-    return np.concatenate([labels.astype(np.uint8).reshape(-1, 1), pixels], axis=1)
+    records = bytearray(len(labels) * _RECORD)
+    table = torch.frombuffer(records, dtype=torch.uint8).view(-1, _RECORD)  # the same memory
+    table[:, 0], table[:, 1:] = labels.to(torch.uint8), pixels
+    return records
 
 
-def _is_official(name: str, path: Path, records: np.ndarray) -> bool:
-    digest = hashlib.sha256(np.ascontiguousarray(records).data).hexdigest()
+def _is_official(name: str, path: Path, records: bytearray) -> bool:
+    digest = hashlib.sha256(records).hexdigest()
     for other, known in OFFICIAL.items():
         if digest == known and other != name:
             raise UserError(f"{path} is CIFAR-10's {other}; expected its {name}")
@@ -142,6 +146,6 @@ def _is_official(name: str, path: Path, records: np.ndarray) -> bool:
     return digest == OFFICIAL[name]
 
 
-def _images(batches: list[np.ndarray]) -> Images:
-    records = torch.from_numpy(np.concatenate(batches))
+def _images(batches: list[bytearray]) -> Images:
+    records = torch.frombuffer(bytearray().join(batches), dtype=torch.uint8).view(-1, _RECORD)
     return Images(records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long())
