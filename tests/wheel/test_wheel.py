@@ -20,7 +20,7 @@ constraint = condlr.constrain(optimizer, model, tau=0.1)
 images = torch.randn(2, 3, 8, 8)
 model(images).sum().backward()
 optimizer.step()
-assert constraint.check() is None, constraint.check()
+assert constraint.check()["cond_S"] <= 1.1001
 plain = condlr.export(model)
 assert (plain(images) - model(images)).abs().max() < 1e-4
 assert not {"hydra", "pandas", "torchvision", "numpy.random"} & {*sys.modules}
