@@ -1,6 +1,7 @@
 """The wheel in a fresh environment: with torch alone, then with what its messages say to install."""
 
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -32,7 +33,12 @@ print(condlr.__file__)
 def environment(tmp_path_factory):
     """(its bin/, an empty folder) of an environment that holds the wheel and what that asks for."""
     base = tmp_path_factory.mktemp("wheel")
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", base, ROOT], check=True)
+    source = base / "source"  # what an earlier build left in build/ would be packed as well
+    for folder in ("condlr", "conf", "scripts", "results/paper"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", base, source], check=True)
     (wheel,) = base.glob("condlr-*.whl")
     venv.create(base / "venv", with_pip=True)
     install(base / "venv" / "bin", str(wheel))
