@@ -68,7 +68,7 @@ class Idx(Dataset):
         return Data(train, test, classes=10, official=all(official))
 
     def _read(self, raw: Path, index: int) -> tuple[Tensor, bool]:
-        """The array of one file, and whether it is the official one; if it is cut, of the .gz beside it."""
+        """The array of one file, and whether it is the official one. If the file is cut, the .gz is read."""
         path, *others = _found(raw, FILES[index])
         try:
             return self._read_one(path, index)
@@ -100,7 +100,7 @@ class Idx(Dataset):
 
 
 def _found(raw: Path, name: str) -> list[Path]:
-    """The plain file and the packed one, as far as they are there."""
+    """The plain file and the packed one, those that exist."""
     return [path for path in (raw / name, raw / f"{name}.gz") if path.is_file()]
 
 

@@ -18,8 +18,8 @@ _KINDS = {
 def load(content: bytes) -> Any:
     """What a pickle of Python 2 or 3 holds, its arrays as tensors; they must be of integers.
 
-    Whatever a pickle calls for is answered by a stand-in of this module, so that nothing that it
-    names is ever imported or called.
+    Stand-ins of this module answer for everything that a pickle asks for. Nothing that it names is
+    imported or called.
 
     Raises:
         ValueError: it is damaged, or holds something else.

@@ -28,7 +28,7 @@ OFFICIAL = {
     "test_batch": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
 }
 
-# Of each channel, as the authors' code and most others standardise CIFAR-10.
+# Mean and deviation of each channel, as the authors' code and most others have them.
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 _RECORD = 1 + 3 * 32 * 32
@@ -38,8 +38,8 @@ _RECORD = 1 + 3 * 32 * 32
 class Cifar10(Dataset):
     """CIFAR-10 (Krizhevsky, 2009): 50 000 training and 10 000 test images of 3 x 32 x 32.
 
-    Read from `<root>/cifar-10-batches-bin/*.bin` or `<root>/cifar-10-batches-py/`; where both are, from
-    the first. Both give the same tensors. The pickles of the second are read without running them.
+    The files are `<root>/cifar-10-batches-bin/*.bin` or `<root>/cifar-10-batches-py/`. Where both are there,
+    the first are read. Both give the same tensors. The pickles of the second are read without running them.
 
     Attributes:
         standardize: networks standardise their input by the channels' mean and deviation, inside.
@@ -54,7 +54,7 @@ class Cifar10(Dataset):
         names = (*TRAIN, TEST)
 
         def missing() -> list[Path]:
-            here = _complete(root, names)
+            here = _whole_versions(root, names)
             return [] if here else [path for path in _paths(root, names, "py").values() if not path.is_file()]
 
         if absent := missing():
@@ -63,7 +63,7 @@ class Cifar10(Dataset):
                 f".bin files of the binary version into {root / 'cifar-10-batches-bin'}, or set data_root"
             )
             fetch("CIFAR10", root, missing, self.download, advice)
-        paths, *others = _complete(root, names)
+        paths, *others = _whole_versions(root, names)
         try:
             records = {name: _read(path) for name, path in paths.items()}
         except UserError as error:
@@ -85,8 +85,8 @@ def _paths(root: Path, names: tuple[str, ...], kind: str) -> dict[str, Path]:
     return {name: root / f"cifar-10-batches-{kind}" / f"{name}{suffix}" for name in names}
 
 
-def _complete(root: Path, names: tuple[str, ...]) -> list[dict[str, Path]]:
-    """The paths of each version that is all there, the first to be read."""
+def _whole_versions(root: Path, names: tuple[str, ...]) -> list[dict[str, Path]]:
+    """The paths of each version of which no file is missing, in the order in which they are tried."""
     versions = (_paths(root, names, kind) for kind in ("bin", "py"))
     return [paths for paths in versions if all(path.is_file() for path in paths.values())]
 
