@@ -30,6 +30,10 @@ test: $(VENV)/.installed  ## Lint, type check and test
 test-chaos: $(VENV)/.installed  ## Kill a sweep's processes, fill and spoil its disk; it must end as if left alone (minutes)
 	$(RUN) -m pytest -m chaos -s tests/chaos
 
+.PHONY: test-wheel
+test-wheel: $(VENV)/.installed  ## Build the wheel; install it into a fresh environment without the suite and with it
+	$(RUN) -m pytest -m wheel -s -vv tests/wheel
+
 # Without constraints: the launcher wants older releases of cloudpickle and python-dateutil than the others' newest
 test-ray: $(VENV)/.installed  ## Kill workers and parents of a sweep under Ray, on two pretended GPUs (minutes)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[ray]'
@@ -73,7 +77,7 @@ reproduce-mnist: $(VENV)/.installed  ## Run what is missing of Table 2 and Figur
 	$(call reproduce,reproduce_mnist figure2)
 
 theorem1: $(VENV)/.installed  ## Put Theorem 1 to the test on matrix flows that are known (a minute); report
-	$(RUN) scripts/train.py experiment=theorem1
+	$(RUN) scripts/theorem1.py
 	$(MAKE) --no-print-directory tables figures report STUDY=theorem1
 
 reproduce-cifar10: STUDY = reproduce_cifar10
@@ -84,7 +88,7 @@ reproduce-cifar10: $(VENV)/.installed  ## Run what is missing of Table 3, VGG16 
 HARD := attack.images=1000
 mnist-attacks: $(VENV)/.installed  ## Train eight rows on MNIST, attack them every way, audit the attacks (hours)
 	$(RUN) scripts/train.py experiment=mnist_attacks seed=0,1
-	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*-s0-*' audit=true conditioning=true cost=true
+	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*-s0-*' analysis=[audit,conditioning,guarantees,cost]
 	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=fgsm
 	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.03,0.06,0.1] attack.loss=ce
 	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.03,0.06,0.1] attack.loss=margin

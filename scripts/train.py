@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a network and attack it; `python scripts/train.py --help` shows what can be chosen."""
+"""Train a network and attack it, or a whole sweep of them."""
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode

@@ -43,7 +43,7 @@ def load_network(run: Run, config: RunConfig, data: Data) -> nn.Module:
 def load_data(config: RunConfig, device: torch.device) -> Data:
     """The run's dataset on the device, with its part held out."""
     data = config.dataset.load(config.data_root)
-    data = data.first(config.dataset.train_images, config.dataset.test_images)
+    data = data.shortened(config.dataset.train_images, config.dataset.test_images)
     data = data.hold_out(config.protocol.held_out, derive_seed(config.seed, "held_out"))
     if len(data.train) == 0:
         raise UserError(f"protocol.held_out={config.protocol.held_out:g} leaves no image to train on")

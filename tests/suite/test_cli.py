@@ -905,7 +905,7 @@ def test_a_study_of_which_no_run_is_done_says_so(script, tmp_path, statuses, sai
                 (run / name).unlink()
     for name in ("collect", "tables", "figures", "report"):
         result = script(name, "study=bad")
-        complains(result, f"no run of this study is done and evaluated yet: {said}.* scripts/status.py says")
+        complains(result, f"no run of this study is done and evaluated yet: {said}.* condlr status says")
         assert "collect" not in result[2]
 
 
