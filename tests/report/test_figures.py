@@ -16,7 +16,7 @@ from condlr.analysis.theory.theorem1 import Settings, errors
 from condlr.report import _style, accuracies, evolution, results, spectra, tradeoffs
 from condlr.report.figures import drawings
 from tests.helpers import ROOT, complains
-from tests.report.test_report import PAPER, cells
+from tests.report.study import PAPER, cells
 
 DECAY = "lr=0.1 lr_milestones=[7,9] decay=2.0"
 
