@@ -42,6 +42,7 @@ def test_the_forward_pass_is_bfloat16_and_nothing_else():
     assert seen.pop() == torch.float32, "it ends with the context"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["condlr", "unit", "released", "dlrt", "vanilla", "svd_prune", "cayley_exact"]
 )

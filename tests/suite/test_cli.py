@@ -236,6 +236,7 @@ def test_damaged_data_is_named(script, small_mnist, damage, pattern):
     assert json.loads(next(Path("runs").rglob("run.json")).read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_the_contract(script, small_mnist):
     """The call that others may rely on; small files in the place of MNIST."""
     arguments = [
@@ -278,6 +279,7 @@ def test_a_launcher_that_is_not_installed_says_how_it_is(launcher, extra):
     assert condlr.suite.cli.explain(other) == str(other)
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_a_method_without_compression_once_and_goes_on_after_a_failure(script, tmp_path):
     sweep = ["-m", *SMALL, "method=baseline,vanilla,condlr", "compression=0.5,0.8", "study=sweep"]
     status, out, _ = script("train", *sweep)
@@ -302,6 +304,7 @@ def test_a_sweep_runs_a_method_without_compression_once_and_goes_on_after_a_fail
     assert "Traceback" not in out
 
 
+@pytest.mark.slow
 def test_several_runs_at_once_end_as_one_by_one(script, tmp_path):
     """In processes of their own; one that fails does not stop the other, and is told of."""
     sweep = ["-m", *SMALL, "forms=multiplied"]  # bits are those of one form
@@ -330,6 +333,7 @@ def test_several_runs_at_once_end_as_one_by_one(script, tmp_path):
     assert sorted(statuses) == ["diverged", "done"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "paper"),
     [("table_mnist", "table2_lenet5_mnist"), ("table_cifar10", "table3_vgg16_cifar10")],
@@ -361,6 +365,7 @@ def small_cifar(tmp_path):
         (folder / f"{name}.bin").write_bytes(records.contiguous().numpy().tobytes())
 
 
+@pytest.mark.slow
 def test_vgg16_on_cifar10(script, small_cifar, tmp_path):
     arguments = [
         "dataset=cifar10", "model=vgg16", "protocol=released_code", "method=condlr", "compression=0.8",
@@ -383,6 +388,7 @@ def test_vgg16_on_cifar10(script, small_cifar, tmp_path):
     assert rows == unclamped | {("fgsm", 0), ("fgsm", 0.1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
@@ -417,6 +423,7 @@ def test_a_rank_adaptive_run_that_diverges_says_so(script, tmp_path):
     assert json.loads((run_of(tmp_path) / "run.json").read_text())["status"] == "diverged"
 
 
+@pytest.mark.slow
 def test_another_attack_on_a_finished_run_trains_nothing(script, run):
     weights = (run / "model.safetensors").stat().st_mtime_ns
     status, _, _ = script("train", *SMALL, "attack.eps=[0.2]")
@@ -445,6 +452,7 @@ def undone(run):
     (run / "run.json").write_text(json.dumps(info))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "damage", "pattern"),
     [
@@ -503,6 +511,7 @@ def test_a_checkpoint_of_which_any_bit_differs_is_refused(tmp_path):
         run.load_checkpoint("f")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_config_is_refused(script, run, tmp_path):
     script("train", *SMALL, "study=two", "seed=1")
     two = run_of(tmp_path, "two")
@@ -552,6 +561,7 @@ def test_memory_that_is_refused_is_one_line():
     assert explain(RuntimeError("shapes cannot be multiplied")) is None
 
 
+@pytest.mark.slow
 def test_evaluate_says_what_it_cannot_evaluate(script, run, tmp_path):
     complains(script("evaluate", "run=nowhere"), "nowhere is not a run: it has no config.yaml")
     complains(script("evaluate", "run=nowhere/*"), r"run=nowhere/\*: there is nothing of such a name")
@@ -595,6 +605,7 @@ def test_evaluation_wants_the_images_of_the_training(script, small_mnist):
     complains(evaluated, "holds other images than the run was trained on")
 
 
+@pytest.mark.slow
 def test_training_afresh_forgets_the_old_evaluation(script, run):
     script("evaluate", f"run={run}", "attack.eps=[0.3]")
     for name in ("run.json", "checkpoint.pt"):
@@ -603,6 +614,7 @@ def test_training_afresh_forgets_the_old_evaluation(script, run):
     assert [float(row["eps"]) for row in csv.DictReader((run / "evaluation.csv").open())] == [0, 0.1]
 
 
+@pytest.mark.slow
 def test_rows_with_unusual_options_have_names_of_their_own(script, tmp_path):
     script("train", "-m", *SMALL, "method.retraction=qr,polar", "study=variants")
     names = sorted(path.name.split("-s0-")[0] for path in (tmp_path / "runs" / "variants").glob("lenet5-*"))
@@ -629,6 +641,7 @@ def test_a_run_lies_where_it_should_even_if_hydra_changes_directory(script, tmp_
     assert (run_of(tmp_path) / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_collect_tables_and_figures_end_to_end(script, tmp_path):
     complains(script("collect", "study=none"), "there is no run in runs/none")
     complains(script("tables", "study=none"), "cells.csv is missing: collect the study's runs first")
@@ -660,6 +673,7 @@ def test_collect_tables_and_figures_end_to_end(script, tmp_path):
     complains(script("tables", "study=two"), "cells.csv")
 
 
+@pytest.mark.slow
 def test_a_matrix_flow_end_to_end(script, tmp_path):
     small = [
         "experiment=theorem1",
@@ -685,6 +699,7 @@ def test_a_matrix_flow_end_to_end(script, tmp_path):
     complains(script("collect", "study=theorem1"), "holds several matrix flows")
 
 
+@pytest.mark.slow
 def test_an_ill_conditioned_start_through_the_command_line(script, tmp_path):
     start = [
         *SMALL,
@@ -804,6 +819,7 @@ def test_the_commit_is_that_of_our_own_repository(tmp_path, monkeypatch, no_repo
     assert environment.commit() == f"{head}+"
 
 
+@pytest.mark.slow
 def test_no_script_needs_a_terminal_that_can_show_all_it_says(script, tmp_path, monkeypatch):
     """Files are UTF-8 all the same, also where the locale is not."""
 
@@ -838,6 +854,7 @@ def test_no_script_needs_a_terminal_that_can_show_all_it_says(script, tmp_path, 
     assert "Größe ∞" in log.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_files_are_written_before_their_reader_has_had_enough(script, tmp_path, monkeypatch):
     """As in `tables.py study=two | head -1`."""
     for method in ("baseline", "condlr"):
@@ -898,6 +915,7 @@ def test_a_matrix_flow_that_failed_says_so(script, tmp_path):
         complains(script(name, "study=theorem1"), "no run of this study is done and evaluated yet: 1 failed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multirun", [[], ["-m"]], ids=["", "-m"])
 @pytest.mark.parametrize("key", ["runs_dir", "study", "seed", "hydra.run.dir", "attack.source", "method.tau"])
 @pytest.mark.parametrize(
@@ -937,6 +955,7 @@ def test_a_bug_of_ours_in_a_resolver_is_none_of_the_users(monkeypatch):
     assert explain(caught.value) is None
 
 
+@pytest.mark.slow
 def test_a_home_directory_is_expanded_and_nothing_is_called_tilde(script, tmp_path, monkeypatch):
     home = tmp_path / "home"
     monkeypatch.setenv("HOME", str(home))
@@ -959,6 +978,7 @@ def test_a_home_directory_is_expanded_and_nothing_is_called_tilde(script, tmp_pa
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith("~")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["~/MNIST files", "[a]", "a: b", "${x}", "'q' \"r\"", "x=1, {y}", "- a"])
 def test_any_directory_can_be_in_the_variable(script, small_mnist, tmp_path, monkeypatch, name):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -993,6 +1013,7 @@ def test_an_argument_that_cannot_be_read_is_shown_quoted(script, argument, quote
         complains(script(name, argument), re.escape(f"if that is text, quote it: {quoted}"))
 
 
+@pytest.mark.slow
 def test_logs_may_be_set_as_hydra_has_it(script, tmp_path):
     few = [*SMALL, "method=baseline"]
     assert script("train", *few, "hydra/job_logging=none", "seed=1")[0] == 0
@@ -1008,6 +1029,7 @@ def test_logs_may_be_set_as_hydra_has_it(script, tmp_path):
     assert script("collect", "study=default", "hydra/job_logging=none")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [[], ["hydra/launcher=several"]], ids=["one by one", "several"])
 def test_jobs_that_fail_are_in_the_exit_status_under_every_sweeper(script, launcher):
     sweep = ["-m", *SMALL, "hydra/sweeper=basic", "method=baseline", "protocol.lr=0.1,1e30", *launcher]

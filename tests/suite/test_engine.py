@@ -30,6 +30,7 @@ def whole(request, data):
     return run, another
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [1, 4, 10])
 def test_an_interrupted_run_ends_with_the_same_bits(whole, stop_at, tmp_path):
     whole, another = whole

@@ -12,7 +12,10 @@ from condlr.analysis.sceptic.masking import CHECKS
 from condlr.report import results
 from tests.helpers import ROOT, SMALL, complains, run_script, write_idx
 
-FEW = ["attack.images=60", "attack.eps=[0,0.1]"]
+pytestmark = pytest.mark.slow
+
+# An audit takes its time with each image
+FEW = ["attack.images=20", "attack.eps=[0,0.1]"]
 
 
 def rows(run, name):
@@ -58,8 +61,8 @@ def test_every_attack_on_a_finished_run(script, runs):
         status, _, err = script("evaluate", f"run={run}", *FEW, *arguments)
         assert status == 0, err
         assert [row["n"] for row in rows(run, "evaluation.csv") if row["attack"] == label][-2:] == [
-            "60",
-            "60",
+            "20",
+            "20",
         ]
     status, _, err = script(
         "evaluate",
@@ -77,7 +80,7 @@ def test_every_attack_on_a_finished_run(script, runs):
     ]
     # The same attack on other images, or in another norm, does not take an earlier one's place.
     fgsm = [row for row in rows(run, "evaluation.csv") if row["attack"] == "fgsm"]
-    assert sorted(row["n"] for row in fgsm) == ["100", "100", "60", "60"]
+    assert sorted(row["n"] for row in fgsm) == ["100", "100", "20", "20"]
 
 
 def test_attacks_are_options_of_a_sweep(script, tmp_path):
@@ -163,7 +166,7 @@ def test_a_run_of_a_pattern_that_is_not_done_stops_no_other(script, runs):
     dense.write_text(dense.read_text().replace('"status": "done"', '"status": "failed"'))
     result = script("evaluate", f"run={runs['condlr'].parent}/*", *FEW)
     complains(result, "not evaluated, for they are not done: lenet5-digits-baseline")
-    assert "60" in {row["n"] for row in rows(runs["condlr"], "evaluation.csv")}
+    assert "20" in {row["n"] for row in rows(runs["condlr"], "evaluation.csv")}
     complains(
         script("evaluate", f"run={runs['condlr'].parent}"), r"is not a run: give a run in it, or run='.*/\*'"
     )

@@ -17,9 +17,11 @@ from condlr._support.errors import Interrupted
 from condlr.suite.signals import Signals
 from tests.helpers import ROOT, run_script, wait_for
 
+pytestmark = pytest.mark.slow
+
 ARGUMENTS = [
-    "dataset=digits", "protocol=demo", "method=condlr", "protocol.epochs=10", "attack.eps=[0,0.1]",
-    "device=cpu", "forms=chained",
+    "dataset=digits", "dataset.train_images=700", "protocol=demo", "method=condlr", "protocol.epochs=10",
+    "attack.eps=[0,0.1]", "device=cpu", "forms=chained",
 ]  # fmt: skip
 
 

@@ -28,6 +28,8 @@ from condlr.suite.sweeps.processes import Killed, call_apart
 from condlr.suite.sweeps.sweep import StudySweeper
 from tests.helpers import ROOT, SMALL, at_once, complains, wait_for
 
+pytestmark = pytest.mark.slow
+
 LONG = [
     "dataset=digits", "dataset.train_images=800", "protocol=demo", "method=condlr", "protocol.epochs=12",
     "attack.eps=[0,0.1]", "forms=multiplied", "device=cpu", "study=s",
