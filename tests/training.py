@@ -1,6 +1,7 @@
 """Small training that tests of the engine share: each method, and a trainer that can be stopped."""
 
 import torch
+from torch import nn
 
 from condlr.factorization import Scheme
 from condlr.methods.baseline import Baseline
@@ -51,10 +52,19 @@ class Noisy(LeNet5):
         return super().forward(torch.nn.functional.dropout(images, 0.1, self.training))
 
 
-def trainer(method, data, **changes):
+class Narrow(Noisy):
+    """Too narrow to learn much, and quick."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 10, 5), nn.Conv2d(10, 25, 5)
+        self.fc1, self.fc2 = nn.Linear(25 * 4 * 4, 120), nn.Linear(120, 10)
+
+
+def trainer(method, data, network=Narrow, **changes):
     torch.manual_seed(5)
     scheme = Scheme(0.5 if method.compresses else None, classifier="dense")
-    model = method.apply(Noisy(), scheme)
+    model = method.apply(network(), scheme)
     return Trainer(model, method, data, protocol(**changes), seed=0, record_every=3)
 
 
