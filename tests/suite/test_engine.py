@@ -13,7 +13,7 @@ from condlr.methods.condlr import CondLR
 from condlr.models.lenet5 import LeNet5
 from condlr.suite.engine import Trainer
 from condlr.suite.runs import Run
-from tests.training import METHODS, Noisy, Stop, protocol, trainer
+from tests.training import METHODS, Stop, protocol, trainer
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -146,7 +146,7 @@ def test_every_method_sees_the_images_in_the_same_order(data, monkeypatch):
 # The other forms of Cayley SGD take their time, and differ in rounding or in the first steps alone.
 @pytest.mark.parametrize("name", [name for name in METHODS if name[:7] != "cayley_" or name == "cayley_sgd"])
 def test_every_method_learns(name, data):
-    t = trainer(METHODS[name], data, Noisy, epochs=12, batch_size=16, lr_milestones=[])
+    t = trainer(METHODS[name], data, epochs=32, batch_size=16, lr_milestones=[])
     t.fit()
     assert t.history[-1]["held_out_accuracy"] >= 0.6
 
