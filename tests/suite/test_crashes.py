@@ -31,7 +31,7 @@ from tests.suite.work import light_apart, linger, miss_a_signal
 
 pytestmark = pytest.mark.slow
 at_once = sys.argv[2] == "at once"
-jobs = [delayed(light_apart)(linger, sys.argv[1], job) for job in range(6)]
+jobs = [delayed(call_apart)(linger, sys.argv[1], job) for job in range(6)]
 Parallel(n_jobs=2)(jobs if at_once else [delayed(miss_a_signal)(sys.argv[1])] * 6)
 """
 

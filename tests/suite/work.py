@@ -13,8 +13,8 @@ from condlr.suite.sweeps.processes import call_apart
 
 
 def light_apart(function, *arguments):
-    """`call_apart` where what is done needs no torch, and joblib at most."""
-    processes._PRELOAD = ["joblib"]
+    """`call_apart` where what is done needs no torch."""
+    processes._PRELOAD = []
     call_apart(function, *arguments)
 
 
@@ -37,7 +37,7 @@ def stop_slowly(directory):
 
 def miss_a_signal(directory):
     """Do a run, and be told between it and the next that the parent is dead."""
-    light_apart(linger, directory, 0)
+    call_apart(linger, directory, 0)
     with suppress(Interrupted), Signals() as signals, signals.deferred():
         while os.getppid() == multiprocessing.parent_process().pid:
             time.sleep(0.05)
