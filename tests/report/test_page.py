@@ -162,7 +162,8 @@ def test_markdown_of_tables_becomes_html():
     ]  # fmt: skip
     assert {"A & B", "a|b", "1.5", "n", "–", "w", "c", "d"} <= {*parsed.text}
     assert [a.get("class") for a in parsed.all("td")] == ["number", "number"]
-    parsed = Parsed(page.grid(["a", "b"], [["x", "1"], ["y", "a long text, of more than a few words"]]))
+    grid = Grid(["a", "b"], [["x", "1"], ["y", "a long text, of more than a few words"]])
+    parsed = Parsed(page.block(grid))
     assert [a.get("class") for a in parsed.all("td")] == ["long", "long"]
 
 

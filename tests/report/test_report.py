@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from condlr._support.errors import UserError
-from condlr.report import analysis, audit, comparisons, results, tables
+from condlr.report import analysis, audit, comparisons, numbers, results, tables
 from condlr.report.latex import latex
 from condlr.report.markdown import markdown
 from condlr.report.terminal import print_sheet
@@ -350,7 +350,7 @@ def test_attacks_have_names_a_person_can_read(label, text):
 
 def test_numbers_of_analyses_are_readable():
     shown = [
-        analysis.shown(v) for v in (None, float("nan"), float("inf"), 12345678, 0.25, 1234.5, 1.5e12, "x")
+        numbers.shown(v) for v in (None, float("nan"), float("inf"), 12345678, 0.25, 1234.5, 1.5e12, "x")
     ]
     assert shown == ["–", "–", "∞", "12,345,678", "0.25", "1,234", "1.5e+12", "x"]
 
