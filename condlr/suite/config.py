@@ -412,7 +412,9 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         if name == method_keys["name"] and (unknown := [key for key in keys if key not in method_keys]):
             raise UserError(f"protocol.methods.{name}.{unknown[0]}: the method {name} has no such key")
     model, model_keys = choose("model", "models", values["model"], Architecture)
-    dataset, dataset_keys = choose("dataset", "data", values["dataset"], Dataset)
+    # Strengths are what attacks refer to, and count there
+    of_images = {key: value for key, value in values["dataset"].items() if key != "strengths"}
+    dataset, dataset_keys = choose("dataset", "data", of_images, Dataset)
     if dataset.shape is not None:
         try:
             model.require(dataset.shape)
