@@ -24,12 +24,14 @@ from condlr.suite.sweeps.processes import Killed, call_apart
 from tests.helpers import ROOT, SMALL, at_once, wait_for
 from tests.suite.work import linger, stop_slowly
 
+pytestmark = pytest.mark.slow
+
 POOL = """
 import sys
 from joblib import Parallel, delayed
-from tests.suite.work import light_apart, linger, miss_a_signal
+from condlr.suite.sweeps.processes import call_apart
+from tests.suite.work import linger, miss_a_signal
 
-pytestmark = pytest.mark.slow
 at_once = sys.argv[2] == "at once"
 jobs = [delayed(call_apart)(linger, sys.argv[1], job) for job in range(6)]
 Parallel(n_jobs=2)(jobs if at_once else [delayed(miss_a_signal)(sys.argv[1])] * 6)
