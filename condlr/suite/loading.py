@@ -30,10 +30,7 @@ def build(config: RunConfig, data: Data) -> nn.Module:
 
 def load_network(run: Run, config: RunConfig, data: Data) -> nn.Module:
     """The network that the run trained, on the device of `data`, in eval mode."""
-    weights = run.load_model()
-    with torch.device("meta"):  # what is drawn and factored by an SVD each would be forgotten at once
-        model = build(config, data)
-    model.to_empty(device="cpu")
+    model, weights = build(config, data), run.load_model()
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
