@@ -112,6 +112,16 @@ def test_what_a_program_finds_missing_later_is_one_line_too():
     assert cli.explain(ModuleNotFoundError("No module named 'condlr.x'", name="condlr.x")) is None
 
 
+def test_an_import_that_failed_on_the_way_to_another_error_is_not_what_is_told():
+    try:
+        try:
+            raise ModuleNotFoundError("No module named 'numexpr'", name="numexpr")
+        except ImportError:
+            raise PermissionError(13, "Permission denied", "runs")  # noqa: B904 (as a library does)
+    except PermissionError as error:
+        assert cli.explain(error) == "Permission denied: runs"
+
+
 def test_a_module_of_ours_that_is_missing_is_a_bug(monkeypatch):
     def broken(*_, **__):
         raise ModuleNotFoundError("No module named 'condlr.nothing'", name="condlr.nothing")

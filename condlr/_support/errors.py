@@ -39,6 +39,12 @@ class ConstraintBreach(UserError):
     """The factors left the set they are held to: a bug or a broken machine, never a bad setting."""
 
 
+def not_installed(error: ModuleNotFoundError) -> str | None:
+    """`pandas: pip install 'condlr[suite]'` for a package that is missing; None for a module of ours."""
+    ours = (error.name or "condlr").partition(".")[0] == "condlr"
+    return None if ours else f"{error.name}: pip install 'condlr[suite]'"
+
+
 def one_of(name: str, value: object, choices: "tuple[object, ...]") -> None:
     """Raise `ValueError` unless `value` is one of `choices`."""
     if value not in choices:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from condlr._support.errors import UserError
+from condlr._support.errors import UserError, not_installed
 from condlr._support.files import forget_partial, write
 from condlr._support.locks import Lock
 
@@ -48,9 +48,7 @@ def fetch(dataset: str, root: Path, missing: Callable[[], list[Path]], allowed: 
                 log.info("fetching %s into %s", dataset, root)
                 _fetch(dataset, root, folder, wanted)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"fetching {dataset} needs {error.name}: pip install 'condlr[suite]'; or {advice}"
-        ) from error
+        raise UserError(f"fetching {dataset} needs {not_installed(error)}; or {advice}") from error
     except Exception as error:  # urllib, http, ssl, tarfile and zlib each have their own
         raise UserError(f"{dataset} could not be fetched ({_reason(error)}): {advice}") from error
 

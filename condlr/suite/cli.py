@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from condlr._support.errors import Interrupted, UserError
+from condlr._support.errors import Interrupted, UserError, not_installed
 from condlr._support.streams import tolerate
 from condlr.suite.config import CONF, check_any, expanded, one_line, published
 from condlr.suite.sweeps.sweep import register
@@ -166,8 +166,9 @@ def explain(error: BaseException) -> str | None:
     for link in chain:
         if isinstance(link, UserError):
             return " ".join(str(link).split())
-        if isinstance(link, ModuleNotFoundError) and not (link.name or "condlr").startswith("condlr"):
-            return f"this needs {link.name}: pip install 'condlr[suite]'"
+    # Not of an import that failed on the way to another error: many a library tries one and does without
+    if isinstance(error, ModuleNotFoundError) and (missing := not_installed(error)):
+        return f"this needs {missing}"
     for link in chain:
         if isinstance(link, OSError) and not isinstance(link, HydraException):
             where = f": {link.filename}" if link.filename else ""

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
+from condlr._support.errors import not_installed
 from condlr.suite.folders import folder
 
 PROGRAMS = folder("programs", "scripts")
@@ -34,9 +35,9 @@ def main() -> NoReturn:
     try:
         runpy.run_path(str(known[name]), run_name="__main__")
     except ModuleNotFoundError as error:
-        if (error.name or "condlr").partition(".")[0] == "condlr":
+        if (missing := not_installed(error)) is None:
             raise
-        sys.exit(f"error: condlr {name} needs {error.name}: pip install 'condlr[suite]'")
+        sys.exit(f"error: condlr {name} needs {missing}")
     sys.exit(0)
 
 
