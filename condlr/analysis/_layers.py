@@ -17,7 +17,7 @@ def blank(model: nn.Module, shape: Sequence[int]) -> Tensor:
 
 
 def obstacle(layer: nn.Conv2d | LowRankConv2d) -> str | None:
-    """Why the functions of this module cannot describe a convolution layer, or None."""
+    """Why `condlr.manifolds.convolution` cannot describe a convolution layer, or None."""
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         return f"groups={layer.groups}"
     return None if layer.padding_mode == "zeros" else f"padding_mode={layer.padding_mode!r}"

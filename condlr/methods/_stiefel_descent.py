@@ -40,7 +40,7 @@ class StiefelDescent(Baseline, ABC):
         cap: step = min(lr, 1 / |W|) in this norm, `frobenius` or `one` (released code), or lr (`none`).
         start: `orthonormal`, by QR of the initial weights, or `as_is`.
         unit_rows: scale the columns of X to unit length before each step, as the released code does.
-        qr_period: orthonormalise X by QR before every so manieth step; 0 is never. The released code
+        qr_period: orthonormalise X by QR every so many steps, before the step; 0: never. The released code
             does so at random, with probability 1/101 in each step.
     """
 

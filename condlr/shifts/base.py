@@ -27,7 +27,7 @@ class Shifted(NamedTuple):
 
 @dataclass
 class Shift(ABC):
-    """Sets of labelled images, its options being the keys of `conf/shift/<name>.yaml`.
+    """Sets of labelled images; a subclass's fields are its options.
 
     Attributes:
         title: what tables call it.

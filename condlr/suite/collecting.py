@@ -24,7 +24,7 @@ _OUTCOME = ("status", "reason", "started", "ended", "attempts", "train_seconds",
 
 @contextmanager
 def _no_garbage() -> Iterator[None]:
-    """In the body none is looked for: among millions of new lines that takes as long as to make them."""
+    """The collector is off in the body: to search millions of new lines takes as long as to make them."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -18,7 +18,7 @@ from condlr.suite.runs import Run
 log = logging.getLogger(__name__)
 
 PLAN = "planned.csv"
-# How runs end, in the words of a summary; with the first three a sweep is content.
+# How runs end, in the words of a summary. The first three leave a sweep nothing to do.
 STATES = (
     "done", "skipped", "elsewhere", "without weights", "diverged", "failed", "interrupted", "not started",
 )  # fmt: skip

@@ -555,7 +555,8 @@ def test_watching_ends_when_nothing_is_left(tmp_path):
     study = tmp_path / "s"
     lock = held_elsewhere(make(study, "baseline", 0, "running"), 1, **PACE)
     make(study, "dlrt", 0, "diverged")
-    console = Console(file=io.StringIO(), width=80, height=30, force_terminal=True)
+    # Wide enough for the path of a temporary directory, which may be long, on one line with the counts
+    console = Console(file=io.StringIO(), width=160, height=30, force_terminal=True)
     looks = []
 
     def look():
