@@ -73,8 +73,9 @@ reproduce-mnist: $(VENV)/.installed  ## Run what is missing of Table 2 and Figur
 	$(call reproduce,reproduce_mnist figure2)
 
 theorem1: $(VENV)/.installed  ## Put Theorem 1 to the test on matrix flows that are known (a minute); report
-	$(RUN) scripts/train.py experiment=theorem1
-	$(MAKE) --no-print-directory tables figures report STUDY=theorem1
+	$(RUN) scripts/theorem1.py
+	$(foreach page,tables figures report,$(RUN) scripts/$(page).py study=theorem1
+	)
 
 reproduce-cifar10: STUDY = reproduce_cifar10
 reproduce-cifar10: $(VENV)/.installed  ## Run what is missing of Table 3, VGG16 on CIFAR-10 (a GPU's work); report

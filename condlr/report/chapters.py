@@ -90,11 +90,12 @@ def _sections(blocks: Mapping[str, Iterable[Block]]) -> list[Section]:
 
 def _of_flow(study: Path, paper: Path, flow: pd.DataFrame) -> dict[str, Iterable[Block]]:
     """The sections of a study that follows a matrix flow and trains no network."""
+    own = "" if study.name == "theorem1" else f" study={study.name}"
     return {
         "Theorem 1": [Fragment(theorem.markdown(flow))],
         "Figures": drawings(study, paper, study),
         "Provenance": [Facts([*of_flow(flow)])],
-        "To make it again": [Commands(_lines(study, ""))],
+        "To make it again": [Commands([f"python scripts/theorem1.py{own}", *_pages(study)])],
     }
 
 
@@ -263,4 +264,8 @@ def _lines(study: Path, seeds: str) -> list[str]:
         f"{name}=true" for name in ("audit", "conditioning", "cost") if (study / f"{name}.csv").exists()
     ]:
         lines.append(f"python scripts/evaluate.py run='runs/{study.name}/*' {' '.join(keys)}")
-    return [*lines, *(f"make {target} STUDY={study.name}" for target in ("tables", "figures", "report"))]
+    return [*lines, *_pages(study)]
+
+
+def _pages(study: Path) -> list[str]:
+    return [f"make {target} STUDY={study.name}" for target in ("tables", "figures", "report")]

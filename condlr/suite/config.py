@@ -23,7 +23,7 @@ from condlr.ranks import RANK_RULES
 from condlr.suite.registry import available, find
 
 if TYPE_CHECKING:
-    from condlr.analysis.theory.theorem1 import Settings
+    from condlr.analysis.theory.flows import Settings
     from condlr.attacks.base import Attack
     from condlr.data.base import Dataset
     from condlr.factorization import Scheme
@@ -37,7 +37,7 @@ FORMS = ("measured", "factored", "chained", "multiplied")
 AUGMENTATIONS = ("none", "crop_flip")
 
 # What does not make a run another run: where things lie, what it runs on and how, and how it is attacked.
-_NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "forms", "record_every", "attack", "flow")
+_NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "forms", "record_every", "attack")
 # Keys that name a file or directory: `~` in them is the home directory, which no shell expands behind `key=`.
 _PATHS = ("run", "runs_dir", "data_root", "results_dir", "paper")
 # Keys of a protocol that act only where another group refers to them, and count there.
@@ -115,7 +115,6 @@ class _Schema:
     precision: str
     forms: Any
     record_every: int = 0
-    flow: Any = None
 
 
 @dataclass
@@ -153,6 +152,25 @@ class Crosscheck:
         self.eps = distinct(self.eps)
         in_range("steps", self.steps, 1, math.inf)
         in_range("images", self.images, 1, math.inf)
+
+
+@dataclass
+class Theorem1:
+    """Keys of `scripts/theorem1.py`."""
+
+    study: str
+    results_dir: str
+    flow: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        _check_study(self.study)
+
+    @property
+    def settings(self) -> "Settings":
+        """How the flows are followed."""
+        from condlr.analysis.theory.flows import Settings
+
+        return _made(Settings, _typed(Settings, self.flow, "flow"), "flow")
 
 
 @dataclass
@@ -349,26 +367,6 @@ class RunConfig:
         )
 
 
-@dataclass(frozen=True)
-class FlowConfig:
-    """The config of a run that follows a matrix flow instead of training a network: `experiment=theorem1`."""
-
-    flow: "Settings"
-    identity: dict[str, Any]
-    study: str
-    runs_dir: Path
-
-    @property
-    def run_id(self) -> str:
-        """For example `flow-3fa9c1d2`."""
-        return f"flow-{fingerprint(self.identity)}"
-
-    @property
-    def directory(self) -> Path:
-        """Where the run lives."""
-        return self.runs_dir / self.study / self.run_id
-
-
 def fingerprint(identity: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits that differ where two identities do."""
     text = json.dumps(identity, sort_keys=True)
@@ -381,7 +379,10 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     Raises:
         UserError: names the key, what is wrong with it and what it may be.
     """
-    plain = _typed(_Schema, resolved(config))
+    given = resolved(config)
+    if given.get("flow", ...) is None:  # a key that config.yaml had until 0.1, null in every run of a network
+        del given["flow"]
+    plain = _typed(_Schema, given)
     values = {field.name: plain[field.name] for field in fields(_Schema)}
     protocol = _made(Protocol, values["protocol"], "protocol")
     try:
@@ -454,23 +455,6 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         Path(values["runs_dir"]), Path(values["data_root"]), values["device"], values["precision"],
         values["forms"], values["record_every"],
     )  # fmt: skip
-
-
-def check_any(config: DictConfig | Mapping[str, Any]) -> RunConfig | FlowConfig:
-    """`check`, or what it is for the config of a matrix flow."""
-    values = resolved(config)
-    if values.get("flow") is None:
-        return check(config)
-    from condlr.analysis.theory.theorem1 import Settings
-
-    if not isinstance(values["flow"], dict):
-        raise UserError(f"flow must be a group of keys, as in experiment=theorem1; got {values['flow']!r}")
-    keys = _typed(Settings, values["flow"], "flow")
-    try:
-        _check_study(values["study"])
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return FlowConfig(_made(Settings, keys, "flow"), keys, values["study"], Path(values["runs_dir"]))
 
 
 def _check_study(study: Any) -> None:

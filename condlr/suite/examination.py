@@ -20,7 +20,7 @@ from condlr.analysis.sceptic.masking import CHECKS, IMAGES, Audit
 from condlr.attacks.base import OneByOne
 from condlr.data.base import Data
 from condlr.evaluation import Row, evaluate, first
-from condlr.suite.config import FlowConfig, RunConfig, check
+from condlr.suite.config import RunConfig, check
 from condlr.suite.loading import build, load_data, load_network, pick_device
 from condlr.suite.progress import Steps
 from condlr.suite.runs import Run
@@ -139,13 +139,11 @@ def record_spectra(run: Run, config: RunConfig, data: Data) -> None:
     run.write_table("spectra.csv", rows)
 
 
-def finished(run: Run, config: RunConfig | FlowConfig) -> bool:
+def finished(run: Run, config: RunConfig) -> bool:
     """Whether nothing is left to do of a run: it is done, and evaluated as its config asks."""
     if run.status != "done":
         return False
-    return isinstance(config, FlowConfig) or bool(
-        run.read_table("spectra.csv") and not missing(run, not_of_itself(run, config))
-    )
+    return bool(run.read_table("spectra.csv") and not missing(run, not_of_itself(run, config)))
 
 
 def complete(run: Run, config: RunConfig) -> None:

@@ -9,11 +9,10 @@ from torch import nn
 from condlr._support.errors import Diverged, Interrupted, UserError
 from condlr._support.locks import Lock
 from condlr._support.precision import training
-from condlr.analysis.theory.theorem1 import errors
 from condlr.data.base import Data
 from condlr.factorization import low_rank_layers, measure
 from condlr.forms import choose_forms, forms, set_forms
-from condlr.suite.config import FlowConfig, RunConfig, check_any
+from condlr.suite.config import RunConfig, check
 from condlr.suite.engine import Trainer
 from condlr.suite.environment import commit, environment
 from condlr.suite.examination import (
@@ -28,7 +27,7 @@ from condlr.suite.examination import (
     summary,
 )
 from condlr.suite.loading import build, load_data, pick_device
-from condlr.suite.progress import LiveLine, Steps
+from condlr.suite.progress import LiveLine
 from condlr.suite.runs import Run
 from condlr.suite.signals import Signals
 
@@ -39,7 +38,7 @@ _PATIENCE = 5.0
 
 
 def carry_out(values: dict[str, Any]) -> None:
-    """Do what is missing of a run, of a network or a matrix flow.
+    """Do what is missing of a run.
 
     Args:
         values: its resolved config.
@@ -49,10 +48,9 @@ def carry_out(values: dict[str, Any]) -> None:
         Held: another process is at work on it.
         Interrupted: after SIGINT or SIGTERM, with a checkpoint written.
     """
-    config = check_any(values)
+    config = check(values)
     run = Run(config.directory)
-    if isinstance(config, RunConfig):
-        config = not_of_itself(run, config)
+    config = not_of_itself(run, config)
     if finished(run, config):
         _say_done(run, config)
         return
@@ -61,9 +59,7 @@ def carry_out(values: dict[str, Any]) -> None:
         if info.get("status") == "diverged":
             again = f"remove {run.directory} to train it again"
             raise Diverged(f"{config.run_id} has {info.get('reason')} ({again})")
-        if isinstance(config, FlowConfig):
-            _follow(run, config, values)
-        elif info.get("status") == "done":
+        if info.get("status") == "done":
             _say_done(run, config)
             complete(run, config)
             evaluate_run(run, config)
@@ -71,11 +67,11 @@ def carry_out(values: dict[str, Any]) -> None:
             _train(run, config, values, signals, lock)
 
 
-def _say_done(run: Run, config: RunConfig | FlowConfig) -> None:
+def _say_done(run: Run, config: RunConfig) -> None:
     made = run.info.get("commit")
     other = f" with the code of {made}" if made and made != commit() else ""
     log.info("%s is done already%s; remove it to train it again", run.directory, other)
-    if isinstance(config, RunConfig) and config.record_every and not run.read_table("steps.csv"):
+    if config.record_every and not run.read_table("steps.csv"):
         log.warning("%s was trained without record_every: it has no steps.csv", run.directory)
 
 
@@ -102,15 +98,6 @@ def _train(run: Run, config: RunConfig, written: dict[str, Any], signals: Signal
         lock.require()
         run.note(train_seconds=round(seconds, 2), record_seconds=round(recording, 2))
     log.info("%s: %s (%.0f s)", run.directory, summary(known(run, config)), seconds)
-
-
-def _follow(run: Run, config: FlowConfig, written: dict[str, Any]) -> None:
-    """Follow a matrix flow, and keep its errors."""
-    with run.recording(run_id=config.run_id, study=config.study, flow=config.identity, **environment()):
-        run.write_config(written)
-        with Steps("flow") as steps:
-            run.write_table("flow.csv", errors(config.flow, steps.at))
-    log.info("%s: done", run.directory)
 
 
 def _trained(
