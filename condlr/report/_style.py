@@ -1,6 +1,6 @@
 """What all figures share: one style, a colour for each method, a dash and a mark for each compression."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import count, cycle
 from pathlib import Path
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatterSciNotation, MaxNLocator, NullLocator
 
-from condlr.report.results import CONTEXT, ROW, row_title
+from condlr.report.results import CONTEXT, ROW, row_title, setting
 
 # Okabe and Ito's palette and, for more, Tol's: colour-blind readers can tell them apart.
 COLOURS = {
@@ -39,6 +39,9 @@ _DASHES = {0.0: "-", 0.5: "-", 0.8: (0, (4, 1.5))}
 _MARKS = ("D", "o", "s", "^", "v", "P")
 
 Styles = dict[str, dict[str, Any]]
+# What the runs of a table share, by column.
+Known = dict[str, Any]
+Table = tuple[Known, pd.DataFrame]
 
 
 class Drawing(NamedTuple):
@@ -47,6 +50,19 @@ class Drawing(NamedTuple):
     png: Path
     pdf: Path
     caption: str
+
+
+class Drawn(NamedTuple):
+    """A figure without title and legend, its caption, and the handles of a legend below it.
+
+    The lines of a legend stand in so many columns, `marks` in columns of their own.
+    """
+
+    figure: Figure
+    caption: str
+    lines: Sequence[Line2D] = ()
+    columns: int = 4
+    marks: Sequence[Line2D] = ()
 
 
 def style() -> AbstractContextManager[None]:
@@ -62,6 +78,28 @@ def saved(figure: Figure, out: Path, name: str, number: int = 1) -> Iterator[Pat
         figure.savefig(path, metadata={"CreationDate": None} if kind == "pdf" else None)
         yield path
     plt.close(figure)
+
+
+def drawings(
+    out: Path, name: str, tables: Iterable[Table], draw: Callable[[Known, pd.DataFrame], Drawn]
+) -> Iterator[Drawing]:
+    """A figure for each table of a study, in the one style, with its title, legend and caption.
+
+    Args:
+        out: where the files go, see `saved`.
+        name: of the files.
+        tables: what the runs of a table share, and their data.
+        draw: makes a figure of both.
+    """
+    for number, (known, frame) in enumerate(tables, start=1):
+        with style():
+            drawn = draw(known, frame)
+            drawn.figure.suptitle(setting(known))
+            if drawn.lines:
+                _below(drawn.figure, drawn.lines, drawn.columns, drawn.marks)
+            # Last what all runs share and no axis says
+            settings = f" Settings: {known['settings']}." if known["settings"] else ""
+            yield Drawing(*saved(drawn.figure, out, name, number), f"{drawn.caption}.{settings}")
 
 
 def groups(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -109,7 +147,7 @@ def legend(frame: pd.DataFrame, drawn: Styles, by_compression: bool, **line: Any
     return [*handles.values()]
 
 
-def below(figure: Figure, lines: Sequence[Line2D], columns: int = 4, marks: Sequence[Line2D] = ()) -> None:
+def _below(figure: Figure, lines: Sequence[Line2D], columns: int, marks: Sequence[Line2D]) -> None:
     """A legend under all panels, where it hides nothing; `marks` stand in columns of their own."""
     height = next(h for h in count(1) if sum(-(-len(part) // h) for part in (lines, marks)) <= columns)
     blank = Line2D([], [], linestyle="none", label=" ")
@@ -128,6 +166,14 @@ def panels(number: int, columns: int, height: float, **shared: Any) -> tuple[Fig
     for panel in axes.flat[max(number - columns, 0) : number]:
         panel.tick_params(labelbottom=True)
     return figure, [*axes.flat[:number]]
+
+
+def outer(axes: Sequence[Axes], columns: int, x: str, y: str) -> None:
+    """Name the axes of a grid at its left and lower edges alone."""
+    for axis in axes[::columns]:
+        axis.set_ylabel(y)
+    for axis in axes[-columns:]:
+        axis.set_xlabel(x)
 
 
 def percent(axis: Axis) -> None:
@@ -157,8 +203,3 @@ def log_axis(axis: Axis, values: pd.Series | np.ndarray) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     else:
         axis.set_major_formatter(LogFormatterSciNotation())
-
-
-def facts(known: Mapping[str, object]) -> str:
-    """The last sentence of a caption: what all its runs share and no axis says."""
-    return f"Settings: {known['settings']}." if known["settings"] else ""

@@ -12,12 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from condlr.report import _style
-from condlr.report._style import COLOURS, WIDTH, Drawing, Styles
+from condlr.report._style import COLOURS, WIDTH, Drawing, Drawn, Known, Styles
 from condlr.report.results import (
     CONTEXT,
     ROW,
     attack_title,
     comparison,
+    contexts,
     done_runs,
     norm_title,
     own,
@@ -43,47 +44,42 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
         out: where `robustness.png` and `.pdf` go; a number follows the name for a second table.
     """
     history = history.loc[history["run_id"].isin(done_runs(cells))]
-    tables = [
-        (context, frame)
-        for context, frame in summarize(cells).groupby(CONTEXT, sort=False, dropna=False)
-        if frame["eps"].nunique() > 1
-    ]
-    for number, (context, frame) in enumerate(tables, start=1):
-        known = dict(zip(CONTEXT, context, strict=True))
+    tables = (table for table in contexts(summarize(cells)) if table[1]["eps"].nunique() > 1)
+
+    def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         compare = comparison(known, own(known, cells), paper)
         attack = attack_title(str(known["attack"]))
         parts = _style.groups(frame)
         alone = len(parts) == 1
-        with _style.style():
-            size = (WIDTH, 2.6 if alone else 0.8 + 2.4 * len(parts))
-            figure, axes = plt.subplots(
-                len(parts), 2, figsize=size, layout="constrained", squeeze=False, sharey="col"
-            )
-            styles = _style.styles(frame, by_compression=alone)
-            for (name, part), (left, right) in zip(parts.items(), axes, strict=True):
-                _accuracies(left, part, styles, compare)
-                left.set_ylabel(textwrap.fill(f"accuracy under {attack}", 26))
-                _conditions(right, history[history["row_id"].isin(part["row_id"])], styles)
-                left.set_title(name)
-                right.set_title(name)
-            _limit(axes[0, 0], frame)
-            _style.log_axis(axes[0, 1].yaxis, history.loc[history["row_id"].isin(frame["row_id"]), "cond"])
-            axes[-1, 0].set_xlabel(f"perturbation ε ({norm_title(str(known['norm']))}, pixels in [0, 1])")
-            axes[-1, 1].set_xlabel("optimiser step")
-            figure.suptitle(setting(known))
-            handles = _style.legend(frame, styles, by_compression=alone)
-            if compare:
-                handles.append(Line2D([], [], color="0.5", linestyle=_DOTS, linewidth=0.9, label="published"))
-            _style.below(figure, handles, 3 if alone and len(handles) > 4 else 4)
-            caption = (
-                f"{setting(known)}: "
-                f"accuracy under {attack} on {known['n']:,} images against its strength ε "
-                "(mean over seeds, band: one standard deviation"
-                + (", dotted: as published" if compare else "")
-                + "), and the largest condition number of the layers that a row factors, of all layers for "
-                f"dense rows, epoch by epoch (a line for each seed). {_style.facts(known)}"
-            )
-            yield Drawing(*_style.saved(figure, out, "robustness", number), caption)
+        size = (WIDTH, 2.6 if alone else 0.8 + 2.4 * len(parts))
+        figure, axes = plt.subplots(
+            len(parts), 2, figsize=size, layout="constrained", squeeze=False, sharey="col"
+        )
+        styles = _style.styles(frame, by_compression=alone)
+        for (name, part), (left, right) in zip(parts.items(), axes, strict=True):
+            _accuracies(left, part, styles, compare)
+            left.set_ylabel(textwrap.fill(f"accuracy under {attack}", 26))
+            _conditions(right, history[history["row_id"].isin(part["row_id"])], styles)
+            left.set_title(name)
+            right.set_title(name)
+        _limit(axes[0, 0], frame)
+        _style.log_axis(axes[0, 1].yaxis, history.loc[history["row_id"].isin(frame["row_id"]), "cond"])
+        axes[-1, 0].set_xlabel(f"perturbation ε ({norm_title(str(known['norm']))}, pixels in [0, 1])")
+        axes[-1, 1].set_xlabel("optimiser step")
+        handles = _style.legend(frame, styles, by_compression=alone)
+        if compare:
+            handles.append(Line2D([], [], color="0.5", linestyle=_DOTS, linewidth=0.9, label="published"))
+        caption = (
+            f"{setting(known)}: "
+            f"accuracy under {attack} on {known['n']:,} images against its strength ε "
+            "(mean over seeds, band: one standard deviation"
+            + (", dotted: as published" if compare else "")
+            + "), and the largest condition number of the layers that a row factors, of all layers for "
+            "dense rows, epoch by epoch (a line for each seed)"
+        )
+        return Drawn(figure, caption, handles, 3 if alone and len(handles) > 4 else 4)
+
+    return _style.drawings(out, "robustness", tables, draw)
 
 
 def attacks(cells: pd.DataFrame, out: Path) -> Iterator[Drawing]:
@@ -95,27 +91,26 @@ def attacks(cells: pd.DataFrame, out: Path) -> Iterator[Drawing]:
         cells: see `condlr.report.results.read`.
         out: where `attacks.png` and `.pdf` go; a number follows the name for a second figure.
     """
-    shared = [name for name in CONTEXT if name not in ("attack", "n")]
     found = []
-    for context, frame in summarize(cells).groupby(shared, sort=False, dropna=False):
+    for known, frame in contexts(summarize(cells), [name for name in CONTEXT if name not in ("attack", "n")]):
         counts = frame[frame["eps"] > 0].groupby("eps")["attack"].nunique()
         if counts.max() > 1:
-            found.append((dict(zip(shared, context, strict=True)), frame, counts.idxmax()))
-    for number, (known, frame, eps) in enumerate(found, start=1):
-        with _style.style():
-            rows = [*_style.rows_of(frame).itertuples(index=False, name=None)][::-1]
-            figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.22 * len(rows)), layout="constrained")
-            _marks(axes, frame, rows, eps)
-            norm = norm_title(str(known["norm"]))
-            axes.set_xlabel(f"accuracy at ε = {eps:g} ({norm})")
-            figure.suptitle(setting(known))
-            figure.legend(loc="outside right center")
-            caption = (
-                f"{setting(known)}: "
-                f"what each attack leaves at ε = {eps:g} ({norm}), means over seeds; n is "
-                f"the number of test images. {_style.facts(known)}"
-            )
-            yield Drawing(*_style.saved(figure, out, "attacks", number), caption)
+            found.append((known | {"eps": counts.idxmax()}, frame))
+
+    def draw(known: Known, frame: pd.DataFrame) -> Drawn:
+        rows = [*_style.rows_of(frame).itertuples(index=False, name=None)][::-1]
+        figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.22 * len(rows)), layout="constrained")
+        _marks(axes, frame, rows, known["eps"])
+        strength = f"ε = {known['eps']:g} ({norm_title(str(known['norm']))})"
+        axes.set_xlabel(f"accuracy at {strength}")
+        figure.legend(loc="outside right center")
+        caption = (
+            f"{setting(known)}: what each attack leaves at {strength}, means over seeds; n is the number of "
+            "test images"
+        )
+        return Drawn(figure, caption)
+
+    return _style.drawings(out, "attacks", found, draw)
 
 
 def _marks(axes: Axes, frame: pd.DataFrame, rows: list[tuple[Any, ...]], eps: float) -> None:

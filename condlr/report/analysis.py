@@ -1,6 +1,5 @@
 """What the analyses of networks found: conditioning, guarantees, cost; for the terminal and as Markdown."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from condlr.report.numbers import shown
 from condlr.report.results import order, pipe, run_title
 
 _LAYERS = ("cond_S", "cond_matrix", "norm", "norm_circular", "cond_circular", "norm_padded", "norm_bound")
@@ -94,19 +94,6 @@ def cost(frame: pd.DataFrame) -> str:
     sizes = ", ".join(map(str, sorted(frame["batch_size"].unique())))
     body = _markdown(["run", *_COSTS.values()], rows)
     return f"**What the networks cost, counted**\n\n{body}\n\n{note}{sizes}.\n"
-
-
-def shown(value: Any) -> str:
-    """A value in a table: counts with commas, other numbers to three digits, a dash for none."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    if isinstance(value, str):
-        return value
-    if math.isinf(value):
-        return "∞"
-    if float(value).is_integer() and abs(value) < 1e12:
-        return f"{int(value):,}"
-    return f"{value:,.0f}" if abs(value) >= 1000 and abs(value) < 1e9 else f"{value:.3g}"
 
 
 def _ordered(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -22,10 +22,12 @@ from condlr.report.content import (
     Verdicts,
 )
 from condlr.report.figures import drawings
+from condlr.report.numbers import accuracy, shown
 from condlr.report.provenance import Provenance, experiments, names_seeds, of_flow, provenance
 from condlr.report.results import (
     CONTEXT,
     attack_title,
+    contexts,
     duration,
     left_out,
     network,
@@ -120,17 +122,14 @@ def _outcomes(cells: pd.DataFrame) -> Iterator[str]:
     frame = summarize(cells)
     frame = frame[frame["eps"] > 0]
     shared = [name for name in CONTEXT if name not in ("attack", "n")]
-    for context, part in frame.groupby(shared, sort=False, dropna=False):
-        known = dict(zip(shared, context, strict=True))
+    for known, part in contexts(frame, shared):
         under = _usual(part)
         n, attack = under.iloc[0][["n", "attack"]]
         under = under[under["eps"].eq(under["eps"].max())]
         best = under.loc[under.groupby("compression")["accuracy"].idxmax()].sort_values("compression")
         parts = (
-            f"{title(row.label, row.variant)} {_percent(row.accuracy, row.std)}"
-            f" at {100 * row.compression:g} % compression"
-            if row.compression
-            else f"{title(row.label, row.variant)} {_percent(row.accuracy, row.std)} uncompressed"
+            f"{title(row.label, row.variant)} {accuracy(row.accuracy, row.std)} % "
+            + (f"at {100 * row.compression:g} % compression" if row.compression else "uncompressed")
             for row in best.itertuples()
         )
         strength = f"ε={under['eps'].max():g} ({norm_title(str(known['norm']))})"
@@ -147,10 +146,6 @@ def _usual(cells: pd.DataFrame) -> pd.DataFrame:
     counts = cells.groupby(["n", "attack"])["row_id"].nunique()
     n, attack = max(counts.index, key=lambda key: (counts[key], key[0]))
     return cells.loc[cells["attack"].eq(attack) & cells["n"].eq(n)]
-
-
-def _percent(accuracy: float, std: float) -> str:
-    return f"{100 * accuracy:.2f}{'' if pd.isna(std) else f' ±{100 * std:.2f}'} %"
 
 
 def _claims(cells: pd.DataFrame) -> Iterator[Block]:
@@ -228,8 +223,8 @@ def _runs(
         here = Link(name, f"{quote(os.fsencode(os.path.relpath(folder, study)))}/")
         rows.append([
             run_title(run), run["status"], *[_word(run.get("reason"))] * why, _time(run["train_seconds"]),
-            analysis.shown(losses.get(name)), analysis.shown(cond.get(name)),
-            *("–" if value is None else f"{100 * value:.2f}" for value in known),
+            shown(losses.get(name)), shown(cond.get(name)),
+            *map(accuracy, known),
             here if folder.is_dir() else name,
         ])  # fmt: skip
     return Folded(f"{len(rows)} runs: status, time, last figures and folder", [Grid(header, rows)])

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from condlr.report.results import CONTEXT, attack_title, decay, setting, summarize, title
+from condlr.report.numbers import accuracy
+from condlr.report.results import CONTEXT, attack_title, contexts, decay, setting, summarize, title
 
 CONSTRAINED = ("condlr-tau0", "condlr-tau0.1", "condlr-tau0.5")
 ORTHOGONAL = ("cayley_sgd", "projected_sgd")
@@ -56,8 +57,7 @@ class _Mean:
     variance: float
 
     def __str__(self) -> str:
-        spread = "" if math.isnan(self.std) else f" ±{100 * self.std:.2f}"
-        return f"{self.name} {100 * self.value:.2f}{spread}"
+        return f"{self.name} {accuracy(self.value, self.std)}"
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,7 @@ def claims(cells: pd.DataFrame) -> list[Claim]:
     found: list[Claim] = []
     clean: set[tuple[object, ...]] = set()
     summary = summarize(cells).sort_values("n", ascending=False, kind="stable")
-    for context, frame in summary.groupby(CONTEXT, sort=False, dropna=False):
-        known = dict(zip(CONTEXT, context, strict=True))
+    for known, frame in contexts(summary):
         images = f"{known['n']:,} images"
         trained = tuple(known[name] for name in CONTEXT if name not in ("attack", "norm", "n"))
         if decay(known):

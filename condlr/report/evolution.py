@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -13,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from condlr.report import _style
-from condlr.report._style import ROW, TRAINING, WIDTH, Drawing
-from condlr.report.results import decay, done_runs, row_title, setting, summarize
+from condlr.report._style import ROW, TRAINING, WIDTH, Drawing, Drawn, Known
+from condlr.report.results import contexts, decay, done_runs, row_title, setting, summarize
 
 _DASHES = ("-", (0, (5, 1.2)), (0, (2.5, 1)), (0, (5, 1, 1, 1)))
 _PREFIX = "cond_"
@@ -29,30 +28,27 @@ def conditioning(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterato
         cells, steps: see `condlr.report.results.read`.
         out: where `conditioning.png` and `.pdf` go; a number follows the name for a second table.
     """
-    for number, (known, frame) in enumerate(_tables(cells, steps), start=1):
+
+    def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         layers = _layers(frame)
         lines = _layer_styles(layers)
         rows = [*frame.groupby(ROW, sort=False)]
-        with _style.style():
-            columns = 3 if len(rows) in (5, 6, 9) else min(4, len(rows))
-            figure, axes = _style.panels(len(rows), columns, 1.55, sharex=True, sharey=True)
-            for axis, ((label, compression, _, variant), row) in zip(axes, rows, strict=True):
-                for layer, line in lines.items():
-                    _layer(axis, row, _PREFIX + layer, line)
-                axis.set_title(row_title(label, compression, variant))
-            _style.log_axis(axes[0].yaxis, frame[[_PREFIX + layer for layer in layers]].to_numpy())
-            for axis in axes[::columns]:
-                axis.set_ylabel("cond(W)")
-            for axis in axes[-columns:]:
-                axis.set_xlabel("optimiser step")
-            figure.suptitle(setting(known))
-            handles = [Line2D([], [], label=layer, **line) for layer, line in lines.items()]
-            _style.below(figure, handles, 6)
-            caption = (
-                f"Evolution of the layers' condition numbers during training: {setting(known)}; "
-                f"geometric mean over {_seeds(frame)}, each seed faintly. {_style.facts(known)}"
-            )
-            yield Drawing(*_style.saved(figure, out, "conditioning", number), caption)
+        columns = 3 if len(rows) in (5, 6, 9) else min(4, len(rows))
+        figure, axes = _style.panels(len(rows), columns, 1.55, sharex=True, sharey=True)
+        for axis, ((label, compression, _, variant), row) in zip(axes, rows, strict=True):
+            for layer, line in lines.items():
+                _layer(axis, row, _PREFIX + layer, line)
+            axis.set_title(row_title(label, compression, variant))
+        _style.log_axis(axes[0].yaxis, frame[[_PREFIX + layer for layer in layers]].to_numpy())
+        _style.outer(axes, columns, "optimiser step", "cond(W)")
+        handles = [Line2D([], [], label=layer, **line) for layer, line in lines.items()]
+        caption = (
+            f"Evolution of the layers' condition numbers during training: {setting(known)}; "
+            f"geometric mean over {_seeds(frame)}, each seed faintly"
+        )
+        return Drawn(figure, caption, handles, 6)
+
+    return _style.drawings(out, "conditioning", _tables(cells, steps), draw)
 
 
 def start(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterator[Drawing]:
@@ -65,8 +61,9 @@ def start(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterator[Drawi
         cells, steps: see `condlr.report.results.read`.
         out: where `start.png` and `.pdf` go; a number follows the name for a second table.
     """
-    tables = [(known, frame) for known, frame in _tables(cells, steps) if decay(known)]
-    for number, (known, frame) in enumerate(tables, start=1):
+    tables = (table for table in _tables(cells, steps) if decay(table[0]))
+
+    def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         frame = frame.assign(_product=product(frame))
         # Lines of rows that do not learn lie upon each other: dashes let the lower ones through
         dashes = cycle(_DASHES)
@@ -74,29 +71,28 @@ def start(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterator[Drawi
             row_id: line | {"linestyle": next(dashes)}
             for row_id, line in _style.styles(frame, by_compression=False).items()
         }
-        with _style.style():
-            figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.7), layout="constrained")
-            for (_, _, row_id, _), row in frame.groupby(ROW, sort=False):
-                for axis, column in zip(axes, ("train_loss", "train_accuracy", "_product"), strict=True):
-                    _band(axis, row, column, styles[row_id])
-            axes[0].set_ylabel("loss of training batches")
-            axes[1].set_ylabel("accuracy on training batches")
-            _style.percent(axes[1].yaxis)
-            axes[2].set_ylabel("∏ᵢ cond(Wᵢ), all layers")
-            _style.log_axis(axes[2].yaxis, frame["_product"])
-            _first(axes[2], frame)
-            for axis in axes:
-                axis.set_xlabel("optimiser step")
-            figure.suptitle(setting(known))
-            _style.below(figure, _style.legend(frame, styles, by_compression=True))
-            caption = (
-                f"{setting(known)}: "
-                "loss and accuracy on the training batches since the point before, and the "
-                "product of the condition numbers of all layers; mean over "
-                f"{_seeds(frame)} (geometric for the product), band: one standard deviation (of the "
-                f"logarithm for the product). {_style.facts(known)}"
-            )
-            yield Drawing(*_style.saved(figure, out, "start", number), caption)
+        figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.7), layout="constrained")
+        for (_, _, row_id, _), row in frame.groupby(ROW, sort=False):
+            for axis, column in zip(axes, ("train_loss", "train_accuracy", "_product"), strict=True):
+                _band(axis, row, column, styles[row_id])
+        axes[0].set_ylabel("loss of training batches")
+        axes[1].set_ylabel("accuracy on training batches")
+        _style.percent(axes[1].yaxis)
+        axes[2].set_ylabel("∏ᵢ cond(Wᵢ), all layers")
+        _style.log_axis(axes[2].yaxis, frame["_product"])
+        _first(axes[2], frame)
+        for axis in axes:
+            axis.set_xlabel("optimiser step")
+        caption = (
+            f"{setting(known)}: "
+            "loss and accuracy on the training batches since the point before, and the "
+            "product of the condition numbers of all layers; mean over "
+            f"{_seeds(frame)} (geometric for the product), band: one standard deviation (of the "
+            "logarithm for the product)"
+        )
+        return Drawn(figure, caption, _style.legend(frame, styles, by_compression=True))
+
+    return _style.drawings(out, "start", tables, draw)
 
 
 def product(steps: pd.DataFrame) -> pd.Series:
@@ -104,14 +100,13 @@ def product(steps: pd.DataFrame) -> pd.Series:
     return steps[[_PREFIX + layer for layer in _layers(steps)]].prod(axis=1, skipna=False)
 
 
-def _tables(cells: pd.DataFrame, steps: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+def _tables(cells: pd.DataFrame, steps: pd.DataFrame) -> Iterator[_style.Table]:
     """The steps of each table's rows in the table's order, without layers that its network has not."""
     rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
     steps = steps.loc[steps["run_id"].isin(done_runs(cells))]
     recorded = steps[["row_id", "seed", "step", *(c for c in steps if c.startswith(("train_", _PREFIX)))]]
     merged = rows.merge(recorded, on="row_id")
-    for context, frame in merged.groupby(TRAINING, sort=False, dropna=False):
-        known: dict[str, Any] = dict(zip(TRAINING, context, strict=True))
+    for known, frame in contexts(merged, TRAINING):
         absent = [_PREFIX + layer for layer in _layers(frame) if frame[_PREFIX + layer].isna().all()]
         frame = frame.drop(columns=absent)
         if _layers(frame):

@@ -1,58 +1,41 @@
-"""A report as one HTML page that needs nothing beside it: no script, no network, pictures within."""
+"""A report as one HTML page that needs nothing beside it, made from the Markdown of its parts.
+
+What Markdown has no words for is written here: tables of accuracies, pictures within the page, verdicts.
+"""
 
 import base64
 import io
-import re
-from collections.abc import Iterator, Sequence
 from functools import singledispatch
 from html import escape
 from pathlib import Path
 
+from markdown_it import MarkdownIt
+from markdown_it.rules_core import StateCore
+from markdown_it.token import Token
 from PIL import Image
 
 from condlr._support.errors import UserError
+from condlr.report import report_markdown
 from condlr.report._style import Drawing
-from condlr.report.content import (
-    Block,
-    Commands,
-    Document,
-    Facts,
-    Folded,
-    Fragment,
-    Grid,
-    Link,
-    Section,
-    Verdicts,
-    alternative,
-    numeric,
-)
-from condlr.report.html import table
+from condlr.report.content import Block, Document, Folded, Section, Verdicts, alternative, numeric
+from condlr.report.html import framed, table
+from condlr.report.markdown import plain
 from condlr.report.sheet import Sheet
 
 # As wide as the text on a laptop, or a phone's screen at three dots a pixel.
 WIDTH, COLOURS = 1400, 128
 # Characters in a cell from which on its column may not be squeezed
 LONG = 36
-# No browser may fetch anything for this page, whatever a label in a table looks like.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def render(document: Document) -> str:
     """The whole page."""
-    style = (Path(__file__).parent / "page.css").read_text("utf-8")
-    title = escape(document.title)
     contents = "".join(f'<li><a href="#{s.anchor}">{escape(s.heading)}</a></li>' for s in document.sections)
-    return "\n".join([
-        "<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        # Without an icon of its own a browser asks for favicon.ico
-        '<link rel="icon" href="data:,">',
-        f"<title>{title}</title>", f"<style>\n{style}</style>", "</head>", "<body>", "<header>",
-        f"<h1>{title}</h1>", *map(block, document.lead), "</header>",
-        f'<nav aria-label="Contents"><ul>{contents}</ul></nav>', "<main>",
-        *map(_section, document.sections), "</main>", "</body>", "</html>", "",
-    ])  # fmt: skip
+    return framed(document.title, "\n".join([
+        "<header>", f"<h1>{escape(document.title)}</h1>", *map(block, document.lead), "</header>",
+        f'<nav aria-label="Contents"><ul>{contents}</ul></nav>',
+        "<main>", *map(_section, document.sections), "</main>",
+    ]))  # fmt: skip
 
 
 def _section(section: Section) -> str:
@@ -62,36 +45,8 @@ def _section(section: Section) -> str:
 
 @singledispatch
 def block(content: Block) -> str:
-    """A part of a report as HTML."""
-    raise TypeError(f"a report has no {type(content).__name__}")
-
-
-@block.register
-def _(content: str) -> str:
-    return f"<p>{inline(content)}</p>"
-
-
-@block.register
-def _(content: Link) -> str:
-    return f"<p>{_cell(content)}</p>"
-
-
-@block.register
-def _(content: Facts) -> str:
-    rows = (
-        f'<tr><th scope="row">{inline(name)}</th><td>{inline(text)}</td></tr>' for name, text in content.rows
-    )
-    return "\n".join(['<table class="facts">', "<tbody>", *rows, "</tbody>", "</table>"])
-
-
-@block.register
-def _(content: Grid) -> str:
-    return grid(content.header, content.rows)
-
-
-@block.register
-def _(content: Fragment) -> str:
-    return from_markdown(content.markdown)
+    """A part of a report as HTML, from its Markdown if it has no form of its own here."""
+    return _breaks(_MARKDOWN.render(report_markdown.block(content)))
 
 
 @block.register
@@ -112,26 +67,18 @@ def _(content: Verdicts) -> str:
     first = content.claims[0]
     lines = [
         '<article class="claim">',
-        f"<h3>{escape(first.title)}</h3>",
+        f"<h3>{inline(first.title)}</h3>",
         f"<p>{inline(first.statement)}</p>",
     ]
     for claim in content.claims:
         kind, shown = claim.verdict.replace(" ", "-"), " open" if claim is first else ""
-        verdict = f'<span class="verdict {escape(kind)}">{escape(claim.verdict)}</span>'
+        verdict = f'<span class="verdict {kind}">{claim.verdict}</span>'
         evidence = "".join(f"<li>{inline(line)}</li>" for line in claim.evidence)
         lines += [
-            f"<details{shown}>",
-            f"<summary>{verdict} {inline(claim.where)}</summary>",
-            f"<ul>{evidence}</ul>",
-            "</details>",
-        ]
+            f"<details{shown}>", f"<summary>{verdict} {inline(claim.where)}</summary>",
+            f"<ul>{evidence}</ul>", "</details>",
+        ]  # fmt: skip
     return "\n".join([*lines, "</article>"])
-
-
-@block.register
-def _(content: Commands) -> str:
-    lines = "\n".join(map(escape, content.lines))
-    return f"<pre><code>{lines}</code></pre>"
 
 
 @block.register
@@ -141,59 +88,78 @@ def _(content: Folded) -> str:
 
 
 def inline(text: str) -> str:
-    """Text with `**bold**`, `*emphasis*`, `` `code` `` and <br>; all else as it stands."""
-    parts = re.split(r"(`[^`]+`)", text)
-    parts[1::2] = [f"<code>{escape(part[1:-1])}</code>" for part in parts[1::2]]
-    for i, part in enumerate(parts[::2]):
-        marked = re.sub(r"\*\*(\S(?:.*?\S)?)\*\*", r"<strong>\1</strong>", escape(part))
-        marked = re.sub(r"(?<![\w*])\*(\w(?:[^*]*\S)?)\*(?![\w*])", r"<em>\1</em>", marked)
-        parts[2 * i] = marked.replace("&lt;br&gt;", "<br>")
-    return "".join(parts)
+    """Text of a report, see `condlr.report.content`, as HTML."""
+    return _breaks(_MARKDOWN.renderInline(plain(text)))
 
 
-def grid(header: Sequence[str], rows: Sequence[Sequence[str | Link]]) -> str:
-    """A table in a box of its own, in which it scrolls where the page is too narrow."""
-    kinds = [' class="number"' if number else "" for number in numeric(rows)]
-    for i, column in enumerate(zip(*rows, strict=True)):
-        if max(len(cell if isinstance(cell, str) else cell.text) for cell in column) > LONG:
-            kinds[i] = ' class="long"'
-    head = "".join(
-        f'<th scope="col"{kind}>{inline(name)}</th>' for name, kind in zip(header, kinds, strict=True)
-    )
-    body = []
-    for first, *rest in rows:
-        cells = "".join(f"<td{kind}>{_cell(c)}</td>" for c, kind in zip(rest, kinds[1:], strict=True))
-        body.append(f'<tr><th scope="row"{kinds[0]}>{_cell(first)}</th>{cells}</tr>')
-    lines = ['<div class="table">', "<table>", f"<thead><tr>{head}</tr></thead>", "<tbody>", *body]
-    return "\n".join([*lines, "</tbody>", "</table>", "</div>"])
+def _breaks(html: str) -> str:
+    """All HTML in Markdown is text but line breaks, which its tables have no sign for."""
+    return html.replace("&lt;br&gt;", "<br>")
 
 
-def _cell(cell: str | Link) -> str:
-    if isinstance(cell, Link):
-        return f'<a href="{escape(cell.target)}">{escape(cell.text)}</a>'
-    return inline(cell)
+def _tables(state: StateCore) -> None:
+    """Tables get a box in which they scroll, a head for each row, and numbers set to the right."""
+    tokens: list[Token] = []
+    table: list[Token] = []
+    for token in state.tokens:
+        if token.type == "table_open" or table:
+            table.append(token)
+        else:
+            tokens.append(token)
+        if token.type == "table_close":
+            tokens += _facts(table) or _boxed(table)
+            table = []
+    state.tokens = tokens
 
 
-def from_markdown(text: str) -> str:
-    """Paragraphs, tables and lists of our own Markdown as HTML."""
-    return "\n".join(
-        _piece([line for line in piece.splitlines() if line]) for piece in re.split(r"\n{2,}", text.strip())
-    )
+def _facts(table: list[Token]) -> list[Token]:
+    """A table of names and what is known of them, which has no header; nothing, if it has one."""
+    header, *rows = _rows(table)
+    if any(text.content for _, text, _ in header):
+        return []
+    for (opening, _, closing), *_ in rows:
+        opening.tag = closing.tag = "th"
+        opening.attrs = {"scope": "row"}
+    table[0].attrs = {"class": "facts"}
+    body = next(place for place, token in enumerate(table) if token.type == "tbody_open")
+    return [table[0], *table[body:]]
 
 
-def _piece(lines: Sequence[str]) -> str:
-    if lines[0].startswith("| "):
-        header, _, *rows = ([*_split(line)] for line in lines)
-        return grid(header, rows)
-    if lines[0].startswith("- "):
-        return f"<ul>{''.join(f'<li>{inline(line[2:])}</li>' for line in lines)}</ul>"
-    return f"<p>{inline(' '.join(lines))}</p>"
+def _boxed(table: list[Token]) -> list[Token]:
+    header, *rows = _rows(table)
+    texts = [["".join(part.content for part in text.children or ()) for _, text, _ in row] for row in rows]
+    kinds = ["number" if number else "" for number in numeric(texts)]
+    for place, column in enumerate(zip(*texts, strict=True)):
+        if max(map(len, column)) > LONG:
+            kinds[place] = "long"
+    for row in (header, *rows):
+        for (opening, _, closing), kind in zip(row, kinds, strict=True):
+            opening.attrs = {"class": kind} if kind else {}
+            if row is header or opening is row[0][0]:
+                opening.tag = closing.tag = "th"
+                opening.attrs = {"scope": "col" if row is header else "row", **opening.attrs}
+    box = (Token("html_block", "", 0, content=text) for text in ('<div class="table">\n', "</div>\n"))
+    return [next(box), *table, next(box)]
 
 
-def _split(line: str) -> Iterator[str]:
-    """The cells of a line that `condlr.report.results.pipe` wrote."""
-    for cell in re.split(r"(?<!\\)\|", line)[1:-1]:
-        yield cell.strip().replace("\\|", "|")
+def _rows(table: list[Token]) -> list[list[tuple[Token, ...]]]:
+    """The cells of each line: the token that opens it, its text, the token that closes it."""
+    rows: list[list[Token]] = []
+    for token in table:
+        if token.type == "tr_open":
+            rows.append([])
+        elif token.tag in ("th", "td") or token.type == "inline":
+            rows[-1].append(token)
+    return [[*zip(row[::3], row[1::3], row[2::3], strict=True)] for row in rows]
+
+
+def _parser() -> MarkdownIt:
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    parser.core.ruler.after("inline", "tables", _tables)
+    return parser
+
+
+_MARKDOWN = _parser()
 
 
 def picture(path: Path) -> tuple[int, int, str]:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
     try:
         frame = pd.read_csv(path, dtype=text, keep_default_na=True)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: collect the study's runs first (scripts/collect.py)") from None
+        raise UserError(f"{path} is missing: collect the study's runs first (condlr collect)") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a table of results ({error})") from error
     if name == "cells" and {"run_id", "status"} <= {*frame} and not {"attack", "eps", "accuracy"} & {*frame}:
@@ -144,6 +144,14 @@ def summarize(cells: pd.DataFrame) -> pd.DataFrame:
     frame = frame.assign(_rank=order(frame["label"]))
     keys = ["compression", "_rank", "label", "variant", "row_id", "eps"]
     return frame.sort_values(keys, kind="stable").drop(columns="_rank").reset_index(drop=True)
+
+
+def contexts(
+    frame: pd.DataFrame, names: Sequence[str] = CONTEXT
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """What the lines of each part share in these columns, and the part; in the order of the frame."""
+    for values, part in frame.groupby([*names], sort=False, dropna=False):
+        yield dict(zip(names, values, strict=True)), part
 
 
 def require_evaluated(cells: pd.DataFrame) -> None:

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from condlr.report import _style
-from condlr.report._style import ROW, TRAINING, Drawing, Styles
-from condlr.report.results import done_runs, setting, summarize
+from condlr.report._style import ROW, TRAINING, Drawing, Drawn, Known, Styles
+from condlr.report.results import contexts, done_runs, setting, summarize
 
 # Above the end, which hides it where training changed little
 _START = {"color": "0.25", "linestyle": (0, (1, 2)), "linewidth": 0.9, "zorder": 3}
@@ -29,32 +29,29 @@ def spectra(cells: pd.DataFrame, values: pd.DataFrame, out: Path) -> Iterator[Dr
     rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
     values = values.loc[values["run_id"].isin(done_runs(cells))]
     merged = rows.merge(values[["row_id", "seed", "when", "layer", "index", "singular_value"]], on="row_id")
-    for number, (context, frame) in enumerate(merged.groupby(TRAINING, sort=False, dropna=False), start=1):
-        known = dict(zip(TRAINING, context, strict=True))
+
+    def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         layers = [*frame["layer"].drop_duplicates()]
         parts = _style.groups(frame)
         columns = min(len(layers), _COLUMNS)
         lines = -(-len(layers) // columns)
         styles = _style.styles(frame, by_compression=len(parts) == 1)
-        with _style.style():
-            figure, axes = _style.panels(len(parts) * lines * columns, columns, 1.75)
-            for place, (name, part) in enumerate(parts.items()):
-                first = place * lines * columns
-                _part(axes[first : first + lines * columns], part, layers, styles)
-                for axis in axes[first : first + lines * columns : columns]:
-                    axis.set_ylabel(f"{name}\nsingular value".lstrip())
-            for axis in axes[-columns:]:
-                axis.set_xlabel("index")
-            figure.suptitle(setting(known))
-            handles = _style.legend(frame, styles, by_compression=len(parts) == 1)
-            handles.append(Line2D([], [], label="at the start", **_START))
-            _style.below(figure, handles)
-            caption = (
-                f"{setting(known)}: "
-                "singular values of each layer at the end of training and, dotted, at its "
-                f"start; geometric means over seeds. {_style.facts(known)}"
-            )
-            yield Drawing(*_style.saved(figure, out, "spectra", number), caption)
+        figure, axes = _style.panels(len(parts) * lines * columns, columns, 1.75)
+        for place, (name, part) in enumerate(parts.items()):
+            own = axes[place * lines * columns : (place + 1) * lines * columns]
+            _part(own, part, layers, styles)
+            _style.outer(own, columns, "", f"{name}\nsingular value".lstrip())
+        for axis in axes[-columns:]:
+            axis.set_xlabel("index")
+        caption = (
+            f"{setting(known)}: "
+            "singular values of each layer at the end of training and, dotted, at its "
+            "start; geometric means over seeds"
+        )
+        handles = _style.legend(frame, styles, by_compression=len(parts) == 1)
+        return Drawn(figure, caption, [*handles, Line2D([], [], label="at the start", **_START)])
+
+    return _style.drawings(out, "spectra", contexts(merged, TRAINING), draw)
 
 
 def _part(axes: list[Axes], frame: pd.DataFrame, layers: list[str], styles: Styles) -> None:

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pandas as pd
 
+from condlr.report import numbers
 from condlr.report.audit import Marks
 from condlr.report.protocols import differences
 from condlr.report.published import NUMBERS, slips
 from condlr.report.results import (
-    CONTEXT,
     ROW,
     attack_title,
     comparison,
+    contexts,
     dataset,
     epochs,
     network,
@@ -62,8 +63,7 @@ class Cell:
     @property
     def ours(self) -> str:
         """In percent, with ± where there are several seeds."""
-        spread = "" if pd.isna(self.std) else f" ±{100 * self.std:.2f}"
-        return f"{_percent(self.accuracy)}{spread}"
+        return numbers.accuracy(self.accuracy, self.std)
 
     @property
     def difference(self) -> float | None:
@@ -85,7 +85,7 @@ class Cell:
             text = "" if self.difference is None else f"{round(100 * self.difference, 2) + 0.0:+.2f}"
             return Value(text, beyond=self.beyond)
         known = self.published if kind == "published" else self.camera_ready
-        return Value("" if known is None else _percent(known))
+        return Value("" if known is None else numbers.accuracy(known))
 
 
 # The rows that a line of a table is printed as, and what they are called.
@@ -228,8 +228,7 @@ def tables(cells: pd.DataFrame, paper: Path, marks: Marks | None = None) -> Iter
         paper: the directory of published numbers.
         marks: what audits warn of.
     """
-    for context, frame in summarize(cells).groupby(CONTEXT, sort=False, dropna=False):
-        known = dict(zip(CONTEXT, context, strict=True))
+    for known, frame in contexts(summarize(cells)):
         mine = own(known, cells)
         first, second = comparison(known, mine, paper), quoted(known, mine, paper)
         printed: dict[tuple[str, float], dict[float, Cell]] = {}
@@ -274,10 +273,10 @@ def _facts(row: pd.DataFrame) -> dict[str, str]:
     first, fewest, most = row.iloc[0], row["seeds"].min(), row["seeds"].max()
     return {
         "requested": f"{100 * first['compression']:g}",
-        "measured": f"{round(100 * first['train_compression'], 1) + 0.0:.1f}",  # + 0.0 makes -0.0 plain
-        "deployed": f"{round(100 * first['deploy_compression'], 1) + 0.0:.1f}",
-        "cond": short(first["cond"]),
-        "cond all": short(first["cond_all"]),
+        "measured": numbers.rounded(first["train_compression"]),
+        "deployed": numbers.rounded(first["deploy_compression"]),
+        "cond": numbers.condition(first["cond"]),
+        "cond all": numbers.condition(first["cond_all"]),
         "seeds": f"{most}" if fewest == most else f"{fewest}-{most}",
         "s": f"{first['seconds']:.0f}",
     }
@@ -313,15 +312,6 @@ def _slips(context: Mapping[str, object], paper: Path) -> list[str]:
 
 def _listed(numbers: Iterable[float]) -> str:
     return ", ".join(f"{number:.4g}" for number in numbers)
-
-
-def _percent(fraction: float | None) -> str:
-    return "–" if fraction is None else f"{100 * fraction:.2f}"
-
-
-def short(value: float) -> str:
-    """A condition number: three digits."""
-    return f"{value:.3g}" if value >= 10 else f"{value:.2f}"
 
 
 def strength(eps: float) -> str:

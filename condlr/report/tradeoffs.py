@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from condlr.report import _style
-from condlr.report._style import TRAINING, Drawing, Styles
-from condlr.report.results import attack_title, norm_title, setting, summarize
+from condlr.report._style import TRAINING, Drawing, Drawn, Known, Styles
+from condlr.report.results import attack_title, contexts, norm_title, setting, summarize
 
 _SAME = 0.005  # compressions nearer than this would hide each other
 _ATTACK = ["attack", "norm", "n"]
@@ -27,32 +27,27 @@ def compression(cells: pd.DataFrame, out: Path) -> Iterator[Drawing]:
         cells: see `condlr.report.results.read`.
         out: where `compression.png` and `.pdf` go; a number follows the name for a second table.
     """
-    tables = [
-        (known, frame) for known, frame in _tables(summarize(cells)) if frame["compression"].nunique() > 1
-    ]
-    for number, (known, frame) in enumerate(tables, start=1):
+    tables = contexts(summarize(cells), TRAINING)
+
+    def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         styles, marks = _style.styles(frame, by_compression=False), _style.marks(frame)
         shown = _at_full_strength(frame)
-        with _style.style():
-            columns = min(len(shown), 3)
-            figure, axes = _style.panels(len(shown), columns, 2.3, sharex=True)
-            for axis, (name, part) in zip(axes, shown.items(), strict=True):
-                _compressions(axis, part, styles, marks)
-                axis.set_title(textwrap.fill(name, 72 // columns))
-            for axis in axes[::columns]:
-                axis.set_ylabel("accuracy")
-            for axis in axes[-columns:]:
-                axis.set_xlabel("weights removed")
-            figure.suptitle(setting(known))
-            exported = Line2D([], [], **_hollow(_point(marks, 0)), label="exported")
-            _style.below(figure, _methods(frame, styles), 5, [*_marks(frame, marks), exported])
-            caption = (
-                f"{setting(known)}: "
-                "accuracy against the fraction of weights that were really removed, in training (filled) "
-                "and exported (hollow, where it differs); bars: one standard deviation over seeds. "
-                f"{_style.facts(known)}"
-            )
-            yield Drawing(*_style.saved(figure, out, "compression", number), caption)
+        columns = min(len(shown), 3)
+        figure, axes = _style.panels(len(shown), columns, 2.3, sharex=True)
+        for axis, (name, part) in zip(axes, shown.items(), strict=True):
+            _compressions(axis, part, styles, marks)
+            axis.set_title(textwrap.fill(name, 72 // columns))
+        _style.outer(axes, columns, "weights removed", "accuracy")
+        exported = Line2D([], [], **_hollow(_point(marks, 0)), label="exported")
+        caption = (
+            f"{setting(known)}: "
+            "accuracy against the fraction of weights that were really removed, in training (filled) "
+            "and exported (hollow, where it differs); bars: one standard deviation over seeds"
+        )
+        return Drawn(figure, caption, _methods(frame, styles), 5, [*_marks(frame, marks), exported])
+
+    several = (table for table in tables if table[1]["compression"].nunique() > 1)
+    return _style.drawings(out, "compression", several, draw)
 
 
 def cost(cells: pd.DataFrame, counted: pd.DataFrame | None, out: Path) -> Iterator[Drawing]:
@@ -66,8 +61,9 @@ def cost(cells: pd.DataFrame, counted: pd.DataFrame | None, out: Path) -> Iterat
         out: where `cost.png` and `.pdf` go; a number follows the name for a second table.
     """
     spread = cells[cells["status"].eq("done")].drop_duplicates("run_id").groupby("row_id")["seconds"].std()
-    tables = [(known, frame) for known, frame in _tables(summarize(cells)) if _timed(frame)]
-    for number, (known, frame) in enumerate(tables, start=1):
+    tables = (table for table in contexts(summarize(cells), TRAINING) if _timed(table[1]))
+
+    def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         frame = frame.assign(seconds_std=frame["row_id"].map(spread))
         name, part = _broadest(frame)
         axes_of = {f"seconds of training, {_device(cells, part)}": ("seconds", "seconds_std")}
@@ -76,31 +72,25 @@ def cost(cells: pd.DataFrame, counted: pd.DataFrame | None, out: Path) -> Iterat
             part = part.assign(train_flops=part["row_id"].map(flops) / 1e6, none=float("nan"))
             axes_of["MFLOPs to train on an image"] = ("train_flops", "none")
         styles, marks = _style.styles(frame, by_compression=False), _style.marks(frame)
-        with _style.style():
-            figure, axes = _style.panels(len(axes_of), len(axes_of), 2.5, sharey=True)
-            for axis, (text, (column, std)) in zip(axes, axes_of.items(), strict=True):
-                for row in part.to_dict("records"):
-                    point = _point(marks, row["compression"], styles[row["row_id"]]["color"])
-                    axis.errorbar(
-                        row[column], row["accuracy"], yerr=row["std"], xerr=row[std], elinewidth=0.9, **point
-                    )
-                if part[column].max() > 10 * part[column].min():
-                    _style.log_axis(axis.xaxis, part[column])
-                axis.set_xlabel(text)
-            _style.percent(axes[0].yaxis)
-            axes[0].set_ylabel(textwrap.fill(f"accuracy: {name}", 30))
-            figure.suptitle(setting(known))
-            _style.below(figure, _methods(frame, styles), 5, _marks(frame, marks))
-            caption = (
-                f"{setting(known)}: accuracy ({name}) against what training costs; bars: one standard "
-                f"deviation over seeds. {_style.facts(known)}"
-            )
-            yield Drawing(*_style.saved(figure, out, "cost", number), caption)
+        figure, axes = _style.panels(len(axes_of), len(axes_of), 2.5, sharey=True)
+        for axis, (text, (column, std)) in zip(axes, axes_of.items(), strict=True):
+            for row in part.to_dict("records"):
+                point = _point(marks, row["compression"], styles[row["row_id"]]["color"])
+                axis.errorbar(
+                    row[column], row["accuracy"], yerr=row["std"], xerr=row[std], elinewidth=0.9, **point
+                )
+            if part[column].max() > 10 * part[column].min():
+                _style.log_axis(axis.xaxis, part[column])
+            axis.set_xlabel(text)
+        _style.percent(axes[0].yaxis)
+        axes[0].set_ylabel(textwrap.fill(f"accuracy: {name}", 30))
+        caption = (
+            f"{setting(known)}: accuracy ({name}) against what training costs; bars: one standard "
+            "deviation over seeds"
+        )
+        return Drawn(figure, caption, _methods(frame, styles), 5, _marks(frame, marks))
 
-
-def _tables(summary: pd.DataFrame) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:
-    for context, frame in summary.groupby(TRAINING, sort=False, dropna=False):
-        yield dict(zip(TRAINING, context, strict=True)), frame
+    return _style.drawings(out, "cost", tables, draw)
 
 
 def _at_full_strength(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:

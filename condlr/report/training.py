@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from condlr.report.numbers import condition
 from condlr.report.results import order, require, title
 from condlr.report.sheet import Column, Row, Sheet, Value
-from condlr.report.tables import short
 
 LEGEND = (
     "loss: mean over the first epoch and over the last. cond: largest condition number at the end, as in the "
@@ -37,7 +37,7 @@ def training(history: pd.DataFrame) -> Sheet:
         texts = [
             f"{100 * float(compression):g}", str(protocol), str(last["seed"]),
             str(last["epoch"]), str(last["step"]),
-            f"{first['train_loss']:.3f} → {last['train_loss']:.3f}", short(last["cond"]),
+            f"{first['train_loss']:.3f} → {last['train_loss']:.3f}", condition(last["cond"]),
             *("" if pd.isna(audit) else form(audit) for audit, form in zip(audits, _FORMS, strict=True)),
         ]  # fmt: skip
         row = Row(title(str(label)), [*map(Value, texts)])

@@ -98,6 +98,7 @@ def report(directory, *arguments):
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_both_formats_have_the_same_sections_rows_and_figures(trained, content):
     parsed, text = Parsed(page.render(content)), report_markdown.render(content)
     headings = [section.heading for section in content.sections]
@@ -162,7 +163,8 @@ def test_markdown_of_tables_becomes_html():
     ]  # fmt: skip
     assert {"A & B", "a|b", "1.5", "n", "–", "w", "c", "d"} <= {*parsed.text}
     assert [a.get("class") for a in parsed.all("td")] == ["number", "number"]
-    parsed = Parsed(page.grid(["a", "b"], [["x", "1"], ["y", "a long text, of more than a few words"]]))
+    grid = Grid(["a", "b"], [["x", "1"], ["y", "a long text, of more than a few words"]])
+    parsed = Parsed(page.block(grid))
     assert [a.get("class") for a in parsed.all("td")] == ["long", "long"]
 
 
@@ -284,6 +286,7 @@ def test_durations():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_script_writes_both_files_and_refuses_what_is_not_there(study):
     base = study.parent.parent
     done = report(base, "study=s", f"paper={PAPER}")

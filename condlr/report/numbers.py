@@ -1,0 +1,33 @@
+"""Numbers as tables and texts print them."""
+
+import math
+from typing import Any
+
+
+def shown(value: Any) -> str:
+    """A value in a table: counts with commas, other numbers to three digits, a dash for none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, str):
+        return value
+    if math.isinf(value):
+        return "∞"
+    if float(value).is_integer() and abs(value) < 1e12:
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 and abs(value) < 1e9 else f"{value:.3g}"
+
+
+def accuracy(fraction: float | None, std: float = float("nan")) -> str:
+    """In percent, with ± the standard deviation where there is one; a dash for none."""
+    spread = "" if math.isnan(std) else f" ±{100 * std:.2f}"
+    return "–" if fraction is None else f"{100 * fraction:.2f}{spread}"
+
+
+def rounded(fraction: float) -> str:
+    """A compression that was measured, in percent; never -0.0."""
+    return f"{round(100 * fraction, 1) + 0.0:.1f}"
+
+
+def condition(value: float) -> str:
+    """A condition number: three digits."""
+    return f"{value:.3g}" if value >= 10 else f"{value:.2f}"
