@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from condlr._support.errors import UserError
-from condlr.suite.runs import KEYS, Run, mended
+from condlr.suite.registry import analyses
+from condlr.suite.runs import Run, examined, mended
 
 # What to do about runs of which tables have nothing to show, by status.
 _REMEDIES = {
@@ -43,15 +44,16 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
         did not get so far), with what tables show of the run. `history`: a line for each run and
         epoch. In both, `cond` is the largest condition number of the layers the run has factored
         (of all layers for a method that does not compress), `cond_all` the largest of all layers.
-        `runs`: a line for each run, how it went. `steps`, `audit` and the other names of `KEYS`:
+        `runs`: a line for each run, how it went. `steps`, `audit` and the other files of `examined`:
         the lines of those files of all runs.
     """
     cells: list[dict[str, Any]] = []
     histories: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
     others: dict[str, list[dict[str, Any]]] = {
-        name.removesuffix(".csv"): [] for name in ("steps.csv", *KEYS) if name != "evaluation.csv"
+        name.removesuffix(".csv"): [] for name in ("steps.csv", *examined()) if name != "evaluation.csv"
     }
+    long = {"steps"} | {name for name, kind in analyses().items() if kind.long}
     for path in sorted(study.glob("*/run.json")):
         run = Run(path.parent)
         info = run.info
@@ -64,7 +66,7 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
         for name, lines in others.items():
             # Of the long ones a line says whose it is, and no more
             short = {key: who.get(key) for key in ("run_id", "row_id", "seed")}
-            start = short if name in ("steps", "spectra") else who
+            start = short if name in long else who
             lines += [start | line for line in run.read_table(f"{name}.csv")]
         compresses = about.get("compresses")
         factored = [f"cond_{name}" for name in info.get("ranks", {})] if compresses else []

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,18 +18,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from condlr._support.errors import UserError, in_range, one_of
-from condlr._support.strengths import distinct, require_pixels, strengths
+from condlr._support.strengths import strengths
 from condlr.ranks import RANK_RULES
 from condlr.suite.folders import folder
 from condlr.suite.registry import available, find
 
 if TYPE_CHECKING:
+    from condlr.analysis.base import Analysis
     from condlr.analysis.theory.flows import Settings
     from condlr.attacks.base import Attack
     from condlr.data.base import Dataset
     from condlr.factorization import Scheme
     from condlr.methods.base import Method
     from condlr.models.base import Architecture
+    from condlr.shifts.base import Shift
 
 CONF = folder("conf", "conf")
 DEVICES = ("auto", "cpu", "cuda")
@@ -124,35 +126,32 @@ class Evaluation:
 
     run: str
     attack: dict[str, Any]
-    audit: bool
-    conditioning: bool
-    cost: bool
     again: bool
     data_root: str | None
     device: str
+    analysis: dict[str, Any] = field(default_factory=dict)
+    shift: dict[str, Any] | None = None
 
+    @property
+    def analyses(self) -> "dict[str, Analysis]":
+        """Those that are asked for, by name."""
+        from condlr.analysis.base import Analysis
 
-@dataclass
-class Crosscheck:
-    """Keys of `scripts/crosscheck.py`."""
+        chosen = {name: (keys or {}) | {"name": name} for name, keys in self.analysis.items()}
+        return {
+            name: choose(f"analysis.{name}", "analysis", keys, Analysis)[0] for name, keys in chosen.items()
+        }
 
-    run: str
-    eps: Any
-    steps: int
-    images: int
-    data_root: str | None
-    device: str
+    @property
+    def shifts(self) -> "dict[str, Shift]":
+        """The one that is asked for, by name; or none."""
+        from condlr.shifts.base import Shift
 
-    def __post_init__(self) -> None:
-        self.eps = strengths(self.eps)
-        if not isinstance(self.eps, list) or not self.eps:
-            raise ValueError("eps is empty: name at least one strength")
-        for eps in self.eps:
-            require_pixels(eps)
-            in_range("eps", eps, 0, 1)
-        self.eps = distinct(self.eps)
-        in_range("steps", self.steps, 1, math.inf)
-        in_range("images", self.images, 1, math.inf)
+        return (
+            {self.shift.get("name", ""): choose("shift", "shifts", self.shift, Shift)[0]}
+            if self.shift
+            else {}
+        )
 
 
 @dataclass
@@ -476,8 +475,9 @@ def _check_forms(forms: Any) -> None:
 def _label(method: "Method", keys: Mapping[str, Any], protocol: Protocol) -> str:
     """`condlr-tau0.1`; an option that is not the protocol's or the default is added: `-retraction=polar`."""
     usual = {"name": keys["name"]}
-    for field in fields(method):
-        usual[field.name] = field.default if field.default_factory is MISSING else field.default_factory()
+    for option in fields(method):
+        made = option.default_factory
+        usual[option.name] = option.default if made is MISSING else made()
     usual |= protocol.methods.get(keys["name"], {})
     unusual = [key for key in keys if keys[key] != usual.get(key) and key not in method.in_label]
     return "-".join([method.label(), *(f"{key}={keys[key]}" for key in unusual)])

@@ -16,17 +16,16 @@ from condlr.suite.config import RunConfig, check
 from condlr.suite.engine import Trainer
 from condlr.suite.environment import commit, environment
 from condlr.suite.examination import (
-    attack_run,
-    complete,
-    evaluate_run,
+    analyse,
+    analyses_of_every_run,
+    attack,
+    attack_once,
+    attack_rows,
     finished,
-    known,
-    not_of_itself,
-    record_spectra,
-    source_of,
     summary,
 )
 from condlr.suite.loading import build, load_data, pick_device
+from condlr.suite.opened import Opened, opened, without_transfer_to_itself
 from condlr.suite.progress import LiveLine
 from condlr.suite.runs import Run
 from condlr.suite.signals import Signals
@@ -50,7 +49,7 @@ def carry_out(values: dict[str, Any]) -> None:
     """
     config = check(values)
     run = Run(config.directory)
-    config = not_of_itself(run, config)
+    config = without_transfer_to_itself(run, config)
     if finished(run, config):
         _say_done(run, config)
         return
@@ -61,8 +60,11 @@ def carry_out(values: dict[str, Any]) -> None:
             raise Diverged(f"{config.run_id} has {info.get('reason')} ({again})")
         if info.get("status") == "done":
             _say_done(run, config)
-            complete(run, config)
-            evaluate_run(run, config)
+            here = opened(run, config)
+            for name, analysis in analyses_of_every_run().items():
+                if not run.read_table(f"{name}.csv"):  # of a version that did not keep it
+                    analyse(here, name, analysis)
+            attack_once(here)
         else:
             _train(run, config, values, signals, lock)
 
@@ -83,21 +85,24 @@ def _train(run: Run, config: RunConfig, written: dict[str, Any], signals: Signal
         run.note(device=describe(device))
         run.write_config(written)
         data = load_data(config, device)
-        source = source_of(run, config, data)
-        model = build(config, data).to(device)
+        here = Opened(run, config)
+        here.data = data
+        here.source  # noqa: B018 (what is wrong with it shows before the training)
+        model = here.model = build(config, data).to(device)
         run.note(**_sizes(model), images=_images(data))
         trainer = _trained(run, config, model, data, signals, lock)
         run.note(**_sizes(model))  # a method may have changed the ranks
         lock.require()
         run.save_model(model.state_dict(), config.identity)
-        record_spectra(run, config, data)
-        attack_run(run, config, model, data, source)
+        for name, analysis in analyses_of_every_run().items():
+            analyse(here, name, analysis, again=True)
+        attack(here)
         seconds, recording = (
             sum(float(row["seconds"] or 0) for row in rows) for rows in (trainer.history, trainer.records)
         )
         lock.require()
         run.note(train_seconds=round(seconds, 2), record_seconds=round(recording, 2))
-    log.info("%s: %s (%.0f s)", run.directory, summary(known(run, config)), seconds)
+    log.info("%s: %s (%.0f s)", run.directory, summary(attack_rows(run, config)), seconds)
 
 
 def _trained(
