@@ -92,7 +92,7 @@ reproduce-cifar10: $(VENV)/.installed  ## Run what is missing of Table 3, VGG16 
 HARD := attack.images=1000
 mnist-attacks: $(VENV)/.installed  ## Train eight rows on MNIST, attack them every way, audit the attacks (hours)
 	$(RUN) scripts/train.py experiment=mnist_attacks seed=0,1
-	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*-s0-*' audit=true conditioning=true cost=true
+	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*-s0-*' analysis=[audit,conditioning,guarantees,cost]
 	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=fgsm
 	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.03,0.06,0.1] attack.loss=ce
 	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.03,0.06,0.1] attack.loss=margin

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -52,11 +53,11 @@ class Trained(Protocol):
         on_progress: to be called with how many of how many parts are done.
     """
 
-    @property
+    @cached_property
     def model(self) -> nn.Module: ...  # noqa: D102 (see above)
-    @property
+    @cached_property
     def data(self) -> Data: ...  # noqa: D102
-    @property
+    @cached_property
     def test_images(self) -> int: ...  # noqa: D102
     @property
     def attack(self) -> Attack: ...  # noqa: D102
@@ -68,7 +69,7 @@ class Trained(Protocol):
     def dense_start(self) -> Start: ...  # noqa: D102
     @property
     def has_dense(self) -> bool: ...  # noqa: D102
-    @property
+    @cached_property
     def dense(self) -> nn.Module | None: ...  # noqa: D102
     @property
     def on_progress(self) -> Callable[[int, int], None]: ...  # noqa: D102

@@ -840,7 +840,7 @@ def test_no_script_needs_a_terminal_that_can_show_all_it_says(script, tmp_path, 
         (tmp_path / "Größe ∞").mkdir()
         where, to = "runs_dir='Größe ∞'", "results_dir='Größe ∞/x'"
         assert "Gr??e ?/default" in said("ascii", "train", *SMALL, where)
-        said("latin-1", "evaluate", "run='Größe ∞/default/*'", "cost=true")
+        said("latin-1", "evaluate", "run='Größe ∞/default/*'", "analysis=cost")
         assert "CondLR ?=0.1" in said("latin-1", "status", "study=default", where)
         assert "Größe ?" in said("latin-1", "collect", "study=default", where, to)
         for encoding in ("euc_jp", "gb2312", "ascii"):
@@ -1000,7 +1000,7 @@ def test_an_empty_variable_is_none(script, small_mnist, monkeypatch, empty):
     ],
 )
 def test_an_argument_that_cannot_be_read_is_shown_quoted(script, argument, quoted):
-    for name in ("evaluate", "crosscheck"):
+    for name in ("evaluate", "collect"):
         complains(script(name, argument), re.escape(f"if that is text, quote it: {quoted}"))
 
 
