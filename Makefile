@@ -79,8 +79,9 @@ reproduce-mnist: $(VENV)/.installed  ## Run what is missing of Table 2 and Figur
 	$(call reproduce,reproduce_mnist figure2)
 
 theorem1: $(VENV)/.installed  ## Put Theorem 1 to the test on matrix flows that are known (a minute); report
-	$(RUN) scripts/train.py experiment=theorem1
-	$(MAKE) --no-print-directory tables figures report STUDY=theorem1
+	$(RUN) scripts/theorem1.py
+	$(foreach page,tables figures report,$(RUN) scripts/$(page).py study=theorem1
+	)
 
 reproduce-cifar10: STUDY = reproduce_cifar10
 reproduce-cifar10: $(VENV)/.installed  ## Run what is missing of Table 3, VGG16 on CIFAR-10 (a GPU's work); report
@@ -90,7 +91,7 @@ reproduce-cifar10: $(VENV)/.installed  ## Run what is missing of Table 3, VGG16 
 HARD := attack.images=1000
 mnist-attacks: $(VENV)/.installed  ## Train eight rows on MNIST, attack them every way, audit the attacks (hours)
 	$(RUN) scripts/train.py experiment=mnist_attacks seed=0,1
-	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*-s0-*' audit=true conditioning=true cost=true
+	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*-s0-*' analysis=[audit,conditioning,guarantees,cost]
 	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=fgsm
 	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.03,0.06,0.1] attack.loss=ce
 	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.03,0.06,0.1] attack.loss=margin

@@ -32,7 +32,7 @@ def main(config: DictConfig) -> None:
         raise UserError(f"{target}: {nothing_to_show({c['run_id']: c['status'] for c in cells}.values())}")
     counts = Counter(run["status"] for run in tables["runs"])
     runs = ", ".join(f"{n} {status}" for status, n in counts.items())
-    print(f"{target}: {len(tables['cells'])} cells of {runs} runs" if runs else f"{target}: a matrix flow")
+    print(f"{target}: {len(tables['cells'])} cells of {runs} runs")
 
 
 if __name__ == "__main__":

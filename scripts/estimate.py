@@ -6,14 +6,14 @@ import sys
 from omegaconf import DictConfig
 
 from condlr.suite.cli import command
-from condlr.suite.config import RunConfig, check_any
+from condlr.suite.config import RunConfig, check
 
 _asked: list[RunConfig] = []
 
 
 def estimate() -> None:
     """Try a few steps of each row that is not done, and print what follows."""
-    if not _asked:  # --help, or a matrix flow
+    if not _asked:  # --help
         return
     from rich.console import Console
     from rich.progress import track
@@ -32,11 +32,7 @@ def estimate() -> None:
 @command("estimate", at_end=estimate)
 def main(config: DictConfig) -> None:
     """Note one run of the sweep."""
-    checked = check_any(config)
-    if isinstance(checked, RunConfig):
-        _asked.append(checked)
-    else:
-        print(f"{checked.study}: a matrix flow takes a minute")
+    _asked.append(check(config))
 
 
 if __name__ == "__main__":

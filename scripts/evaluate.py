@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Attack a finished run, audit the attacks, analyse its network: what is found is added to its directory."""
+"""Attack a finished run, analyse its network, try it on shifted images; its directory keeps the results."""
 
 import glob
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -19,32 +22,33 @@ from condlr.suite.runs import Run
 def main(config: DictConfig) -> None:
     """One run, or all that a pattern matches; what is there already is not done again."""
     asked = typed(Evaluation, config)
+    _refuse_twice(HydraConfig.get().overrides.task)
+    analyses, shifts = asked.analyses, asked.shifts
     runs, left_out = _runs(asked.run)
     checked = [(run, _as_asked(run, asked)) for run in runs]
 
-    from condlr.report.analysis import print_conditioning, print_cost, print_guarantees
-    from condlr.report.audit import print_audit
-    from condlr.suite.examination import analyse_conditioning, audit_of, audit_run, count_cost, evaluate_run
+    from condlr.report.analysis import print_analysis, print_cells
+    from condlr.suite.examination import analyse, attack_once, require, try_shift
+    from condlr.suite.opened import opened
 
-    if asked.audit:
-        for _, run_config in checked:
-            audit_of(run_config)  # a mistake shows before hours of attacks
+    for run, run_config in checked:
+        require(opened(run, run_config), analyses)  # a mistake shows before hours of attacks
     console = Console()
     console = console if console.is_terminal else Console(width=160)
 
     def examine(run: Run, run_config: RunConfig) -> None:
-        evaluate_run(run, run_config, asked.again)
+        here = opened(run, run_config)
+        attack_once(here, asked.again)
         # What is found is in the run before a word of it is said
-        audited = audit_run(run, run_config, asked.again) if asked.audit else None
-        analysed = analyse_conditioning(run, run_config) if asked.conditioning else None
-        counted = count_cost(run, run_config) if asked.cost else None
-        if audited:
-            print_audit(audited, console)
-        if analysed:
-            print_conditioning(analysed[0], console)
-            print_guarantees(analysed[1], console)
-        if counted:
-            print_cost(counted, console)
+        shifted = [try_shift(here, name, shift, asked.again) for name, shift in shifts.items()]
+        found = {name: analyse(here, name, analysis, asked.again) for name, analysis in analyses.items()}
+        for rows in shifted:
+            cells = [
+                (row["name"], str(row["severity"] or ""), f"{float(row['accuracy']):.2%}") for row in rows
+            ]
+            print_cells(cells, ["images", "severity", "accuracy"], console)
+        for name, rows in found.items():
+            print_analysis(type(analyses[name]), rows, console)
 
     lacking: dict[str, NoWeights] = {}
     for run, run_config in checked:
@@ -59,6 +63,14 @@ def main(config: DictConfig) -> None:
         reasons.append(f"for want of weights: {', '.join(lacking)} ({next(iter(lacking.values()))})")
     if reasons:
         raise UserError(f"not evaluated, {'; '.join(reasons)}")
+
+
+def _refuse_twice(overrides: Sequence[str]) -> None:
+    """Hydra takes an analysis that is named twice for one."""
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        names = override.value()
+        if override.key_or_group == "analysis" and isinstance(names, list) and len({*names}) < len(names):
+            raise UserError(f"analysis names something twice: {', '.join(map(str, names))}")
 
 
 def _runs(pattern: str) -> tuple[list[Run], list[str]]:

@@ -46,10 +46,11 @@ def tables_of_runs(asked: Report) -> "tuple[list[Sheet], str, dict[str, str]]":
     """The tables of a study's runs, what is to be said of them, and the files to write, by name."""
     import pandas as pd
 
-    from condlr.report import analysis, audit, comparisons, html, results, tables
+    from condlr.report import analysis, audit, comparisons, html, results, shifts, tables
     from condlr.report.latex import latex
     from condlr.report.markdown import markdown
     from condlr.report.training import training
+    from condlr.suite.registry import analyses
 
     directory, cells = asked.directory, results.read(asked.directory)
     audits = results.read_if_there(directory, "audit")
@@ -66,11 +67,14 @@ def tables_of_runs(asked: Report) -> "tuple[list[Sheet], str, dict[str, str]]":
         "table.csv": pd.concat(map(tables.frame, made)).to_csv(index=False),
         "training.md": markdown(training(results.read(directory, "history"))),
         "attacks.md": "\n".join(map(markdown, compared)),
-        "audit.md": "" if audits is None else audit.markdown(audits),
     }
-    for name in ("conditioning", "guarantees", "cost"):
-        found = results.read_if_there(directory, name)
-        written[f"{name}.md"] = "" if found is None else getattr(analysis, name)(found)
+    shifted = results.read_if_there(directory, "shift")
+    written["shift.md"] = "" if shifted is None else shifts.markdown(shifted, cells)
+    # Empty is what is not there, so that no page of before is left
+    written |= {f"{name}.md": "" for name, kind in analyses().items() if kind.layout != "none"}
+    written |= {
+        f"{name}.md": analysis.markdown(kind, frame) for name, kind, frame in analysis.found(directory)
+    }
     return [*sheets, *compared], absent, written
 
 

@@ -8,7 +8,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from condlr.suite.cli import command
-from condlr.suite.config import check_any, resolved
+from condlr.suite.config import check, resolved
 from condlr.suite.sweeps.jobs import Outcome
 from condlr.suite.sweeps.sweep import StudySweeper
 
@@ -23,7 +23,7 @@ def tell(outcomes: Sequence[Outcome], studies: str) -> None:
 @command("train")
 def main(config: DictConfig) -> None:
     """One run; under `-m` or `experiment=...`, each run of a sweep, in a process of its own."""
-    check_any(config)
+    check(config)
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         from condlr.suite.sweeps.sweep import carry_out

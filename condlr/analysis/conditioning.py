@@ -1,15 +1,18 @@
 """Condition numbers of a network's layers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from condlr._support.modes import in_eval_mode
 from condlr.analysis._layers import blank, compact_kernel, obstacle
+from condlr.analysis.base import Analysis, Trained
 from condlr.layers import LowRank, LowRankConv2d
 from condlr.manifolds.convolution import (
     DENSE_LIMIT,
@@ -18,6 +21,33 @@ from condlr.manifolds.convolution import (
     padded_norm,
     padded_singular_values,
 )
+
+
+@dataclass
+class Conditioning(Analysis):
+    """Norms and condition numbers of each layer, see `conditioning`."""
+
+    title: ClassVar[str] = "Conditioning, layer by layer"
+    caption: ClassVar[str] = "Conditioning of the layers"
+    legend: ClassVar[str] = (
+        "cond S: of the factor that a method constrains. matrix: of the weight, kernels as out × (in·kh·kw). "
+        "circular: of the convolution of a periodic image, exact by FFT. padded: as the network computes it, "
+        "the norm by iteration, ≤ bound, the condition number from all singular values. Condition numbers "
+        "leave out the null space that a layer's rank makes certain; a dash: not computed, or not for this "
+        "kind of layer."
+    )
+    keys: ClassVar[tuple[str, ...]] = ("layer",)
+    columns: ClassVar[Mapping[str, str]] = {
+        "layer": "{layer}", "n × m": "{n:g} × {m:g}", "rank": "{rank}", "cond S": "{cond_S}",
+        "cond matrix": "{cond_matrix}", "norm": "{norm}", "norm circular": "{norm_circular}",
+        "cond circular": "{cond_circular}", "norm padded": "{norm_padded}", "norm bound": "{norm_bound}",
+        "cond padded": "{cond_padded}",
+    }  # fmt: skip
+    place: ClassVar[int] = 10
+
+    @override
+    def rows(self, trained: Trained) -> list[dict[str, Any]]:
+        return conditioning(trained.model, trained.data.shape)
 
 
 @torch.no_grad()

@@ -2,9 +2,9 @@
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,41 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
+from condlr.analysis.base import Analysis, Start, Trained
 from condlr.factorization import export, measure
+
+
+@dataclass
+class CountedCost(Analysis):
+    """What a network costs in training and exported, beside the dense one, see `Cost`."""
+
+    title: ClassVar[str] = "Cost, counted"
+    caption: ClassVar[str] = "What the networks cost, counted"
+    legend: ClassVar[str] = (
+        "In brackets: the part of the dense network's. Peaks are of a step, and of a forward pass, at batch "
+        "{batch_size}."
+    )
+    keys: ClassVar[tuple[str, ...]] = ("batch_size",)
+    columns: ClassVar[Mapping[str, str]] = {
+        "weights": "{train_weights} ({train_weights_ratio:.2f})",
+        "FLOPs an image": "{train_flops} ({train_flops_ratio:.2f})",
+        "state, bytes": "{train_state_bytes} ({train_state_bytes_ratio:.2f})",
+        "peak, bytes": "{train_peak_bytes} ({train_peak_bytes_ratio:.2f})",
+        "exported: weights": "{deploy_weights} ({deploy_weights_ratio:.2f})",
+        "exported: FLOPs an image": "{deploy_flops} ({deploy_flops_ratio:.2f})",
+        "exported: peak, bytes": "{deploy_peak_bytes} ({deploy_peak_bytes_ratio:.2f})",
+    }
+    place: ClassVar[int] = 30
+
+    @override
+    def rows(self, trained: Trained) -> list[Mapping[str, Any]]:
+        def counted(network: nn.Module, of: Start) -> Cost:
+            counted = cost(network, trained.data.shape, trained.batch_size, of.optimizer)
+            return replace(counted, train_flops=of.method.passes * counted.train_flops)
+
+        device = trained.data.test.pixels.device
+        dense = counted(trained.dense_start.build().to(device), trained.dense_start)
+        return [counted(trained.model, trained.start).as_dict(dense)]
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,77 @@
 """Our attacks beside another library's on the same weights: foolbox (Rauber et al., JOSS 2020)."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from condlr._support.errors import UserError
+from condlr._support.errors import in_range
+from condlr._support.strengths import as_printed, distinct, require_pixels, strengths
+from condlr.analysis.base import Analysis, Layout, Trained
 from condlr.analysis.sceptic.checks import share_of
 from condlr.attacks.base import Attack, correct
 from condlr.attacks.fgsm import Fgsm
 from condlr.attacks.pgd import Pgd
 from condlr.data.base import Images
-from condlr.evaluation import evaluate, evaluating
+from condlr.evaluation import evaluate, evaluating, first
+
+_LOSSES = ("ce", "margin")
+
+
+@dataclass
+class Crosscheck(Analysis):
+    """Accuracies under both libraries' attacks, see `crosscheck`.
+
+    Attributes:
+        eps: strengths in the maximum norm.
+        steps: of PGD.
+        images: the first so many test images.
+    """
+
+    title: ClassVar[str] = "Our attacks beside foolbox's"
+    keys: ClassVar[tuple[str, ...]] = ("attack", "norm", "eps", "n")
+    columns: ClassVar[Mapping[str, str]] = {
+        "attack": "{attack}", "norm": "{norm}", "eps": "{eps}", "n": "{n}", "ours": "{ours}",
+        "foolbox": "{foolbox}", "largest difference": "{largest_difference}",
+    }  # fmt: skip
+    layout: ClassVar[Layout] = "none"
+    packages: ClassVar[tuple[str, ...]] = ("foolbox",)
+
+    eps: Any = field(default_factory=lambda: [0.01, 0.02, 0.03, 0.04, 0.05, 0.06])
+    steps: int = 40
+    images: int = 1000
+
+    def __post_init__(self) -> None:
+        self.eps = strengths(self.eps)
+        if not isinstance(self.eps, list) or not self.eps:
+            raise ValueError("eps is empty: name at least one strength")
+        for eps in self.eps:
+            require_pixels(eps)
+            in_range("eps", eps, 0, 1)
+        self.eps = distinct(self.eps)
+        in_range("steps", self.steps, 1, math.inf)
+        in_range("images", self.images, 1, math.inf)
+
+    @override
+    def require(self, trained: Trained) -> None:
+        if self.images > trained.test_images:
+            raise ValueError(f"images={self.images}, but there are only {trained.test_images}")
+
+    @override
+    def lacks(self, there: Sequence[Mapping[str, Any]], trained: Trained) -> bool:
+        known = {(row["attack"], as_printed(float(row["eps"])), int(float(row["n"]))) for row in there}
+        asked = [Fgsm(self.eps), *(Pgd(self.eps, steps=self.steps, loss=loss) for loss in _LOSSES)]
+        cells = [cell for attack in asked for cell in attack.cells()]
+        return any((label, as_printed(eps), self.images) not in known for label, eps in cells)
+
+    @override
+    def rows(self, trained: Trained) -> Iterator[dict[str, Any]]:
+        return crosscheck(trained.model, first(trained.data.test, self.images), self.eps, self.steps)
 
 
 def crosscheck(
@@ -32,12 +89,7 @@ def crosscheck(
 
     Yields:
         attack, norm, eps, n, ours and foolbox (accuracies), largest_difference (of two pixels, for FGSM).
-
-    Raises:
-        UserError: foolbox is not installed.
     """
-    if find_spec("foolbox") is None:
-        raise UserError("the cross-check needs the package foolbox: pip install 'condlr[attacks]'")
     foolbox: Any = import_module("foolbox")
     ((pixels, labels),) = images.batches(len(images))
     euclidean = pixels[0].numel() ** 0.5 / 5
@@ -65,6 +117,6 @@ def crosscheck(
             yield row(Fgsm([eps]), library.LinfFastGradientAttack(random_start=False))
         for eps in strengths:
             linf, l2 = library.LinfProjectedGradientDescentAttack, library.L2ProjectedGradientDescentAttack
-            for loss in ("ce", "margin"):
+            for loss in _LOSSES:
                 yield row(Pgd([eps], steps=steps, loss=loss), linf(steps=steps))
                 yield row(Pgd([eps * euclidean], norm="l2", steps=steps, loss=loss), l2(steps=steps))

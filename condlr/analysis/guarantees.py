@@ -1,11 +1,14 @@
 """What can be proved of a trained network, and how far it is from what is measured."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from typing_extensions import override
 
+from condlr.analysis.base import Analysis, Layout, Trained
 from condlr.analysis.theory.bounds import (
     certified_radii,
     in_double,
@@ -16,9 +19,44 @@ from condlr.analysis.theory.bounds import (
 from condlr.analysis.theory.local import local_condition, worst_condition
 from condlr.analysis.theory.proposition import proposition_1
 from condlr.data.base import Images
+from condlr.evaluation import first
 
 # How many images the local condition number is measured at, and from how many it is driven up.
 MEASURED, DRIVEN, ASCENT = 100, 5, 30
+# On how many images radii are certified.
+IMAGES = 1000
+
+
+@dataclass
+class Guarantees(Analysis):
+    """What is measured of a network and what is proved, see `guarantees`."""
+
+    title: ClassVar[str] = "What is measured and what can be proved"
+    caption: ClassVar[str] = "What is measured and what can be proved of the networks"
+    keys: ClassVar[tuple[str, ...]] = ("quantity",)
+    columns: ClassVar[Mapping[str, str]] = {"quantity": "{quantity}", "value": "{value}", "note": "{note}"}
+    layout: ClassVar[Layout] = "runs"
+    place: ClassVar[int] = 20
+
+    @override
+    def lacks(self, there: Sequence[Mapping[str, Any]], trained: Trained) -> bool:
+        known = {row["quantity"] for row in there}
+        largest = max(_strengths(trained), default=0.0)
+        proved = any(name.startswith("certified at") for name in known)  # None is of a network without bounds
+        return not known or (proved and largest > 0 and _certified(largest) not in known)
+
+    @override
+    def rows(self, trained: Trained) -> list[dict[str, Any]]:
+        images = first(trained.data.test, min(IMAGES, len(trained.data.test)))
+        return guarantees(trained.model, images, _strengths(trained))
+
+
+def _strengths(trained: Trained) -> Sequence[float]:
+    return trained.attack.eps if trained.attack.norm == "linf" else []
+
+
+def _certified(eps: float) -> str:
+    return f"certified at eps={eps:g}"
 
 
 def guarantees(model: nn.Module, images: Images, strengths: Sequence[float]) -> list[dict[str, Any]]:
@@ -73,7 +111,7 @@ def guarantees(model: nn.Module, images: Images, strengths: Sequence[float]) -> 
     ]
     for eps in sorted({0.001, 0.002, 0.003, 0.005, *sorted(strengths)[-1:]} - {0}):
         share = share_certified(every / size, eps)
-        rows.append(_row(f"certified at eps={eps:g}", share, "share of test images, maximum norm"))
+        rows.append(_row(_certified(eps), share, "share of test images, maximum norm"))
     return rows
 
 

@@ -1,99 +1,123 @@
-"""What the analyses of networks found: conditioning, guarantees, cost; for the terminal and as Markdown."""
+"""What the analyses of networks found, shown as their classes say; for the terminal and as Markdown."""
 
-from collections.abc import Mapping, Sequence
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
+from typing_extensions import override
 
+from condlr.analysis.base import Analysis
+from condlr.report import audit
+from condlr.report.content import numeric
 from condlr.report.numbers import shown
-from condlr.report.results import order, pipe, run_title
+from condlr.report.results import order, pipe, read_if_there, run_title
+from condlr.suite.registry import analyses
 
-_LAYERS = ("cond_S", "cond_matrix", "norm", "norm_circular", "cond_circular", "norm_padded", "norm_bound")
-_LAYERS += ("cond_padded",)
-_COSTS = {
-    "train_weights": "weights", "train_flops": "FLOPs an image", "train_state_bytes": "state, bytes",
-    "train_peak_bytes": "peak, bytes", "deploy_weights": "exported: weights",
-    "deploy_flops": "exported: FLOPs an image", "deploy_peak_bytes": "exported: peak, bytes",
-}  # fmt: skip
-
-CONDITIONING_LEGEND = (
-    "cond S: of the factor that a method constrains. matrix: of the weight, kernels as out × (in·kh·kw). "
-    "circular: of the convolution of a periodic image, exact by FFT. padded: as the network computes it, the "
-    "norm by iteration, ≤ bound, the condition number from all singular values. Condition numbers leave out "
-    "the null space that a layer's rank makes certain; a dash: not computed, or not for this kind of layer."
-)
+# More rows than these are for a figure, and not for a terminal.
+_MOST = 200
 
 
-def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], console: Console) -> None:
-    """To a terminal: rows with these columns."""
-    view = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        number = isinstance(rows[0][name], int | float) or rows[0][name] is None
-        view.add_column(
-            name.replace("_", " "), justify="right" if number else "left", overflow="fold", no_wrap=number
-        )
-    for row in rows:
-        view.add_row(*(shown(row[name]) for name in columns))
+class _Template(string.Formatter):
+    """`{column}` as `shown` has it, `{column:.2f}` as its format says."""
+
+    @override
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return format(value, format_spec) if format_spec else shown(value)
+
+
+_TEMPLATE = _Template()
+
+
+def found(study: Path) -> Iterator[tuple[str, type[Analysis], pd.DataFrame]]:
+    """Name, class and collected rows of each analysis that pages show and a study has, in their order."""
+    for name, kind in analyses().items():
+        frame = read_if_there(study, name) if kind.layout != "none" else None
+        if frame is not None:
+            yield name, kind, frame
+
+
+def print_analysis(kind: type[Analysis], rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """To a terminal: a line for each row; a single row stands upright."""
+    if kind.layout == "checks":
+        audit.print_audit(rows, console)
+    elif len(rows) > _MOST:
+        console.print(f"{kind.title}: {len(rows)} rows", highlight=False)
+    elif rows:
+        values = [{key: _value(text) for key, text in row.items()} for row in rows]
+        templates = kind.columns or {key: f"{{{key}}}" for key in rows[0]}
+        cells = [_filled(templates, row) for row in values]
+        if len(cells) == 1:
+            print_cells([*zip(templates, cells[0], strict=True)], [], console)
+        else:
+            print_cells(cells, [*templates], console)
+
+
+def print_cells(cells: Sequence[Sequence[str]], header: Sequence[str], console: Console) -> None:
+    """To a terminal: a table of text, numbers to the right."""
+    view = Table(box=None, pad_edge=False, header_style="bold", show_header=bool(header))
+    right = numeric(cells)
+    for number, name in zip(right, header or [""] * len(right), strict=True):
+        view.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number)
+    for row in cells:
+        view.add_row(*row)
     console.print(view, highlight=False)
 
 
-def print_conditioning(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """To a terminal: a line for each layer."""
-    print_rows(rows, ("layer", "rank", *_LAYERS), console)
+def markdown(kind: type[Analysis], frame: pd.DataFrame) -> str:
+    """As Markdown, in the layout of the class."""
+    return _LAYOUTS[kind.layout](kind, frame)
 
 
-def print_guarantees(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """To a terminal: a line for each quantity."""
-    print_rows(rows, ("quantity", "value", "note"), console)
+def _by_row(kind: type[Analysis], frame: pd.DataFrame) -> str:
+    """A line for each run and row."""
+    rows = [[run_title(row), *_filled(kind.columns, row)] for row in _ordered(frame)]
+    named = [name for _, name, _, _ in string.Formatter().parse(kind.legend) if name]
+    values = {name: ", ".join(map(str, sorted(frame[name].unique()))) for name in named}
+    return _page(kind, ["run", *kind.columns], rows, kind.legend.format_map(values))
 
 
-def print_cost(row: Mapping[str, Any], console: Console) -> None:
-    """To a terminal: a line for each count, and what part of the dense network's it is."""
-    rows = [
-        {"count": text, "this network": row[key], "of the dense one": row[f"{key}_ratio"]}
-        for key, text in _COSTS.items()
-    ]
-    print_rows(rows, ("count", "this network", "of the dense one"), console)
+def _by_run(kind: type[Analysis], frame: pd.DataFrame) -> str:
+    """A line for each key, a column for each run; and what the first run says besides."""
+    names: dict[str, str] = {}
+    values: dict[str, dict[str, str]] = {}
+    besides: dict[str, list[str]] = {}
+    for row in _ordered(frame):
+        key, value, *rest = _filled(kind.columns, row)
+        names[row["run_id"]] = run_title(row)
+        values.setdefault(key, {})[row["run_id"]] = value
+        besides.setdefault(key, rest)
+    first, _, *others = kind.columns
+    header = [first, *names.values(), *(f"{name} ({next(iter(names.values()))})" for name in others)]
+    rows = [[key, *(of_key.get(run, "–") for run in names), *besides[key]] for key, of_key in values.items()]
+    return _page(kind, header, rows, kind.legend)
 
 
-def conditioning(frame: pd.DataFrame) -> str:
-    """As Markdown: a line for each run and layer."""
-    header = ["run", "layer", "n × m", "rank", *(name.replace("_", " ") for name in _LAYERS)]
-    rows = [
-        [run_title(row), row["layer"], f"{row['n']} × {row['m']}", shown(row["rank"])]
-        + [shown(row[name]) for name in _LAYERS]
-        for row in _ordered(frame)
-    ]
-    return f"**Conditioning of the layers**\n\n{_markdown(header, rows)}\n\n{CONDITIONING_LEGEND}\n"
+_LAYOUTS: dict[str, Callable[[type[Analysis], pd.DataFrame], str]] = {
+    "rows": _by_row,
+    "runs": _by_run,
+    "checks": lambda _, frame: audit.markdown(frame),
+}
 
 
-def guarantees(frame: pd.DataFrame) -> str:
-    """As Markdown: a line for each quantity, a column for each run; and what the first run notes of it."""
-    rows = _ordered(frame)
-    runs = list(dict.fromkeys(row["run_id"] for row in rows))
-    names = {row["run_id"]: run_title(row) for row in rows}
-    values = {(row["quantity"], row["run_id"]): shown(row["value"]) for row in rows}
-    notes = {row["quantity"]: row["note"] for row in reversed(rows)}
-    quantities = dict.fromkeys(row["quantity"] for row in rows)
-    table = [[q, *(values.get((q, run), "–") for run in runs), str(notes[q])] for q in quantities]
-    body = _markdown(["quantity", *(names[run] for run in runs), f"note ({names[runs[0]]})"], table)
-    return f"**What is measured and what can be proved of the networks**\n\n{body}\n"
+def _page(kind: type[Analysis], header: Sequence[str], rows: Sequence[Sequence[str]], legend: str) -> str:
+    table = "\n".join(map(pipe, (header, ["---"] * len(header), *rows)))
+    return f"**{kind.caption or kind.title}**\n\n{table}\n" + (f"\n{legend}\n" if legend else "")
 
 
-def cost(frame: pd.DataFrame) -> str:
-    """As Markdown: a line for each run, each count with its part of the dense network's."""
-    rows = [
-        [run_title(row), *(f"{shown(row[key])} ({row[f'{key}_ratio']:.2f})" for key in _COSTS)]
-        for row in _ordered(frame)
-    ]
-    note = (
-        "In brackets: the part of the dense network's. Peaks are of a step, and of a forward pass, at batch "
-    )
-    sizes = ", ".join(map(str, sorted(frame["batch_size"].unique())))
-    body = _markdown(["run", *_COSTS.values()], rows)
-    return f"**What the networks cost, counted**\n\n{body}\n\n{note}{sizes}.\n"
+def _filled(templates: Mapping[str, str], row: Mapping[str, Any]) -> list[str]:
+    return [_TEMPLATE.vformat(template, (), row) for template in templates.values()]
+
+
+def _value(text: Any) -> Any:
+    """A number that was read as text is one again; an empty field is none."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None if text == "" else text
 
 
 def _ordered(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -101,7 +125,3 @@ def _ordered(frame: pd.DataFrame) -> list[dict[str, Any]]:
     placed = frame.assign(_place=order(frame["label"]))
     keys = ["compression", "_place", "label", "seed", "run_id"]
     return placed.sort_values(keys, kind="stable").to_dict("records")
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(map(pipe, (header, ["---"] * len(header), *rows)))

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from condlr.report import analysis, audit, comparisons, tables, theorem
+from condlr.report import analysis, audit, comparisons, shifts, tables, theorem
 from condlr.report.claims import RULE, Claim, claims
 from condlr.report.content import (
     Block,
@@ -41,12 +41,8 @@ from condlr.report.results import (
     title,
 )
 from condlr.report.training import training
+from condlr.suite.registry import analyses
 
-_ANALYSES = {
-    "conditioning": "Conditioning, layer by layer",
-    "guarantees": "What is measured and what can be proved",
-    "cost": "Cost, counted",
-}
 _STATUSES = ("pass", "note", "warning", "not done")
 
 
@@ -64,7 +60,7 @@ def document(study: Path, paper: Path, runs_dir: Path) -> Document:
             f"{study.name}: a matrix flow", [theorem.LEAD], _sections(_of_flow(study, paper, flow))
         )
     cells, history = read(study), read(study, "history")
-    audits = read_if_there(study, "audit")
+    audits, shifted = (read_if_there(study, name) for name in ("audit", "shift"))
     origin = provenance(cells, read_if_there(study, "runs"), study.name)
     evaluated = bool((cells["status"].eq("done") & cells["eps"].notna()).any())
     sections = {
@@ -73,6 +69,7 @@ def document(study: Path, paper: Path, runs_dir: Path) -> Document:
         "Theorem 1": () if flow is None else [theorem.LEAD, Fragment(theorem.markdown(flow))],
         "Figures": drawings(study, paper, study) if evaluated else (),
         "Audit of the attacks": () if audits is None else _audits(audits),
+        "Shifts": () if shifted is None else [Fragment(shifts.markdown(shifted, cells))],
         "Analyses": _analyses(study),
         "Training": _training(history),
         "Runs": [_runs(cells, origin, history, study, runs_dir / study.name)],
@@ -92,11 +89,12 @@ def _sections(blocks: Mapping[str, Iterable[Block]]) -> list[Section]:
 
 def _of_flow(study: Path, paper: Path, flow: pd.DataFrame) -> dict[str, Iterable[Block]]:
     """The sections of a study that follows a matrix flow and trains no network."""
+    own = "" if study.name == "theorem1" else f" study={study.name}"
     return {
         "Theorem 1": [Fragment(theorem.markdown(flow))],
         "Figures": drawings(study, paper, study),
         "Provenance": [Facts([*of_flow(flow)])],
-        "To make it again": [Commands(_lines(study, ""))],
+        "To make it again": [Commands([f"python scripts/theorem1.py{own}", *_pages(study)])],
     }
 
 
@@ -188,10 +186,9 @@ def _audits(audits: pd.DataFrame) -> Iterator[Block]:
 
 
 def _analyses(study: Path) -> Iterator[Block]:
-    for name, summary in _ANALYSES.items():
-        frame = read_if_there(study, name)
-        if frame is not None:
-            yield Folded(summary, [Fragment(getattr(analysis, name)(frame))])
+    for _, kind, frame in analysis.found(study):
+        if kind.layout != "checks":  # which have a chapter of their own
+            yield Folded(kind.title, [Fragment(analysis.markdown(kind, frame))])
 
 
 def _training(history: pd.DataFrame) -> Iterator[Block]:
@@ -254,8 +251,18 @@ def _lines(study: Path, seeds: str) -> list[str]:
         f"python scripts/train.py experiment={name}{'' if names_seeds(name) else seeds}"
         for name in experiments(study.name)
     ]
-    if keys := [
-        f"{name}=true" for name in ("audit", "conditioning", "cost") if (study / f"{name}.csv").exists()
-    ]:
-        lines.append(f"python scripts/evaluate.py run='runs/{study.name}/*' {' '.join(keys)}")
-    return [*lines, *(f"make {target} STUDY={study.name}" for target in ("tables", "figures", "report"))]
+    kinds = analyses().items()
+    keys = [f"shift={name}" for name in _shifts(study)]
+    if made := [name for name, kind in kinds if not kind.always and (study / f"{name}.csv").exists()]:
+        keys.append(f"analysis=[{','.join(made)}]" if len(made) > 1 else f"analysis={made[0]}")
+    lines += [f"python scripts/evaluate.py run='runs/{study.name}/*' {key}" for key in keys]
+    return [*lines, *_pages(study)]
+
+
+def _shifts(study: Path) -> list[str]:
+    shifted = read_if_there(study, "shift")
+    return [] if shifted is None else [*map(str, shifted["shift"].unique())]
+
+
+def _pages(study: Path) -> list[str]:
+    return [f"make {target} STUDY={study.name}" for target in ("tables", "figures", "report")]

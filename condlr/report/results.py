@@ -1,6 +1,7 @@
 """Collected cells as a frame of rows: means over seeds, beside what was published."""
 
 import re
+import string
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,11 @@ import pandas as pd
 
 from condlr._support.errors import UserError
 from condlr._support.strengths import as_printed
+from condlr.analysis.base import Analysis
 from condlr.report.published import camera_ready, published
 from condlr.suite.collecting import nothing_to_show
-from condlr.suite.runs import KEYS
+from condlr.suite.registry import find
+from condlr.suite.runs import examined, keys
 
 # The columns that runs of one table share; each combination is a table of its own.
 CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm", "n"]
@@ -38,29 +41,13 @@ _NEEDED = {
         "status",
     },
     "history": {"run_id", "label", "compression", "row_id", "seed", "step", "cond"},
-    "audit": {
-        "label",
-        "compression",
-        "row_id",
-        "seed",
-        "norm",
-        "eps",
-        "n",
-        "check",
-        "status",
-        "found",
-        "meaning",
-    },
-    "conditioning": {"run_id", "label", "compression", "seed", "layer", "n", "m", "rank"},
-    "guarantees": {"run_id", "label", "compression", "seed", "quantity", "value", "note"},
-    "cost": {"run_id", "row_id", "label", "compression", "seed", "batch_size", "train_flops"},
     "flow": {
         *("flow", "sweep", "integrator", "eta", "eta_measured", "learning_rate", "steps", "time", "error"),
         *("bound_one", "bound_all", "lambda_limit", "sigma_min", "in_band", "commit"),
     },
     "runs": {"row_id", "run_id", "seed", "status"},
     "steps": {"run_id", "row_id", "seed", "step", "train_loss", "train_accuracy"},
-    "spectra": {"run_id", "row_id", "seed", "when", "layer", "index", "singular_value"},
+    "shift": {"run_id", "label", "compression", "seed", "shift", "name", "severity", "n", "accuracy"},
 }
 
 
@@ -97,20 +84,28 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
         raise UserError(f"{path} is not a table of results ({error})") from error
     if name == "cells" and {"run_id", "status"} <= {*frame} and not {"attack", "eps", "accuracy"} & {*frame}:
         require_evaluated(frame)
-    require(frame, _NEEDED[name], str(path))
+    require(frame, _NEEDED.get(name) or _needed_of(find("analysis", name, Analysis)), str(path))
     for column in [name for name in frame if name in _NUMBERS or name.startswith("cond_")]:
         if not pd.api.types.is_numeric_dtype(frame[column]):
             raise UserError(f"{path} has something else than numbers in the column {column}")
     if "eps" in frame and frame["eps"].dtype.kind == "f":
         frame["eps"] = frame["eps"].map(as_printed)
-        keys = ["run_id", *KEYS.get({"cells": "evaluation"}.get(name, name) + ".csv", ())]
-        if {*keys} <= {*frame.columns}:  # of one run attacked twice at what prints alike the last counts
-            alike = frame["eps"].notna() & frame.duplicated(keys, keep="last")
+        file = {"cells": "evaluation"}.get(name, name) + ".csv"
+        columns = ["run_id", *(keys(file) if file in examined() else ())]
+        if {*columns} <= {*frame.columns}:  # of one run attacked twice at what prints alike the last counts
+            alike = frame["eps"].notna() & frame.duplicated(columns, keep="last")
             frame = frame[~alike].reset_index(drop=True) if alike.any() else frame
     for column, rule in _RULES.items():
         if column in frame and not rule(frame).all():
             raise UserError(f"{path} is damaged in the column {column}: collect the runs again")
     return frame
+
+
+def _needed_of(kind: type[Analysis]) -> set[str]:
+    """The columns of a collected analysis: whose a row is, and what its class says of it."""
+    whose = {"run_id", "row_id", "seed"} | (set() if kind.long else {"label", "compression"})
+    shown = (string.Formatter().parse(text) for text in kind.columns.values())
+    return whose | {*kind.keys} | {name for parts in shown for _, name, _, _ in parts if name}
 
 
 def require(frame: pd.DataFrame, columns: Collection[str], path: str) -> None:

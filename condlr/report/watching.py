@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from condlr.report.results import duration, order, row_title, run_title
-from condlr.suite.sweeps.experiments import FLOW
 from condlr.suite.sweeps.status import Progress, RunStatus, Study
 
 # Of these a person wants to know what is wrong. Colours help; the words say the same.
@@ -214,7 +213,7 @@ def _alike(troubles: Iterable[_Trouble]) -> Iterator[_Trouble]:
 def _several(runs: Sequence[RunStatus]) -> str:
     """`20 runs, DLRT, 50 % (seeds 0-9); Vanilla, 50 % (seeds 0-9)`."""
     rows = _by_row(runs).items()
-    names = (f"{_row_title(label, compression)}{_seeds(alike)}" for (label, compression, _), alike in rows)
+    names = (f"{row_title(label, compression)}{_seeds(alike)}" for (label, compression, _), alike in rows)
     return f"{len(runs)} runs, {'; '.join(names)}"
 
 
@@ -242,7 +241,7 @@ def _rows(study: Study, fold: bool) -> RenderableType | None:
     view.add_column("else", overflow="fold")
     alike: dict[str, list[str]] = {}
     for (label, compression, epochs), runs in rows.items():
-        name = _row_title(label, compression)
+        name = row_title(label, compression)
         if lengths[label, compression] > 1 and epochs is not None:
             name += f", {epochs} epoch{'' if epochs == 1 else 's'}"
         states = {run.state for run in runs}
@@ -300,10 +299,6 @@ def _seeds(runs: Sequence[RunStatus]) -> str:
 def _title(run: RunStatus) -> str:
     if not run.label:
         return run.name
-    if run.label == FLOW or run.seed is None:
-        return _row_title(run.label, run.compression)
+    if run.seed is None:
+        return row_title(run.label, run.compression)
     return run_title({"label": run.label, "compression": run.compression, "seed": run.seed})
-
-
-def _row_title(label: str, compression: float) -> str:
-    return "Matrix flow" if label == FLOW else row_title(label, compression)

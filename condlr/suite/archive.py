@@ -25,7 +25,7 @@ from typing import Any
 from condlr._support.errors import Held, UserError
 from condlr._support.files import as_csv, csv_rows, forget_partial, write
 from condlr._support.locks import Lock
-from condlr.suite.runs import KEYS, Run, by_key, record
+from condlr.suite.runs import Run, by_key, examined, record
 from condlr.suite.sweeps.jobs import PLAN
 
 NAME = "runs.tar.gz"
@@ -160,7 +160,7 @@ def _merged(here: Files, there: Files, directory: Path) -> tuple[Files, str]:
         return first, "replaced" if first is here else "unchanged"
     files = second | first
     for name in sorted(first.keys() & second.keys()):
-        if name in KEYS:
+        if name in examined():
             files[name] = _united(first[name], second[name], directory / name)
         elif name not in _NEEDED:
             files[name] = max(first[name], second[name], key=len)

@@ -26,7 +26,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from condlr._support.errors import Interrupted, UserError, not_installed
 from condlr._support.streams import tolerate
-from condlr.suite.config import CONF, check_any, expanded, one_line, published
+from condlr.suite.config import CONF, check, expanded, one_line, published
 from condlr.suite.sweeps.sweep import register
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ _CONFIGURE = ("hydra", "omegaconf")
 
 Task = Callable[[DictConfig], None]
 
-OmegaConf.register_new_resolver("condlr.run_id", lambda *, _root_: check_any(_root_).run_id, replace=True)
+OmegaConf.register_new_resolver("condlr.run_id", lambda *, _root_: check(_root_).run_id, replace=True)
 register()
 OmegaConf.register_new_resolver("condlr.path", expanded, replace=True)
 OmegaConf.register_new_resolver("condlr.paper", published, replace=True)

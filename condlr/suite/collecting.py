@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from condlr._support.errors import UserError
-from condlr.suite.runs import KEYS, Run, mended
+from condlr.suite.registry import analyses
+from condlr.suite.runs import Run, examined, mended
 
 # What to do about runs of which tables have nothing to show, by status.
 _REMEDIES = {
@@ -43,21 +44,20 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
         did not get so far), with what tables show of the run. `history`: a line for each run and
         epoch. In both, `cond` is the largest condition number of the layers the run has factored
         (of all layers for a method that does not compress), `cond_all` the largest of all layers.
-        `runs`: a line for each run, how it went. `steps`, `flow`, `audit` and the other names of `KEYS`:
-        the lines of those files of all runs. A run of a matrix flow has lines in `flow` alone.
+        `runs`: a line for each run, how it went. `steps`, `audit` and the other files of `examined`:
+        the lines of those files of all runs.
     """
     cells: list[dict[str, Any]] = []
     histories: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
-    unfinished: list[dict[str, Any]] = []  # matrix flows
     others: dict[str, list[dict[str, Any]]] = {
-        name.removesuffix(".csv"): [] for name in ("steps.csv", "flow.csv", *KEYS) if name != "evaluation.csv"
+        name.removesuffix(".csv"): [] for name in ("steps.csv", *examined()) if name != "evaluation.csv"
     }
+    long = {"steps"} | {name for name, kind in analyses().items() if kind.long}
     for path in sorted(study.glob("*/run.json")):
         run = Run(path.parent)
         info = run.info
-        # A matrix flow is no row of a table
-        about = {"commit": info.get("commit")} if "flow" in info else info.get("row")
+        about = info.get("row")
         if not {"run_id", "status"} <= info.keys() or not isinstance(about, dict):
             raise UserError(f"{path} is not a whole record of a run: {mended(path.name)}")
         if info["run_id"] != path.parent.name:
@@ -66,17 +66,8 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
         for name, lines in others.items():
             # Of the long ones a line says whose it is, and no more
             short = {key: who.get(key) for key in ("run_id", "row_id", "seed")}
-            start = short if name in ("steps", "spectra") else who
+            start = short if name in long else who
             lines += [start | line for line in run.read_table(f"{name}.csv")]
-        if "flow" in info:
-            if len({line["run_id"] for line in others["flow"]}) > 1:
-                raise UserError(
-                    f"{study} holds several matrix flows: give each a study of its own (study=...)"
-                )
-            for line in others["flow"]:
-                line |= info.get("versions", {})
-            unfinished.append(who | {"status": info["status"]})
-            continue
         compresses = about.get("compresses")
         factored = [f"cond_{name}" for name in info.get("ranks", {})] if compresses else []
         table = path.with_name("history.csv")
@@ -110,8 +101,6 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
             | info.get("versions", {})
             | {"ranks": " ".join(f"{k}={r}" for k, r in info.get("ranks", {}).items())}
         )
-    if not any(others.values()):  # a flow that has not come to its end: somebody will want to know
-        cells = cells or unfinished
     return {"cells": cells, "runs": runs, "history": histories} | others
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,18 +18,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from condlr._support.errors import UserError, in_range, one_of
-from condlr._support.strengths import distinct, require_pixels, strengths
+from condlr._support.strengths import strengths
 from condlr.ranks import RANK_RULES
 from condlr.suite.folders import folder
 from condlr.suite.registry import available, find
 
 if TYPE_CHECKING:
-    from condlr.analysis.theory.theorem1 import Settings
+    from condlr.analysis.base import Analysis
+    from condlr.analysis.theory.flows import Settings
     from condlr.attacks.base import Attack
     from condlr.data.base import Dataset
     from condlr.factorization import Scheme
     from condlr.methods.base import Method
     from condlr.models.base import Architecture
+    from condlr.shifts.base import Shift
 
 CONF = folder("conf", "conf")
 DEVICES = ("auto", "cpu", "cuda")
@@ -38,7 +40,7 @@ FORMS = ("measured", "factored", "chained", "multiplied")
 AUGMENTATIONS = ("none", "crop_flip")
 
 # What does not make a run another run: where things lie, what it runs on and how, and how it is attacked.
-_NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "forms", "record_every", "attack", "flow")
+_NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "forms", "record_every", "attack")
 # Keys that name a file or directory: `~` in them is the home directory, which no shell expands behind `key=`.
 _PATHS = ("run", "runs_dir", "data_root", "results_dir", "paper")
 # Keys of a protocol that act only where another group refers to them, and count there.
@@ -116,7 +118,6 @@ class _Schema:
     precision: str
     forms: Any
     record_every: int = 0
-    flow: Any = None
 
 
 @dataclass
@@ -125,35 +126,51 @@ class Evaluation:
 
     run: str
     attack: dict[str, Any]
-    audit: bool
-    conditioning: bool
-    cost: bool
     again: bool
     data_root: str | None
     device: str
+    analysis: dict[str, Any] = field(default_factory=dict)
+    shift: dict[str, Any] | None = None
+
+    @property
+    def analyses(self) -> "dict[str, Analysis]":
+        """Those that are asked for, by name."""
+        from condlr.analysis.base import Analysis
+
+        chosen = {name: (keys or {}) | {"name": name} for name, keys in self.analysis.items()}
+        return {
+            name: choose(f"analysis.{name}", "analysis", keys, Analysis)[0] for name, keys in chosen.items()
+        }
+
+    @property
+    def shifts(self) -> "dict[str, Shift]":
+        """The one that is asked for, by name; or none."""
+        from condlr.shifts.base import Shift
+
+        return (
+            {self.shift.get("name", ""): choose("shift", "shifts", self.shift, Shift)[0]}
+            if self.shift
+            else {}
+        )
 
 
 @dataclass
-class Crosscheck:
-    """Keys of `scripts/crosscheck.py`."""
+class Theorem1:
+    """Keys of `scripts/theorem1.py`."""
 
-    run: str
-    eps: Any
-    steps: int
-    images: int
-    data_root: str | None
-    device: str
+    study: str
+    results_dir: str
+    flow: dict[str, Any]
 
     def __post_init__(self) -> None:
-        self.eps = strengths(self.eps)
-        if not isinstance(self.eps, list) or not self.eps:
-            raise ValueError("eps is empty: name at least one strength")
-        for eps in self.eps:
-            require_pixels(eps)
-            in_range("eps", eps, 0, 1)
-        self.eps = distinct(self.eps)
-        in_range("steps", self.steps, 1, math.inf)
-        in_range("images", self.images, 1, math.inf)
+        _check_study(self.study)
+
+    @property
+    def settings(self) -> "Settings":
+        """How the flows are followed."""
+        from condlr.analysis.theory.flows import Settings
+
+        return _made(Settings, _typed(Settings, self.flow, "flow"), "flow")
 
 
 @dataclass
@@ -350,26 +367,6 @@ class RunConfig:
         )
 
 
-@dataclass(frozen=True)
-class FlowConfig:
-    """The config of a run that follows a matrix flow instead of training a network: `experiment=theorem1`."""
-
-    flow: "Settings"
-    identity: dict[str, Any]
-    study: str
-    runs_dir: Path
-
-    @property
-    def run_id(self) -> str:
-        """For example `flow-3fa9c1d2`."""
-        return f"flow-{fingerprint(self.identity)}"
-
-    @property
-    def directory(self) -> Path:
-        """Where the run lives."""
-        return self.runs_dir / self.study / self.run_id
-
-
 def fingerprint(identity: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits that differ where two identities do."""
     text = json.dumps(identity, sort_keys=True)
@@ -382,7 +379,10 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     Raises:
         UserError: names the key, what is wrong with it and what it may be.
     """
-    plain = _typed(_Schema, resolved(config))
+    given = resolved(config)
+    if given.get("flow", ...) is None:  # a key that config.yaml had until 0.1, null in every run of a network
+        del given["flow"]
+    plain = _typed(_Schema, given)
     values = {field.name: plain[field.name] for field in fields(_Schema)}
     protocol = _made(Protocol, values["protocol"], "protocol")
     try:
@@ -459,23 +459,6 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     )  # fmt: skip
 
 
-def check_any(config: DictConfig | Mapping[str, Any]) -> RunConfig | FlowConfig:
-    """`check`, or what it is for the config of a matrix flow."""
-    values = resolved(config)
-    if values.get("flow") is None:
-        return check(config)
-    from condlr.analysis.theory.theorem1 import Settings
-
-    if not isinstance(values["flow"], dict):
-        raise UserError(f"flow must be a group of keys, as in experiment=theorem1; got {values['flow']!r}")
-    keys = _typed(Settings, values["flow"], "flow")
-    try:
-        _check_study(values["study"])
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return FlowConfig(_made(Settings, keys, "flow"), keys, values["study"], Path(values["runs_dir"]))
-
-
 def _check_study(study: Any) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", str(study)):
         raise ValueError(f"study must be a plain name of letters, digits, - _ .; got {study!r}")
@@ -492,8 +475,9 @@ def _check_forms(forms: Any) -> None:
 def _label(method: "Method", keys: Mapping[str, Any], protocol: Protocol) -> str:
     """`condlr-tau0.1`; an option that is not the protocol's or the default is added: `-retraction=polar`."""
     usual = {"name": keys["name"]}
-    for field in fields(method):
-        usual[field.name] = field.default if field.default_factory is MISSING else field.default_factory()
+    for option in fields(method):
+        made = option.default_factory
+        usual[option.name] = option.default if made is MISSING else made()
     usual |= protocol.methods.get(keys["name"], {})
     unusual = [key for key in keys if keys[key] != usual.get(key) and key not in method.in_label]
     return "-".join([method.label(), *(f"{key}={keys[key]}" for key in unusual)])

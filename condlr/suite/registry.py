@@ -2,15 +2,18 @@
 
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from condlr._support.errors import UserError
 
+if TYPE_CHECKING:
+    from condlr.analysis.base import Analysis
+
 
 def available(room: str) -> list[str]:
-    """The names that `condlr/<room>/` offers: its modules, but those that begin with `_` or are `base`."""
+    """The names that `condlr/<room>/` offers: its modules, but `base` and those that begin with `_`."""
     package = import_module(f"condlr.{room}")
-    names = (module.name for module in iter_modules(package.__path__))
+    names = (module.name for module in iter_modules(package.__path__) if not module.ispkg)
     return sorted(name for name in names if name != "base" and not name.startswith("_"))
 
 
@@ -28,3 +31,11 @@ def find(room: str, name: str, base: type[T]) -> type[T]:
         if isinstance(thing, type) and issubclass(thing, base) and thing.__module__ == module.__name__
     )
     return found
+
+
+def analyses() -> "dict[str, type[Analysis]]":
+    """Every analysis by its name, in the order of a report."""
+    from condlr.analysis.base import Analysis
+
+    found = {name: find("analysis", name, Analysis) for name in available("analysis")}
+    return dict(sorted(found.items(), key=lambda item: (item[1].place, item[0])))

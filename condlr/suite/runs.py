@@ -14,16 +14,12 @@ from condlr._support.errors import Diverged, Held, Interrupted, Lost, NoWeights,
 from condlr._support.files import forget_partial, read_csv, write, write_csv, write_text
 from condlr._support.locks import Lock, Owner, owners
 from condlr._support.strengths import as_printed
+from condlr.suite.registry import available, find
 
-# What an evaluation leaves in a run, and the columns that tell the rows of each file apart.
-KEYS = {
+# The columns that tell the rows of these files apart; those of an analysis are on its class.
+_KEYS = {
     "evaluation.csv": ("attack", "norm", "n", "eps"),
-    "audit.csv": ("norm", "eps", "n", "attack_seed", "check"),
-    "conditioning.csv": ("layer",),
-    "guarantees.csv": ("quantity",),
-    "cost.csv": ("batch_size",),
-    "crosscheck.csv": ("attack", "norm", "eps"),
-    "spectra.csv": ("when", "layer", "index"),
+    "shift.csv": ("shift", "name", "severity", "n"),
 }
 # What the rest of condlr takes for granted of run.json, where it says it.
 _FACTS = {
@@ -177,7 +173,7 @@ class Run:
 
     def forget_results(self) -> None:
         """Remove what an earlier training left, before one that starts afresh."""
-        for name in ("model.safetensors", "history.csv", "steps.csv", *KEYS):
+        for name in ("model.safetensors", "history.csv", "steps.csv", *examined()):
             (self.directory / name).unlink(missing_ok=True)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
@@ -210,12 +206,14 @@ class Run:
         return read_csv(self.directory / name, f": {mended(name)}")
 
     def add_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows to evaluation.csv or another of `KEYS`, in place of those of the same key."""
+        """Add rows to evaluation.csv or another file of `examined`, in place of those of the same key."""
         with Lock(self.directory, "rows", wait=True):
-            self.write_table(name, [*(self.rows(name) | {_key(row, name): row for row in rows}).values()])
+            columns = keys(name)
+            added = {_key(row, columns): row for row in rows}
+            self.write_table(name, [*(self.rows(name) | added).values()])
 
     def rows(self, name: str) -> dict[tuple[str | float, ...], Mapping[str, Any]]:
-        """The rows of evaluation.csv or another of `KEYS`, by their key."""
+        """The rows of evaluation.csv or another file of `examined`, by their key."""
         return by_key(self.read_table(name), self.directory / name)
 
 
@@ -233,30 +231,52 @@ def record(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def by_key(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[tuple[str | float, ...], Mapping[str, Any]]:
-    """The rows of a file of one of the names in `KEYS`, by their key."""
+    """The rows of a file of one of the names in `examined`, by their key."""
+    columns = keys(path.name)
     try:
-        return {_key(row, path.name): row for row in rows}
+        return {_key(row, columns): row for row in rows}
     except KeyError as error:
         raise UserError(f"{path} is damaged (no column {error}): {mended(path.name)}") from error
 
 
 def mended(name: str) -> str:
     """How a run comes by a sound file of this name again."""
-    return "remove it and evaluate again" if name in KEYS else "remove this run, or train it again"
+    return "remove it and evaluate again" if name in examined() else "remove this run, or train it again"
 
 
-def _key(row: Mapping[str, Any], name: str) -> tuple[str | float, ...]:
-    """What tells a row of a file from its others; numbers are equal however they are written.
+def examined() -> list[str]:
+    """The files that attacks, shifts and analyses leave in a run."""
+    return [*_KEYS, *(f"{name}.csv" for name in available("analysis"))]
 
-    Strengths are equal if they print alike, see `condlr._support.strengths.as_printed`.
+
+def keys(name: str) -> tuple[str, ...]:
+    """The columns that tell the rows of such a file apart."""
+    if name in _KEYS:
+        return _KEYS[name]
+    from condlr.analysis.base import Analysis
+
+    return find("analysis", name.removesuffix(".csv"), Analysis).keys
+
+
+def key_of(row: Mapping[str, Any], name: str) -> tuple[str | float, ...]:
+    """What tells a row of such a file from its others.
+
+    Numbers are equal however they are written, and strengths if they print alike, see
+    `condlr._support.strengths.as_printed`.
     """
-    key = {column: _number(row[column]) for column in KEYS[name]}
+    return _key(row, keys(name))
+
+
+def _key(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[str | float, ...]:
+    key = {column: _number(row[column]) for column in columns}
     if isinstance(eps := key.get("eps"), float):
         key["eps"] = as_printed(eps)
     return tuple(key.values())
 
 
 def _number(text: Any) -> str | float:
+    if text is None:  # an empty field
+        return ""
     try:
         return float(text)
     except ValueError:

@@ -9,26 +9,24 @@ from torch import nn
 from condlr._support.errors import Diverged, Interrupted, UserError
 from condlr._support.locks import Lock
 from condlr._support.precision import training
-from condlr.analysis.theory.theorem1 import errors
 from condlr.data.base import Data
 from condlr.factorization import low_rank_layers, measure
 from condlr.forms import choose_forms, forms, set_forms
-from condlr.suite.config import FlowConfig, RunConfig, check_any
+from condlr.suite.config import RunConfig, check
 from condlr.suite.engine import Trainer
 from condlr.suite.environment import commit, environment
 from condlr.suite.examination import (
-    attack_run,
-    complete,
-    evaluate_run,
+    analyse,
+    analyses_of_every_run,
+    attack,
+    attack_once,
+    attack_rows,
     finished,
-    known,
-    not_of_itself,
-    record_spectra,
-    source_of,
     summary,
 )
 from condlr.suite.loading import build, load_data, pick_device
-from condlr.suite.progress import LiveLine, Steps
+from condlr.suite.opened import Opened, opened, without_transfer_to_itself
+from condlr.suite.progress import LiveLine
 from condlr.suite.runs import Run
 from condlr.suite.signals import Signals
 
@@ -39,7 +37,7 @@ _PATIENCE = 5.0
 
 
 def carry_out(values: dict[str, Any]) -> None:
-    """Do what is missing of a run, of a network or a matrix flow.
+    """Do what is missing of a run.
 
     Args:
         values: its resolved config.
@@ -49,10 +47,9 @@ def carry_out(values: dict[str, Any]) -> None:
         Held: another process is at work on it.
         Interrupted: after SIGINT or SIGTERM, with a checkpoint written.
     """
-    config = check_any(values)
+    config = check(values)
     run = Run(config.directory)
-    if isinstance(config, RunConfig):
-        config = not_of_itself(run, config)
+    config = without_transfer_to_itself(run, config)
     if finished(run, config):
         _say_done(run, config)
         return
@@ -61,21 +58,22 @@ def carry_out(values: dict[str, Any]) -> None:
         if info.get("status") == "diverged":
             again = f"remove {run.directory} to train it again"
             raise Diverged(f"{config.run_id} has {info.get('reason')} ({again})")
-        if isinstance(config, FlowConfig):
-            _follow(run, config, values)
-        elif info.get("status") == "done":
+        if info.get("status") == "done":
             _say_done(run, config)
-            complete(run, config)
-            evaluate_run(run, config)
+            here = opened(run, config)
+            for name, analysis in analyses_of_every_run().items():
+                if not run.read_table(f"{name}.csv"):  # of a version that did not keep it
+                    analyse(here, name, analysis)
+            attack_once(here)
         else:
             _train(run, config, values, signals, lock)
 
 
-def _say_done(run: Run, config: RunConfig | FlowConfig) -> None:
+def _say_done(run: Run, config: RunConfig) -> None:
     made = run.info.get("commit")
     other = f" with the code of {made}" if made and made != commit() else ""
     log.info("%s is done already%s; remove it to train it again", run.directory, other)
-    if isinstance(config, RunConfig) and config.record_every and not run.read_table("steps.csv"):
+    if config.record_every and not run.read_table("steps.csv"):
         log.warning("%s was trained without record_every: it has no steps.csv", run.directory)
 
 
@@ -87,30 +85,24 @@ def _train(run: Run, config: RunConfig, written: dict[str, Any], signals: Signal
         run.note(device=describe(device))
         run.write_config(written)
         data = load_data(config, device)
-        source = source_of(run, config, data)
-        model = build(config, data).to(device)
+        here = Opened(run, config)
+        here.data = data
+        here.source  # noqa: B018 (what is wrong with it shows before the training)
+        model = here.model = build(config, data).to(device)
         run.note(**_sizes(model), images=_images(data))
         trainer = _trained(run, config, model, data, signals, lock)
         run.note(**_sizes(model))  # a method may have changed the ranks
         lock.require()
         run.save_model(model.state_dict(), config.identity)
-        record_spectra(run, config, data)
-        attack_run(run, config, model, data, source)
+        for name, analysis in analyses_of_every_run().items():
+            analyse(here, name, analysis, again=True)
+        attack(here)
         seconds, recording = (
             sum(float(row["seconds"] or 0) for row in rows) for rows in (trainer.history, trainer.records)
         )
         lock.require()
         run.note(train_seconds=round(seconds, 2), record_seconds=round(recording, 2))
-    log.info("%s: %s (%.0f s)", run.directory, summary(known(run, config)), seconds)
-
-
-def _follow(run: Run, config: FlowConfig, written: dict[str, Any]) -> None:
-    """Follow a matrix flow, and keep its errors."""
-    with run.recording(run_id=config.run_id, study=config.study, flow=config.identity, **environment()):
-        run.write_config(written)
-        with Steps("flow") as steps:
-            run.write_table("flow.csv", errors(config.flow, steps.at))
-    log.info("%s: done", run.directory)
+    log.info("%s: %s (%.0f s)", run.directory, summary(attack_rows(run, config)), seconds)
 
 
 def _trained(

@@ -9,8 +9,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from condlr.analysis.theory import theorem1 as flows
-from condlr.analysis.theory.theorem1 import Settings
+from condlr.analysis.theory import flows, theorem1
+from condlr.analysis.theory.flows import Settings
 from condlr.report import theorem
 from tests.helpers import ROOT
 
@@ -48,7 +48,7 @@ def test_the_trajectory_is_what_it_says(case):
 def test_the_band_is_filled_and_kept(name, tau):
     settings = replace(SMALL, tau=tau)
     flow = flows.make(name, settings, 0.05)
-    found = flows.measure(flow, settings)
+    found = theorem1.measure(flow, settings)
     assert found.in_band
     assert found.eta == pytest.approx(0.05, rel=1e-12)
     for t in torch.linspace(0, 1, 50).tolist():
@@ -74,7 +74,7 @@ def test_the_band_is_filled_and_kept(name, tau):
 def test_out_of_the_band_the_admitted_learning_rate_vanishes():
     limits = []
     for weakest in (0.3, 0.03, 0.003):
-        found = flows.measure(of(("rotation", weakest)), SMALL)
+        found = theorem1.measure(of(("rotation", weakest)), SMALL)
         assert not found.in_band
         assert found.sigma_min == pytest.approx(weakest, rel=1e-6)
         limits.append(found.limit)
@@ -106,7 +106,7 @@ def test_the_exact_flow_is_that_of_dense_projectors(case):
         Y = Y + h / 6 * (a + 2 * b + 2 * c + d)
         if k + 1 == steps // 2:
             half = Y
-    first, last = flows.exact(flow, [0.5, 1.0])
+    first, last = theorem1.exact(flow, [0.5, 1.0])
     assert half is not None
     assert (first - half).norm() < 1e-7
     assert (last - Y).norm() < 1e-7
@@ -120,10 +120,10 @@ def test_what_the_proof_shows(name, seed):
     tau, eta, speed = (10 ** torch.rand(3, generator=generator) * torch.tensor([0.1, 0.02, 0.2])).tolist()
     settings = replace(SMALL, tau=tau, speed=speed, rank=2 + seed % 3, seed=seed)
     flow = flows.make(name, settings, eta)
-    found = flows.measure(flow, settings)
+    found = theorem1.measure(flow, settings)
     T = min(found.limit, settings.horizon)
     times = [T / 8, T / 2, T]
-    solution = [*flows.exact(flow, times)]
+    solution = [*theorem1.exact(flow, times)]
     for t, Y in zip(times, solution, strict=True):
         assert (Y - flows.matrix(flow, t)).norm() <= 3 * t * found.eta
         assert (Y - flow.near(t)).norm() <= 2 * t * found.eta
@@ -139,8 +139,8 @@ def test_a_step_of_algorithm_1_is_off_by_the_square_of_the_learning_rate(integra
     flow = flows.make("descent", settings, 0.05)
     one, end = [], []
     for steps in (64, 128, 256):
-        *_, last = weights = [*flows.descend(flow, settings, integrator, steps)]
-        first, exact = flows.exact(flow, [1 / steps, 1.0])
+        *_, last = weights = [*theorem1.descend(flow, settings, integrator, steps)]
+        first, exact = theorem1.exact(flow, [1 / steps, 1.0])
         one.append((weights[0] - first).norm().item())
         end.append((last - exact).norm().item())
     assert slope(one) == pytest.approx([2, 2], abs=0.1)
@@ -152,7 +152,8 @@ def test_the_band_holds_in_algorithm_1_and_not_without_it():
     flow = flows.make("rotation", settings, 0.05, 0.05)
     conditions = {}
     for integrator in ("condlr", "unbanded"):
-        sigma = [torch.linalg.svdvals(W)[: SMALL.rank] for W in flows.descend(flow, settings, integrator, 32)]
+        steps = theorem1.descend(flow, settings, integrator, 32)
+        sigma = [torch.linalg.svdvals(W)[: SMALL.rank] for W in steps]
         conditions[integrator] = max((s[0] / s[-1]).item() for s in sigma)
     assert conditions["condlr"] <= 1.2 * (1 + 1e-9)
     assert conditions["unbanded"] > 5
@@ -161,7 +162,7 @@ def test_the_band_holds_in_algorithm_1_and_not_without_it():
 @pytest.mark.slow
 def test_rows_figure_and_page(tmp_path):
     seen = []
-    frame = pd.DataFrame(flows.errors(SMALL, lambda done, total: seen.append((done, total))))
+    frame = pd.DataFrame(theorem1.errors(SMALL, lambda done, total: seen.append((done, total))))
     assert seen == [(k, 12) for k in range(1, 13)]
     rate = frame[frame["sweep"] == "rate"]
     # Four integrators, two flows, three etas; of one step (1, 1/4, 1/16) and at the horizon (4 and 16 steps)
@@ -193,8 +194,8 @@ def test_rows_figure_and_page(tmp_path):
     assert " in 0 of " in worse and worse != page
 
 
-def test_the_experiment_has_the_settings_by_default():
-    path = ROOT / "conf" / "experiment" / "theorem1.yaml"
+def test_the_config_has_the_settings_by_default():
+    path = ROOT / "conf" / "theorem1.yaml"
     written = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(written, dict)
     written = written["flow"]

@@ -12,7 +12,8 @@ import pytest
 from matplotlib import pyplot as plt
 
 from condlr._support.errors import UserError
-from condlr.analysis.theory.theorem1 import Settings, errors
+from condlr.analysis.theory.flows import Settings
+from condlr.analysis.theory.theorem1 import errors
 from condlr.report import _style, accuracies, evolution, results, spectra, tradeoffs
 from condlr.report.figures import drawings
 from tests.helpers import ROOT, complains

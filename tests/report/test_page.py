@@ -14,7 +14,8 @@ import pytest
 
 from condlr._support.errors import UserError
 from condlr._support.files import write_csv
-from condlr.analysis.theory.theorem1 import Settings, errors
+from condlr.analysis.theory.flows import Settings
+from condlr.analysis.theory.theorem1 import errors
 from condlr.report import page, report_markdown
 from condlr.report.chapters import document
 from condlr.report.content import Document, Facts, Folded, Fragment, Grid, Link, Section

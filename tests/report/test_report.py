@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from condlr._support.errors import UserError
+from condlr.analysis.guarantees import Guarantees
 from condlr.report import analysis, audit, comparisons, numbers, results, tables
 from condlr.report.latex import latex
 from condlr.report.markdown import markdown
@@ -289,7 +290,7 @@ def test_no_cell_breaks_a_markdown_table():
         [{"run_id": "a", "label": "vanilla", "compression": 0.5, "seed": 0, "quantity": "L", "value": 1.0,
           "note": "L ||x|| / ||f(x)||"}]
     )  # fmt: skip
-    for text in (audit.markdown(frame), analysis.guarantees(quantities)):
+    for text in (audit.markdown(frame), analysis.markdown(Guarantees, quantities)):
         lines = [line.replace("\\|", "") for line in text.splitlines() if line.startswith("|")]
         assert len({line.count("|") for line in lines}) == 1
 

@@ -674,29 +674,30 @@ def test_collect_tables_and_figures_end_to_end(script, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_matrix_flow_end_to_end(script, tmp_path):
-    small = [
-        "experiment=theorem1",
-        "flow.steps=[4,64]",
-        "flow.etas=[0.01]",
-        "flow.flows=[rotation]",
-        "flow.weak=[]",
-    ]
-    complains(script("train", *small, "flow.tau=-1"), r"flow.tau must be")
-    complains(script("train", "flow=3"), r"flow must be a group of keys")
-    complains(script("train", *small, "flow.rank=half"), r"flow.rank: Value 'half'.*could not be converted")
-    assert script("train", *small)[0] == 0
-    assert "is done already" in "".join(map(str, script("train", *small)))
-    for name in ("collect", "tables", "figures", "report"):
+def test_theorem_1_end_to_end(script, tmp_path):
+    small = ["flow.steps=[4,64]", "flow.etas=[0.01]", "flow.flows=[rotation]", "flow.weak=[]"]
+    complains(script("theorem1", *small, "flow.tau=-1"), r"flow.tau must be")
+    complains(script("theorem1", "flow=3"), r"flow")
+    complains(
+        script("theorem1", *small, "flow.rank=half"), r"flow.rank: Value 'half'.*could not be converted"
+    )
+    complains(script("theorem1", *small, "study=a/b"), "study must be a plain name")
+    assert not (tmp_path / "results").exists()
+    status, out, err = script("theorem1", *small)
+    assert status == 0, out + err
+    assert out.endswith("results/theorem1/flow.csv\n")
+    for name in ("tables", "figures", "report"):
         status, out, err = script(name, "study=theorem1")
         assert status == 0, out + err
     written = {path.name for path in (tmp_path / "results" / "theorem1").iterdir()}
     assert written == {
         "flow.csv", "theorem1.md", "theorem1.png", "theorem1.pdf", "report.html", "report.md",
     }  # fmt: skip
-    assert "experiment=theorem1" in (tmp_path / "results" / "theorem1" / "report.md").read_text()
-    script("train", *small, "flow.speed=2")
-    complains(script("collect", "study=theorem1"), "holds several matrix flows")
+    assert "scripts/theorem1.py\n" in (tmp_path / "results" / "theorem1" / "report.md").read_text()
+    before = (tmp_path / "results" / "theorem1" / "flow.csv").read_bytes()
+    script("theorem1", *small, "flow.speed=2")
+    assert (tmp_path / "results" / "theorem1" / "flow.csv").read_bytes() != before
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
@@ -839,7 +840,7 @@ def test_no_script_needs_a_terminal_that_can_show_all_it_says(script, tmp_path, 
         (tmp_path / "Größe ∞").mkdir()
         where, to = "runs_dir='Größe ∞'", "results_dir='Größe ∞/x'"
         assert "Gr??e ?/default" in said("ascii", "train", *SMALL, where)
-        said("latin-1", "evaluate", "run='Größe ∞/default/*'", "cost=true")
+        said("latin-1", "evaluate", "run='Größe ∞/default/*'", "analysis=cost")
         assert "CondLR ?=0.1" in said("latin-1", "status", "study=default", where)
         assert "Größe ?" in said("latin-1", "collect", "study=default", where, to)
         for encoding in ("euc_jp", "gb2312", "ascii"):
@@ -905,16 +906,6 @@ def test_a_study_of_which_no_run_is_done_says_so(script, run, tmp_path, statuses
         assert "collect" not in result[2]
 
 
-def test_a_matrix_flow_that_failed_says_so(script, tmp_path):
-    small = ["flow.steps=[4,64]", "flow.etas=[0.01]", "flow.flows=[rotation]", "flow.weak=[]"]
-    assert script("train", "experiment=theorem1", *small)[0] == 0
-    (flow,) = (tmp_path / "runs" / "theorem1").glob("flow-*")
-    (flow / "flow.csv").unlink()
-    (flow / "run.json").write_text((flow / "run.json").read_text().replace('"done"', '"failed"'))
-    for name in ("collect", "tables", "figures", "report"):
-        complains(script(name, "study=theorem1"), "no run of this study is done and evaluated yet: 1 failed")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("multirun", [[], ["-m"]], ids=["", "-m"])
 @pytest.mark.parametrize("key", ["runs_dir", "study", "seed", "hydra.run.dir", "attack.source", "method.tau"])
@@ -949,7 +940,7 @@ def test_what_cannot_be_resolved_is_one_line_in_every_script(script, name, argum
 
 
 def test_a_bug_of_ours_in_a_resolver_is_none_of_the_users(monkeypatch):
-    monkeypatch.setattr(condlr.suite.cli, "check_any", lambda _: {}["a bug"])
+    monkeypatch.setattr(condlr.suite.cli, "check", lambda _: {}["a bug"])
     with pytest.raises(InterpolationResolutionError) as caught:
         OmegaConf.create({"a": "${condlr.run_id:}"})["a"]
     assert explain(caught.value) is None
@@ -1009,7 +1000,7 @@ def test_an_empty_variable_is_none(script, small_mnist, monkeypatch, empty):
     ],
 )
 def test_an_argument_that_cannot_be_read_is_shown_quoted(script, argument, quoted):
-    for name in ("evaluate", "crosscheck"):
+    for name in ("evaluate", "collect"):
         complains(script(name, argument), re.escape(f"if that is text, quote it: {quoted}"))
 
 

@@ -102,7 +102,7 @@ def test_attacks_are_options_of_a_sweep(script, tmp_path):
 def test_an_audit_and_analyses_up_to_the_tables(script, runs, tmp_path, monkeypatch):
     for run in runs.values():
         status, out, err = script(
-            "evaluate", f"run={run}", *FEW, "audit=true", "conditioning=true", "cost=true"
+            "evaluate", f"run={run}", *FEW, "analysis=[audit,conditioning,guarantees,cost]"
         )
         assert status == 0, err
         assert "active test" in out
@@ -120,7 +120,7 @@ def test_an_audit_and_analyses_up_to_the_tables(script, runs, tmp_path, monkeypa
     # What is there is not done again, unless asked for.
     before = rows(runs["condlr"], "evaluation.csv"), rows(runs["condlr"], "audit.csv")
     pattern = f"run={tmp_path}/runs/s/*-c0.5-s0-*"
-    status, out, _ = script("evaluate", pattern, *FEW, "audit=true")
+    status, out, _ = script("evaluate", pattern, *FEW, "analysis=audit")
     assert "was evaluated already" in out
     assert (rows(runs["condlr"], "evaluation.csv"), rows(runs["condlr"], "audit.csv")) == before
     monkeypatch.setenv("WHERE", str(tmp_path))  # in quotes, which keep * from the shell
@@ -128,7 +128,7 @@ def test_an_audit_and_analyses_up_to_the_tables(script, runs, tmp_path, monkeypa
     status, out, _ = script("evaluate", f"run={tmp_path}/runs/s/*", *FEW, "again=true")
     assert out.count("fgsm 0.1") == 2
     # Once more, at another strength: kept beside the first.
-    assert script("evaluate", f"run={runs['condlr']}", *FEW, "attack.eps=[0.05]", "audit=true")[0] == 0
+    assert script("evaluate", f"run={runs['condlr']}", *FEW, "attack.eps=[0.05]", "analysis=audit")[0] == 0
     assert len(rows(runs["condlr"], "audit.csv")) == 2 * len(CHECKS)
 
     script("evaluate", f"run={runs['condlr']}", *FEW, "attack=pgd", "attack.steps=2")
@@ -173,23 +173,23 @@ def test_a_run_of_a_pattern_that_is_not_done_stops_no_other(script, runs):
 
 
 def test_runs_whose_weights_were_left_elsewhere_stop_no_other(script, runs):
-    assert script("evaluate", f"run={runs['baseline']}", *FEW, "audit=true")[0] == 0
+    assert script("evaluate", f"run={runs['baseline']}", *FEW, "analysis=audit")[0] == 0
     for name in ("model.safetensors", "checkpoint.pt"):
         (runs["baseline"] / name).unlink()
     before = {path: path.read_bytes() for path in runs["baseline"].iterdir() if path.is_file()}
     alone = [f"run={runs['baseline']}", *FEW]
-    status, out, err = script("evaluate", *alone, "audit=true")
+    status, out, err = script("evaluate", *alone, "analysis=audit")
     assert status == 0, err
     assert "was evaluated already" in out
     assert "active test" in out, "what is there needs no weights"
     missing = "baseline.*model.safetensors is missing: bring these weights back, or remove .*baseline"
     for arguments in (
-        ["attack.eps=[0.2]"], ["again=true"], ["conditioning=true"], ["cost=true"],
+        ["attack.eps=[0.2]"], ["again=true"], ["analysis=conditioning"], ["analysis=cost"],
         ["data_root=nowhere", "attack.eps=[0.2]"],
-        ["attack.eps=[0.1]", "audit=true", "attack.seed=1"],
+        ["attack.eps=[0.1]", "analysis=audit", "attack.seed=1"],
     ):  # fmt: skip
         complains(script("evaluate", *alone, *arguments), missing)
-    complains(script("crosscheck", f"run={runs['baseline']}", "images=5"), missing)
+    complains(script("evaluate", *alone, "analysis=crosscheck", "analysis.crosscheck.images=5"), missing)
     both = [f"run={runs['condlr'].parent}/*", "attack.images=40", "attack.eps=[0,0.1]"]
     complains(
         script("evaluate", *both), f"error: not evaluated, for want of weights: lenet5-.* \\(.*{missing}"
@@ -205,7 +205,7 @@ def test_images_of_a_network_whose_weights_are_elsewhere_cannot_be_made(script, 
     complains(script("evaluate", *transfer), "baseline.*model.safetensors is missing: bring these weights")
     source = f"attack.source={runs['baseline']}"
     complains(script("evaluate", *transfer, source), "baseline.*model.safetensors is missing: bring these")
-    assert script("evaluate", f"run={runs['condlr']}", *FEW, "audit=true")[0] == 0
+    assert script("evaluate", f"run={runs['condlr']}", *FEW, "analysis=audit")[0] == 0
     checks = {row["check"]: row["status"] for row in rows(runs["condlr"], "audit.csv")}
     assert checks["transfer"] == "not done"
 
@@ -223,9 +223,15 @@ def test_images_of_a_network_whose_weights_are_elsewhere_cannot_be_made(script, 
         (["attack=transfer", "attack.source=nowhere"], "nowhere is not a run"),
         (["attack=transfer", "attack.source="], "attack.source"),
         (["attack=noise", "attack.eps=[-1]"], "attack.eps must be in"),
-        (["audit=true", "attack.eps=[0]"], "audit: an audit needs an attack: eps must be larger than 0"),
-        (["audit=maybe"], "audit"),
-        (["attack=noise", "attack.eps=[0.2]", "attack.images=5", "audit=true"], "audit: norm must be one of"),
+        (["analysis=audit", "attack.eps=[0]"], "audit: an audit needs an attack: eps must be larger than 0"),
+        (["analysis=maybe"], "analysis/maybe.*audit"),
+        (["analysis=[cost,audit,cost]"], "analysis names something twice: cost, audit, cost"),
+        (["analysis=audit", "analysis.audit.images=0"], "analysis.audit.images must be in"),
+        (["analysis=audit", "analysis.audit.a=0"], "analysis.audit.a"),
+        (["shift=corruptions", "shift.kinds=[fog]"], "shift.kinds must be one of"),
+        (["shift=corruptions", "shift.images=100000"], "shift.images=100000, but there are only"),
+        (["analysis=crosscheck", "analysis.crosscheck.images=100000"], "crosscheck: images=100000, but"),
+        (["attack=noise", "attack.eps=[0.2]", "attack.images=5", "analysis=audit"], "audit: norm must be"),
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_line(script, one_run, arguments, pattern):
@@ -260,7 +266,7 @@ def test_a_network_of_other_data_is_no_source(script, runs, tmp_path):
 
 def test_a_damaged_audit_is_one_line(script, one_run):
     (one_run / "audit.csv").write_text("norm,eps\nlinf,0.1\n")
-    arguments = [f"run={one_run}", "attack.images=20", "attack.eps=[0.1]", "audit=true"]
+    arguments = [f"run={one_run}", "attack.images=20", "attack.eps=[0.1]", "analysis=audit"]
     complains(script("evaluate", *arguments), r"audit.csv is damaged \(no column 'n'\)")
     (one_run / "audit.csv").unlink()
 
@@ -269,9 +275,9 @@ def test_a_run_whose_config_is_from_before_a_key_was_there_is_evaluated(script, 
     run = runs["condlr"]
     config = run / "config.yaml"
     lines = config.read_text().splitlines(keepends=True)
-    old = [line for line in lines if not line.startswith(("record_every:", "flow:", "  decay:"))]
-    assert len(old) == len(lines) - 3
-    config.write_text("".join(old))
+    old = [line for line in lines if not line.startswith(("record_every:", "  decay:"))]
+    assert len(old) == len(lines) - 2
+    config.write_text("".join([*old, "flow: null\n"]))  # and one that was there once
     status, out, err = script("evaluate", f"run={run}", "attack.eps=[0.3]")
     assert status == 0, out + err
 
@@ -306,7 +312,7 @@ def test_strengths_may_be_written_as_fractions(script, tmp_path):
 )
 def test_strengths_that_are_none_are_one_line(script, tmp_path, eps, said):
     complains(script("train", *SMALL, f"attack.eps={eps}"), said)
-    complains(script("crosscheck", "run=x", f"eps={eps}"), said)
+    complains(script("evaluate", "run=x", "analysis=crosscheck", f"analysis.crosscheck.eps={eps}"), said)
 
 
 def test_strengths_that_print_alike_are_one(script, tmp_path):

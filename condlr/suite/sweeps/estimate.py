@@ -12,8 +12,9 @@ from condlr.data.base import Data
 from condlr.evaluation import evaluate, first
 from condlr.suite.config import RunConfig
 from condlr.suite.engine import Trainer
-from condlr.suite.examination import check_images, finished
+from condlr.suite.examination import finished
 from condlr.suite.loading import build, load_data, pick_device
+from condlr.suite.opened import check_images
 from condlr.suite.runs import Run
 from condlr.suite.workflow import choose_run_forms, describe, trainer_for
 

@@ -13,9 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from condlr._support.errors import UserError
-from condlr.suite.config import CONF, RunConfig, check_any, one_line
-
-FLOW = "flow"  # the label of a matrix flow, which is no row of a table
+from condlr.suite.config import CONF, RunConfig, check, one_line
 
 
 @dataclass(frozen=True)
@@ -49,15 +47,13 @@ def wanted(experiment: str) -> list[Wanted]:
         seeds.setdefault(rest, []).extend(named or [None])
     rows: dict[str, list[Wanted]] = {}
     for overrides, of_row in seeds.items():
-        checked = check_any(loader.load_configuration("train", [chosen, *overrides], RunMode.RUN))
+        checked = check(loader.load_configuration("train", [chosen, *overrides], RunMode.RUN))
         # Arguments that make one run, as a method without compression does of several, are one row
         rows.setdefault(checked.run_id, [_wanted(checked, seed) for seed in of_row])
     return [run for runs in rows.values() for run in runs]
 
 
-def _wanted(config: object, seed: int | None) -> Wanted:
-    if not isinstance(config, RunConfig):
-        return Wanted(FLOW)
+def _wanted(config: RunConfig, seed: int | None) -> Wanted:
     return Wanted(config.label, config.scheme.compression or 0.0, config.protocol.epochs, seed)
 
 

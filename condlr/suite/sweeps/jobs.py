@@ -12,7 +12,7 @@ from typing import NamedTuple
 from condlr._support.errors import NoWeights, UserError
 from condlr._support.files import forget_partial, read_csv, write_csv
 from condlr._support.locks import BEAT, SILENCE, Lock, Owner, forget_dead, owners
-from condlr.suite.config import FlowConfig, RunConfig
+from condlr.suite.config import RunConfig
 from condlr.suite.runs import Run
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Job:
     """A run of a sweep, with the arguments that make it."""
 
     overrides: list[str]
-    config: RunConfig | FlowConfig
+    config: RunConfig
 
     @property
     def run(self) -> Run:
@@ -52,7 +52,7 @@ class Job:
     @property
     def source(self) -> Path | None:
         """The directory of the run that its attack needs, if that is another one."""
-        if isinstance(self.config, FlowConfig) or self.config.attack.source is None:
+        if self.config.attack.source is None:
             return None
         name = self.config.attack.source
         found = self.config.baseline.directory if name == "baseline" else Path(name)

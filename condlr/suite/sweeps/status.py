@@ -18,7 +18,7 @@ from typing import Any
 from condlr._support.errors import UserError
 from condlr._support.locks import Owner, owners
 from condlr.suite.runs import Run
-from condlr.suite.sweeps.experiments import FLOW, Wanted
+from condlr.suite.sweeps.experiments import Wanted
 from condlr.suite.sweeps.jobs import planned
 
 # Best first. What is `LEFT` the same sweep would do, go on with or try again.
@@ -187,7 +187,7 @@ def _planned(study: Path) -> tuple[dict[str, RunStatus], list[str]]:
         for line in planned(study):
             label, compression, seed, epochs = (line[k] for k in ("label", "compression", "seed", "epochs"))
             plan[line["run_id"]] = RunStatus(
-                line["run_id"], "missing", label or FLOW, float(compression or 0),
+                line["run_id"], "missing", label, float(compression or 0),
                 int(epochs) if epochs else None, int(seed) if seed else None,
             )  # fmt: skip
     except (OSError, UserError) as error:
@@ -246,8 +246,6 @@ def _without_record(directory: Path, plan: RunStatus | None) -> RunStatus | None
 
 def _of_record(known: RunStatus, info: dict[str, Any]) -> RunStatus:
     """The row that a record names."""
-    if "flow" in info:
-        return replace(known, label=FLOW)
     row = info["row"]
     return replace(
         known, label=str(row["label"]), compression=float(row["compression"]),

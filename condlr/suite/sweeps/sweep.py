@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from condlr._support.errors import UserError
 from condlr._support.locks import owners
 from condlr._support.streams import tolerate
-from condlr.suite.config import RunConfig, check_any, one_line
+from condlr.suite.config import RunConfig, check, one_line
 from condlr.suite.runs import Run
 from condlr.suite.signals import Signals
 from condlr.suite.sweeps.jobs import Job, Outcome, Start, living, outcomes, plan, watch, waves
@@ -159,7 +159,7 @@ class StudySweeper(Sweeper):
             composed = self._loader.load_sweep_config(self._config, combination)
             HydraConfig.instance().set_config(composed)  # for ${hydra:...}
             try:
-                config = check_any(composed)
+                config = check(composed)
             except UserError as error:
                 which = f"{' '.join(combination)}: " if len(combinations) > 1 else ""
                 raise UserError(f"{which}{error}") from error
@@ -246,7 +246,7 @@ def carry_out(values: dict[str, Any]) -> None:
     try:
         call_apart(_carry_out, values, logs, hydra.verbose)
     except Killed as error:
-        Run(check_any(values).directory).note_death(str(error))
+        Run(check(values).directory).note_death(str(error))
         raise
 
 

@@ -489,16 +489,6 @@ def test_a_damaged_plan_is_a_note(tmp_path, text):
     assert [bool(re.search(r"planned.csv is damaged", note)) for note in found.notes] == [True] * bool(text)
 
 
-def test_a_matrix_flow(tmp_path):
-    run = tmp_path / "s" / "flow-3fa9c1d2"
-    run.mkdir(parents=True)
-    (run / "run.json").write_text('{"status": "done", "flow": {"n": 3}}')
-    asked = wanted("theorem1")
-    assert survey(tmp_path / "s", asked).counts == {"done": 1}
-    assert re.search(r"^Matrix flow +1/1", printed(survey(tmp_path / "s", asked)), re.M)
-    assert survey(tmp_path / "none", asked).counts == {"missing": 1}
-
-
 @pytest.fixture
 def large(tmp_path):
     """17 rows of ten seeds: most done, some missing, 20 failed, four at work."""

@@ -1,0 +1,155 @@
+"""A finished run, opened once, however many attacks, analyses and shifts look at it."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from torch import nn
+
+from condlr._support.errors import UserError
+from condlr.analysis.base import Start
+from condlr.attacks.base import Attack
+from condlr.data.base import Data
+from condlr.evaluation import first
+from condlr.suite.config import RunConfig, check
+from condlr.suite.loading import build, load_data, load_network, pick_device
+from condlr.suite.runs import Run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Opened:
+    """What attacks, analyses (see `condlr.analysis.base.Trained`) and shifts see of a run that is trained.
+
+    Data and networks are loaded when they are first asked for, and kept.
+
+    Attributes:
+        run: its directory.
+        config: its config, with the attack that is asked for.
+        on_progress: is told how many of how many parts are done of what is at work.
+    """
+
+    run: Run
+    config: RunConfig
+    on_progress: Callable[[int, int], None] = lambda done, total: None
+
+    @cached_property
+    def data(self) -> Data:
+        """The data the run was trained on, which weights that are missing make useless."""
+        self.run.require_weights()
+        data = load_data(self.config, pick_device(self.config.device))
+        if data.digest != self.run.info.get("images", {}).get("digest"):
+            raise UserError(f"{self.config.data_root} holds other images than the run was trained on")
+        return data
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The trained network, on the device of the data."""
+        return load_network(self.run, self.config, self.data)
+
+    @cached_property
+    def test_images(self) -> int:
+        """How many test images there are."""
+        return self.run.info.get("images", {}).get("test", 0)
+
+    @property
+    def attack(self) -> Attack:
+        """The attack that is asked for."""
+        return self.config.attack
+
+    @property
+    def batch_size(self) -> int:
+        """Of training."""
+        return self.config.protocol.batch_size
+
+    @property
+    def start(self) -> Start:
+        """Where the run's training started."""
+        return self._start(self.config)
+
+    @property
+    def dense_start(self) -> Start:
+        """Where the training of the dense network started that differs in its method alone."""
+        return self._start(self.config.baseline)
+
+    def _start(self, config: RunConfig) -> Start:
+        protocol = config.protocol
+        return Start(lambda: build(config, self.data), config.method, protocol.lr, protocol.momentum)
+
+    @cached_property
+    def _dense_run(self) -> Run:
+        return Run(self.run.directory.parent / self.config.baseline.run_id)
+
+    @property
+    def has_dense(self) -> bool:
+        """Whether that dense network is trained, and another one than this."""
+        other = self._dense_run
+        return (
+            other.directory.name != self.run.directory.name and other.status == "done" and other.has_weights
+        )
+
+    @cached_property
+    def dense(self) -> nn.Module | None:
+        """The trained dense network; None without it."""
+        return load_network(self._dense_run, self.config.baseline, self.data) if self.has_dense else None
+
+    @cached_property
+    def source(self) -> nn.Module | None:
+        """The network that the attack's images are made on, if it is not the attacked one."""
+        name = self.attack.source
+        check_images(self.config, self.data)
+        if name is None:
+            return None
+        if name == "baseline":
+            origin, other = self.config.baseline, self._dense_run
+            advice = "train it first, with method=baseline and all else as it is here"
+        else:
+            other = Run(Path(name))
+            try:
+                origin = check(other.read_config())
+            except UserError as error:
+                raise UserError(f"attack.source: {error}") from error
+            advice = "give the directory of a run that is done"
+        if other.status != "done":
+            raise UserError(f"attack.source: {other.directory} is {other.status or 'not a run'}: {advice}")
+        other.require_weights()
+        if origin.identity["dataset"]["name"] != self.config.identity["dataset"]["name"]:
+            raise UserError(f"attack.source: {other.directory} was trained on another dataset")
+        return self.dense if name == "baseline" else load_network(other, origin, self.data)
+
+
+def opened(run: Run, config: RunConfig) -> Opened:
+    """A run that is done; nothing is loaded yet.
+
+    Raises:
+        UserError: it is not done, or its config is another run's.
+    """
+    if run.status != "done":
+        raise UserError(
+            f"{run.directory} is {run.status or 'not a run'}: only a run that is done is evaluated"
+        )
+    own = run.info.get("run_id")
+    if own is None:
+        raise UserError(f"{run.directory / 'run.json'} is no whole record: remove it to start the run again")
+    if config.run_id != own:
+        raise UserError(f"{run.directory / 'config.yaml'} was changed: it is of the run {config.run_id}")
+    return Opened(run, without_transfer_to_itself(run, config))
+
+
+def without_transfer_to_itself(run: Run, config: RunConfig) -> RunConfig:
+    """The config, in which an attack that would be transferred from the run to itself is a plain one."""
+    if config.attack.source == "baseline" and config.run_id == config.baseline.run_id:
+        log.info("%s is the dense network itself: attacked with its own images", run.directory)
+        return replace(config, attack=replace(config.attack, source=None))
+    return config
+
+
+def check_images(config: RunConfig, data: Data) -> None:
+    """Raise `UserError` where the attack asks for more images than there are."""
+    try:
+        first(data.test, config.attack.images)
+    except ValueError as error:
+        raise UserError(f"attack.{error}") from None
