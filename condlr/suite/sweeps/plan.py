@@ -106,7 +106,8 @@ def of_experiment(name: str, *arguments: str) -> Sequence[Job]:
     with initialize_config_dir(str(CONF), job_name="train", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         config = loader.load_configuration("train", [f"experiment={name}", *arguments], RunMode.MULTIRUN)
-        return compose(loader, config, list(config.hydra.overrides.task))
+        given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+        return compose(loader, config, given)
 
 
 def of_experiments(names: Iterable[str]) -> tuple[list[Job], list[str]]:

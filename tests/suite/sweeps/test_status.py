@@ -548,7 +548,7 @@ def test_watching_ends_when_nothing_is_left(tmp_path):
     study = tmp_path / "s"
     lock = held_elsewhere(make(study, "baseline", 0, "running"), 1, **PACE)
     make(study, "dlrt", 0, "diverged")
-    console = Console(file=io.StringIO(), width=80, height=30, force_terminal=True)
+    console = Console(file=io.StringIO(), width=120, height=30, force_terminal=True)
     looks = []
 
     def look():
