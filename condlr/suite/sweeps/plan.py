@@ -103,7 +103,7 @@ def compose(loader: ConfigLoader, config: DictConfig, arguments: list[str]) -> l
 @cache
 def of_experiment(name: str, *arguments: str) -> Sequence[Job]:
     """The plan of `train.py -m experiment=<name>`, with further arguments; raises what `compose` raises."""
-    with initialize_config_dir(str(CONF), job_name="train", version_base="1.3"):
+    with _hydra_kept(), initialize_config_dir(str(CONF), job_name="train", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         config = loader.load_configuration("train", [f"experiment={name}", *arguments], RunMode.MULTIRUN)
         given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
@@ -240,13 +240,14 @@ def _product(overrides: Iterable[Override]) -> list[list[str]]:
 
 @contextmanager
 def _hydra_kept() -> Iterator[None]:
-    """Leave `${hydra:...}` afterwards what it was before."""
-    hydra: Any = HydraConfig.instance()
-    before = hydra.cfg
+    """Leave Hydra, and `${hydra:...}`, as they were: who asks may be a program that Hydra runs."""
+    program, config = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
+    GlobalHydra.instance().clear()  # or Hydra refuses to begin again
     try:
         yield
     finally:
-        hydra.cfg = before
+        GlobalHydra.instance().hydra = program
+        HydraConfig.instance().cfg = config
 
 
 def _study(path: Path) -> object:

@@ -1,14 +1,18 @@
 """The plan of a study: a sweep, an estimate, the status and the provenance give one answer."""
 
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from condlr._support.files import read_csv
 from condlr.report.provenance import provenance
+from condlr.suite.config import CONF
 from condlr.suite.sweeps import plan
 from condlr.suite.sweeps.estimate import Pace
 from condlr.suite.sweeps.plan import experiments_of, of_experiment, of_experiments
@@ -114,11 +118,19 @@ def test_several_experiments_are_the_runs_of_each(ask):
     assert (estimated, len(whole)) == (5, 5)
 
 
-def test_a_plan_changes_nothing_that_hydra_says(ask):
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_plan_leaves_hydra_as_it_was(ask, begun):
     ask.experiment("study", "{method: baseline, seed: '0,1'}")
-    before = HydraConfig.instance().cfg
-    of_experiment("study")
-    assert HydraConfig.instance().cfg is before
+    with initialize_config_dir(str(CONF), version_base="1.3") if begun else nullcontext():
+        before = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
+        assert (before[0] is not None) == begun
+        assert len(of_experiment("study")) == 2
+        assert (GlobalHydra.instance().hydra, HydraConfig.instance().cfg) == before
+
+
+def test_a_program_of_hydra_may_ask_for_a_plan(script):
+    of_experiment.cache_clear()
+    assert "4 runs: 4 missing" in script("status", "study=demo")[1]
 
 
 def test_an_interval_has_no_single_values(script):
