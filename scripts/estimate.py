@@ -2,19 +2,17 @@
 """Say what is left to do of a sweep, and how long it will take; takes the arguments of train.py."""
 
 import sys
+from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
 from condlr.suite.cli import command
 from condlr.suite.config import RunConfig, check
+from condlr.suite.sweeps.jobs import Job
 
-_asked: list[RunConfig] = []
 
-
-def estimate() -> None:
+def estimate(configs: Sequence[RunConfig]) -> None:
     """Try a few steps of each row that is not done, and print what follows."""
-    if not _asked:  # --help
-        return
     from rich.console import Console
     from rich.progress import track
 
@@ -23,16 +21,21 @@ def estimate() -> None:
 
     console, found = Console(), Estimate()
     for config in track(
-        _asked, "trying each row", console=console, transient=True, disable=not console.is_terminal
+        configs, "trying each row", console=console, transient=True, disable=not console.is_terminal
     ):
         found.add(config)
     print_estimate(found, console)
 
 
-@command("estimate", at_end=estimate)
+def estimate_all(jobs: Sequence[Job]) -> None:
+    """The estimate of a sweep."""
+    estimate([job.config for job in jobs])
+
+
+@command("estimate", estimate_all)
 def main(config: DictConfig) -> None:
-    """Note one run of the sweep."""
-    _asked.append(check(config))
+    """The estimate of one run."""
+    estimate([check(config)])
 
 
 if __name__ == "__main__":

@@ -15,20 +15,19 @@ def main(config: DictConfig) -> None:
     from rich.console import Console
 
     from condlr._support.errors import UserError
-    from condlr.report.provenance import experiments
     from condlr.report.watching import print_status, watch
-    from condlr.suite.sweeps.experiments import wanted_of
+    from condlr.suite.sweeps.plan import experiments_of, of_experiments, wanted
     from condlr.suite.sweeps.status import survey
 
-    names = experiments(asked.study)
-    wanted, notes = wanted_of(names)
-    found = survey(asked.directory, wanted, notes)
+    jobs, notes = of_experiments(experiments_of(asked.study))
+    lines = wanted(jobs)
+    found = survey(asked.directory, lines, notes)
     if not found.runs and not found.notes:
         raise UserError(f"there is no run in {asked.directory}, and no experiment of the study {asked.study}")
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     if asked.every and console.is_terminal:
-        watch(lambda: survey(asked.directory, wanted, notes), console, asked.every)
+        watch(lambda: survey(asked.directory, lines, notes), console, asked.every)
     else:
         print_status(found, console)
 

@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 from condlr.suite.cli import command
 from condlr.suite.config import check, resolved
 from condlr.suite.sweeps.jobs import Outcome
-from condlr.suite.sweeps.sweep import StudySweeper
 
 
 def tell(outcomes: Sequence[Outcome], studies: str) -> None:
@@ -20,7 +19,7 @@ def tell(outcomes: Sequence[Outcome], studies: str) -> None:
     print_outcomes(outcomes, studies)
 
 
-@command("train")
+@command("train", tell)
 def main(config: DictConfig) -> None:
     """One run; under `-m` or `experiment=...`, each run of a sweep, in a process of its own."""
     check(config)
@@ -31,8 +30,6 @@ def main(config: DictConfig) -> None:
         from condlr.suite.workflow import carry_out
     carry_out(resolved(config))
 
-
-StudySweeper.tell = staticmethod(tell)
 
 if __name__ == "__main__":
     main()

@@ -23,7 +23,7 @@ from condlr.report.content import (
 )
 from condlr.report.figures import drawings
 from condlr.report.numbers import accuracy, shown
-from condlr.report.provenance import Provenance, experiments, names_seeds, of_flow, provenance
+from condlr.report.provenance import Provenance, of_flow, provenance
 from condlr.report.results import (
     CONTEXT,
     attack_title,
@@ -42,6 +42,7 @@ from condlr.report.results import (
 )
 from condlr.report.training import training
 from condlr.suite.registry import analyses
+from condlr.suite.sweeps.plan import experiments_of, names_seed, of_experiments
 
 _STATUSES = ("pass", "note", "warning", "not done")
 
@@ -248,8 +249,9 @@ def _commands(study: Path, cells: pd.DataFrame, origin: Provenance) -> Iterator[
 
 def _lines(study: Path, seeds: str) -> list[str]:
     lines = [
-        f"python scripts/train.py experiment={name}{'' if names_seeds(name) else seeds}"
-        for name in experiments(study.name)
+        f"python scripts/train.py experiment={name}"
+        f"{'' if all(map(names_seed, of_experiments([name])[0])) else seeds}"
+        for name in experiments_of(study.name)
     ]
     kinds = analyses().items()
     keys = [f"shift={name}" for name in _shifts(study)]

@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from condlr.report.results import run_title
-from condlr.suite.config import RunConfig
-from condlr.suite.sweeps.jobs import STATES, Job, Outcome
+from condlr.suite.sweeps.jobs import STATES, Outcome
 
 
 def print_outcomes(outcomes: Sequence[Outcome], studies: str) -> None:
@@ -25,12 +24,7 @@ def print_outcomes(outcomes: Sequence[Outcome], studies: str) -> None:
         told = os.path.exists(outcome.job.log)  # noqa: PTH110 (Path's may raise)
         log = f"; log: {outcome.job.log}" if told else ""
         state = _WORDS.get(outcome.state, outcome.state)
-        console.print(f"  [bold]{state}[/]  {escape(_title(outcome.job) + reason + log)}")
+        console.print(f"  [bold]{state}[/]  {escape(run_title(outcome.job.config.row) + reason + log)}")
 
 
 _WORDS = {"elsewhere": "at work elsewhere"}
-
-
-def _title(job: Job) -> str:
-    config = job.config
-    return run_title(config.row) if isinstance(config, RunConfig) else config.run_id

@@ -4,14 +4,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
-from omegaconf import OmegaConf
 
-from condlr._support.errors import UserError
 from condlr.report.results import ROW, duration, network, row_title
-from condlr.suite.config import CONF
+from condlr.suite.sweeps.plan import experiments_of, of_experiments
 
 _SHARED = ["dataset", "model", "protocol", "epochs", "settings"]
 _VERSIONS = ("python", "condlr", "torch", "torchvision", "numpy", "hydra-core")
@@ -156,7 +153,8 @@ def provenance(cells: pd.DataFrame, runs: pd.DataFrame | None, study: str) -> Pr
     attacks = ["run_id", "attack", "norm", "n"]
     timed = "attack_seconds" in cells
     seconds = float(cells.drop_duplicates(attacks)["attack_seconds"].sum()) if timed else 0.0
-    return Provenance(first.assign(**dict.fromkeys(lacking, math.nan)), seconds, planned(study))
+    planned, _ = of_experiments(experiments_of(study))
+    return Provenance(first.assign(**dict.fromkeys(lacking, math.nan)), seconds, len(planned) or None)
 
 
 def of_flow(flow: pd.DataFrame) -> Iterator[tuple[str, str]]:
@@ -166,47 +164,6 @@ def of_flow(flow: pd.DataFrame) -> Iterator[tuple[str, str]]:
     changed = " (with changes that were not committed)" if commit.endswith("+") else ""
     yield "commit", f"{commit.removesuffix('+')}{changed}"
     yield "versions", ", ".join(f"{name} {first[name]}" for name in _VERSIONS if name in flow)
-
-
-def planned(study: str, folder: Path = CONF / "experiment") -> int | None:
-    """How many runs the experiments of a study sweep over; None if there are none."""
-    choices = [_choices(name, folder) for name in experiments(study, folder)]
-    return sum(math.prod(found.values()) for found in choices if found) or None
-
-
-def experiments(study: str, folder: Path = CONF / "experiment") -> list[str]:
-    """The names of the experiments whose runs are a study: their files say so themselves.
-
-    One that takes another as its default and leaves the study at that is a part of the other.
-    """
-    found = [path.stem for path in sorted(folder.glob("*.yaml")) if _study(path) == study]
-    return sorted(found, key=lambda name: name != study)
-
-
-def names_seeds(experiment: str, folder: Path = CONF / "experiment") -> bool:
-    """Whether the experiment's sweep has seeds of its own."""
-    return "seed" in _choices(experiment, folder)
-
-
-def _study(path: Path) -> object:
-    try:
-        return OmegaConf.select(OmegaConf.load(path), "study")
-    except Exception as error:  # a YAML parser's errors share no base with OmegaConf's
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
-
-
-def _choices(name: str, folder: Path) -> dict[str, int]:
-    """How many values each key of an experiment's sweep takes, with those of the experiments it extends."""
-    path = folder / f"{name}.yaml"
-    if not path.exists():
-        return {}
-    config = OmegaConf.load(path)
-    found: dict[str, int] = {}
-    for default in OmegaConf.select(config, "defaults") or ():
-        if isinstance(default, str) and default != "_self_":
-            found |= _choices(default, folder)
-    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    return found | {str(key): len(str(values).split(",")) for key, values in params.items()}
 
 
 def _date(text: str) -> str:

@@ -26,7 +26,7 @@ from condlr._support.errors import Held, UserError
 from condlr._support.files import as_csv, csv_rows, forget_partial, write
 from condlr._support.locks import Lock
 from condlr.suite.runs import Run, by_key, examined, record
-from condlr.suite.sweeps.jobs import PLAN
+from condlr.suite.sweeps.plan import PLAN
 
 NAME = "runs.tar.gz"
 # What of a run is archived: its record, its config, its tables, and what was said while it was at work.

@@ -27,7 +27,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from condlr._support.errors import Interrupted, UserError, not_installed
 from condlr._support.streams import tolerate
 from condlr.suite.config import CONF, check, expanded, one_line, published
-from condlr.suite.sweeps.sweep import register
+from condlr.suite.sweeps.sweep import PlanSweeper, register
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +59,12 @@ class _Failed(UserError):
 
 
 def command(
-    config_name: str, at_end: Callable[[], None] = lambda: None
+    config_name: str, told: Callable[..., None] = lambda *_: None
 ) -> Callable[[Task], Callable[[], NoReturn]]:
     """Make `task` a program that is configured by `conf/<config_name>.yaml` and the command line.
 
-    `at_end` is called once when all jobs of `-m` are through.
+    `told` is called with what a sweep of ours found: the runs of its plan, or what came of each and the
+    studies they belong to (`condlr.suite.sweeps.sweep`).
 
     A user's mistake ends in one line on stderr and exit status 1; under `-m` after the other jobs, but
     for a config that cannot be. A signal ends in 128 + its number. HYDRA_FULL_ERROR=1 shows tracebacks.
@@ -108,8 +109,8 @@ def command(
             os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to us
             try:
                 _refuse_home_directories(sys.argv)
+                PlanSweeper.told = told
                 main()
-                at_end()
                 if failed:
                     raise _Failed
             except Interrupted as stop:
@@ -121,8 +122,8 @@ def command(
             except BrokenPipeError:  # the reader of a pipe had enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             except _Failed as error:
-                told = failed or [str(error)]  # empty where jobs are other processes
-                which = f"{len(failed) or 'some'} of the jobs failed ({'; '.join(told[:3])})"
+                names = failed or [str(error)]  # empty where jobs are other processes
+                which = f"{len(failed) or 'some'} of the jobs failed ({'; '.join(names[:3])})"
                 print(f"error: see above: {which}", file=sys.stderr)
                 sys.exit(1)
             except Exception as error:

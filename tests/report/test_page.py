@@ -19,7 +19,7 @@ from condlr.analysis.theory.theorem1 import errors
 from condlr.report import page, report_markdown
 from condlr.report.chapters import document
 from condlr.report.content import Document, Facts, Folded, Fragment, Grid, Link, Section
-from condlr.report.provenance import planned, provenance
+from condlr.report.provenance import provenance
 from condlr.report.results import duration
 from condlr.suite.collecting import collect
 from tests.helpers import ROOT
@@ -200,7 +200,7 @@ def test_runs_that_are_not_there_are_counted(study):
     origin = provenance(cells, None, "reproduce_mnist")
     assert (origin.planned, origin.missing) == (34 + 20, 52)
     assert next(origin.facts()) == ("runs", "2 done; 52 of the 54 planned missing")
-    assert planned("mnist_attacks") == 8
+    assert provenance(cells, None, "mnist_attacks").planned == 8
     again = cells[cells["label"].eq("baseline")].assign(seed=3, run_id="again")
     origin = provenance(pd.concat([cells, again]), None, "s")
     assert origin.incomplete == {"CondLR τ=0.1, 50 %": [3]}

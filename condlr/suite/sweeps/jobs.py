@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from condlr._support.errors import NoWeights, UserError
-from condlr._support.files import forget_partial, read_csv, write_csv
-from condlr._support.locks import BEAT, SILENCE, Lock, Owner, forget_dead, owners
+from condlr._support.locks import BEAT, SILENCE, Owner, forget_dead, owners
 from condlr.suite.config import RunConfig
 from condlr.suite.runs import Run
 
 log = logging.getLogger(__name__)
 
-PLAN = "planned.csv"
 # How runs end, in the words of a summary. The first three leave a sweep nothing to do.
 STATES = (
     "done", "skipped", "elsewhere", "without weights", "diverged", "failed", "interrupted", "not started",
@@ -253,35 +251,3 @@ def _last_error(log: str) -> str:
     """The last error that a log tells of."""
     errors = [line.partition("error: ")[2] for line in log.splitlines() if "error: " in line]
     return errors[-1] if errors else ""
-
-
-def plan(jobs: Sequence[Job]) -> None:
-    """Note in each study what runs are wanted, beside those of earlier sweeps: a missing one shows."""
-    for study in {job.study for job in jobs}:
-        wanted = {job.config.run_id: _line(job) for job in jobs if job.study == study}
-        study.mkdir(parents=True, exist_ok=True)
-        with Lock(study, "plan", wait=True):
-            forget_partial(study)
-            before = {line["run_id"]: line for line in planned(study)}
-            if before | wanted != before:
-                write_csv(study / PLAN, [*(before | wanted).values()])
-
-
-def planned(study: Path) -> list[dict[str, str]]:
-    """A line for each run that a sweep of the study ever asked for."""
-    try:
-        lines = read_csv(study / PLAN)
-        if lines and "run_id" not in lines[0]:
-            raise UserError(f"{study / PLAN} is damaged (it has no column run_id)")
-    except UserError as error:
-        raise UserError(f"{error}: remove it, and a sweep writes it again") from error
-    return lines
-
-
-def _line(job: Job) -> dict[str, str]:
-    config = job.config
-    row = config.row if isinstance(config, RunConfig) else {}
-    facts = {key: row.get(key, "") for key in ("label", "compression", "seed", "epochs")}
-    return {"run_id": config.run_id} | {key: str(v) for key, v in facts.items()} | {
-        "overrides": " ".join(job.overrides)
-    }  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,8 +19,7 @@ from typing import Any
 from condlr._support.errors import UserError
 from condlr._support.locks import Owner, owners
 from condlr.suite.runs import Run
-from condlr.suite.sweeps.experiments import Wanted
-from condlr.suite.sweeps.jobs import planned
+from condlr.suite.sweeps.plan import Line, noted
 
 # Best first. What is `LEFT` the same sweep would do, go on with or try again.
 STATES = ("done", "running", "stalled", "interrupted", "failed", "diverged", "damaged", "missing")
@@ -150,7 +150,7 @@ class Study:
         return TimeLeft(seconds, at_once, len(known), len(left) - len(known))
 
 
-def survey(study: Path, asked: Iterable[Wanted] = (), notes: Sequence[str] = ()) -> Study:
+def survey(study: Path, asked: Iterable[Line] = (), notes: Sequence[str] = ()) -> Study:
     """Look at a study's directory.
 
     Args:
@@ -182,19 +182,16 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
 
 def _planned(study: Path) -> tuple[dict[str, RunStatus], list[str]]:
     """The runs that sweeps asked for, each as if it were missing; and what is wrong with the list."""
-    plan = {}
+    plan: dict[str, RunStatus] = {}
     try:
-        for line in planned(study):
-            label, compression, seed, epochs = (line[k] for k in ("label", "compression", "seed", "epochs"))
-            plan[line["run_id"]] = RunStatus(
-                line["run_id"], "missing", label, float(compression or 0),
-                int(epochs) if epochs else None, int(seed) if seed else None,
-            )  # fmt: skip
+        plan.update((line.run_id, _missing(line, line.run_id)) for line in noted(study))
     except (OSError, UserError) as error:
         return plan, [str(error)]
-    except (KeyError, ValueError) as error:
-        return plan, [f"{study / 'planned.csv'} is damaged ({type(error).__name__}: {error})"]
     return plan, []
+
+
+def _missing(line: Line, name: str = "") -> RunStatus:
+    return RunStatus(name, "missing", line.label, line.compression, line.epochs, line.seed)
 
 
 def _look(directory: Path, plan: RunStatus | None) -> RunStatus | None:
@@ -221,7 +218,7 @@ def _look(directory: Path, plan: RunStatus | None) -> RunStatus | None:
             return _unfinished(replace(known, silence=owner.silence if owner else math.inf), run)
         if status not in _ENDED:
             return replace(known, state="damaged", damage=f"run.json has the status {status!r}")
-        known = replace(known, state=status, reason=_first_line(info.get("reason")))
+        known = replace(known, state=status, reason=str(info.get("reason") or "").strip().partition("\n")[0])
         if status == "done":
             return replace(known, seconds=_seconds(info))
         return known if status == "diverged" else _unfinished(known, run)
@@ -338,10 +335,6 @@ def _seconds(info: dict[str, Any]) -> float | None:
     return seconds
 
 
-def _first_line(reason: Any) -> str:
-    return str(reason or "").strip().partition("\n")[0]
-
-
 def _usual_seconds(runs: Sequence[RunStatus]) -> Callable[[RunStatus], float | None]:
     """What a run takes by the done runs of its row; else by those of another length, epoch for epoch."""
     done = [run for run in runs if run.state == "done" and run.seconds is not None]
@@ -374,36 +367,21 @@ def _seconds_left(run: RunStatus, usual: Callable[[RunStatus], float | None]) ->
     return whole * part / run.epochs
 
 
-def _uncovered(asked: Iterable[Wanted], runs: Sequence[RunStatus]) -> list[RunStatus]:
+def _uncovered(asked: Iterable[Line], runs: Sequence[RunStatus]) -> list[RunStatus]:
     """What experiments ask for and no run covers, whatever its protocol; each run covers one.
 
     Runs of the same number of epochs are matched first: a study may have rows in two lengths.
     """
-    open_ = list(asked)
     rows = {(run.label, run.compression) for run in runs}
-    open_ = [want for want in open_ if want.seed is not None or (want.label, want.compression) not in rows]
-    free = Counter((run.label, run.compression, run.seed, run.epochs) for run in runs)
-    open_ = _take(free, open_, lambda want: (want.label, want.compression, want.seed, want.epochs))
-    free = _of_any_length(free)
-    open_ = _take(free, open_, lambda want: (want.label, want.compression, want.seed))
-    return [RunStatus("", "missing", want.label, want.compression, want.epochs, want.seed) for want in open_]
-
-
-def _of_any_length(free: Counter[tuple[Any, ...]]) -> Counter[tuple[Any, ...]]:
-    found: Counter[tuple[Any, ...]] = Counter()
-    for key, count in free.items():
-        found[key[:3]] += count
-    return found
-
-
-def _take(
-    free: Counter[tuple[Any, ...]], asked: list[Wanted], key: Callable[[Wanted], tuple[Any, ...]]
-) -> list[Wanted]:
-    """Take a free run for each that is asked for; return what finds none."""
-    rest = []
-    for want in asked:
-        if free[key(want)] > 0:
-            free[key(want)] -= 1
-        else:
-            rest.append(want)
-    return rest
+    left = [want for want in asked if want.seed is not None or (want.label, want.compression) not in rows]
+    free = list(runs)
+    for parts in (("label", "compression", "seed", "epochs"), ("label", "compression", "seed")):
+        key = attrgetter(*parts)
+        unmatched, left = left, []
+        for want in unmatched:
+            match = next((run for run in free if key(run) == key(want)), None)
+            if match is None:
+                left.append(want)
+            else:
+                free.remove(match)
+    return [_missing(want) for want in left]

@@ -6,23 +6,19 @@ store does: a sweep launches only what it says is left to do, and at the end ask
 
 import logging
 import os
-import re
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from hydra._internal.core_plugins import basic_sweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import configure_log
 from hydra.plugins.launcher import Launcher
@@ -33,10 +29,11 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from condlr._support.errors import UserError
 from condlr._support.locks import owners
 from condlr._support.streams import tolerate
-from condlr.suite.config import RunConfig, check, one_line
+from condlr.suite.config import check, one_line
 from condlr.suite.runs import Run
 from condlr.suite.signals import Signals
-from condlr.suite.sweeps.jobs import Job, Outcome, Start, living, outcomes, plan, watch, waves
+from condlr.suite.sweeps.jobs import Job, Start, living, outcomes, watch, waves
+from condlr.suite.sweeps.plan import compose, note
 from condlr.suite.sweeps.processes import Killed, call_apart
 
 log = logging.getLogger(__name__)
@@ -45,45 +42,65 @@ log = logging.getLogger(__name__)
 _TRIES = 3
 # Seconds that runs are given to write their checkpoint when a sweep is stopped.
 _STOPPING = 60.0
-# As Hydra writes it again, escaped
-_JOB_NUMBER = re.compile(r"\$\\?\{hydra\\?:job\.(num|id)\\?\}")
+# The name that this module has for Hydra.
+_PLUGIN = "hydra_plugins.condlr"
 
 
 @dataclass
-class StudySweeperConf:
+class SweeperConf:
     """The keys of hydra.sweeper: `params` are values to sweep over, by key, as an experiment names them."""
 
     _target_: str
     params: dict[str, str] | None = None
 
 
-class StudySweeper(Sweeper):
+class PlanSweeper(Sweeper):
+    """A sweep that launches nothing: the script is told which runs it would have.
+
+    Attributes:
+        told: what the script does with what a sweep found. Hydra makes the sweeper, so that a script can't
+            hand it over in any other way.
+    """
+
+    told: ClassVar[Callable[..., None]]
+
+    def __init__(self, params: Mapping[str, str] | None) -> None:
+        """Made by Hydra; the plan reads `params` from the config."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take what Hydra gives each sweeper."""
+        self._config, self._loader = config, hydra_context.config_loader
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Tell of the plan."""
+        type(self).told(self.plan(arguments))
+
+    def plan(self, arguments: list[str]) -> list[Job]:
+        """All runs; every config is checked before the first run starts."""
+        jobs = compose(self._loader, self._config, arguments)
+        if not jobs:
+            raise UserError(f"these values make no run: {' '.join(arguments)}")
+        return jobs
+
+
+class StudySweeper(PlanSweeper):
     """A sweep over all combinations, like Hydra's own, which knows the run store.
 
     All configs are checked before the first run starts, a run that several arguments make is one run, and
     what is done, or at work elsewhere, is not launched.
     """
 
-    def __init__(self, params: Mapping[str, str] | None) -> None:
-        self.params = dict(params or {})
-
-    @staticmethod
-    def tell(outcomes: Sequence[Outcome], studies: str) -> None:
-        """Say what came of a sweep: a program puts the report's words here, for the suite knows no report."""
-
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what Hydra gives each sweeper."""
-        self._config, self._loader = config, hydra_context.config_loader
+        """Take what Hydra gives each sweeper, and make the launcher."""
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         self._launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Launch what is left to do, and say what came of all; exit status 1 if not all are content."""
-        jobs = self._jobs(arguments)
-        if not jobs:
-            raise UserError(f"these values make no run: {' '.join(arguments)}")
-        plan(jobs)
+        """Launch what is left to do, and tell what came of all; exit status 1 if not all are content."""
+        jobs = self.plan(arguments)
+        note(jobs)
         with read_write(self._config):  # a launcher makes this directory: not one that no run is for
             self._config.hydra.sweep.dir = str(jobs[0].study)
         open_ = [job for job in jobs if not (job.closed or job.obstacle or job.lacks_weights)]
@@ -102,8 +119,7 @@ class StudySweeper(Sweeper):
             raise
         heard, silent = watch(job for job in left if not job.ended)
         found = outcomes(jobs, starts, elsewhere | heard, silent)
-
-        self.tell(found, studies)
+        type(self).told(found, studies)
         if trouble:
             print(f"error: the launcher failed ({trouble})", file=sys.stderr)
         # What is at work after a launcher has died may be what it left, and about to stop
@@ -150,55 +166,6 @@ class StudySweeper(Sweeper):
             log.warning("%s; %d runs that were given up are launched again", trouble, len(jobs))
         return lost
 
-    def _jobs(self, arguments: list[str]) -> list[Job]:
-        combinations = self._combinations(arguments)
-        jobs: dict[tuple[Path, str], Job] = {}
-        for number, numbered in enumerate(combinations):
-            # What is done is not launched, so that a launcher would give the others other numbers
-            combination = [_JOB_NUMBER.sub(str(number), argument) for argument in numbered]
-            composed = self._loader.load_sweep_config(self._config, combination)
-            HydraConfig.instance().set_config(composed)  # for ${hydra:...}
-            try:
-                config = check(composed)
-            except UserError as error:
-                which = f"{' '.join(combination)}: " if len(combinations) > 1 else ""
-                raise UserError(f"{which}{error}") from error
-            attack = repr(config.attack) if isinstance(config, RunConfig) else ""
-            jobs.setdefault((config.directory, attack), Job(combination, config))
-        return [*jobs.values()]
-
-    def _combinations(self, arguments: list[str]) -> list[list[str]]:
-        """The arguments of each run; of several experiments each is swept over its own values."""
-        parse = OverridesParser.create(self._loader).parse_overrides
-        asked = parse(arguments)
-        experiments = [override for override in asked if override.key_or_group == "experiment"]
-        if not any(override.is_sweep_override() for override in experiments):
-            return _product([*parse(_written(self.params)), *asked])
-        others = [override for override in asked if override not in experiments]
-        found = []
-        for chosen in _product(experiments):
-            config = self._loader.load_sweep_config(self._config, chosen)
-            params = OmegaConf.select(config, "hydra.sweeper.params") or {}
-            found += _product([*parse([*_written(params), *chosen]), *others])
-        return found
-
-
-class PlanSweeper(StudySweeper):
-    """The runs of such a sweep one after the other, done or not, for a task that only asks."""
-
-    def sweep(self, arguments: list[str]) -> None:
-        """Hand the task each run's config."""
-        self._launcher.launch([job.overrides for job in self._jobs(arguments)], initial_job_idx=0)
-
-
-def _written(params: Mapping[str, str]) -> list[str]:
-    return [f"{key}={values}" for key, values in params.items()]
-
-
-def _product(overrides: list[Override]) -> list[list[str]]:
-    (combinations,) = basic_sweeper.BasicSweeper.split_arguments(overrides, None)
-    return combinations
-
 
 @contextmanager
 def _patience(launcher: Launcher) -> Iterator[None]:
@@ -226,11 +193,14 @@ def _patience(launcher: Launcher) -> Iterator[None]:
 
 def register() -> None:
     """Make the sweepers known to Hydra, as hydra/sweeper=study and hydra/sweeper=plan."""
+    # Hydra makes a plugin only of a class whose module is in the package hydra_plugins, which it leaves to
+    # everybody (`Plugins._instantiate`). A file there would be imported by every program that uses Hydra, so
+    # this module goes by a second name instead. Processes of a launcher find the classes by that name too:
+    # they import condlr.suite.cli, which calls this, before they read what Hydra sends them.
+    sys.modules[_PLUGIN] = sys.modules[__name__]
     for name, sweeper in (("study", StudySweeper), ("plan", PlanSweeper)):
-        # Hydra takes a plugin by its name, and only from packages of its own
-        sweeper.__module__ = basic_sweeper.__name__
-        setattr(basic_sweeper, sweeper.__name__, sweeper)
-        node = StudySweeperConf(f"{sweeper.__module__}.{sweeper.__name__}")
+        sweeper.__module__ = _PLUGIN
+        node = SweeperConf(f"{_PLUGIN}.{sweeper.__name__}")
         ConfigStore.instance().store(group="hydra/sweeper", name=name, node=node, provider="condlr")
         Plugins.instance().register(sweeper)
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from condlr._support.locks import SILENCE, Lock, owners
 from condlr.report.watching import fitting, print_status, watch
 from condlr.suite.sweeps import status
-from condlr.suite.sweeps.experiments import Wanted, wanted, wanted_of
+from condlr.suite.sweeps.plan import Line, of_experiment, of_experiments, wanted
 from condlr.suite.sweeps.status import Progress, survey
 from tests.helpers import ROOT, SMALL, complains, wait_for
 
@@ -349,7 +349,7 @@ def test_a_run_takes_what_the_clock_says_unless_it_was_interrupted(tmp_path):
 
 def test_rows_of_an_experiment_that_no_run_covers(tmp_path):
     """Whatever protocol and seed they were run with: the demo names no seeds."""
-    asked = wanted("demo")
+    asked = wanted(of_experiment("demo"))
     assert {(want.label, want.compression, want.seed) for want in asked} == {
         ("baseline", 0.0, None), ("vanilla", 0.5, None), ("condlr-tau0.1", 0.5, None),
         ("condlr-tau0.1", 0.8, None),
@@ -368,7 +368,7 @@ def test_rows_of_an_experiment_that_no_run_covers(tmp_path):
 
 def test_rows_and_seeds_of_a_study_of_two_experiments(tmp_path):
     """Figure 2 trains rows of Table 2 from another start: a run of one is none of the other."""
-    asked = [Wanted("dlrt", 0.8, 20, 0), Wanted("dlrt", 0.8, 20, 1), Wanted("dlrt", 0.8, 3, 0)]
+    asked = [Line("", "dlrt", 0.8, seed, epochs, "") for seed, epochs in ((0, 20), (1, 20), (0, 3))]
     make(tmp_path, "dlrt", 0, compression=0.8, epochs=3)
     missing = [run for run in survey(tmp_path, asked).runs if run.state == "missing"]
     assert [(run.epochs, run.seed) for run in missing] == [(20, 0), (20, 1)]
@@ -381,15 +381,18 @@ def test_rows_and_seeds_of_a_study_of_two_experiments(tmp_path):
 
 
 def test_what_experiments_ask_for_is_what_they_sweep_over():
-    asked, notes = wanted_of(["figure2", "demo"])
+    jobs, notes = of_experiments(["figure2", "demo"])
+    asked = wanted(jobs)
     assert notes == []
     labels = ("condlr-tau0", "dlrt", "vanilla", "svd_prune")
-    assert asked[:-4] == [Wanted(label, 0.8, 3, seed) for label in labels for seed in range(5)]
+    assert [(want.label, want.compression, want.epochs, want.seed) for want in asked[:-4]] == [
+        (label, 0.8, 3, seed) for label in labels for seed in range(5)
+    ]
     assert {want.seed for want in asked[-4:]} == {None}
 
 
 def test_an_experiment_that_cannot_be_composed_is_a_note(tmp_path):
-    asked, (note,) = wanted_of(["no_such_experiment"])
+    asked, (note,) = of_experiments(["no_such_experiment"])
     assert asked == []
     make(tmp_path, "baseline")
     out = printed(survey(tmp_path, asked, [note]), 300)

@@ -1,0 +1,257 @@
+"""The one plan of a study: its runs as checked configs, for all who ask which runs there are.
+
+A sweep, an estimate, the status of a study and the provenance of its results ask here, so that they cannot
+disagree. A plan is composed by Hydra from an experiment and the arguments of a command line.
+
+A study's directory also has `planned.csv`, which each sweep writes from its plan: the arguments of a command
+line are known nowhere else. Where a study has both, `planned.csv` wins: it names runs that somebody asked
+for, by their ids. An experiment then adds only the rows and seeds that none of those runs covers, whatever
+protocol they were asked for with.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from hydra import initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from condlr._support.errors import UserError
+from condlr._support.files import forget_partial, read_csv, write_csv
+from condlr._support.locks import Lock
+from condlr.suite.config import CONF, check, one_line
+from condlr.suite.sweeps.jobs import Job
+
+PLAN = "planned.csv"
+# As Hydra writes it again, escaped
+_JOB_NUMBER = re.compile(r"\$\\?\{hydra\\?:job\.(num|id)\\?\}")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A run of a plan, as `planned.csv` keeps it; `seed` is None where any would do."""
+
+    run_id: str
+    label: str
+    compression: float
+    seed: int | None
+    epochs: int
+    overrides: str
+
+    @classmethod
+    def of(cls, job: Job) -> "Line":
+        """The line of a run."""
+        facts = {key: job.config.row[key] for key in ("label", "compression", "seed", "epochs")}
+        return cls(run_id=job.config.run_id, **facts, overrides=" ".join(job.overrides))
+
+    @classmethod
+    def read(cls, text: dict[str, str]) -> "Line":
+        """A line of the file."""
+        return cls(
+            text["run_id"], text["label"], float(text["compression"]), int(text["seed"]),
+            int(text["epochs"]), text["overrides"],
+        )  # fmt: skip
+
+    def text(self) -> dict[str, str]:
+        """The line as it is written."""
+        return {key: str(value) for key, value in asdict(self).items()}
+
+
+def compose(loader: ConfigLoader, config: DictConfig, arguments: list[str]) -> list[Job]:
+    """The plan of a command line: its runs, each once for each attack that it is asked for with.
+
+    Args:
+        loader, config: Hydra's, for the command line as a whole; the config names what its experiment
+            sweeps over.
+        arguments: of the command line.
+
+    Raises:
+        UserError: a config can't be; the message names its arguments.
+        HydraException, OmegaConfBaseException: a config can't be composed.
+    """
+    combinations = _combinations(loader, config, arguments)
+    composer = _Composer(loader, config)
+    jobs: dict[tuple[Path, str], Job] = {}
+    with _hydra_kept():
+        for number, numbered in enumerate(combinations):
+            # What is done is not launched, so that a launcher would give the others other numbers
+            combination = [_JOB_NUMBER.sub(str(number), argument) for argument in numbered]
+            composed = composer.compose(combination)
+            HydraConfig.instance().set_config(composed)  # for ${hydra:...}
+            try:
+                checked = check(composed)
+            except UserError as error:
+                which = f"{' '.join(combination)}: " if len(combinations) > 1 else ""
+                raise UserError(f"{which}{error}") from error
+            jobs.setdefault((checked.directory, repr(checked.attack)), Job(combination, checked))
+    return [*jobs.values()]
+
+
+@cache
+def of_experiment(name: str, *arguments: str) -> Sequence[Job]:
+    """The plan of `train.py -m experiment=<name>`, with further arguments; raises what `compose` raises."""
+    with _hydra_kept(), initialize_config_dir(str(CONF), job_name="train", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        config = loader.load_configuration("train", [f"experiment={name}", *arguments], RunMode.MULTIRUN)
+        given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+        return compose(loader, config, given)
+
+
+def of_experiments(names: Iterable[str]) -> tuple[list[Job], list[str]]:
+    """The runs of several experiments, and why some of those can't be composed."""
+    found: list[Job] = []
+    troubles = []
+    for name in names:
+        try:
+            found += of_experiment(name)
+        except (UserError, HydraException, OmegaConfBaseException) as error:
+            troubles.append(f"experiment={name} can't be composed, and is not counted: {one_line(error)}")
+    return [*{job.config.directory: job for job in found}.values()], troubles
+
+
+def experiments_of(study: str, folder: Path = CONF / "experiment") -> list[str]:
+    """The names of the experiments whose runs are a study: their files say so themselves.
+
+    One that takes another as its default and leaves the study at that is a part of the other.
+    """
+    found = [path.stem for path in sorted(folder.glob("*.yaml")) if _study(path) == study]
+    return sorted(found, key=lambda name: name != study)
+
+
+def note(jobs: Sequence[Job]) -> None:
+    """Note in each study what runs are wanted, beside those of earlier sweeps: a missing one shows."""
+    for study in {job.study for job in jobs}:
+        wanted = {job.config.run_id: Line.of(job).text() for job in jobs if job.study == study}
+        study.mkdir(parents=True, exist_ok=True)
+        with Lock(study, "plan", wait=True):
+            forget_partial(study)
+            before = {line["run_id"]: line for line in _read(study)}
+            if before | wanted != before:
+                write_csv(study / PLAN, [*(before | wanted).values()])
+
+
+def names_seed(job: Job) -> bool:
+    """Whether the arguments of a run name its seed, and do not leave it to the user."""
+    return any(part.startswith("seed=") for part in job.overrides)
+
+
+def wanted(jobs: Iterable[Job]) -> list[Line]:
+    """What experiments ask for; where they name no seed, any will do."""
+    return [Line.of(job) if names_seed(job) else replace(Line.of(job), seed=None) for job in jobs]
+
+
+def noted(study: Path) -> Iterator[Line]:
+    """A line for each run that a sweep of the study ever asked for.
+
+    Raises:
+        UserError: the file is damaged from here on.
+    """
+    try:
+        yield from map(Line.read, _read(study))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{study / PLAN} is damaged ({type(error).__name__}: {error})") from error
+
+
+def _read(study: Path) -> list[dict[str, str]]:
+    try:
+        lines = read_csv(study / PLAN)
+        if lines and "run_id" not in lines[0]:
+            raise UserError(f"{study / PLAN} is damaged (it has no column run_id)")
+    except UserError as error:
+        raise UserError(f"{error}: remove it, and a sweep writes it again") from error
+    return lines
+
+
+class _Composer:
+    """Composes the configs of a plan, those that differ in their seed alone only once.
+
+    Composing takes a tenth of a second. A value on the command line is set once all files are merged, so
+    that the config of another seed differs in that value alone, unless it asks Hydra for its arguments.
+    """
+
+    def __init__(self, loader: ConfigLoader, config: DictConfig) -> None:
+        self._loader, self._config = loader, config
+        self._rows: dict[tuple[str, ...], DictConfig] = {}
+
+    def compose(self, combination: list[str]) -> DictConfig:
+        """The config of some arguments; valid until the next one is composed."""
+        seeds = [part[len("seed=") :] for part in combination if re.fullmatch(r"seed=\d+", part)]
+        row = tuple(part for part in combination if not part.startswith("seed="))
+        if seeds and row in self._rows:
+            composed = self._rows[row]
+            with read_write(composed):
+                composed.seed = int(seeds[0])
+            return composed
+        composed = self._loader.load_sweep_config(self._config, combination)
+        ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        if seeds and "{hydra:" not in OmegaConf.to_yaml(ours):
+            self._rows[row] = composed
+        return composed
+
+
+def _combinations(loader: ConfigLoader, config: DictConfig, arguments: list[str]) -> list[list[str]]:
+    """The arguments of each run; of several experiments each is swept over its own values."""
+    parse = OverridesParser.create(loader).parse_overrides
+    asked = parse(arguments)
+    experiments = [override for override in asked if override.key_or_group == "experiment"]
+    if not any(override.is_sweep_override() for override in experiments):
+        return _product([*parse(_swept(config)), *asked])
+    others = [override for override in asked if override not in experiments]
+    found = []
+    for chosen in _product(experiments):
+        params = _swept(loader.load_sweep_config(config, chosen))
+        found += _product([*parse([*params, *chosen]), *others])
+    return found
+
+
+def _swept(config: DictConfig) -> list[str]:
+    """What an experiment sweeps over, as arguments."""
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    return [f"{key}={values}" for key, values in params.items()]
+
+
+def _product(overrides: Iterable[Override]) -> list[list[str]]:
+    """All combinations of the values of each key; the last one of a key counts, at the place of the first."""
+    values: dict[str, list[str]] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            found: Iterable[str] = [override.get_value_element_as_str()]
+        elif override.is_discrete_sweep():
+            found = override.sweep_string_iterator()
+        else:
+            raise UserError(f"{override.input_line}: a sweep needs single values, such as 1,2 or range(3)")
+        values[key] = [f"{key}={value}" for value in found]
+    return [list(combination) for combination in product(*values.values())]
+
+
+@contextmanager
+def _hydra_kept() -> Iterator[None]:
+    """Leave Hydra, and `${hydra:...}`, as they were: who asks may be a program that Hydra runs."""
+    program, config = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
+    GlobalHydra.instance().clear()  # or Hydra refuses to begin again
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = program
+        HydraConfig.instance().cfg = config
+
+
+def _study(path: Path) -> object:
+    try:
+        return OmegaConf.select(OmegaConf.load(path), "study")
+    except Exception as error:  # a YAML parser's errors share no base with OmegaConf's
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
