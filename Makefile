@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STUDY ?= default
 
-.PHONY: help demo test test-chaos test-slurm test-ray tables figures report status archive restore reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks benchmark clean
+.PHONY: help demo test test-fast test-chaos test-slurm test-ray tables figures report status archive restore reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks benchmark clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -25,10 +25,17 @@ test: $(VENV)/.installed  ## Lint, type check and test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m basedpyright
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist worksteal
+
+test-fast: $(VENV)/.installed  ## The tests that sweep nothing and take no seconds
+	$(RUN) -m pytest -n 2 --dist worksteal -m 'not slow'
 
 test-chaos: $(VENV)/.installed  ## Kill a sweep's processes, fill and spoil its disk; it must end as if left alone (minutes)
 	$(RUN) -m pytest -m chaos -s tests/chaos
+
+.PHONY: test-wheel
+test-wheel: $(VENV)/.installed  ## Build the wheel; install it into a fresh environment without the suite and with it
+	$(RUN) -m pytest -m wheel -s -vv tests/wheel
 
 # Without constraints: the launcher wants older releases of cloudpickle and python-dateutil than the others' newest
 test-ray: $(VENV)/.installed  ## Kill workers and parents of a sweep under Ray, on two pretended GPUs (minutes)

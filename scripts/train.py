@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Train a network and attack it; `python scripts/train.py --help` shows what can be chosen."""
+"""Train a network and attack it, or a whole sweep of them."""
+
+from collections.abc import Sequence
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -7,6 +9,15 @@ from omegaconf import DictConfig
 
 from condlr.suite.cli import command
 from condlr.suite.config import check_any, resolved
+from condlr.suite.sweeps.jobs import Outcome
+from condlr.suite.sweeps.sweep import StudySweeper
+
+
+def tell(outcomes: Sequence[Outcome], studies: str) -> None:
+    """Print what came of a sweep."""
+    from condlr.report.outcomes import print_outcomes
+
+    print_outcomes(outcomes, studies)
 
 
 @command("train")
@@ -20,6 +31,8 @@ def main(config: DictConfig) -> None:
         from condlr.suite.workflow import carry_out
     carry_out(resolved(config))
 
+
+StudySweeper.tell = staticmethod(tell)
 
 if __name__ == "__main__":
     main()

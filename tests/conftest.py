@@ -1,10 +1,8 @@
 import atexit
 import os
-import runpy
 import shutil
-import sys
 import tempfile
-from multiprocessing import forkserver
+from functools import partial
 
 # The tests' matrices are small: a second thread would only wait, and fight other processes for cores.
 os.environ["OMP_NUM_THREADS"] = "1"  # also of the programs they start
@@ -14,7 +12,10 @@ import torch
 from joblib.externals.loky import reusable_executor
 
 import condlr.suite.cli  # noqa: F401  (what makes the sweeper of our configs known to Hydra)
-from tests.helpers import ROOT
+from condlr.data.base import Data
+from condlr.data.digits import Digits
+from condlr.suite.sweeps import processes
+from tests.helpers import Streams, run_script, work_with
 
 torch.set_num_threads(1)
 
@@ -35,25 +36,30 @@ def script(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("CONDLR_DATA", raising=False)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
+    # The fork server outlives the test that started it, for it imports torch for seconds
+    monkeypatch.setattr(processes, "_work", partial(work_with, Streams()))
+
     def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
-        return stop.value.code, *capfd.readouterr()
+        return run_script(name, *arguments), *capfd.readouterr()
 
     yield run
-    # What outlives a sweep but not a command: joblib's workers, and the fork server, have this test's
-    # directory, stdout and stderr for their own
+    # joblib's workers outlive a sweep but not a command: they have this test's directory, stdout and stderr
     if reusable_executor._executor is not None:
         reusable_executor._executor.shutdown(wait=True, kill_workers=True)
-    forkserver._forkserver._stop()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A few digits, in three parts."""
+    digits = Digits().load(tmp_path_factory.mktemp("data"))
+    return Data(digits.train.take(slice(250)), digits.test.take(slice(50)), 10).hold_out(0.2, 0)
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-        for name in ("slurm", "ray", "chaos"):  # minutes each, and only for those who ask for them
+        for name in ("slurm", "ray", "wheel", "chaos"):  # minutes each, and only for those who ask for them
             if item.get_closest_marker(name) and name not in config.option.markexpr:
                 item.add_marker(pytest.mark.skip(reason=f"make test-{name}"))

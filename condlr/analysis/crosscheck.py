@@ -37,7 +37,7 @@ def crosscheck(
         UserError: foolbox is not installed.
     """
     if find_spec("foolbox") is None:
-        raise UserError("the cross-check needs the package foolbox: pip install foolbox")
+        raise UserError("the cross-check needs the package foolbox: pip install 'condlr[attacks]'")
     foolbox: Any = import_module("foolbox")
     ((pixels, labels),) = images.batches(len(images))
     euclidean = pixels[0].numel() ** 0.5 / 5

@@ -16,20 +16,20 @@ log = logging.getLogger(__name__)
 AGAIN = "remove it, and it is fetched again"  # a damaged file
 
 _SCRATCH = ".fetching-"
-# What torchvision says in general, and what it means.
+# General messages of torchvision, and what they mean.
 _MEANING = {"File not found or corrupted.": "what came is not the archive: a log-in page, or a part of it"}
 
 
 def fetch(dataset: str, root: Path, missing: Callable[[], list[Path]], allowed: bool, advice: str) -> None:
     """Let torchvision fetch `dataset`, named as it names it, and put what is missing of it below `root`.
 
-    Of several processes one fetches and the others wait. Files are put in their place whole and checked,
-    so that nobody reads the half of one, whatever becomes of the network or of this process.
+    One of several processes fetches, and the others wait. A file is put in its place whole and checked.
+    Nobody reads half of one, whatever happens to the network or to this process.
 
     Args:
         dataset: for example `MNIST`.
         root: the data root.
-        missing: what is not there, in torchvision's layout below `root`; empty if nothing is wanted.
+        missing: the files that are not there, in torchvision's layout below `root`.
         allowed: dataset.download.
         advice: where to put the files by hand.
 
@@ -47,7 +47,11 @@ def fetch(dataset: str, root: Path, missing: Callable[[], list[Path]], allowed: 
             if wanted := missing():  # or another has, while we waited
                 log.info("fetching %s into %s", dataset, root)
                 _fetch(dataset, root, folder, wanted)
-    except Exception as error:  # what urllib, http, ssl, tarfile or zlib make of what comes from a network
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"fetching {dataset} needs {error.name}: pip install 'condlr[suite]'; or {advice}"
+        ) from error
+    except Exception as error:  # urllib, http, ssl, tarfile and zlib each have their own
         raise UserError(f"{dataset} could not be fetched ({_reason(error)}): {advice}") from error
 
 
@@ -56,7 +60,7 @@ def _fetch(dataset: str, root: Path, folder: Path, wanted: list[Path]) -> None:
 
     kind = getattr(torchvision.datasets, dataset)
     forget_partial(folder)
-    for leftover in folder.glob(f"{_SCRATCH}*"):  # of a process that died
+    for leftover in folder.glob(f"{_SCRATCH}*"):  # a process that died left it
         shutil.rmtree(leftover, ignore_errors=True)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
@@ -73,7 +77,7 @@ def _fetch(dataset: str, root: Path, folder: Path, wanted: list[Path]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Why, in a few words, whatever a server has put into them."""
+    """The reason in a few printable words, whatever a server has sent."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {error.filename}"
     last = str(error).rpartition("got:\n")[2].strip()  # of several servers that were tried

@@ -3,12 +3,12 @@
 import gzip
 import hashlib
 import logging
+import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -68,7 +68,7 @@ class Idx(Dataset):
         return Data(train, test, classes=10, official=all(official))
 
     def _read(self, raw: Path, index: int) -> tuple[Tensor, bool]:
-        """The array of one file, and whether it is the official one; if it is cut, of the .gz beside it."""
+        """The array of one file, and whether it is the official one. If the file is cut, the .gz is read."""
         path, *others = _found(raw, FILES[index])
         try:
             return self._read_one(path, index)
@@ -100,7 +100,7 @@ class Idx(Dataset):
 
 
 def _found(raw: Path, name: str) -> list[Path]:
-    """The plain file and the packed one, as far as they are there."""
+    """The plain file and the packed one, those that exist."""
     return [path for path in (raw / name, raw / f"{name}.gz") if path.is_file()]
 
 
@@ -129,12 +129,13 @@ def _parse(path: Path, content: bytes, dimensions: int) -> Tensor:
     sizes = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
     if dimensions == 3 and sizes[1:] != [28, 28]:
         raise UserError(f"{path} holds images of {sizes[1]} x {sizes[2]}; expected 28 x 28")
-    size = header + int(np.prod(sizes))
+    size = header + math.prod(sizes)
     if len(content) != size:
         state = "truncated" if len(content) < size else "too long"
         expected = f"expected {size} for {sizes[0]} items"
         raise UserError(f"{path} is {state}: {len(content)} bytes; {expected}; {AGAIN}")
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(sizes).copy())
+    # A file of no items is legal, and PyTorch makes no tensor of an empty rest
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)[header:].reshape(sizes)
 
 
 def _pair(raw: Path, pixels: Tensor, labels: Tensor, name: str) -> Images:

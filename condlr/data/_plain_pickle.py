@@ -1,18 +1,25 @@
-"""Reads pickles of plain values and numpy arrays of bytes, and can run no code from them."""
+"""Reads pickles of plain values and numpy arrays of integers, and can run no code from them."""
 
 import io
 import pickle
 from typing import Any
 
-import numpy as np
+import torch
+from torch import Tensor
 from typing_extensions import override
+
+# What numpy calls the kinds of integers.
+_KINDS = {
+    **{f"i{size}": getattr(torch, f"int{8 * size}") for size in (1, 2, 4, 8)},
+    **{f"u{size}": getattr(torch, f"uint{8 * size}") for size in (1, 2, 4, 8)},
+}
 
 
 def load(content: bytes) -> Any:
-    """What a pickle of Python 2 or 3 holds; arrays must be of uint8 or of integers.
+    """What a pickle of Python 2 or 3 holds, its arrays as tensors; they must be of integers.
 
-    Whatever a pickle calls for is answered by a stand-in of this module, so that nothing that it
-    names is ever imported or called.
+    Stand-ins of this module answer for everything that a pickle asks for. Nothing that it names is
+    imported or called.
 
     Raises:
         ValueError: it is damaged, or holds something else.
@@ -20,7 +27,7 @@ def load(content: bytes) -> Any:
     try:
         return _plain(_Unpickler(io.BytesIO(content), encoding="bytes").load())
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, OverflowError,
-            AttributeError, MemoryError, RecursionError) as error:  # fmt: skip
+            AttributeError, MemoryError, RecursionError, RuntimeError) as error:  # fmt: skip
         raise ValueError(str(error) or type(error).__name__) from error
 
 
@@ -35,21 +42,23 @@ class _Dtype:
 class _Array:
     """Stands in for an ndarray: `value` is set once its state is known."""
 
-    value: np.ndarray | None = None
+    value: Tensor | None = None
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, raw = state
         self.value = _array(raw, dtype, shape, "F" if fortran else "C")
 
 
-def _array(raw: Any, dtype: _Dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
-    if not isinstance(dtype, _Dtype) or dtype.code not in ("u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8"):
+def _array(raw: Any, dtype: _Dtype, shape: tuple[int, ...], order: str) -> Tensor:
+    if not isinstance(dtype, _Dtype) or dtype.code not in _KINDS:
         raise pickle.UnpicklingError("an array of something else than integers")
-    kind = np.dtype(dtype.code).newbyteorder("<")
-    return np.frombuffer(bytes(raw), kind).reshape(shape, order="F" if order == "F" else "C")
+    flat = torch.frombuffer(bytearray(raw), dtype=_KINDS[dtype.code])
+    if order == "F":  # the first index varies fastest
+        return flat.reshape(shape[::-1]).permute(*reversed(range(len(shape))))
+    return flat.reshape(shape)
 
 
-def _from_buffer(raw: Any, dtype: _Dtype, shape: tuple[int, ...], order: str, *_: object) -> np.ndarray:
+def _from_buffer(raw: Any, dtype: _Dtype, shape: tuple[int, ...], order: str, *_: object) -> Tensor:
     return _array(raw, dtype, shape, order)
 
 

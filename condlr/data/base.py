@@ -81,8 +81,8 @@ class Data:
     Attributes:
         train, test: as the dataset has them.
         classes: number of classes.
-        held_out: None where nothing is held out of the training images.
-        official: whether the files are known to be those that everybody else uses.
+        held_out: images kept out of the training images; None where there are none.
+        official: whether the files are those that everybody else uses.
         standard: mean and standard deviation of each channel, for pixels in [0, 1], by which a
             network standardises its input; None where it takes images as they are.
     """
@@ -96,7 +96,7 @@ class Data:
 
     @cached_property
     def digest(self) -> str:
-        """Of all images and labels, to tell whether two runs saw the same."""
+        """A digest of all images and labels, which tells whether two runs saw the same."""
         digest = hashlib.sha256()
         for images in (self.train, self.test, self.held_out):
             if images is not None:
@@ -123,7 +123,7 @@ class Data:
             held_out=self.train.take(order[:count].sort().values),
         )
 
-    def first(self, train: int | None, test: int | None) -> "Data":
+    def shortened(self, train: int | None, test: int | None) -> "Data":
         """The first `train` and `test` images alone (None: all); such data are not `official`."""
         whole = train is None and test is None
         return replace(
@@ -146,7 +146,7 @@ class Dataset(ABC):
     Attributes:
         shape: (channels, height, width) of its images; None where only the files say.
         download: fetch missing files through torchvision.
-        train_images, test_images: use only the first so many, for a quick trial; None is all.
+        train_images, test_images: use only this many images, the first ones, for a quick trial; None is all.
     """
 
     shape: ClassVar[tuple[int, int, int] | None] = None

@@ -5,7 +5,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from typing_extensions import override
 
@@ -29,7 +28,7 @@ OFFICIAL = {
     "test_batch": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
 }
 
-# Of each channel, as the authors' code and most others standardise CIFAR-10.
+# Mean and deviation of each channel, as the authors' code and most others have them.
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 _RECORD = 1 + 3 * 32 * 32
@@ -39,8 +38,8 @@ _RECORD = 1 + 3 * 32 * 32
 class Cifar10(Dataset):
     """CIFAR-10 (Krizhevsky, 2009): 50 000 training and 10 000 test images of 3 x 32 x 32.
 
-    Read from `<root>/cifar-10-batches-bin/*.bin` or `<root>/cifar-10-batches-py/`; where both are, from
-    the first. Both give the same tensors. The pickles of the second are read without running them.
+    The files are `<root>/cifar-10-batches-bin/*.bin` or `<root>/cifar-10-batches-py/`. Where both are there,
+    the first are read. Both give the same tensors. The pickles of the second are read without running them.
 
     Attributes:
         standardize: networks standardise their input by the channels' mean and deviation, inside.
@@ -55,7 +54,7 @@ class Cifar10(Dataset):
         names = (*TRAIN, TEST)
 
         def missing() -> list[Path]:
-            here = _complete(root, names)
+            here = _whole_versions(root, names)
             return [] if here else [path for path in _paths(root, names, "py").values() if not path.is_file()]
 
         if absent := missing():
@@ -64,7 +63,7 @@ class Cifar10(Dataset):
                 f".bin files of the binary version into {root / 'cifar-10-batches-bin'}, or set data_root"
             )
             fetch("CIFAR10", root, missing, self.download, advice)
-        paths, *others = _complete(root, names)
+        paths, *others = _whole_versions(root, names)
         try:
             records = {name: _read(path) for name, path in paths.items()}
         except UserError as error:
@@ -86,50 +85,55 @@ def _paths(root: Path, names: tuple[str, ...], kind: str) -> dict[str, Path]:
     return {name: root / f"cifar-10-batches-{kind}" / f"{name}{suffix}" for name in names}
 
 
-def _complete(root: Path, names: tuple[str, ...]) -> list[dict[str, Path]]:
-    """The paths of each version that is all there, the first to be read."""
+def _whole_versions(root: Path, names: tuple[str, ...]) -> list[dict[str, Path]]:
+    """The paths of each version of which no file is missing, in the order in which they are tried."""
     versions = (_paths(root, names, kind) for kind in ("bin", "py"))
     return [paths for paths in versions if all(path.is_file() for path in paths.values())]
 
 
-def _read(path: Path) -> np.ndarray:
-    """A batch as (n, 3073) bytes: label, then 1024 red, green and blue pixels."""
+def _read(path: Path) -> bytearray:
+    """A batch as the binary version has it, of each image the label, then 1024 red, green and blue pixels."""
     content = path.read_bytes()
     if path.suffix == ".bin":
         if len(content) == 0 or len(content) % _RECORD:
             raise UserError(
                 f"{path} is damaged or truncated: {len(content)} bytes; expected a multiple of {_RECORD}"
             )
-        records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD)
+        records = bytearray(content)
     else:
         records = _from_pickle(path, content)
-    if records[:, 0].max() > 9:
-        raise UserError(f"{path} has a label {records[:, 0].max()}; expected 0 to 9")
+    if (largest := max(records[::_RECORD])) > 9:
+        raise UserError(f"{path} has a label {largest}; expected 0 to 9")
     return records
 
 
-def _from_pickle(path: Path, content: bytes) -> np.ndarray:
+def _from_pickle(path: Path, content: bytes) -> bytearray:
     try:
         batch = _plain_pickle.load(content)
     except ValueError as error:
         raise UserError(f"{path} is damaged, or no batch of CIFAR-10: {error}") from error
     try:
-        pixels, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
-        if pixels.dtype != np.uint8 or pixels.shape != (len(labels), _RECORD - 1) or len(labels) == 0:
-            raise ValueError(f"its data are {pixels.shape} {pixels.dtype}, its labels {len(labels)}")
+        pixels, labels = (torch.as_tensor(batch[key]) for key in ("data", "labels"))
+        if pixels.dtype != torch.uint8 or pixels.shape != (len(labels), _RECORD - 1) or len(labels) == 0:
+            kind = str(pixels.dtype).removeprefix("torch.")
+            raise ValueError(f"its data are {tuple(pixels.shape)} {kind}, its labels {len(labels)}")
         if labels.ndim != 1:
-            raise ValueError(f"its labels are {labels.shape}")
-        if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() > 255:
+            raise ValueError(f"its labels are {tuple(labels.shape)}")
+        whole = not labels.is_floating_point() and labels.dtype != torch.bool
+        if not whole or not 0 <= labels.long().min() <= labels.long().max() <= 255:
             raise ValueError("its labels are no classes")
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise UserError(
             f"{path} is no batch of CIFAR-10 ({error}); expected data of (n, 3072) bytes and n labels"
         ) from error
-    return np.concatenate([labels.astype(np.uint8).reshape(-1, 1), pixels], axis=1)
+    records = bytearray(len(labels) * _RECORD)
+    table = torch.frombuffer(records, dtype=torch.uint8).view(-1, _RECORD)  # the same memory
+    table[:, 0], table[:, 1:] = labels.to(torch.uint8), pixels
+    return records
 
 
-def _is_official(name: str, path: Path, records: np.ndarray) -> bool:
-    digest = hashlib.sha256(np.ascontiguousarray(records).data).hexdigest()
+def _is_official(name: str, path: Path, records: bytearray) -> bool:
+    digest = hashlib.sha256(records).hexdigest()
     for other, known in OFFICIAL.items():
         if digest == known and other != name:
             raise UserError(f"{path} is CIFAR-10's {other}; expected its {name}")
@@ -142,6 +146,6 @@ def _is_official(name: str, path: Path, records: np.ndarray) -> bool:
     return digest == OFFICIAL[name]
 
 
-def _images(batches: list[np.ndarray]) -> Images:
-    records = torch.from_numpy(np.concatenate(batches))
+def _images(batches: list[bytearray]) -> Images:
+    records = torch.frombuffer(bytearray().join(batches), dtype=torch.uint8).view(-1, _RECORD)
     return Images(records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long())

@@ -52,6 +52,8 @@ class Vanilla(Method):
                 raise ValueError("decay is of singular values: method.init=gaussian draws none")
             for name, layer in low_rank_layers(factored).items():
                 dense = model.get_parameter(f"{name}.weight")
+                if dense.is_meta:  # without values, for it waits for those of a file
+                    continue
                 variance = dense.detach().square().mean().div(layer.rank).sqrt().item()
                 for factor in (layer.U, layer.V):
                     nn.init.normal_(factor, std=variance**0.5)

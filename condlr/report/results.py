@@ -92,7 +92,7 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
     try:
         frame = pd.read_csv(path, dtype=text, keep_default_na=True)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: collect the study's runs first (scripts/collect.py)") from None
+        raise UserError(f"{path} is missing: collect the study's runs first (condlr collect)") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a table of results ({error})") from error
     if name == "cells" and {"run_id", "status"} <= {*frame} and not {"attack", "eps", "accuracy"} & {*frame}:

@@ -26,7 +26,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from condlr._support.errors import Interrupted, UserError
 from condlr._support.streams import tolerate
-from condlr.suite.config import CONF, check_any, expanded, one_line
+from condlr.suite.config import CONF, check_any, expanded, one_line, published
 from condlr.suite.sweeps.sweep import register
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ Task = Callable[[DictConfig], None]
 OmegaConf.register_new_resolver("condlr.run_id", lambda *, _root_: check_any(_root_).run_id, replace=True)
 register()
 OmegaConf.register_new_resolver("condlr.path", expanded, replace=True)
+OmegaConf.register_new_resolver("condlr.paper", published, replace=True)
 # A variable that is set to nothing counts as not set
 OmegaConf.register_new_resolver(
     "condlr.data_root", lambda: os.environ.get("CONDLR_DATA", "").strip() or "data", replace=True
@@ -165,6 +166,8 @@ def explain(error: BaseException) -> str | None:
     for link in chain:
         if isinstance(link, UserError):
             return " ".join(str(link).split())
+        if isinstance(link, ModuleNotFoundError) and not (link.name or "condlr").startswith("condlr"):
+            return f"this needs {link.name}: pip install 'condlr[suite]'"
     for link in chain:
         if isinstance(link, OSError) and not isinstance(link, HydraException):
             where = f": {link.filename}" if link.filename else ""

@@ -16,7 +16,7 @@ _REMEDIES = {
     "failed": "the same command tries again",
     "interrupted": "the same command goes on",
     "running": "wait",
-    "done": "but not evaluated: scripts/evaluate.py attacks",
+    "done": "but not evaluated: condlr evaluate attacks",
 }
 # What run.json says of how a run went.
 _OUTCOME = ("status", "reason", "started", "ended", "attempts", "train_seconds", "record_seconds")
@@ -126,7 +126,7 @@ def nothing_to_show(statuses: Iterable[str]) -> str:
         f"{n} {status}{f' ({_REMEDIES[status]})' if status in _REMEDIES else ''}"
         for status, n in counts.items()
     )
-    return f"no run of this study is done and evaluated yet: {', '.join(parts)}; scripts/status.py says more"
+    return f"no run of this study is done and evaluated yet: {', '.join(parts)}; condlr status says more"
 
 
 def _largest(row: Mapping[str, str], factored: Sequence[str]) -> dict[str, float | None]:

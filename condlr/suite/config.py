@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from condlr._support.errors import UserError, in_range, one_of
 from condlr._support.strengths import distinct, require_pixels, strengths
 from condlr.ranks import RANK_RULES
+from condlr.suite.folders import folder
 from condlr.suite.registry import available, find
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from condlr.methods.base import Method
     from condlr.models.base import Architecture
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CONF = folder("conf", "conf")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "tf32", "bf16")
 FORMS = ("measured", "factored", "chained", "multiplied")
@@ -206,7 +207,7 @@ class Report:
     paper: str
 
     def __post_init__(self) -> None:
-        if not Path(self.paper).is_dir() and Path(self.paper) != Path(self.results_dir) / "paper":
+        if not Path(self.paper).is_dir():
             raise ValueError(f"paper={self.paper} is not a directory of published numbers")
 
     @property
@@ -411,7 +412,9 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         if name == method_keys["name"] and (unknown := [key for key in keys if key not in method_keys]):
             raise UserError(f"protocol.methods.{name}.{unknown[0]}: the method {name} has no such key")
     model, model_keys = choose("model", "models", values["model"], Architecture)
-    dataset, dataset_keys = choose("dataset", "data", values["dataset"], Dataset)
+    # Strengths are what attacks refer to, and count there
+    of_images = {key: value for key, value in values["dataset"].items() if key != "strengths"}
+    dataset, dataset_keys = choose("dataset", "data", of_images, Dataset)
     if dataset.shape is not None:
         try:
             model.require(dataset.shape)
@@ -531,6 +534,12 @@ def _at_home(values: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(attack, dict) and "source" in attack:
         paths["attack"] = attack | {"source": expanded(attack["source"])}
     return dict(values) | paths
+
+
+def published(results_dir: str) -> str:
+    """The default of `paper`: the published numbers beside one's results, else those of the code."""
+    own = Path(expanded(results_dir)) / "paper"
+    return str(own if own.is_dir() else folder("paper", "results/paper"))
 
 
 def expanded(path: T) -> T | str:

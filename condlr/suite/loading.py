@@ -30,7 +30,10 @@ def build(config: RunConfig, data: Data) -> nn.Module:
 
 def load_network(run: Run, config: RunConfig, data: Data) -> nn.Module:
     """The network that the run trained, on the device of `data`, in eval mode."""
-    model, weights = build(config, data), run.load_model()
+    weights = run.load_model()
+    with torch.device("meta"):  # what is drawn and factored by an SVD each would be forgotten at once
+        model = build(config, data)
+    model.to_empty(device="cpu")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -43,7 +46,7 @@ def load_network(run: Run, config: RunConfig, data: Data) -> nn.Module:
 def load_data(config: RunConfig, device: torch.device) -> Data:
     """The run's dataset on the device, with its part held out."""
     data = config.dataset.load(config.data_root)
-    data = data.first(config.dataset.train_images, config.dataset.test_images)
+    data = data.shortened(config.dataset.train_images, config.dataset.test_images)
     data = data.hold_out(config.protocol.held_out, derive_seed(config.seed, "held_out"))
     if len(data.train) == 0:
         raise UserError(f"protocol.held_out={config.protocol.held_out:g} leaves no image to train on")

@@ -5,7 +5,7 @@ import torch
 
 from condlr._support.precision import PRECISIONS, require, strict, training
 from condlr.suite import config
-from tests.suite.test_engine import METHODS, Stop, data, trainer  # noqa: F401  (a fixture)
+from tests.training import METHODS, Stop, trainer
 
 CPU = torch.device("cpu")
 
@@ -42,10 +42,11 @@ def test_the_forward_pass_is_bfloat16_and_nothing_else():
     assert seen.pop() == torch.float32, "it ends with the context"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["condlr", "unit", "released", "dlrt", "vanilla", "svd_prune", "cayley_exact"]
 )
-def test_methods_keep_their_promises_in_bfloat16(name, data):  # noqa: F811
+def test_methods_keep_their_promises_in_bfloat16(name, data):
     t = trainer(METHODS[name], data, lr=0.02)
     t.precision = "bf16"
     t.fit()  # audits at the end of every epoch
@@ -56,7 +57,7 @@ def test_methods_keep_their_promises_in_bfloat16(name, data):  # noqa: F811
     assert t.history[-1]["train_loss"] != plain.history[-1]["train_loss"]
 
 
-def test_an_interrupted_run_in_bfloat16_ends_with_the_same_bits(data):  # noqa: F811
+def test_an_interrupted_run_in_bfloat16_ends_with_the_same_bits(data):
     runs = [trainer(METHODS["condlr"], data) for _ in range(3)]
     for t in runs:
         t.precision = "bf16"

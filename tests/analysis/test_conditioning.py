@@ -475,6 +475,7 @@ NETWORKS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_chain_computes_what_the_network_does(name):
     build, shape = NETWORKS[name]
@@ -878,6 +879,7 @@ def test_proposition_1_of_what_it_is_meant_for():
     assert result.bound == pytest.approx(10 / math.tanh(1))
 
 
+@pytest.mark.slow
 def test_proposition_1_names_each_hypothesis_that_fails():
     model = LeNet5()
     result = proposition_1(model, (1, 28, 28))

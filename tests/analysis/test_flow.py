@@ -82,6 +82,7 @@ def test_out_of_the_band_the_admitted_learning_rate_vanishes():
     assert limits[0] > 8 * limits[1] > 64 * limits[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_the_exact_flow_is_that_of_dense_projectors(case):
     """Y' = -P(Y) grad L(Y), with P(Y) from the SVD of Y, n x n and m x m, by a Runge-Kutta method."""
@@ -157,6 +158,7 @@ def test_the_band_holds_in_algorithm_1_and_not_without_it():
     assert conditions["unbanded"] > 5
 
 
+@pytest.mark.slow
 def test_rows_figure_and_page(tmp_path):
     seen = []
     frame = pd.DataFrame(flows.errors(SMALL, lambda done, total: seen.append((done, total))))

@@ -342,6 +342,7 @@ def test_wrong_options_are_refused(options, text):
 # Other libraries
 
 
+@pytest.mark.slow
 def test_fgsm_is_that_of_foolbox_and_pgd_no_weaker(network, test_images):
     rows = list(crosscheck(network, test_images, [0.02, 0.05, 0.1, 0.2]))
     assert len(rows) == 4 + 4 * 2 * 2
@@ -378,6 +379,7 @@ def test_square_asks_and_stays_in_the_ball(network, test_images, norm):
     assert row["queries"] > 1
 
 
+@pytest.mark.slow
 def test_autoattack_is_the_library_and_no_weaker_than_pgd(network, test_images):
     images, eps = test_images.take(slice(10)), 0.08
     x, y = next(images.batches(10))

@@ -119,7 +119,7 @@ class Chaos:
         """All processes of an ended sweep stop by themselves, and soon."""
         began = time.monotonic()
         try:
-            wait_for(lambda: not self.left_of(sweep), STOPPING, f"processes of {sweep.name} live on")
+            wait_for(lambda: not self.left_of(sweep), f"processes of {sweep.name} live on", STOPPING)
         except AssertionError as error:
             raise AssertionError(f"{error}: {sweep.processes()}") from None
         self.slowest_end = max(self.slowest_end, time.monotonic() - began)
@@ -146,7 +146,7 @@ class Chaos:
         self.kills[process.kind] += 1
         whom = name.get(process.kind, f"the process of {what}")
         say(f"kill {sum(self.kills.values())}: SIGKILL to {whom} ({process.pid}, {self.sweep.name})")
-        wait_for(lambda: not process.lives, 10, "a killed process lives")
+        wait_for(lambda: not process.lives, "a killed process lives", 10)
         self.dead.append(process.pid)
         return True
 
@@ -204,7 +204,7 @@ class Chaos:
         if early:
             time.sleep(self.rng.uniform(0.1, 8))  # while it still imports, plans, starts its workers
         else:
-            wait_for(lambda: self.training() or not sweep.runs_on, SWEEP, f"{sweep.name} trains nothing")
+            wait_for(lambda: self.training() or not sweep.runs_on, f"{sweep.name} trains nothing", SWEEP)
             time.sleep(self.delay())
         targets = sweep.processes(kind)
         if not sweep.runs_on or not targets:
@@ -279,7 +279,7 @@ class Chaos:
             return
         self.start()
         sweep, ballast = self.sweep, self.directory / "runs" / "ballast"
-        wait_for(lambda: len(self.training()) > 1 or not sweep.runs_on, SWEEP, "two runs that train")
+        wait_for(lambda: len(self.training()) > 1 or not sweep.runs_on, "two runs that train", SWEEP)
         time.sleep(self.delay())
         while sweep.runs_on:  # what fails frees its half files: those bytes, too
             if not ballast.exists():

@@ -563,10 +563,10 @@ def test_missing_batches_are_named(cifar):
 
 def test_a_part_of_a_dataset_is_its_first_images_and_not_official():
     data = Data(images(100), images(7), 10)
-    part = data.first(20, None)
+    part = data.shortened(20, None)
     assert (len(part.train), len(part.test), part.official) == (20, 7, False)
     assert torch.equal(part.train.labels, torch.arange(20))
-    assert data.first(None, None).official
+    assert data.shortened(None, None).official
     with pytest.raises(ValueError, match=r"train_images must be in \[1, inf\)"):
         Cifar10(train_images=0)
 

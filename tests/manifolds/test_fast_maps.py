@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 import condlr
 from condlr.manifolds import _fast, spectrum, stiefel
-from tests.manifolds.test_manifolds import HARD, with_spectrum
+from tests.manifolds.matrices import HARD, with_spectrum
 
 IN_LOOP = 2e-6
 

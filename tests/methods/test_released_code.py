@@ -16,6 +16,8 @@ from condlr.data.digits import Digits
 from condlr.suite.config import CONF, check
 from condlr.suite.loading import build
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 
 
@@ -136,7 +138,7 @@ def compare(config, theirs_of, data, dtype):
     model = build(config, data).to(dtype)
     theirs = theirs_of({name: p.detach().double().clone() for name, p in model.named_parameters()})
     optimizer = config.method.optimizer(model, config.protocol.lr, config.protocol.momentum)
-    for _, (images, labels) in zip(range(STEPS), data.train.batches(64), strict=False):
+    for _, (images, labels) in zip(range(STEPS), data.train.batches(16), strict=False):
         config.method.step(model, optimizer, images.to(dtype), labels)
         theirs.step(images.double(), labels)
         for name, p in model.named_parameters():

@@ -23,7 +23,7 @@ from threading import Thread
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -62,16 +62,6 @@ class Witness(Callback):
 
 def say(text):
     print(f"  {time.strftime('%H:%M:%S')}  {text}", flush=True)
-
-
-def wait_for(condition, what, seconds=120, sweep=None):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
-        if sweep is not None and sweep.process.poll() is not None:
-            pytest.fail(f"the sweep ended before {what}:\n{sweep.output()[-3000:]}")
-        time.sleep(0.05)
-    return found
 
 
 @dataclass(frozen=True)
@@ -124,6 +114,17 @@ class Sweep:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         return pids
+
+    def at_work(self, condition):
+        """The condition, which fails once the sweep has ended: then there is nothing to wait for."""
+
+        def checked():
+            found = condition()
+            if not found and self.process.poll() is not None:
+                pytest.fail(f"the sweep has ended:\n{self.output()[-3000:]}")
+            return found
+
+        return checked
 
     def end(self, seconds=400):
         status = self.process.wait(timeout=seconds)
@@ -287,7 +288,7 @@ def stop_with_ctrl_c(stage, directory):
     """The first start: as a terminal does it, the signal goes to the whole process group."""
     before = time.time()
     sweep = stage.start(directory, *RAY, *SWEEP)
-    wait_for(lambda: len(witnessed(directory, "start", before)) >= 2, "two runs", 60, sweep)
+    wait_for(sweep.at_work(lambda: len(witnessed(directory, "start", before)) >= 2), "two runs", 60)
     os.killpg(sweep.process.pid, signal.SIGINT)
     pressed = time.monotonic()
     status, out = sweep.end(seconds=60)
@@ -303,10 +304,10 @@ def kill_a_worker_and_then_the_parent(stage, directory):
     """The second start; returns when the worker died."""
     before = time.time()
     sweep = stage.start(directory, *RAY, *SWEEP)
-    first = wait_for(lambda: witnessed(directory, "start", before), "a first run", 60, sweep)[0]
+    first = wait_for(sweep.at_work(lambda: witnessed(directory, "start", before)), "a first run", 60)[0]
     say(f"first run after {time.time() - before:.1f} s")
     run = directory / "runs" / "default" / first["run"]
-    wait_for(lambda: len(history(run)) >= EPOCHS // 4, "some epochs", 120, sweep)
+    wait_for(sweep.at_work(lambda: len(history(run)) >= EPOCHS // 4), "some epochs", 120)
     others = {event["pid"] for event in witnessed(directory, "start", before)} - {first["pid"]}
     assert len(others) == 1, "two runs at once"
 
@@ -317,13 +318,13 @@ def kill_a_worker_and_then_the_parent(stage, directory):
     def retried():
         return [event for event in witnessed(directory, "start", died) if event["run"] == run.name]
 
-    again = wait_for(retried, "Ray's second try", 180, sweep)[
+    again = wait_for(sweep.at_work(retried), "Ray's second try", 180)[
         0
     ]  # runs that were waiting have their turn first
     say(f"Ray runs it again in worker {again['pid']}, {again['time'] - died:.1f} s later")
     ended = {event["pid"] for event in witnessed(directory, "end")}
     assert others <= {process.pid for process in sweep.training()} | ended, "the other run was not disturbed"
-    wait_for(lambda: len(history(run)) > len(trained) + 3, "more epochs", 120, sweep)
+    wait_for(sweep.at_work(lambda: len(history(run)) > len(trained) + 3), "more epochs", 120)
     assert history(run)[: len(trained)] == trained, "seconds and all: these epochs were not trained again"
     say(f"which goes on from epoch {len(trained) + 1}, and is in {len(history(run)) + 1} now")
     assert info(run)["attempts"] == attempts + 1

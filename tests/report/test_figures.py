@@ -16,7 +16,7 @@ from condlr.analysis.theory.theorem1 import Settings, errors
 from condlr.report import _style, accuracies, evolution, results, spectra, tradeoffs
 from condlr.report.figures import drawings
 from tests.helpers import ROOT, complains
-from tests.report.test_report import PAPER, cells
+from tests.report.study import PAPER, cells
 
 DECAY = "lr=0.1 lr_milestones=[7,9] decay=2.0"
 
@@ -176,6 +176,7 @@ def test_figure_1_has_a_panel_for_each_row_and_a_line_for_each_layer(tmp_path, d
     assert axes[0].get_ylim() == axes[2].get_ylim()
 
 
+@pytest.mark.slow
 def test_figure_1_of_seventeen_rows(tmp_path, drawn):
     list(evolution.conditioning(seventeen(), steps(seventeen()), tmp_path))
     titles = [axes.get_title() for axes in drawn[0].axes if axes.get_visible()]
@@ -255,6 +256,7 @@ def test_cost_in_seconds_and_where_counted_in_flops(tmp_path, drawn):
     assert drawn[2].axes[0].get_xscale() == "log"
 
 
+@pytest.mark.slow
 def test_all_figures_of_all_tables(tmp_path):
     frame = study(settings=DECAY)
     write(tmp_path, cells=frame, history=history(frame), steps=steps(frame), spectra=values(frame))
@@ -308,6 +310,7 @@ HOSTILE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", HOSTILE)
 def test_a_users_own_settings_change_no_figure(tmp_path, settings):
     frame = study(settings=DECAY)
@@ -321,6 +324,7 @@ def test_a_users_own_settings_change_no_figure(tmp_path, settings):
     assert pictures[0] == pictures[1]
 
 
+@pytest.mark.slow
 def test_a_notebooks_backend_and_a_matplotlibrc_are_in_nobodys_way(tmp_path):
     """In a process of its own: they are read when matplotlib is imported."""
     results_of, frame = tmp_path / "results" / "one", study()

@@ -98,6 +98,7 @@ def report(directory, *arguments):
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_both_formats_have_the_same_sections_rows_and_figures(trained, content):
     parsed, text = Parsed(page.render(content)), report_markdown.render(content)
     headings = [section.heading for section in content.sections]
@@ -286,6 +287,7 @@ def test_durations():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_script_writes_both_files_and_refuses_what_is_not_there(study):
     base = study.parent.parent
     done = report(base, "study=s", f"paper={PAPER}")

@@ -13,7 +13,7 @@ from condlr.report.markdown import markdown
 from condlr.report.protocols import differences
 from condlr.report.results import CONTEXT
 from condlr.report.tables import Cell
-from tests.report.test_report import PAPER, cells
+from tests.report.study import PAPER, cells
 
 VGG = {"dataset": "cifar10", "model": "vgg16", "n": 10_000}
 

@@ -11,12 +11,13 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, wait_for
 
 from .cluster import cluster, missing
 
@@ -29,20 +30,14 @@ RUN = [
 ]  # fmt: skip
 SWEEP = ["-m", *RUN, "protocol.epochs=60", "method=baseline,vanilla,condlr", "seed=0,1"]
 RUNS = 6
+# Slurm takes its time, and each look is a command of its own
+wait_for = partial(wait_for, seconds=600, every=0.1)
 SMALL = ["hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1"]
 SLURM = ["hydra/launcher=slurm", *SMALL, "hydra.launcher.gres=gpu:1", "hydra.launcher.array_parallelism=2"]
 
 
 def tell(text):
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
-
-
-def wait_for(condition, what, seconds=600):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited in vain: {what}"
-        time.sleep(0.1)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +311,7 @@ def test_a_sweep_that_is_killed_requeued_and_preempted_ends_as_if_it_had_not_bee
         kill_hard(slurm, again)
         assert second.end() != 0, "a run has failed"
         assert killed.name in second.said, "and the sweep says which one"
-        wait_for(lambda: queue.over(again.split("_")[0]), "it ended after its jobs, not before", 5)
+        wait_for(lambda: queue.over(again.split("_")[0]), "it ended after its jobs, not before", seconds=5)
         wait_for(queue.empty, "the end of all jobs")
         assert [run for run in study.runs() if info(run)["status"] != "done"] == [killed]
 

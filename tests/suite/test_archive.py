@@ -325,6 +325,7 @@ def test_mistakes_are_one_line(script, tmp_path, study, kept):
     assert not kept.exists()
 
 
+@pytest.mark.slow
 def test_a_restored_study_is_as_it_was(script, tmp_path):
     """Real runs: tables, figures, report and status are the same, and a sweep does what is missing alone."""
     sweep = ["-m", *SMALL, "method=baseline,condlr", "attack.images=40", "study=s"]

@@ -44,6 +44,7 @@ def test_the_naive_form_is_the_same_arithmetic():
         torch.testing.assert_close(own, value, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_small_benchmark(script, tmp_path):
     status, out, err = script(
         "benchmark",
@@ -99,6 +100,7 @@ def test_operations_and_memory_are_counted():
     assert 3 * weights + activations < 1e6 * dense.peak_mb < 3 * weights + 10 * activations
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_kept_whatever_becomes_of_the_rest(script, tmp_path, monkeypatch):
     def full(count, study):
         raise OSError(errno.ENOSPC, "No space left on device", str(study))

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from condlr.suite import environment
 from condlr.suite.cli import explain
 from condlr.suite.config import CONF, check
 from condlr.suite.runs import Run, _seal
-from tests.helpers import ROOT, SMALL, complains
+from tests.helpers import ROOT, SMALL, complains, run_script, write_idx
 
 PAPER = ROOT / "results" / "paper"
 FIGURES = ("claims", "claims-2", "robustness", "compression", "cost", "spectra")
@@ -39,6 +40,21 @@ FIGURES = ("claims", "claims-2", "robustness", "compression", "cost", "spectra")
 def run_of(tmp_path, study="default"):
     (path,) = (tmp_path / "runs" / study).glob("lenet5-*")
     return path
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """What training SMALL leaves, to be copied."""
+    directory = tmp_path_factory.mktemp("small")
+    with chdir(directory):
+        assert run_script("train", *SMALL) == 0
+    return run_of(directory)
+
+
+@pytest.fixture
+def run(small_run, tmp_path):
+    """The run of SMALL in this test's own directory."""
+    return shutil.copytree(small_run, tmp_path / "runs" / "default" / small_run.name)
 
 
 @pytest.mark.parametrize(
@@ -147,12 +163,6 @@ def test_a_config_that_is_refused_leaves_no_directory(script, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def write_idx(path, array):
-    header = (0x800 + array.ndim).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in array.shape)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(header + array.astype(np.uint8).tobytes())
-
-
 @pytest.fixture
 def small_mnist(tmp_path):
     """Files in MNIST's layout with scikit-learn's digits in them."""
@@ -226,6 +236,7 @@ def test_damaged_data_is_named(script, small_mnist, damage, pattern):
     assert json.loads(next(Path("runs").rglob("run.json")).read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_the_contract(script, small_mnist):
     """The call that others may rely on; small files in the place of MNIST."""
     arguments = [
@@ -268,6 +279,7 @@ def test_a_launcher_that_is_not_installed_says_how_it_is(launcher, extra):
     assert condlr.suite.cli.explain(other) == str(other)
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_a_method_without_compression_once_and_goes_on_after_a_failure(script, tmp_path):
     sweep = ["-m", *SMALL, "method=baseline,vanilla,condlr", "compression=0.5,0.8", "study=sweep"]
     status, out, _ = script("train", *sweep)
@@ -292,26 +304,14 @@ def test_a_sweep_runs_a_method_without_compression_once_and_goes_on_after_a_fail
     assert "Traceback" not in out
 
 
-def test_several_runs_at_once_end_as_one_by_one(tmp_path):
+@pytest.mark.slow
+def test_several_runs_at_once_end_as_one_by_one(script, tmp_path):
     """In processes of their own; one that fails does not stop the other, and is told of."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def sweep(study, *arguments):
-        command = [
-            sys.executable,
-            str(ROOT / "scripts" / "train.py"),
-            "-m",
-            *SMALL,
-            "forms=multiplied",  # bits are those of one form
-            f"study={study}",
-            *arguments,
-        ]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-
+    sweep = ["-m", *SMALL, "forms=multiplied"]  # bits are those of one form
     together = ["hydra/launcher=several", "hydra.launcher.n_jobs=2"]
-    assert sweep("one_by_one", "method=baseline,vanilla").returncode == 0
-    done = sweep("at_once", "method=baseline,vanilla", *together)
-    assert done.returncode == 0, done.stderr
+    assert script("train", *sweep, "study=one_by_one", "method=baseline,vanilla")[0] == 0
+    status, _, err = script("train", *sweep, "study=at_once", "method=baseline,vanilla", *together)
+    assert status == 0, err
     weights = [
         {
             path.parent.name: path.read_bytes()
@@ -321,17 +321,19 @@ def test_several_runs_at_once_end_as_one_by_one(tmp_path):
     ]
     assert len(weights[0]) == 2
     assert weights[0] == weights[1]
-    failed = sweep("failing", "protocol.lr=0.05,1e9", "method=baseline", *together)
-    assert failed.returncode == 1
-    assert "Traceback" not in failed.stdout + failed.stderr
-    assert "1 done, 1 diverged" in failed.stdout
-    assert "1 of 2 runs are not done" in failed.stderr
+    failing = ["study=failing", "protocol.lr=0.05,1e9", "method=baseline"]
+    status, out, err = script("train", *sweep, *failing, *together)
+    assert status == 1
+    assert "Traceback" not in out + err
+    assert "1 done, 1 diverged" in out
+    assert "1 of 2 runs are not done" in err
     statuses = [
         json.loads(path.read_text())["status"] for path in (tmp_path / "runs" / "failing").glob("*/run.json")
     ]
     assert sorted(statuses) == ["diverged", "done"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "paper"),
     [("table_mnist", "table2_lenet5_mnist"), ("table_cifar10", "table3_vgg16_cifar10")],
@@ -363,6 +365,7 @@ def small_cifar(tmp_path):
         (folder / f"{name}.bin").write_bytes(records.contiguous().numpy().tobytes())
 
 
+@pytest.mark.slow
 def test_vgg16_on_cifar10(script, small_cifar, tmp_path):
     arguments = [
         "dataset=cifar10", "model=vgg16", "protocol=released_code", "method=condlr", "compression=0.8",
@@ -385,6 +388,7 @@ def test_vgg16_on_cifar10(script, small_cifar, tmp_path):
     assert rows == unclamped | {("fgsm", 0), ("fgsm", 0.1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
@@ -419,9 +423,8 @@ def test_a_rank_adaptive_run_that_diverges_says_so(script, tmp_path):
     assert json.loads((run_of(tmp_path) / "run.json").read_text())["status"] == "diverged"
 
 
-def test_another_attack_on_a_finished_run_trains_nothing(script, tmp_path):
-    script("train", *SMALL)
-    run = run_of(tmp_path)
+@pytest.mark.slow
+def test_another_attack_on_a_finished_run_trains_nothing(script, run):
     weights = (run / "model.safetensors").stat().st_mtime_ns
     status, _, _ = script("train", *SMALL, "attack.eps=[0.2]")
     assert status == 0
@@ -449,6 +452,7 @@ def undone(run):
     (run / "run.json").write_text(json.dumps(info))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "damage", "pattern"),
     [
@@ -459,9 +463,7 @@ def undone(run):
         ("run.json", lambda path: path.write_text("[]"), "run.json is not a run's record"),
     ],
 )
-def test_damaged_runs_are_named_and_left_alone(script, tmp_path, name, damage, pattern):
-    script("train", *SMALL)
-    run = run_of(tmp_path)
+def test_damaged_runs_are_named_and_left_alone(script, run, name, damage, pattern):
     undone(run)
     damage(run / name)
     before = (run / name).read_bytes()
@@ -471,13 +473,11 @@ def test_damaged_runs_are_named_and_left_alone(script, tmp_path, name, damage, p
     assert script("train", *SMALL)[0] == 0, "the advice works"
 
 
-def test_a_checkpoint_that_runs_code_is_refused(script, tmp_path):
+def test_a_checkpoint_that_runs_code_is_refused(script, run):
     class Evil:
         def __reduce__(self):
             return Path("pwned").touch, ()
 
-    script("train", *SMALL)
-    run = run_of(tmp_path)
     undone(run)
     archive = io.BytesIO()
     torch.save({"fingerprint": "x", "state": Evil()}, archive)
@@ -511,18 +511,17 @@ def test_a_checkpoint_of_which_any_bit_differs_is_refused(tmp_path):
         run.load_checkpoint("f")
 
 
-def test_a_checkpoint_of_another_config_is_refused(script, tmp_path):
-    script("train", *SMALL, "study=one")
+@pytest.mark.slow
+def test_a_checkpoint_of_another_config_is_refused(script, run, tmp_path):
     script("train", *SMALL, "study=two", "seed=1")
-    one, two = run_of(tmp_path, "one"), run_of(tmp_path, "two")
-    (two / "checkpoint.pt").write_bytes((one / "checkpoint.pt").read_bytes())
+    two = run_of(tmp_path, "two")
+    (two / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes())
     undone(two)
     complains(script("train", *SMALL, "study=two", "seed=1"), "checkpoint.pt is of another config")
 
 
-def test_a_finished_run_without_its_history_is_named(script, tmp_path):
-    script("train", *SMALL)
-    history = run_of(tmp_path) / "history.csv"
+def test_a_finished_run_without_its_history_is_named(script, run):
+    history = run / "history.csv"
     for damage in (Path.unlink, lambda path: path.write_text("garbage\n")):
         damage(history)
         complains(
@@ -531,8 +530,7 @@ def test_a_finished_run_without_its_history_is_named(script, tmp_path):
         )
 
 
-def test_jobs_of_other_scripts_fail_after_the_others_and_in_the_exit_status(script, tmp_path):
-    script("train", *SMALL)
+def test_jobs_of_other_scripts_fail_after_the_others_and_in_the_exit_status(script, run, tmp_path):
     assert script("collect", "study=default")[0] == 0
     status, out, err = script("tables", "-m", "study=nowhere,default")
     assert status == 1
@@ -543,8 +541,7 @@ def test_jobs_of_other_scripts_fail_after_the_others_and_in_the_exit_status(scri
     assert script("tables", "-m", "study=default")[0] == 0
 
 
-def test_published_numbers_that_are_not_there(script):
-    script("train", *SMALL)
+def test_published_numbers_that_are_not_there(script, run):
     script("collect", "study=default")
     complains(script("tables", "study=default", "paper=nowhere"), "paper=nowhere is not a directory")
 
@@ -564,12 +561,11 @@ def test_memory_that_is_refused_is_one_line():
     assert explain(RuntimeError("shapes cannot be multiplied")) is None
 
 
-def test_evaluate_says_what_it_cannot_evaluate(script, tmp_path):
+@pytest.mark.slow
+def test_evaluate_says_what_it_cannot_evaluate(script, run, tmp_path):
     complains(script("evaluate", "run=nowhere"), "nowhere is not a run: it has no config.yaml")
     complains(script("evaluate", "run=nowhere/*"), r"run=nowhere/\*: there is nothing of such a name")
     complains(script("evaluate"), "run")
-    script("train", *SMALL)
-    run = run_of(tmp_path)
     complains(script("evaluate", f"run={run}", "attack.eps=[7]"), "attack.eps must be in")
     complains(script("evaluate", "run=null"), "run: ")
     complains(script("evaluate", f"run={run}", "attack=null"), "Config group override must be a string")
@@ -609,9 +605,8 @@ def test_evaluation_wants_the_images_of_the_training(script, small_mnist):
     complains(evaluated, "holds other images than the run was trained on")
 
 
-def test_training_afresh_forgets_the_old_evaluation(script, tmp_path):
-    script("train", *SMALL)
-    run = run_of(tmp_path)
+@pytest.mark.slow
+def test_training_afresh_forgets_the_old_evaluation(script, run):
     script("evaluate", f"run={run}", "attack.eps=[0.3]")
     for name in ("run.json", "checkpoint.pt"):
         (run / name).unlink()
@@ -619,15 +614,14 @@ def test_training_afresh_forgets_the_old_evaluation(script, tmp_path):
     assert [float(row["eps"]) for row in csv.DictReader((run / "evaluation.csv").open())] == [0, 0.1]
 
 
+@pytest.mark.slow
 def test_rows_with_unusual_options_have_names_of_their_own(script, tmp_path):
     script("train", "-m", *SMALL, "method.retraction=qr,polar", "study=variants")
     names = sorted(path.name.split("-s0-")[0] for path in (tmp_path / "runs" / "variants").glob("lenet5-*"))
     assert names == ["lenet5-digits-condlr-tau0.1-c0.5", "lenet5-digits-condlr-tau0.1-retraction_polar-c0.5"]
 
 
-def test_collect_refuses_what_would_count_twice_or_cannot_be_read(script, tmp_path):
-    script("train", *SMALL)
-    run = run_of(tmp_path)
+def test_collect_refuses_what_would_count_twice_or_cannot_be_read(script, run):
     shutil.copytree(run, run.parent / "backup")
     complains(script("collect", "study=default"), "backup/run.json is of the run .* count twice")
     shutil.rmtree(run.parent / "backup")
@@ -647,6 +641,7 @@ def test_a_run_lies_where_it_should_even_if_hydra_changes_directory(script, tmp_
     assert (run_of(tmp_path) / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_collect_tables_and_figures_end_to_end(script, tmp_path):
     complains(script("collect", "study=none"), "there is no run in runs/none")
     complains(script("tables", "study=none"), "cells.csv is missing: collect the study's runs first")
@@ -678,6 +673,7 @@ def test_collect_tables_and_figures_end_to_end(script, tmp_path):
     complains(script("tables", "study=two"), "cells.csv")
 
 
+@pytest.mark.slow
 def test_a_matrix_flow_end_to_end(script, tmp_path):
     small = [
         "experiment=theorem1",
@@ -703,6 +699,7 @@ def test_a_matrix_flow_end_to_end(script, tmp_path):
     complains(script("collect", "study=theorem1"), "holds several matrix flows")
 
 
+@pytest.mark.slow
 def test_an_ill_conditioned_start_through_the_command_line(script, tmp_path):
     start = [
         *SMALL,
@@ -822,6 +819,7 @@ def test_the_commit_is_that_of_our_own_repository(tmp_path, monkeypatch, no_repo
     assert environment.commit() == f"{head}+"
 
 
+@pytest.mark.slow
 def test_no_script_needs_a_terminal_that_can_show_all_it_says(script, tmp_path, monkeypatch):
     """Files are UTF-8 all the same, also where the locale is not."""
 
@@ -856,6 +854,7 @@ def test_no_script_needs_a_terminal_that_can_show_all_it_says(script, tmp_path, 
     assert "Größe ∞" in log.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_files_are_written_before_their_reader_has_had_enough(script, tmp_path, monkeypatch):
     """As in `tables.py study=two | head -1`."""
     for method in ("baseline", "condlr"):
@@ -891,21 +890,18 @@ def test_a_path_that_is_in_no_encoding_is_written(tmp_path):
     ],
 )
 @pytest.mark.parametrize("attacked", [False, True])
-def test_a_study_of_which_no_run_is_done_says_so(script, tmp_path, statuses, said, attacked):
+def test_a_study_of_which_no_run_is_done_says_so(script, run, tmp_path, statuses, said, attacked):
     """And does not ask to collect it again."""
-    script("train", *SMALL, "method=baseline")
-    origin = run_of(tmp_path)
     for number, status in enumerate(statuses):
-        run = tmp_path / "runs" / "bad" / f"run{number}"
-        shutil.copytree(origin, run)
-        info = json.loads((run / "run.json").read_text())
-        (run / "run.json").write_text(json.dumps(info | {"run_id": run.name, "status": status}))
+        bad = shutil.copytree(run, tmp_path / "runs" / "bad" / f"run{number}")
+        info = json.loads((bad / "run.json").read_text())
+        (bad / "run.json").write_text(json.dumps(info | {"run_id": bad.name, "status": status}))
         if not attacked:
             for name in ("evaluation.csv", "history.csv", "spectra.csv"):
-                (run / name).unlink()
+                (bad / name).unlink()
     for name in ("collect", "tables", "figures", "report"):
         result = script(name, "study=bad")
-        complains(result, f"no run of this study is done and evaluated yet: {said}.* scripts/status.py says")
+        complains(result, f"no run of this study is done and evaluated yet: {said}.* condlr status says")
         assert "collect" not in result[2]
 
 
@@ -919,6 +915,7 @@ def test_a_matrix_flow_that_failed_says_so(script, tmp_path):
         complains(script(name, "study=theorem1"), "no run of this study is done and evaluated yet: 1 failed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multirun", [[], ["-m"]], ids=["", "-m"])
 @pytest.mark.parametrize("key", ["runs_dir", "study", "seed", "hydra.run.dir", "attack.source", "method.tau"])
 @pytest.mark.parametrize(
@@ -958,6 +955,7 @@ def test_a_bug_of_ours_in_a_resolver_is_none_of_the_users(monkeypatch):
     assert explain(caught.value) is None
 
 
+@pytest.mark.slow
 def test_a_home_directory_is_expanded_and_nothing_is_called_tilde(script, tmp_path, monkeypatch):
     home = tmp_path / "home"
     monkeypatch.setenv("HOME", str(home))
@@ -980,6 +978,7 @@ def test_a_home_directory_is_expanded_and_nothing_is_called_tilde(script, tmp_pa
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith("~")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["~/MNIST files", "[a]", "a: b", "${x}", "'q' \"r\"", "x=1, {y}", "- a"])
 def test_any_directory_can_be_in_the_variable(script, small_mnist, tmp_path, monkeypatch, name):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -1014,6 +1013,7 @@ def test_an_argument_that_cannot_be_read_is_shown_quoted(script, argument, quote
         complains(script(name, argument), re.escape(f"if that is text, quote it: {quoted}"))
 
 
+@pytest.mark.slow
 def test_logs_may_be_set_as_hydra_has_it(script, tmp_path):
     few = [*SMALL, "method=baseline"]
     assert script("train", *few, "hydra/job_logging=none", "seed=1")[0] == 0
@@ -1029,6 +1029,7 @@ def test_logs_may_be_set_as_hydra_has_it(script, tmp_path):
     assert script("collect", "study=default", "hydra/job_logging=none")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [[], ["hydra/launcher=several"]], ids=["one by one", "several"])
 def test_jobs_that_fail_are_in_the_exit_status_under_every_sweeper(script, launcher):
     sweep = ["-m", *SMALL, "hydra/sweeper=basic", "method=baseline", "protocol.lr=0.1,1e30", *launcher]

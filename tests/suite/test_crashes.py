@@ -1,15 +1,13 @@
 """What is left when processes of a sweep die, besides the run's own: its fork server, a pool's parent."""
 
 import errno
-import multiprocessing
 import os
 import signal
 import stat
 import subprocess
 import sys
-import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -18,49 +16,26 @@ from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 
 from condlr._support import files
-from condlr._support.errors import Interrupted, UserError
+from condlr._support.errors import UserError
 from condlr._support.locks import Lock, owners
 from condlr.suite.config import CONF, check
 from condlr.suite.runs import Run
-from condlr.suite.signals import Signals
 from condlr.suite.sweeps.processes import Killed, call_apart
-from tests.helpers import ROOT, SMALL, wait_for
+from tests.helpers import ROOT, SMALL, at_once, wait_for
+from tests.suite.work import linger, stop_slowly
+
+pytestmark = pytest.mark.slow
 
 POOL = """
 import sys
 from joblib import Parallel, delayed
 from condlr.suite.sweeps.processes import call_apart
-from tests.suite.test_crashes import linger, miss_a_signal
+from tests.suite.work import linger, miss_a_signal
+
 at_once = sys.argv[2] == "at once"
 jobs = [delayed(call_apart)(linger, sys.argv[1], job) for job in range(6)]
 Parallel(n_jobs=2)(jobs if at_once else [delayed(miss_a_signal)(sys.argv[1])] * 6)
 """
-
-
-def linger(directory, job):
-    (Path(directory) / f"begun-{job}-{os.getpid()}").touch()
-    time.sleep(0 if job == 0 else 300)
-
-
-def stop_slowly(directory):
-    """As a run does that writes its checkpoint first."""
-    with Signals():
-        (Path(directory) / f"begun-0-{os.getpid()}").touch()
-        try:
-            time.sleep(300)
-        except Interrupted:
-            time.sleep(1)
-            (Path(directory) / "stopped").touch()
-            raise
-
-
-def miss_a_signal(directory):
-    """Do a run, and be told between it and the next that the parent is dead."""
-    call_apart(linger, directory, 0)
-    with suppress(Interrupted), Signals() as signals, signals.deferred():
-        while os.getppid() == multiprocessing.parent_process().pid:
-            time.sleep(0.05)
-        time.sleep(1)
 
 
 def begun(directory):
@@ -86,27 +61,23 @@ def server():
     forkserver._forkserver._stop()
 
 
-def at_once(condition, action):
-    thread = threading.Thread(target=lambda: (wait_for(condition), action()))
-    thread.start()
-    return thread
-
-
 def test_a_run_without_its_fork_server_is_stopped_and_waited_for(server, tmp_path):
-    killer = at_once(lambda: begun(tmp_path), server)
-    with pytest.raises(UserError, match="the run's process was stopped by SIGTERM"):
+    with (
+        at_once(lambda: begun(tmp_path), lambda _: server()),
+        pytest.raises(UserError, match="the run's process was stopped by SIGTERM"),
+    ):
         call_apart(stop_slowly, str(tmp_path))
     assert (tmp_path / "stopped").exists()
-    killer.join()
     call_apart(linger, str(tmp_path), 0)  # by a new server
     assert len(begun(tmp_path)) == 2
 
 
 def test_a_fork_server_that_dies_as_it_starts_is_one_line(server, tmp_path):
-    killer = at_once(lambda: forkserver._forkserver._forkserver_pid, server)
-    with pytest.raises(Killed, match="killed as it began"):
+    with (
+        at_once(lambda: forkserver._forkserver._forkserver_pid, lambda _: server()),
+        pytest.raises(Killed, match="killed as it began"),
+    ):
         call_apart(linger, str(tmp_path), 1)
-    killer.join()
     assert not begun(tmp_path)
 
 
@@ -124,7 +95,7 @@ def test_the_workers_of_a_dead_sweep_begin_nothing_and_end(tmp_path, when, befor
     def group():
         return living(int(path.name) for path in Path("/proc").glob("[0-9]*") if _session(path) == pool.pid)
 
-    wait_for(lambda: not group(), 30)
+    wait_for(lambda: not group(), seconds=30)
     assert len(begun(tmp_path)) == before
     assert "Traceback" not in pool.stderr.read()
     pool.stderr.close()
@@ -192,8 +163,8 @@ def test_a_long_temporary_directory_has_no_socket_in_it(tmp_path, length):
     long = tmp_path / ("x" * length) / ("ü" * 20)
     long.mkdir(parents=True)
     code = (
-        "from condlr.suite.sweeps.processes import call_apart\nimport os, tempfile\n"
-        "call_apart(os.mkdir, 'done')\nassert tempfile.gettempdir() == os.environ['TMPDIR']"
+        "from tests.suite.work import light_apart\nimport os, tempfile\n"
+        "light_apart(os.mkdir, 'done')\nassert tempfile.gettempdir() == os.environ['TMPDIR']"
     )
     environment = os.environ | {"TMPDIR": str(long), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=False)

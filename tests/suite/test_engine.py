@@ -7,84 +7,34 @@ import torch
 
 from condlr._support.errors import ConstraintBreach, Diverged
 from condlr._support.seeds import derive_seed
-from condlr.data.base import Data
-from condlr.data.digits import Digits
 from condlr.factorization import Scheme
 from condlr.methods.base import Method
-from condlr.methods.baseline import Baseline
-from condlr.methods.cayley_sgd import CayleySgd
 from condlr.methods.condlr import CondLR
-from condlr.methods.dlrt import Dlrt
-from condlr.methods.projected_sgd import ProjectedSgd
-from condlr.methods.svd_prune import SvdPrune
-from condlr.methods.vanilla import Vanilla
 from condlr.models.lenet5 import LeNet5
-from condlr.suite.config import Protocol
 from condlr.suite.engine import Trainer
 from condlr.suite.runs import Run
-
-METHODS = {
-    "baseline": Baseline(),
-    "vanilla": Vanilla(),
-    "gaussian": Vanilla(init="gaussian", frobenius_decay=1e-3),
-    "alternating": Vanilla("alternating"),
-    "condlr": CondLR(0.1),
-    "unit": CondLR(0.0, "one", projection="qr", transport=True),
-    "released": CondLR(0.0, "mean", "released_code", "before_projection"),
-    "cayley_sgd": CayleySgd(),
-    "cayley_exact": CayleySgd(transform="exact"),
-    "cayley_released": CayleySgd(
-        "inactive", "free", "one", "as_is", True, 3, inner_iterations=4, first="momentum"
-    ),
-    "projected_sgd": ProjectedSgd(),
-    "dlrt": Dlrt(),
-    "dlrt_adaptive": Dlrt(theta=0.1),
-    "svd_prune": SvdPrune(),
-    "svd_prune_full": SvdPrune("full", energy=0.05, phases=[0.3, 0.6]),
-}
+from tests.training import METHODS, Stop, protocol, trainer
 
 
-def protocol(**changes):
-    keys = {
-        "name": "test", "epochs": 3, "batch_size": 64, "lr": 0.05, "momentum": 0.3, "lr_milestones": [1, 2],
-        "lr_factor": 0.5, "held_out": 0.2, "rank_rule": "params", "classifier": "dense", "init": "spectral",
-        "augmentation": "none", "batch_norm_momentum": 0.1, "clamp": True, "methods": {},
-    }  # fmt: skip
-    return Protocol(**(keys | changes))
+@pytest.fixture(scope="module", params=METHODS)
+def whole(request, data):
+    """A run that nobody stopped, and how another like it is made."""
+
+    def another():
+        # Under the released code's scalar mu c > 1 and noisy gradients let the momentum run away.
+        augmentation = "none" if request.param == "released" else "crop_flip"
+        return trainer(METHODS[request.param], data, augmentation=augmentation)
+
+    run = another()
+    run.fit()
+    return run, another
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    digits = Digits().load(tmp_path_factory.mktemp("data"))
-    return Data(digits.train.take(slice(250)), digits.test.take(slice(50)), 10).hold_out(0.2, 0)
-
-
-class Noisy(LeNet5):
-    """With dropout, so that the random state matters."""
-
-    def forward(self, images):
-        return super().forward(torch.nn.functional.dropout(images, 0.1, self.training))
-
-
-def trainer(method, data, **changes):
-    torch.manual_seed(5)
-    scheme = Scheme(0.5 if method.compresses else None, classifier="dense")
-    model = method.apply(Noisy(), scheme)
-    return Trainer(model, method, data, protocol(**changes), seed=0, record_every=3)
-
-
-class Stop(Exception):
-    pass
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [1, 4, 10])
-@pytest.mark.parametrize("name", METHODS)
-def test_an_interrupted_run_ends_with_the_same_bits(name, data, stop_at, tmp_path):
-    # Under the released code's scalar mu c > 1 and noisy gradients let the momentum run away.
-    augmented = {"augmentation": "none" if name == "released" else "crop_flip"}
-    whole = trainer(METHODS[name], data, **augmented)
-    whole.fit()
-    first = trainer(METHODS[name], data, **augmented)
+def test_an_interrupted_run_ends_with_the_same_bits(whole, stop_at, tmp_path):
+    whole, another = whole
+    first = another()
 
     def stop(t):
         if t.step == stop_at:
@@ -94,7 +44,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(name, data, stop_at, tmp_pat
         first.fit(on_batch=stop)
     Run(tmp_path).save_checkpoint(first.state_dict(), "f")
     torch.manual_seed(99)
-    second = trainer(METHODS[name], data, **augmented)
+    second = another()
     state = Run(tmp_path).load_checkpoint("f")
     assert state is not None
     second.load_state_dict(state)
@@ -192,10 +142,11 @@ def test_every_method_sees_the_images_in_the_same_order(data, monkeypatch):
     assert torch.equal(first.sort().values, data.train.labels.sort().values)
 
 
+@pytest.mark.slow
 # The other forms of Cayley SGD take their time, and differ in rounding or in the first steps alone.
 @pytest.mark.parametrize("name", [name for name in METHODS if name[:7] != "cayley_" or name == "cayley_sgd"])
 def test_every_method_learns(name, data):
-    t = trainer(METHODS[name], data, epochs=12, batch_size=16, lr_milestones=[])
+    t = trainer(METHODS[name], data, epochs=32, batch_size=16, lr_milestones=[])
     t.fit()
     assert t.history[-1]["held_out_accuracy"] >= 0.6
 

@@ -1,6 +1,8 @@
 """Attacks, audits and analyses through the real command line."""
 
 import csv
+import shutil
+from contextlib import chdir
 
 import pandas as pd
 import pytest
@@ -8,9 +10,12 @@ import pytest
 from condlr._support.strengths import as_printed, distinct, strengths
 from condlr.analysis.sceptic.masking import CHECKS
 from condlr.report import results
-from tests.helpers import ROOT, SMALL, complains
+from tests.helpers import ROOT, SMALL, complains, run_script, write_idx
 
-FEW = ["attack.images=60", "attack.eps=[0,0.1]"]
+pytestmark = pytest.mark.slow
+
+# An audit takes its time with each image
+FEW = ["attack.images=20", "attack.eps=[0,0.1]"]
 
 
 def rows(run, name):
@@ -18,10 +23,20 @@ def rows(run, name):
         return list(csv.DictReader(file))
 
 
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """What training a dense network and a low-rank one leaves, to be copied."""
+    directory = tmp_path_factory.mktemp("study")
+    with chdir(directory):
+        arguments = ["-m", *SMALL, "method=baseline,condlr", "study=s", "attack.images=100"]
+        assert run_script("train", *arguments) == 0
+    return directory / "runs"
+
+
 @pytest.fixture
-def runs(script, tmp_path):
+def runs(study, tmp_path):
     """A dense run and a low-rank one of the same study, by name."""
-    assert script("train", "-m", *SMALL, "method=baseline,condlr", "study=s", "attack.images=100")[0] == 0
+    shutil.copytree(study, tmp_path / "runs")
     found = {path.name.split("-")[2]: path for path in (tmp_path / "runs" / "s").glob("lenet5-*")}
     assert set(found) == {"baseline", "condlr"}
     return found
@@ -46,8 +61,8 @@ def test_every_attack_on_a_finished_run(script, runs):
         status, _, err = script("evaluate", f"run={run}", *FEW, *arguments)
         assert status == 0, err
         assert [row["n"] for row in rows(run, "evaluation.csv") if row["attack"] == label][-2:] == [
-            "60",
-            "60",
+            "20",
+            "20",
         ]
     status, _, err = script(
         "evaluate",
@@ -65,7 +80,7 @@ def test_every_attack_on_a_finished_run(script, runs):
     ]
     # The same attack on other images, or in another norm, does not take an earlier one's place.
     fgsm = [row for row in rows(run, "evaluation.csv") if row["attack"] == "fgsm"]
-    assert sorted(row["n"] for row in fgsm) == ["100", "100", "60", "60"]
+    assert sorted(row["n"] for row in fgsm) == ["100", "100", "20", "20"]
 
 
 def test_attacks_are_options_of_a_sweep(script, tmp_path):
@@ -151,7 +166,7 @@ def test_a_run_of_a_pattern_that_is_not_done_stops_no_other(script, runs):
     dense.write_text(dense.read_text().replace('"status": "done"', '"status": "failed"'))
     result = script("evaluate", f"run={runs['condlr'].parent}/*", *FEW)
     complains(result, "not evaluated, for they are not done: lenet5-digits-baseline")
-    assert "60" in {row["n"] for row in rows(runs["condlr"], "evaluation.csv")}
+    assert "20" in {row["n"] for row in rows(runs["condlr"], "evaluation.csv")}
     complains(
         script("evaluate", f"run={runs['condlr'].parent}"), r"is not a run: give a run in it, or run='.*/\*'"
     )
@@ -219,13 +234,9 @@ def test_mistakes_end_in_one_line(script, one_run, arguments, pattern):
 
 @pytest.fixture(scope="module")
 def one_run(tmp_path_factory):
-    import os
-    import subprocess
-    import sys
-
-    root, where = ROOT, tmp_path_factory.mktemp("one")
-    command = [sys.executable, str(root / "scripts" / "train.py"), *SMALL, "study=one", "attack.images=20"]
-    subprocess.run(command, cwd=where, env=os.environ, check=True, capture_output=True)
+    where = tmp_path_factory.mktemp("one")
+    with chdir(where):
+        assert run_script("train", *SMALL, "study=one", "attack.images=20") == 0
     return next((where / "runs" / "one").glob("lenet5-*"))
 
 
@@ -237,8 +248,6 @@ def test_a_transfer_without_its_source_is_one_line_before_training(script, tmp_p
 
 def test_a_network_of_other_data_is_no_source(script, runs, tmp_path):
     import numpy as np
-
-    from tests.suite.test_cli import write_idx
 
     for part, n in (("train", 40), ("t10k", 20)):
         raw = tmp_path / "data" / "FashionMNIST" / "raw"

@@ -11,7 +11,7 @@ from condlr.models.lenet5 import LeNet5
 from condlr.suite import engine, graphs
 from condlr.suite.engine import Trainer
 from condlr.suite.graphs import GraphedStep
-from tests.suite.test_engine import METHODS, data, protocol  # noqa: F401  (a fixture)
+from tests.training import METHODS, protocol
 
 
 class Stage:
@@ -98,7 +98,7 @@ def test_a_step_that_cannot_be_recorded_is_taken_as_it_is(stage, caplog):
     assert line.endswith("it runs without: operation not permitted when stream is capturing")
 
 
-def test_an_epoch_that_a_graph_spoils_is_taken_again(data, monkeypatch):  # noqa: F811
+def test_an_epoch_that_a_graph_spoils_is_taken_again(data, monkeypatch):
     """NaN is all a graph can say where a fast map does not hold; the run ends as if it had had none."""
     taken = []
 
@@ -144,7 +144,7 @@ def test_methods_that_look_at_the_device_are_not_recorded():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.capturable])
-def test_a_graph_trains_as_single_steps_do(name, data):  # noqa: F811
+def test_a_graph_trains_as_single_steps_do(name, data):
     device = torch.device("cuda")
     runs = []
     for graphed in (True, False):

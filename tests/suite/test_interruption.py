@@ -8,32 +8,28 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import chdir
 
 import pytest
 import torch
 
 from condlr._support.errors import Interrupted
 from condlr.suite.signals import Signals
-from tests.helpers import ROOT, wait_for
+from tests.helpers import ROOT, run_script, wait_for
 
-COMMAND = [
-    sys.executable, str(ROOT / "scripts" / "train.py"), "dataset=digits", "protocol=demo", "method=condlr",
-    "protocol.epochs=10", "attack.eps=[0,0.1]", "device=cpu", "forms=chained",
+pytestmark = pytest.mark.slow
+
+ARGUMENTS = [
+    "dataset=digits", "dataset.train_images=700", "protocol=demo", "method=condlr", "protocol.epochs=10",
+    "attack.eps=[0,0.1]", "device=cpu", "forms=chained",
 ]  # fmt: skip
 
 
 def start(directory, *arguments):
-    directory.mkdir(exist_ok=True)
     return subprocess.Popen(
-        [*COMMAND, *arguments], cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(directory, *arguments):
-    process = start(directory, *arguments)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    return out
+        [sys.executable, str(ROOT / "scripts" / "train.py"), *ARGUMENTS, *arguments],
+        cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
 
 
 def run_of(directory):
@@ -56,7 +52,8 @@ def outcome(directory):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     directory = tmp_path_factory.mktemp("undisturbed")
-    finish(directory)
+    with chdir(directory):
+        assert run_script("train", *ARGUMENTS) == 0
     return directory
 
 
@@ -68,12 +65,13 @@ def kill_in_the_middle(directory, number):
     return process.communicate(timeout=60)[0], process.returncode
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(undisturbed, tmp_path):
+def test_a_killed_run_ends_as_if_it_had_not_been(script, undisturbed, tmp_path):
     out, status = kill_in_the_middle(tmp_path, signal.SIGKILL)
     assert status == -signal.SIGKILL, out
     assert info(tmp_path)["status"] == "running"
     (run_of(tmp_path) / "checkpoint.pt.partial-1").write_text("half a file of a killed process")
-    out = finish(tmp_path)
+    status, out, _ = script("train", *ARGUMENTS)
+    assert status == 0, out
     assert "goes on from epoch" in out
     assert outcome(tmp_path) == outcome(undisturbed)
     assert info(tmp_path)["attempts"] == 2
@@ -81,35 +79,34 @@ def test_a_killed_run_ends_as_if_it_had_not_been(undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_writes_a_checkpoint_and_ends_the_same(undisturbed, tmp_path, number):
+def test_a_stopped_run_writes_a_checkpoint_and_ends_the_same(script, undisturbed, tmp_path, number):
     out, status = kill_in_the_middle(tmp_path, number)
     assert status == 128 + number, out
     assert "interrupted: the same command takes it up again" in out
     assert "Traceback" not in out
     assert info(tmp_path)["status"] == "interrupted"
-    out = finish(tmp_path)
+    status, out, _ = script("train", *ARGUMENTS)
+    assert status == 0, out
     assert "goes on from epoch" in out
     assert outcome(tmp_path) == outcome(undisturbed)
 
 
-def test_a_diverged_run_says_so_keeps_its_checkpoint_and_is_not_run_again(tmp_path):
+def test_a_diverged_run_says_so_keeps_its_checkpoint_and_is_not_run_again(script, tmp_path):
     # It trains at a sensible rate, and then the schedule raises the rate beyond all reason.
     arguments = ["protocol.lr_milestones=[2]", "protocol.lr_factor=1e8"]
-    process = start(tmp_path, *arguments)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "error: diverged in epoch 3" in out
-    assert "Traceback" not in out
+    status, out, err = script("train", *ARGUMENTS, *arguments)
+    assert status == 1
+    assert "error: diverged in epoch 3" in err
+    assert "Traceback" not in out + err
     assert info(tmp_path)["status"] == "diverged"
     assert "diverged in epoch 3" in info(tmp_path)["reason"]
     checkpoint = torch.load(run_of(tmp_path) / "checkpoint.pt", weights_only=True)
     assert checkpoint["state"]["epoch"] == 2
     assert all(torch.isfinite(t).all() for t in checkpoint["state"]["model"].values())
-    process = start(tmp_path, *arguments)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "has diverged in epoch 3" in out
-    assert "to train it again" in out
+    status, out, err = script("train", *ARGUMENTS, *arguments)
+    assert status == 1
+    assert "has diverged in epoch 3" in out + err
+    assert "to train it again" in out + err
 
 
 @pytest.mark.skipif(not shutil.which("mount"), reason="needs a small file system")
@@ -130,7 +127,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(undisturbed, tmp_path):
         run = run_of(tmp_path)
         assert not list(run.glob("*partial*"))
         subprocess.run(["mount", "-o", "remount,size=100m", str(small)], check=True)
-        finish(tmp_path)
+        process = start(tmp_path)
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out
         assert outcome(tmp_path) == outcome(undisturbed)
     finally:
         subprocess.run(["umount", str(small)], check=True)

@@ -22,8 +22,9 @@ from condlr.suite.signals import Signals
 # A server process imports torch once, and each run is forked off it. On Linux alone: the system libraries of
 # others do not survive a fork.
 _START = "forkserver" if sys.platform == "linux" else "spawn"
-# What runs import, some of it late: the optimisers' own imports, the digits' library.
-_PRELOAD = ["condlr.suite.workflow", "torch._dynamo", "sklearn.datasets"]
+# What runs import, some of it late: the optimisers' own imports. A run of a joblib worker begins by choosing
+# joblib's way to start processes, which its import makes known; without joblib there is no such worker.
+_PRELOAD = ["condlr.suite.workflow", "torch._dynamo", "joblib"]
 # Bytes of a temporary directory's name that leave room for a socket in it: the kernel takes 107 in all.
 _LONGEST = 107 - len("/pymp-abcdefgh/listener-abcdefgh")
 _AT_WORK = threading.Lock()

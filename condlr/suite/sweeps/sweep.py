@@ -36,7 +36,7 @@ from condlr._support.streams import tolerate
 from condlr.suite.config import RunConfig, check_any, one_line
 from condlr.suite.runs import Run
 from condlr.suite.signals import Signals
-from condlr.suite.sweeps.jobs import Job, Start, living, outcomes, plan, watch, waves
+from condlr.suite.sweeps.jobs import Job, Outcome, Start, living, outcomes, plan, watch, waves
 from condlr.suite.sweeps.processes import Killed, call_apart
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,10 @@ class StudySweeper(Sweeper):
 
     def __init__(self, params: Mapping[str, str] | None) -> None:
         self.params = dict(params or {})
+
+    @staticmethod
+    def tell(outcomes: Sequence[Outcome], studies: str) -> None:
+        """Say what came of a sweep: a program puts the report's words here, for the suite knows no report."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take what Hydra gives each sweeper."""
@@ -99,9 +103,7 @@ class StudySweeper(Sweeper):
         heard, silent = watch(job for job in left if not job.ended)
         found = outcomes(jobs, starts, elsewhere | heard, silent)
 
-        from condlr.suite.sweeps.outcomes import print_outcomes
-
-        print_outcomes(found, studies)
+        self.tell(found, studies)
         if trouble:
             print(f"error: the launcher failed ({trouble})", file=sys.stderr)
         # What is at work after a launcher has died may be what it left, and about to stop

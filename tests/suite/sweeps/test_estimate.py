@@ -2,8 +2,12 @@
 
 import re
 
+import pytest
+
 from condlr.suite.sweeps.estimate import Pace, Row
 from tests.helpers import SMALL
+
+pytestmark = pytest.mark.slow
 
 SWEEP = [*SMALL, "protocol.epochs=3", "method=baseline,vanilla", "seed=0,1"]
 

@@ -98,6 +98,7 @@ def contents(directory):
     }
 
 
+@pytest.mark.slow
 def test_a_real_sweep_from_its_first_run_to_its_last(script, tmp_path):
     study = tmp_path / "runs" / "sweep"
     assert script("train", "-m", *SMALL, "method=baseline,vanilla", "study=sweep")[0] == 0

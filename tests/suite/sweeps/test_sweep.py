@@ -26,11 +26,13 @@ from condlr.suite.sweeps import jobs
 from condlr.suite.sweeps.estimate import Pace
 from condlr.suite.sweeps.processes import Killed, call_apart
 from condlr.suite.sweeps.sweep import StudySweeper
-from tests.helpers import ROOT, SMALL, complains, wait_for
+from tests.helpers import ROOT, SMALL, at_once, complains, wait_for
+
+pytestmark = pytest.mark.slow
 
 LONG = [
-    "dataset=digits", "protocol=demo", "method=condlr", "protocol.epochs=12", "attack.eps=[0,0.1]",
-    "forms=multiplied", "device=cpu", "study=s",
+    "dataset=digits", "dataset.train_images=800", "protocol=demo", "method=condlr", "protocol.epochs=12",
+    "attack.eps=[0,0.1]", "forms=multiplied", "device=cpu", "study=s",
 ]  # fmt: skip
 TOGETHER = ["hydra/launcher=several", "hydra.launcher.n_jobs=2"]
 
@@ -66,11 +68,11 @@ def lives(pid):
 
 
 @pytest.mark.parametrize("launcher", [[], TOGETHER])
-def test_a_killed_run_costs_no_other_and_goes_on_at_the_next_start(tmp_path, launcher):
-    sweep = start(tmp_path, "-m", "seed=0,1,2", *launcher)
-    run, pid = at_work(tmp_path, 0)
-    os.kill(pid, signal.SIGKILL)
-    status, out, err = finish(sweep)
+def test_a_killed_run_costs_no_other_and_goes_on_at_the_next_start(script, tmp_path, launcher):
+    with at_once(lambda: at_work(tmp_path, 0), lambda found: os.kill(found[1], signal.SIGKILL)):
+        status, out, err = script("train", "-m", "seed=0,1,2", *launcher, *LONG)
+    (run,) = (tmp_path / "runs" / "s").glob("*-s0-*")
+    assert "Traceback" not in out + err
     assert status == 1
     assert "runs/s: 3 runs: 2 done, 1 failed" in out
     assert re.search(r"failed  CondLR τ=0.1 50 %, seed 0: .* killed by SIGKILL.*; log: \S+/train.log", out)
@@ -79,7 +81,8 @@ def test_a_killed_run_costs_no_other_and_goes_on_at_the_next_start(tmp_path, lau
     assert "killed by SIGKILL" in Run(run).info["reason"]
     assert "killed by SIGKILL" in (run / "train.log").read_text()
     assert not list((tmp_path / "runs").rglob("lock-*"))
-    status, out, _ = finish(start(tmp_path, "-m", "seed=0,1,2", *launcher))
+    status, out, err = script("train", "-m", "seed=0,1,2", *launcher, *LONG)
+    assert "Traceback" not in out + err
     assert status == 0, out
     assert "3 runs, 1 to do" in out
     assert "goes on from epoch" in out
@@ -87,24 +90,25 @@ def test_a_killed_run_costs_no_other_and_goes_on_at_the_next_start(tmp_path, lau
     assert Run(run).info["attempts"] == 2
 
 
-def test_a_run_that_is_stopped_from_outside_stops_alone(tmp_path):
-    sweep = start(tmp_path, "-m", "seed=0,1")
-    run, pid = at_work(tmp_path, 0)
-    os.kill(pid, signal.SIGTERM)
-    status, out, _ = finish(sweep)
+def test_a_run_that_is_stopped_from_outside_stops_alone(script, tmp_path):
+    with at_once(lambda: at_work(tmp_path, 0), lambda found: os.kill(found[1], signal.SIGTERM)):
+        status, out, err = script("train", "-m", "seed=0,1", *LONG)
+    (run,) = (tmp_path / "runs" / "s").glob("*-s0-*")
+    assert "Traceback" not in out + err
     assert status == 1
     assert "2 runs: 1 done, 1 interrupted" in out
     assert Run(run).status == "interrupted"
 
 
-def test_two_commands_never_train_one_run(tmp_path):
+def test_two_commands_never_train_one_run(script, tmp_path):
     first = start(tmp_path, "seed=0")
     run, pid = at_work(tmp_path, 0)
     os.kill(pid, signal.SIGSTOP)  # lest it is done too soon
-    status, _, err = finish(start(tmp_path, "seed=0"))
+    status, _, err = script("train", "seed=0", *LONG)
     assert status == 1
     assert re.fullmatch(rf"error: runs/s/{run.name} is held by process {pid} on \S+, .*\n", err)
-    status, out, err = finish(start(tmp_path, "-m", "seed=0,1"))
+    status, out, err = script("train", "-m", "seed=0,1", *LONG)
+    assert "Traceback" not in out + err
     assert status == 0, err
     assert "2 runs: 1 done, 1 at work elsewhere" in out
     assert f"at work elsewhere  CondLR τ=0.1 50 %, seed 0: process {pid} on" in out
@@ -115,17 +119,18 @@ def test_two_commands_never_train_one_run(tmp_path):
 
 
 @pytest.mark.parametrize("launcher", [[], TOGETHER])
-def test_without_its_parent_a_run_stops_with_a_checkpoint(tmp_path, launcher):
+def test_without_its_parent_a_run_stops_with_a_checkpoint(script, tmp_path, launcher):
     sweep = start(tmp_path, "-m", "seed=0,1", *launcher)
     run, pid = at_work(tmp_path, 0)
     sweep.kill()
     sweep.wait()
-    wait_for(lambda: not lives(pid), 60)
+    wait_for(lambda: not lives(pid), seconds=60)
     assert Run(run).status == "interrupted"
     assert not owners(run)
     sweep.stdout.close()
     sweep.stderr.close()
-    status, out, _ = finish(start(tmp_path, "-m", "seed=0,1"))
+    status, out, err = script("train", "-m", "seed=0,1", *LONG)
+    assert "Traceback" not in out + err
     assert status == 0, out
     assert "goes on from epoch" in out
 
@@ -519,27 +524,13 @@ def _die(signum):
     os.kill(os.getpid(), signum)
 
 
-def _work_until_stopped(started, stopped):
-    from condlr.suite.signals import Signals
-
-    try:
-        with Signals():
-            Path(started).touch()
-            time.sleep(60)
-    except Interrupted:
-        time.sleep(0.5)
-        Path(stopped).touch()
-        raise
-
-
 _CALLER = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from condlr._support.errors import Interrupted
-from condlr.suite.sweeps.processes import call_apart
-from tests.suite.sweeps.test_sweep import _work_until_stopped
+from tests.suite.work import light_apart, work_until_stopped
 try:
-    call_apart(_work_until_stopped, *sys.argv[1:])
+    light_apart(work_until_stopped, *sys.argv[1:])
 except Interrupted:
     sys.exit(7)
 """

@@ -1,0 +1,1 @@
+"""The shifts: one file each. See `condlr.shifts.base.Shift` for what one is."""

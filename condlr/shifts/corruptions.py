@@ -1,0 +1,111 @@
+"""Corrupted test images, computed here: noise, blur, contrast, brightness, JPEG."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from condlr._support.errors import one_of
+from condlr._support.seeds import derive_seed
+from condlr.data.base import Images
+from condlr.evaluation import first
+from condlr.shifts.base import Shift, Shifted
+
+# What each severity from 1 to 5 means: a parameter of the function of that name below.
+PARAMETERS = {
+    "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),
+    "gaussian_blur": (0.4, 0.6, 0.7, 0.8, 1.0),
+    "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),
+    "brightness": (1.2, 1.4, 1.6, 1.8, 2.0),
+    "jpeg": (80, 65, 58, 50, 40),
+}
+
+
+@dataclass
+class Corruptions(Shift):
+    """The test images after corruptions in the manner of Hendrycks and Dietterich (ICLR 2019).
+
+    They are computed in memory by torchvision's transforms, and are neither the images nor the numbers of
+    CIFAR-10-C. The parameters of noise (standard deviation of a pixel), blur (standard deviation in pixels),
+    contrast (factor of the distance to the image's mean grey) and JPEG (quality) are those that
+    CIFAR-10-C was made with; brightness is a factor of each pixel here.
+
+    Attributes:
+        kinds: which corruptions, of `PARAMETERS`.
+        severities: how strong, from 1 to 5.
+    """
+
+    title: ClassVar[str] = "Corruptions"
+    legend: ClassVar[str] = (
+        "Accuracy on test images that were corrupted here, at severities 1 (little) to 5; "
+        "these images are not those of CIFAR-10-C."
+    )
+
+    kinds: list[str] = field(default_factory=lambda: [*PARAMETERS])
+    severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for kind in self.kinds:
+            one_of("kinds", kind, tuple(PARAMETERS))
+        for severity in self.severities:
+            one_of("severities", severity, (1, 2, 3, 4, 5))
+        for name in ("kinds", "severities"):
+            values = getattr(self, name)
+            if not values or len({*values}) < len(values):
+                raise ValueError(f"{name} must name at least one, and each once; got {values}")
+
+    @override
+    def sets(self, test: Images, root: Path) -> Iterator[Shifted]:
+        chosen = first(test, self.images)
+        pixels = chosen.pixels.cpu()
+        for kind in self.kinds:
+            for severity in self.severities:
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, "shift", kind, severity))
+                corrupted = _CORRUPT[kind](pixels, PARAMETERS[kind][severity - 1], generator)
+                images = Images(corrupted.to(chosen.pixels.device), chosen.labels)
+                yield Shifted(kind, severity, images)
+
+
+def _gaussian_noise(pixels: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(pixels.shape, generator=generator)
+    return (pixels + 255 * deviation * noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def _gaussian_blur(pixels: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
+    from torchvision.transforms.v2 import functional
+
+    size = 2 * round(4 * deviation) + 1  # four standard deviations to each side
+    return functional.gaussian_blur(pixels, [size, size], [deviation, deviation])
+
+
+def _contrast(pixels: Tensor, factor: float, generator: torch.Generator) -> Tensor:
+    from torchvision.transforms.v2 import functional
+
+    return functional.adjust_contrast(pixels, factor)
+
+
+def _brightness(pixels: Tensor, factor: float, generator: torch.Generator) -> Tensor:
+    from torchvision.transforms.v2 import functional
+
+    return functional.adjust_brightness(pixels, factor)
+
+
+def _jpeg(pixels: Tensor, quality: float, generator: torch.Generator) -> Tensor:
+    from torchvision.transforms.v2 import functional
+
+    return functional.jpeg(pixels, int(quality))
+
+
+_CORRUPT: dict[str, Callable[[Tensor, float, torch.Generator], Tensor]] = {
+    "gaussian_noise": _gaussian_noise,
+    "gaussian_blur": _gaussian_blur,
+    "contrast": _contrast,
+    "brightness": _brightness,
+    "jpeg": _jpeg,
+}

@@ -1,0 +1,111 @@
+"""Shifts: sets of labelled images, the same at every call."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+from condlr.data.base import Images
+from condlr.data.digits import Digits
+from condlr.shifts.base import Shift, Shifted
+from condlr.shifts.corruptions import PARAMETERS, Corruptions
+from condlr.suite.config import choose
+from condlr.suite.registry import available
+
+ROOT = Path()
+
+
+@pytest.fixture(scope="module")
+def test_images():
+    return Digits().load(ROOT).test
+
+
+def distance(shifted, images):
+    return (shifted.images.pixels.double() - images.pixels[: len(shifted.images)]).square().mean().item()
+
+
+@pytest.mark.parametrize("kind", PARAMETERS)
+def test_a_corruption_grows_with_its_severity_and_keeps_what_images_are(kind, test_images):
+    sets = list(Corruptions(kinds=[kind]).sets(test_images, ROOT))
+    assert [(shifted.name, shifted.severity) for shifted in sets] == [(kind, n) for n in (1, 2, 3, 4, 5)]
+    for shifted in sets:
+        assert shifted.images.pixels.dtype == torch.uint8
+        assert shifted.images.pixels.shape == test_images.pixels.shape
+        assert torch.equal(shifted.images.labels, test_images.labels)
+    distances = [distance(shifted, test_images) for shifted in sets]
+    assert distances[0] > 0
+    assert sorted({*distances}) == distances
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_each_set_is_the_same_at_every_call_whatever_else_is_asked_for(channels):
+    pixels = torch.randint(0, 256, (12, channels, 32, 32), dtype=torch.uint8)
+    images = Images(pixels.clone(), torch.arange(12))
+    torch.manual_seed(1)
+    whole = {(s.name, s.severity): s.images.pixels for s in Corruptions(seed=3).sets(images, ROOT)}
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    for kind in PARAMETERS:
+        (alone,) = Corruptions(kinds=[kind], severities=[4], seed=3).sets(images, ROOT)
+        assert torch.equal(alone.images.pixels, whole[kind, 4])
+    assert torch.equal(torch.get_rng_state(), state), "a shift draws from a seed of its own"
+    assert torch.equal(images.pixels, pixels), "the test images stay as they are"
+    (other,) = Corruptions(kinds=["gaussian_noise"], severities=[4], seed=4).sets(images, ROOT)
+    assert not torch.equal(other.images.pixels, whole["gaussian_noise", 4])
+
+
+def test_noise_has_the_deviation_it_says():
+    images = Images(torch.full((40, 1, 28, 28), 128, dtype=torch.uint8), torch.zeros(40, dtype=torch.long))
+    for shifted in Corruptions(kinds=["gaussian_noise"]).sets(images, ROOT):
+        assert shifted.severity is not None
+        deviation = shifted.images.pixels.double().std().item() / 255
+        assert deviation == pytest.approx(PARAMETERS["gaussian_noise"][shifted.severity - 1], rel=0.02)
+
+
+def test_only_the_first_images(test_images):
+    for shifted in Corruptions(images=7, severities=[2]).sets(test_images, ROOT):
+        assert torch.equal(shifted.images.labels, test_images.labels[:7])
+        assert distance(shifted, test_images) < 3000
+    with pytest.raises(ValueError, match="images=1000, but there are only 360"):
+        next(Corruptions(images=1000).sets(test_images, ROOT))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"kinds": ["fog"]}, "kinds must be one of gaussian_noise, gaussian_blur"),
+        ({"kinds": []}, "kinds must name at least one"),
+        ({"kinds": ["jpeg", "jpeg"]}, "each once"),
+        ({"severities": [0]}, "severities must be one of 1, 2, 3, 4, 5"),
+        ({"images": 0}, "images must be in"),
+        ({"seed": -1}, "seed must be in"),
+    ],
+)
+def test_wrong_keys_are_named(keys, message):
+    with pytest.raises(ValueError, match=message):
+        Corruptions(**keys)
+
+
+def test_a_config_names_it():
+    shift, keys = choose("shift", "shifts", {"name": "corruptions", "kinds": ["jpeg"]}, Shift)
+    assert isinstance(shift, Corruptions)
+    assert shift.kinds == ["jpeg"]
+    assert keys["severities"] == [1, 2, 3, 4, 5]
+    assert "corruptions" in available("shifts")
+
+
+def test_a_shift_is_one_class(test_images):
+    """What `adding a shift` asks for: a dataclass with a title, a legend and `sets`."""
+
+    @dataclass
+    class Flipped(Shift):
+        title: ClassVar[str] = "Mirrored"
+        legend: ClassVar[str] = "Accuracy on mirror images."
+
+        def sets(self, test, root):
+            yield Shifted("mirror", None, Images(test.pixels.flip(3), test.labels))
+
+    (mirrored,) = Flipped().sets(test_images, ROOT)
+    assert torch.equal(mirrored.images.pixels.flip(3), test_images.pixels)

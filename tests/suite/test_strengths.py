@@ -1,0 +1,69 @@
+"""The strengths of each attack on each dataset, as a config composes them."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from condlr.suite.config import CONF, check
+
+PIXELS = [0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06]
+FINER = [0, 0.001, 0.002, 0.003, 0.004, 0.005, 0.006]
+RELATIVE = [0, 0.02, 0.04, 0.06, 0.08, 0.1]
+SMALL_IMAGES = {
+    "fgsm": PIXELS, "pgd": PIXELS, "square": PIXELS, "transfer": PIXELS, "autoattack": [0.06],
+    "pgd_l2": [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5],
+}  # fmt: skip
+WANTED = {
+    "mnist": SMALL_IMAGES,
+    "fashion_mnist": SMALL_IMAGES,
+    "digits": SMALL_IMAGES,
+    "cifar10": {
+        "fgsm": FINER, "pgd": FINER, "square": FINER, "transfer": FINER, "autoattack": [0.006],
+        "pgd_l2": [0, 0.1, 0.13, 0.16, 0.2, 0.23, 0.26, 0.3],
+    },
+}  # fmt: skip
+WHATEVER_THE_DATASET = {
+    "fgm_l2_relative": RELATIVE, "pgd_l2_relative": RELATIVE,
+    "noise": [0, 0.05, 0.1, 0.2, 0.4], "simba": [0.2],
+}  # fmt: skip
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+def of(dataset):
+    return [f"dataset={dataset}", *(["model=vgg16"] if dataset == "cifar10" else [])]
+
+
+@pytest.mark.parametrize("dataset", WANTED)
+def test_each_dataset_has_its_strengths(dataset):
+    attacks = WANTED[dataset] | WHATEVER_THE_DATASET
+    assert {*attacks} == {path.stem for path in (CONF / "attack").glob("*.yaml")}
+    found = {attack: check(composed(*of(dataset), f"attack={attack}")).attack.eps for attack in attacks}
+    assert found == attacks
+
+
+def test_every_dataset_is_in_the_table():
+    assert {*WANTED} == {path.stem for path in (CONF / "dataset").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("dataset", WANTED)
+def test_strengths_are_no_part_of_what_a_run_is(dataset):
+    usual = check(composed(*of(dataset)))
+    other = check(composed(*of(dataset), "dataset.strengths.linf=[0,0.5]"))
+    assert other.attack.eps == [0, 0.5]
+    assert (other.run_id, other.row, other.identity) == (usual.run_id, usual.row, usual.identity)
+    assert "strengths" not in str([usual.row, usual.identity])
+
+
+def test_a_config_from_before_datasets_had_strengths_is_the_same_run():
+    config = OmegaConf.to_container(composed("dataset=mnist"), resolve=True)
+    before = config | {"dataset": {k: v for k, v in config["dataset"].items() if k != "strengths"}}
+    assert check(before).run_id == check(config).run_id
+
+
+def test_strengths_that_are_asked_for_come_first():
+    assert check(composed("attack.eps=[0.2]")).attack.eps == [0.2]
+    assert check(composed("experiment=demo")).attack.eps == RELATIVE
