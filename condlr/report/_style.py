@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import count, cycle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import matplotlib as mpl
 import numpy as np
@@ -42,6 +42,7 @@ Styles = dict[str, dict[str, Any]]
 # What the runs of a table share, by column.
 Known = dict[str, Any]
 Table = tuple[Known, pd.DataFrame]
+T = TypeVar("T")
 
 
 class Drawing(NamedTuple):
@@ -55,7 +56,8 @@ class Drawing(NamedTuple):
 class Drawn(NamedTuple):
     """A figure without title and legend, its caption, and the handles of a legend below it.
 
-    The lines of a legend stand in so many columns, `marks` in columns of their own.
+    The lines of a legend stand in so many columns, `marks` in columns of their own. Without a title of
+    its own a figure gets the setting of its runs.
     """
 
     figure: Figure
@@ -63,6 +65,7 @@ class Drawn(NamedTuple):
     lines: Sequence[Line2D] = ()
     columns: int = 4
     marks: Sequence[Line2D] = ()
+    title: str = ""
 
 
 def style() -> AbstractContextManager[None]:
@@ -81,7 +84,7 @@ def saved(figure: Figure, out: Path, name: str, number: int = 1) -> Iterator[Pat
 
 
 def drawings(
-    out: Path, name: str, tables: Iterable[Table], draw: Callable[[Known, pd.DataFrame], Drawn]
+    out: Path, name: str, tables: Iterable[tuple[Known, T]], draw: Callable[[Known, T], Drawn]
 ) -> Iterator[Drawing]:
     """A figure for each table of a study, in the one style, with its title, legend and caption.
 
@@ -94,7 +97,7 @@ def drawings(
     for number, (known, frame) in enumerate(tables, start=1):
         with style():
             drawn = draw(known, frame)
-            drawn.figure.suptitle(setting(known))
+            drawn.figure.suptitle(drawn.title or setting(known))
             if drawn.lines:
                 _below(drawn.figure, drawn.lines, drawn.columns, drawn.marks)
             # Last what all runs share and no axis says
@@ -155,11 +158,13 @@ def _below(figure: Figure, lines: Sequence[Line2D], columns: int, marks: Sequenc
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) // height)
 
 
-def panels(number: int, columns: int, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
+def panels(
+    number: int, columns: int, height: float, width: float = WIDTH, **shared: Any
+) -> tuple[Figure, list[Axes]]:
     """A figure of that number of panels; places of the grid that stay over are empty."""
     lines = -(-number // columns)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(WIDTH, 0.9 + height * lines), layout="constrained", squeeze=False, **shared
+        lines, columns, figsize=(width, 0.9 + height * lines), layout="constrained", squeeze=False, **shared
     )
     for empty in axes.flat[number:]:
         empty.set_visible(False)

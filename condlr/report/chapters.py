@@ -1,14 +1,15 @@
 """What a study's results say, put together as a document."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
 import pandas as pd
 
-from condlr.report import analysis, audit, comparisons, shifts, tables, theorem
-from condlr.report.claims import RULE, Claim, claims
+from condlr.report import analysis, audit, comparisons, shifts, tables, theorem, verdicts
+from condlr.report._style import Drawing
+from condlr.report.claims import RULE, Claim, by_title
 from condlr.report.content import (
     Block,
     Commands,
@@ -18,6 +19,7 @@ from condlr.report.content import (
     Fragment,
     Grid,
     Link,
+    Overview,
     Section,
     Verdicts,
 )
@@ -57,18 +59,21 @@ def document(study: Path, paper: Path, runs_dir: Path) -> Document:
     """
     flow = read_if_there(study, "flow")
     if flow is not None and not (study / "cells.csv").exists():
-        return Document(
-            f"{study.name}: a matrix flow", [theorem.LEAD], _sections(_of_flow(study, paper, flow))
-        )
+        first, *others = drawings(study, paper, study)
+        sections = _sections(_of_flow(study, flow, others))
+        return Document(f"{study.name}: a matrix flow", [first, theorem.LEAD], sections)
     cells, history = read(study), read(study, "history")
     audits, shifted = (read_if_there(study, name) for name in ("audit", "shift"))
     origin = provenance(cells, read_if_there(study, "runs"), study.name)
     evaluated = bool((cells["status"].eq("done") & cells["eps"].notna()).any())
+    found = by_title(cells) if evaluated else []
+    drawn = [*drawings(study, paper, study)] if evaluated else []
+    pictures, others = drawn[: len(found)], drawn[len(found) :]
     sections = {
-        "Claims of the paper": _claims(cells) if evaluated else (),
+        "Claims of the paper": _claims(found, pictures),
         "Accuracy": _accuracy(cells, paper, audits) if evaluated else (),
         "Theorem 1": () if flow is None else [theorem.LEAD, Fragment(theorem.markdown(flow))],
-        "Figures": drawings(study, paper, study) if evaluated else (),
+        "Figures": others[1:],
         "Audit of the attacks": () if audits is None else _audits(audits),
         "Shifts": () if shifted is None else [Fragment(shifts.markdown(shifted, cells))],
         "Analyses": _analyses(study),
@@ -79,8 +84,9 @@ def document(study: Path, paper: Path, runs_dir: Path) -> Document:
     }
     contexts = cells[["dataset", "model"]].drop_duplicates().to_dict("records")
     networks = " and ".join(network(context) for context in contexts)
-    lead = _lead(cells, origin, study, evaluated)
-    return Document(f"{study.name}: {networks}", [*lead], _sections(sections))
+    lead = [*_lead(cells, origin, study, evaluated)]
+    lead = [*others[:1], *([Overview(found)] if found else []), *lead]
+    return Document(f"{study.name}: {networks}", lead, _sections(sections))
 
 
 def _sections(blocks: Mapping[str, Iterable[Block]]) -> list[Section]:
@@ -88,12 +94,12 @@ def _sections(blocks: Mapping[str, Iterable[Block]]) -> list[Section]:
     return [Section(heading, made) for heading, content in blocks.items() if (made := [*content])]
 
 
-def _of_flow(study: Path, paper: Path, flow: pd.DataFrame) -> dict[str, Iterable[Block]]:
+def _of_flow(study: Path, flow: pd.DataFrame, drawn: Iterable[Drawing]) -> dict[str, Iterable[Block]]:
     """The sections of a study that follows a matrix flow and trains no network."""
     own = "" if study.name == "theorem1" else f" study={study.name}"
     return {
         "Theorem 1": [Fragment(theorem.markdown(flow))],
-        "Figures": drawings(study, paper, study),
+        "Figures": drawn,
         "Provenance": [Facts([*of_flow(flow)])],
         "To make it again": [Commands([f"python scripts/theorem1.py{own}", *_pages(study)])],
     }
@@ -146,21 +152,21 @@ def _usual(cells: pd.DataFrame) -> pd.DataFrame:
     return cells.loc[cells["attack"].eq(attack) & cells["n"].eq(n)]
 
 
-def _claims(cells: pd.DataFrame) -> Iterator[Block]:
-    found: dict[tuple[str, str], list[Claim]] = {}
-    for claim in claims(cells):
-        found.setdefault((claim.title, claim.statement), []).append(claim)
-    if found:
-        yield RULE
-        yield from map(Verdicts, found.values())
+def _claims(claims: Sequence[Sequence[Claim]], drawn: Sequence[Drawing]) -> Iterator[Block]:
+    if claims:
+        yield verdicts.LEGEND
+    for claim, drawing in zip(claims, drawn, strict=True):
+        yield Verdicts(claim, drawing)
+    if claims:
+        yield Folded("How rows are told apart, and what the verdicts mean", [RULE])
 
 
 def _accuracy(cells: pd.DataFrame, paper: Path, audits: pd.DataFrame | None) -> Iterator[Block]:
     made = list(tables.tables(cells, paper, audit.Marks(audits)))
-    yield from comparisons.by_protocol(made)
-    yield from tables.table1(made, paper)
-    yield from (table.sheet for table in made)
-    yield from (comparison.sheet for comparison in comparisons.by_attack(made))
+    sheets = [*comparisons.by_protocol(made), *tables.table1(made, paper)]
+    sheets += [table.sheet for table in made]
+    sheets += [comparison.sheet for comparison in comparisons.by_attack(made)]
+    yield from (sheet.run for sheet in sheets)
     if absent := left_out(cells):
         yield f"Not in the tables: {absent}."
 
@@ -181,7 +187,7 @@ def _audits(audits: pd.DataFrame) -> Iterator[Block]:
         f"{len(rows)} audits of {audits['check'].nunique()} checks each: "
         + (f"**{warned} rows are warned of**." if warned else "no row is warned of.")
     )
-    yield Grid(header, rows)
+    yield Grid(header, rows).filled
     summary = "What each check found, and what notes and warnings mean"
     yield Folded(summary, [Fragment(audit.markdown(audits))])
 
@@ -224,7 +230,7 @@ def _runs(
             *map(accuracy, known),
             here if folder.is_dir() else name,
         ])  # fmt: skip
-    return Folded(f"{len(rows)} runs: status, time, last figures and folder", [Grid(header, rows)])
+    return Folded(f"{len(rows)} runs: status, time, last figures and folder", [Grid(header, rows).filled])
 
 
 def _word(value: object) -> str:

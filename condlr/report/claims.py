@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import pandas as pd
 
 from condlr.report.numbers import accuracy
 from condlr.report.results import CONTEXT, attack_title, contexts, decay, setting, summarize, title
+from condlr.report.sheet import anchor
 
 CONSTRAINED = ("condlr-tau0", "condlr-tau0.1", "condlr-tau0.5")
 ORTHOGONAL = ("cayley_sgd", "projected_sgd")
@@ -16,6 +18,8 @@ UNCONSTRAINED = ("dlrt", "vanilla", "svd_prune")
 
 # Accuracy is kept if no more than this is lost. The paper's own rows on MNIST lose up to half of it.
 LOSS = 0.01
+
+VERDICTS = ("supported", "partly", "not supported", "undecided")
 
 RULE = (
     "Two rows are told apart (>, <; otherwise ≈) where their means differ by more than two standard errors "
@@ -38,6 +42,7 @@ class Claim:
         verdict: `supported`, `partly`, `not supported`, `undecided`, or `no runs`.
         evidence: the numbers, a line for each row compared with: `Baseline 93.50: CondLR τ=0 50 % 94.77
             ±0.12 (>), ...`.
+        comparisons: the same, as numbers.
     """
 
     title: str
@@ -45,13 +50,28 @@ class Claim:
     where: str
     verdict: str
     evidence: tuple[str, ...]
+    comparisons: "tuple[Comparison, ...]" = ()
+
+    @property
+    def anchor(self) -> str:
+        """The title as an address, see `condlr.report.sheet.anchor`."""
+        return anchor(self.title)
+
+    @property
+    def decisive(self) -> "Comparison":
+        """What speaks most against the claim; where nothing is decided, what is nearest to a decision."""
+        if self.verdict == "undecided":
+            return max(self.comparisons, key=lambda comparison: abs(comparison.score))
+        return min(self.comparisons, key=lambda comparison: comparison.score)
 
 
 @dataclass(frozen=True)
-class _Mean:
-    """A row's accuracy."""
+class Mean:
+    """A row's accuracy, and the variance of its mean."""
 
     name: str
+    label: str
+    compression: float
     value: float
     std: float
     variance: float
@@ -59,21 +79,45 @@ class _Mean:
     def __str__(self) -> str:
         return f"{self.name} {accuracy(self.value, self.std)}"
 
+    @property
+    def margin(self) -> float:
+        """Two standard errors."""
+        return 2 * math.sqrt(self.variance)
+
 
 @dataclass(frozen=True)
-class _Comparison:
+class Comparison:
     """The claim that `left` is above `right`, or no more than `slack` below it."""
 
-    left: _Mean
-    right: _Mean
+    left: Mean
+    right: Mean
     slack: float = 0.0
+
+    @property
+    def difference(self) -> float:
+        """Of the means."""
+        return self.left.value - self.right.value
+
+    @property
+    def margin(self) -> float:
+        """Two standard errors of the difference; NaN where no row has two seeds."""
+        return 2 * math.sqrt(self.left.variance + self.right.variance)
+
+    @property
+    def score(self) -> float:
+        """How far the claim is from being decided: for it above 1, against it below -1."""
+        above = self.difference + self.slack
+        return above / self.margin if self.margin > 0 else above
 
     @property
     def sign(self) -> int:
         """1: decided for the claim; -1: against it; 0: not decided."""
-        difference = self.left.value - self.right.value + self.slack
-        margin = 2 * math.sqrt(self.left.variance + self.right.variance)
-        return int(math.copysign(1, difference)) if abs(difference) > margin else 0  # NaN: not decided
+        above = self.difference + self.slack
+        return int(math.copysign(1, above)) if abs(above) > self.margin else 0  # NaN: not decided
+
+    def __str__(self) -> str:
+        less = f" less {100 * self.slack:g} point" if self.slack else ""
+        return f"{self.left.name} against {self.right.name}{less}"
 
 
 def claims(cells: pd.DataFrame) -> list[Claim]:
@@ -102,13 +146,29 @@ def claims(cells: pd.DataFrame) -> list[Claim]:
     return [claim for claim in found if claim.verdict != "no runs"]
 
 
+def by_title(cells: pd.DataFrame) -> list[list[Claim]]:
+    """The claims of `claims`, those of one title together."""
+    found: dict[tuple[str, str], list[Claim]] = {}
+    for claim in claims(cells):
+        found.setdefault((claim.title, claim.statement), []).append(claim)
+    return [*found.values()]
+
+
+def places(claims: Sequence[Claim]) -> tuple[str, list[str]]:
+    """The settings of one claim's runs: what all share, and what each has of its own."""
+    parts = [claim.where.split(", ") for claim in claims]
+    alike = takewhile(lambda column: len({*column}) == 1, zip(*parts, strict=False))
+    shared = [part for part, *_ in alike]
+    return ", ".join(shared), [", ".join(own[len(shared) :]) for own in parts]
+
+
 def _of_accuracy(clean: "_Rows", where: str) -> Iterator[Claim]:
     dense = clean.of(["baseline"], 0)
     yield _claim(
         "Accuracy is kept",
         f"CondLR keeps the accuracy of the dense network (here: loses at most {100 * LOSS:g} point).",
         where,
-        [_Comparison(a, b, LOSS) for a in clean.of(CONSTRAINED, 0.5, 0.8) for b in dense],
+        [Comparison(a, b, LOSS) for a in clean.of(CONSTRAINED, 0.5, 0.8) for b in dense],
     )
 
 
@@ -132,7 +192,7 @@ def _of_robustness(robust: "_Rows", under: str) -> Iterator[Claim]:
         "Low rank without constraint is less robust than the dense network",
         "DLRT, Vanilla and SVD prune lose robustness against the dense network.",
         under,
-        [_Comparison(a, b) for b in free for a in dense],
+        [Comparison(a, b) for b in free for a in dense],
     )
     yield _claim(
         "CondLR is the most robust at each compression",
@@ -167,7 +227,7 @@ class _Rows:
     """The accuracies of a table's rows at one strength."""
 
     def __init__(self, frame: pd.DataFrame, eps: float):
-        self._means: dict[tuple[str, float], _Mean] = {}
+        self._means: dict[tuple[str, float], Mean] = {}
         rows = frame[frame["eps"].eq(eps) & frame["variant"].eq("")]
         usual = rows["std"].pow(2).mean()  # NaN where no row has two seeds
         for row in rows.itertuples():
@@ -177,20 +237,20 @@ class _Rows:
             percent = f" {100 * row.compression:g} %" if row.compression else ""  # type: ignore[operator]
             key = str(row.label), float(row.compression)  # type: ignore[arg-type]
             name = f"{title(str(row.label))}{percent}"
-            self._means[key] = _Mean(name, p, float(row.std), variance)  # type: ignore[arg-type]
+            self._means[key] = Mean(name, *key, p, float(row.std), variance)  # type: ignore[arg-type]
 
-    def of(self, labels: Iterable[str], *compressions: float) -> list[_Mean]:
+    def of(self, labels: Iterable[str], *compressions: float) -> list[Mean]:
         """The means of these rows, of those that there are."""
         keys = [(label, compression) for compression in compressions for label in labels]
         return [self._means[key] for key in keys if key in self._means]
 
     @staticmethod
-    def pairs(left: Sequence[_Mean], right: Sequence[_Mean]) -> list[_Comparison]:
+    def pairs(left: Sequence[Mean], right: Sequence[Mean]) -> list[Comparison]:
         """Each of the left with each of the right."""
-        return [_Comparison(a, b) for b in right for a in left]
+        return [Comparison(a, b) for b in right for a in left]
 
 
-def _claim(name: str, statement: str, where: str, comparisons: Sequence[_Comparison]) -> Claim:
+def _claim(name: str, statement: str, where: str, comparisons: Sequence[Comparison]) -> Claim:
     signs = [comparison.sign for comparison in comparisons]
     pro, contra = signs.count(1), signs.count(-1)
     if not signs:
@@ -201,10 +261,10 @@ def _claim(name: str, statement: str, where: str, comparisons: Sequence[_Compari
         verdict = "partly"
     else:
         verdict = "not supported" if contra else "undecided"
-    return Claim(name, statement, where, verdict, tuple(_evidence(comparisons)))
+    return Claim(name, statement, where, verdict, tuple(_evidence(comparisons)), tuple(comparisons))
 
 
-def _evidence(comparisons: Sequence[_Comparison]) -> Iterator[str]:
+def _evidence(comparisons: Sequence[Comparison]) -> Iterator[str]:
     words = {1: ">", 0: "≈", -1: "<"}
     for right in dict.fromkeys(comparison.right for comparison in comparisons):
         against = [comparison for comparison in comparisons if comparison.right == right]

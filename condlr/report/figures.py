@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from condlr.report import accuracies, evolution, spectra, theorem, tradeoffs
+from condlr.report import accuracies, evolution, spectra, theorem, tradeoffs, verdicts
 from condlr.report._style import Drawing
+from condlr.report.claims import by_title
 from condlr.report.results import read, read_if_there, require_evaluated
 
 
@@ -28,6 +29,7 @@ def drawings(study: Path, paper: Path, out: Path) -> Iterator[Drawing]:
     history = read(study, "history")
     # All are read before anything is drawn: a damaged table leaves no half of the figures
     steps, values, counted = (read_if_there(study, name) for name in ("steps", "spectra", "cost"))
+    yield from verdicts.verdicts(by_title(cells), out)
     yield from accuracies.robustness(cells, history, paper, out)
     yield from accuracies.attacks(cells, out)
     if steps is not None:

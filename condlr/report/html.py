@@ -1,27 +1,32 @@
 """HTML that needs nothing beside it: the frame of a page, its one style sheet, and sheets as tables."""
 
-from collections.abc import Iterable
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from html import escape
 from itertools import groupby
 from pathlib import Path
 
 from condlr.report.sheet import Row, Sheet, Value
 
-# No browser may fetch anything for such a page, whatever a label in a table looks like.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+# No browser may fetch anything for such a page, nor run another script, whatever a label looks like.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{}'"
+
+RULES = "Settings, sources, and what columns and signs mean"
 
 
 def framed(title: str, body: str) -> str:
     """A whole page."""
-    style = (Path(__file__).parent / "page.css").read_text("utf-8")
+    style, script = ((Path(__file__).parent / f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    policy = POLICY.format(b64encode(sha256(f"\n{script}".encode()).digest()).decode())
     return "\n".join([
         "<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         # Without an icon of its own a browser asks for favicon.ico
         '<link rel="icon" href="data:,">',
         f"<title>{escape(title)}</title>", f"<style>\n{style}</style>", "</head>",
-        "<body>", body.rstrip("\n"), "</body>", "</html>", "",
+        "<body>", body.rstrip("\n"), f"<script>\n{script}</script>", "</body>", "</html>", "",
     ])  # fmt: skip
 
 
@@ -40,25 +45,37 @@ def table(sheet: Sheet) -> str:
     for group in sheet.groups:
         lines += ["<tbody>", *map(_row, group), "</tbody>"]
     lines += ["</table>"]
-    notes = [*(f"<code>{escape(line)}</code>" for line in sheet.settings)]
-    notes += map(escape, sheet.legend("Shaded", "Bold"))
-    if notes:
-        lines += ['<ul class="legend">', *(f"<li>{note}</li>" for note in notes), "</ul>"]
+    rules = [*(f"<code>{escape(line)}</code>" for line in sheet.settings)]
+    rules += map(escape, sheet.explained("Shaded", "Bold"))
+    lines += _list([*map(escape, sheet.notes)])
+    if rules:
+        lines += ['<details class="rules">', f"<summary>{RULES}</summary>", *_list(rules), "</details>"]
     return "\n".join([*lines, "</div>"]) + "\n"
+
+
+def _list(items: Sequence[str]) -> list[str]:
+    return ['<ul class="legend">', *(f"<li>{item}</li>" for item in items), "</ul>"] if items else []
 
 
 def _head(sheet: Sheet) -> list[str]:
     blocks = any(column.block for column in sheet.columns)
     rows = ' rowspan="2"' if blocks else ""
-    above, below = [f'<th scope="col"{rows}>row</th>'], []
+    above, below, at = [f'<th scope="col"{rows}>row</th>'], [], 1
     for block, columns in groupby(sheet.columns, key=lambda column: column.block):
         names = [escape(column.name) for column in columns]
         if blocks and not block:
-            above += [f'<th scope="col" rowspan="2" class="number">{name}</th>' for name in names]
+            above += [
+                f'<th scope="col" rowspan="2" class="number" data-column="{at + i}">{name}</th>'
+                for i, name in enumerate(names)
+            ]
         else:
-            below += [f'<th scope="col" class="number">{name}</th>' for name in names]
+            below += [
+                f'<th scope="col" class="number" data-column="{at + i}">{name}</th>'
+                for i, name in enumerate(names)
+            ]
             if block:
                 above.append(f'<th scope="colgroup" colspan="{len(names)}">{escape(block)}</th>')
+        at += len(names)
     lines = [above, below] if blocks else [above + below]
     return ["<thead>", *(f"<tr>{''.join(line)}</tr>" for line in lines), "</thead>"]
 

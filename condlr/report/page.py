@@ -17,13 +17,28 @@ from PIL import Image
 from condlr._support.errors import UserError
 from condlr.report import report_markdown
 from condlr.report._style import Drawing
-from condlr.report.content import Block, Document, Folded, Section, Verdicts, alternative, numeric
+from condlr.report.claims import VERDICTS, places
+from condlr.report.content import (
+    Block,
+    Document,
+    Folded,
+    Fragment,
+    Grid,
+    Overview,
+    Section,
+    Verdicts,
+    alternative,
+    numeric,
+    points,
+)
 from condlr.report.html import framed, table
 from condlr.report.markdown import plain
 from condlr.report.sheet import Sheet
 
 # As wide as the text on a laptop, or a phone's screen at three dots a pixel.
-WIDTH, COLOURS = 1400, 128
+WIDTH, COLOURS = 1400, 256
+# How wide such a picture is shown, in the height of a letter; a narrower one is shown at the same scale.
+SHOWN = 54
 # Characters in a cell from which on its column may not be squeezed
 LONG = 36
 
@@ -56,29 +71,49 @@ def _(content: Sheet) -> str:
 
 @block.register
 def _(content: Drawing) -> str:
-    caption = f"{inline(content.caption)} <small>As vectors: {escape(content.pdf.name)}</small>"
-    width, height, data = picture(content.png)
-    image = f'<img src="{data}" width="{width}" height="{height}" alt="{escape(alternative(content))}">'
-    return f"<figure>\n{image}\n<figcaption>{caption}</figcaption>\n</figure>"
+    caption, _, settings = content.caption.partition(" Settings: ")
+    fold = f"<details><summary>Settings</summary>{inline(settings)}</details>" if settings else ""
+    vectors = f"<small>As vectors: {escape(content.pdf.name)}</small>"
+    return (
+        f"<figure>\n{_image(content)}\n<figcaption>{inline(caption)} {vectors}{fold}</figcaption>\n</figure>"
+    )
+
+
+def _image(drawing: Drawing) -> str:
+    """In a box of its own, in which it scrolls where the page is too narrow for what is printed in it."""
+    width, height, data = picture(drawing.png)
+    size = f'width="{width}" height="{height}" style="max-width: {SHOWN * width / WIDTH:.0f}rem"'
+    kind = "picture wide" if width > WIDTH * 0.8 else "picture"
+    return f'<div class="{kind}"><img src="{data}" {size} alt="{escape(alternative(drawing))}"></div>'
 
 
 @block.register
 def _(content: Verdicts) -> str:
-    first = content.claims[0]
-    lines = [
-        '<article class="claim">',
-        f"<h3>{inline(first.title)}</h3>",
-        f"<p>{inline(first.statement)}</p>",
+    first, (_, own) = content.claims[0], places(content.claims)
+    rows = [
+        (f"**{claim.verdict}**", where, points(claim.decisive), str(claim.decisive))
+        for claim, where in zip(content.claims, own, strict=True)
     ]
-    for claim in content.claims:
-        kind, shown = claim.verdict.replace(" ", "-"), " open" if claim is first else ""
-        verdict = f'<span class="verdict {kind}">{claim.verdict}</span>'
-        evidence = "".join(f"<li>{inline(line)}</li>" for line in claim.evidence)
-        lines += [
-            f"<details{shown}>", f"<summary>{verdict} {inline(claim.where)}</summary>",
-            f"<ul>{evidence}</ul>", "</details>",
-        ]  # fmt: skip
-    return "\n".join([*lines, "</article>"])
+    numbers = Grid(["verdict", "where", "points", "comparison that decides"], rows).filled
+    fold = Folded(report_markdown.COMPARISONS, [Fragment(report_markdown.comparisons(content))])
+    return "\n".join([
+        f'<article class="claim" id="{first.anchor}">', f"<h3>{inline(first.title)}</h3>",
+        f"<p>{inline(first.statement)}</p>", _image(content.drawing), _badges(block(numbers)), block(fold),
+        "</article>",
+    ])  # fmt: skip
+
+
+@block.register
+def _(content: Overview) -> str:
+    return f"{_badges(block(content.grid))}\n<p><small>{inline(report_markdown.OVERVIEW)}</small></p>"
+
+
+def _badges(html: str) -> str:
+    """Verdicts, which Markdown can only print in bold, stand out by their colour."""
+    for verdict in VERDICTS:
+        badge = f'<span class="verdict {verdict.replace(" ", "-")}">{verdict}</span>'
+        html = html.replace(f"<strong>{verdict}</strong>", badge)
+    return f'<div class="verdicts">{html}</div>'
 
 
 @block.register
@@ -171,6 +206,8 @@ def picture(path: Path) -> tuple[int, int, str]:
     if image.width > WIDTH:
         image = image.resize((WIDTH, round(image.height * WIDTH / image.width)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.quantize(COLOURS, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    image.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        buffer, "PNG", optimize=True
+    )
     data = base64.b64encode(buffer.getvalue()).decode()
     return image.width, image.height, f"data:image/png;base64,{data}"

@@ -6,6 +6,7 @@ from html import escape
 from urllib.parse import quote
 
 from condlr.report._style import Drawing
+from condlr.report.claims import places
 from condlr.report.content import (
     Block,
     Commands,
@@ -15,14 +16,22 @@ from condlr.report.content import (
     Fragment,
     Grid,
     Link,
+    Overview,
     Section,
     Verdicts,
     alternative,
     numeric,
+    points,
 )
 from condlr.report.markdown import markdown, plain
 from condlr.report.results import pipe
 from condlr.report.sheet import Sheet
+
+OVERVIEW = (
+    "Verdict: where most images were attacked. Points: the difference of the accuracies of two rows, ± two "
+    "standard errors of it."
+)
+COMPARISONS = "All comparisons"
 
 
 def render(document: Document) -> str:
@@ -77,17 +86,32 @@ def _(content: Sheet) -> str:
 
 @block.register
 def _(content: Drawing) -> str:
-    return f"![{_label(alternative(content))}]({quote(content.png.name)})\n\n{plain(content.caption)}"
+    return f"{_picture(content)}\n\n{plain(content.caption)}"
 
 
 @block.register
 def _(content: Verdicts) -> str:
     first = content.claims[0]
+    _, own = places(content.claims)
     lines = [f"### {plain(first.title)}", "", plain(first.statement), ""]
-    for claim in content.claims:
-        lines.append(f"- **{claim.verdict}**: {plain(claim.where)}")
-        lines += [f"  - {plain(line)}" for line in claim.evidence]
-    return "\n".join(lines)
+    lines += [_picture(content.drawing), ""]
+    for claim, where in zip(content.claims, own, strict=True):
+        number = f"{points(claim.decisive)} points, {claim.decisive}"
+        lines.append(f"- **{claim.verdict}**{plain(f', {where}' if where else '')}: {plain(number)}")
+    fold = Folded(COMPARISONS, [comparisons(content)])
+    return "\n".join([*lines, "", block(fold)])
+
+
+def comparisons(content: Verdicts) -> str:
+    """Each number of a claim, as a list."""
+    return "\n".join(
+        f"- {plain(claim.where)}: {plain(line)}" for claim in content.claims for line in claim.evidence
+    )
+
+
+@block.register
+def _(content: Overview) -> str:
+    return f"{block(content.grid)}\n\n{plain(OVERVIEW)}"
 
 
 @block.register
@@ -99,6 +123,10 @@ def _(content: Commands) -> str:
 def _(content: Folded) -> str:
     inside = "\n\n".join(map(block, content.blocks))
     return f"<details>\n<summary>{escape(content.summary)}</summary>\n\n{inside}\n\n</details>"
+
+
+def _picture(drawing: Drawing) -> str:
+    return f"![{_label(alternative(drawing))}]({quote(drawing.png.name)})"
 
 
 def _cell(cell: str | Link) -> str:

@@ -1,8 +1,18 @@
 """What a table looks like, whatever it is written as."""
 
+import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+
+def anchor(heading: str) -> str:
+    """A heading as an address, formed as GitHub forms those of a Markdown file."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+# What a table prints where there is no value.
+NONE = ("", "–")
 
 
 @dataclass(frozen=True)
@@ -52,20 +62,45 @@ class Row:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table: a caption, columns after the first, which names the rows, groups of rows, and notes below."""
+    """A table: a caption, columns after the first, which names the rows, groups of rows, and notes below.
+
+    Attributes:
+        notes: what a reader must know of these numbers.
+        rules: what numbers and signs of such tables mean; a page shows it when asked for.
+    """
 
     caption: str
     columns: Sequence[Column]
     groups: Sequence[Sequence[Row]]
     notes: Sequence[str] = field(default_factory=list)
     settings: Sequence[str] = field(default_factory=list)
+    rules: Sequence[str] = field(default_factory=list)
 
     @property
     def marked(self) -> bool:
         """Whether any value is marked as the best."""
         return any(v.group_best or v.best for group in self.groups for row in group for v in row.values)
 
+    @property
+    def run(self) -> "Sheet":
+        """Without columns in which no row of ours has a value, and rows of others that are empty then."""
+        ours = [row for group in self.groups for row in group if row.kind == "ours"]
+        kept = [i for i in range(len(self.columns)) if any(row.values[i].text not in NONE for row in ours)]
+
+        def cut(row: Row) -> Row:
+            return replace(row, values=[row.values[i] for i in kept])
+
+        groups = [
+            [row for row in map(cut, group) if row.kind == "ours" or any(v.text for v in row.values)]
+            for group in self.groups
+        ]
+        return replace(self, columns=[self.columns[i] for i in kept], groups=groups)
+
     def legend(self, group_best: str, best: str) -> list[str]:
-        """The notes, and what the marks of a format mean."""
+        """The notes and rules, and what the marks of a format mean."""
+        return [*self.notes, *self.explained(group_best, best)]
+
+    def explained(self, group_best: str, best: str) -> list[str]:
+        """The rules, and what the marks of a format mean."""
         marks = f"{group_best}: the best of the rows of its compression. {best}: the best of all rows."
-        return [*self.notes, *([f"{marks} Means decide; ties are all marked."] if self.marked else [])]
+        return [*self.rules, *([f"{marks} Means decide; ties are all marked."] if self.marked else [])]

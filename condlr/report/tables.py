@@ -175,16 +175,20 @@ class Table:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know of the numbers."""
-        notes = [self.missing, self.audit_note, *_published_notes([self]), LEGEND]
-        return [note for note in notes if note]
+        """What a reader must know of the numbers, and then what is the same for all such tables."""
+        return [*self._known, *_published_notes([self]), LEGEND]
+
+    @property
+    def _known(self) -> list[str]:
+        return [note for note in (self.missing, self.audit_note) if note]
 
     @property
     def sheet(self) -> Sheet:
         """As a sheet: below a row of ours, rows of published values and of differences."""
         facts = [name for name in self.lines[0].facts if name != "requested"]
         settings = str(self.context["settings"])
-        return _sheet(self.caption, [_Part(self, "", facts, self.strengths)], self.notes, [settings])
+        part = _Part(self, "", facts, self.strengths)
+        return _sheet(self.caption, [part], self._known, [settings], self.notes[len(self._known) :])
 
 
 def _published_notes(made: Sequence[Table]) -> list[str]:
@@ -344,7 +348,7 @@ class _Part:
         return facts + [line.cells[e].value(kind) if e in line.cells else none for e in self.strengths]
 
 
-def _sheet(caption: str, parts: Sequence[_Part], notes: Sequence[str], settings: Sequence[str]) -> Sheet:
+def _sheet(caption: str, parts: Sequence[_Part], *notes: Sequence[str]) -> Sheet:
     """Tables side by side: their rows of one name and compression are one."""
     known = [part.lines() for part in parts]
     groups: dict[float, list[Row]] = {}
@@ -359,7 +363,7 @@ def _sheet(caption: str, parts: Sequence[_Part], notes: Sequence[str], settings:
                 groups.setdefault(key[0], []).append(Row(named, [requested, *values], kind))
     columns = [Column("requested")]
     columns += [column for part in parts for column in part.columns]
-    return Sheet(caption, columns, [groups[compression] for compression in sorted(groups)], notes, settings)
+    return Sheet(caption, columns, [groups[compression] for compression in sorted(groups)], *notes)
 
 
 def table1(made: Sequence[Table], paper: Path) -> Iterator[Sheet]:
@@ -388,7 +392,7 @@ def table1(made: Sequence[Table], paper: Path) -> Iterator[Sheet]:
             notes += [f"{network(t.context)}: {t.audit_note}" for t in shown if t.number]
             settings = [f"{t.context['dataset']}: {t.context['settings']}" for t in shown if t.number]
             caption = f"Table 1. {' and '.join(which)}, protocol {protocol}: accuracy (%) under FGSM (ℓ∞)"
-            yield _sheet(caption, parts, [*notes, *_published_notes(shown), LEGEND], settings)
+            yield _sheet(caption, parts, notes, settings, [*_published_notes(shown), LEGEND])
 
 
 def _only_published(model: str, name: str, paper: Path) -> Table:

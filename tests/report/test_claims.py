@@ -107,6 +107,28 @@ def test_accuracy_is_kept_if_no_more_than_a_point_is_lost():
         assert verdicts(changed)["Accuracy is kept"] == verdict
 
 
+def test_the_number_that_decides_is_of_the_weakest_comparison():
+    rows = {("baseline", 0.0): 0.93, ("condlr-tau0", 0.5): 0.96, ("condlr-tau0.1", 0.5): 0.94}
+    name = "More robust than the dense network at 50 %"
+    for lower, verdict, points in ((0.94, "supported", 0.01), (0.90, "partly", -0.03)):
+        cells = study(rows | {("condlr-tau0.1", 0.5): lower})
+        (claim,) = [claim for claim in claims.claims(cells) if claim.title == name]
+        assert claim.verdict == verdict
+        assert str(claim.decisive) == "CondLR τ=0.1 50 % against Baseline"
+        assert claim.decisive.difference == pytest.approx(points)
+    single = study(rows, seeds=(0.0,))
+    (claim,) = [claim for claim in claims.claims(single) if claim.title == name]
+    assert (claim.verdict, claim.decisive.left.label) == ("undecided", "condlr-tau0")
+
+
+def test_what_settings_share_is_said_once():
+    cells = study({("baseline", 0.0): 0.93, ("condlr-tau0", 0.5): 0.96})
+    made = claims.by_title(pd.concat([cells.assign(n=1000), cells]))
+    assert claims.places(made[1]) == (
+        "LeNet5 on MNIST, protocol paper, 3 epochs, FGSM at ε=0.06", ["10,000 images", "1,000 images"]
+    )  # fmt: skip
+
+
 def test_a_claim_without_its_rows_is_not_made():
     assert verdicts(study({("vanilla", 0.5): 0.9})) == {}
 

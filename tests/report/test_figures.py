@@ -262,13 +262,14 @@ def test_all_figures_of_all_tables(tmp_path):
     frame = study(settings=DECAY)
     write(tmp_path, cells=frame, history=history(frame), steps=steps(frame), spectra=values(frame))
     made = [*drawings(tmp_path, PAPER, tmp_path)]
-    names = ["robustness", "conditioning", "start", "spectra", "compression", "cost"]
+    names = ["claims", "robustness", "conditioning", "start", "spectra", "compression", "cost"]
     assert [drawing.png.stem for drawing in made] == names
     assert all(drawing.pdf == drawing.png.with_suffix(".pdf") and drawing.pdf.exists() for drawing in made)
-    assert all(re.search(r"Settings: .*decay=2\.0\.$", drawing.caption) for drawing in made)
+    assert all(re.search(r"Settings: .*decay=2\.0\.$", drawing.caption) for drawing in made[1:])
     (tmp_path / "steps.csv").unlink()
     (tmp_path / "spectra.csv").unlink()
-    assert [d.png.stem for d in drawings(tmp_path, PAPER, tmp_path)] == ["robustness", "compression", "cost"]
+    names = ["claims", "robustness", "compression", "cost"]
+    assert [d.png.stem for d in drawings(tmp_path, PAPER, tmp_path)] == names
 
 
 def test_a_matrix_flow_needs_no_other_table(tmp_path):
@@ -320,7 +321,7 @@ def test_a_users_own_settings_change_no_figure(tmp_path, settings):
         with mpl.rc_context(rc):
             made = [*drawings(tmp_path, PAPER, tmp_path)]
             pictures.append([path.read_bytes() for drawing in made for path in (drawing.png, drawing.pdf)])
-    assert len(pictures[0]) == 10
+    assert len(pictures[0]) == 12
     assert pictures[0] == pictures[1]
 
 

@@ -18,9 +18,10 @@ from condlr.analysis.theory.flows import Settings
 from condlr.analysis.theory.theorem1 import errors
 from condlr.report import page, report_markdown
 from condlr.report.chapters import document
-from condlr.report.content import Document, Facts, Folded, Fragment, Grid, Link, Section
+from condlr.report.content import Document, Facts, Folded, Fragment, Grid, Link, Section, Verdicts
 from condlr.report.provenance import provenance
 from condlr.report.results import duration
+from condlr.report.sheet import Column, Row, Sheet, Value
 from condlr.suite.collecting import collect
 from tests.helpers import ROOT
 from tests.report.browser import CHROMIUM, Browser
@@ -122,7 +123,8 @@ def test_contents_lead_to_sections_and_nothing_leaves_the_page(content):
     assert not [target for target in targets if re.match(r"\w+:|/", target)]
     assert all(attributes["src"].startswith("data:image/png;base64,") for attributes in parsed.all("img"))
     assert {attributes["href"] for attributes in parsed.all("link")} == {"data:,"}
-    assert not {"script", "iframe", "object"} & {tag for tag, _ in parsed.elements}
+    assert not {"iframe", "object"} & {tag for tag, _ in parsed.elements}
+    assert parsed.all("script") == [{}], "one script, which is ours, and within the page"
     assert [attributes["lang"] for attributes in parsed.all("html")] == ["en"]
     assert "viewport" in {attributes.get("name") for attributes in parsed.all("meta")}
 
@@ -143,7 +145,7 @@ def test_labels_cannot_become_markup(study):
         if (study / f"{name}.csv").exists():
             change(study, name, label="vanilla-<script>alert('x|y')</script>")
     parsed = Parsed(page.render(made(study)))
-    assert not parsed.all("script")
+    assert len(parsed.all("script")) == 1
     assert "<script>alert" in "".join(parsed.text)
     blocks = [Facts([("<b>", "<i>")]), Grid(["<b>|"], [["<u>|"]]), Link("<u>", "a"), Folded("<b>", ["<i>"])]
     content = Document("<b>", ["`<code>` & <i>"], [Section("A", blocks)])
@@ -354,6 +356,70 @@ def test_the_first_column_of_a_wide_table_stays(browser, pages):
         return [box.scrollLeft, cell.getBoundingClientRect().left - before]
     })()"""
     assert browser.ask(place) == [150, 0]
+
+
+def test_a_click_sorts_a_table_and_rows_keep_what_stands_below_them(browser, pages):
+    browser.open(pages["large"][0], 1400)
+    rows = """(([section, at]) => [...document.querySelectorAll(`#${section} table`)][0]
+        .querySelectorAll('tbody tr').values().map(r => r.className || r.cells[at].innerText).toArray())"""
+    click = """(([section, at]) => [...document.querySelectorAll(`#${section} table`)][0]
+        .querySelector(`[data-column="${at}"], thead th:nth-child(${at + 1}):not([data-column])`).click())"""
+    browser.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
+    before = browser.ask(f"{rows}(['accuracy', 4])")
+    browser.ask(f"{click}(['accuracy', 4])")
+    after = browser.ask(f"{rows}(['accuracy', 4])")
+    assert after != before
+    assert sorted(after) == sorted(before)
+    numbers = [float(text.split()[0]) for text in after if text[0].isdigit()]
+    assert numbers == sorted(numbers)
+    kinds = [text for text in after if not text[0].isdigit() and text != "–"]
+    assert {*kinds} <= {"published", "camera-ready", "difference"}
+    assert after[0][0].isdigit(), "no row's published values come before the row"
+    assert after[-1] in (*kinds, "–"), "what has no value comes last"
+    browser.ask(f"{click}(['accuracy', 4])")
+    numbers = [float(t.split()[0]) for t in browser.ask(f"{rows}(['accuracy', 4])") if t[0].isdigit()]
+    assert numbers == sorted(numbers, reverse=True)
+    seconds = "t => t.match(/min/) ? 60 * parseFloat(t) + parseFloat(t.split('min')[1]) : parseFloat(t)"
+    times = browser.ask(f"(() => {{ {click}(['runs', 2]); return {rows}(['runs', 2]).map({seconds}) }})()")
+    assert times == sorted(times)
+    assert browser.complaints() == []
+
+
+def test_a_page_opens_with_its_figure_and_the_claims(browser, pages):
+    path, content = pages["large"]
+    figure, overview, lead, _ = content.lead
+    assert figure.png.stem == "robustness"
+    assert str(lead).startswith("8 rows, 2 seeds")
+    verdicts = [block for block in content.sections[0].blocks if isinstance(block, Verdicts)]
+    titles = [verdict.claims[0].title for verdict in verdicts]
+    assert [row[0].text for row in overview.grid.rows] == titles
+    assert [verdict.drawing.png.exists() for verdict in verdicts] == [True] * len(titles)
+    text = report_markdown.render(content)
+    places = [
+        text.index(part) for part in ("(robustness.png)", "| claim | verdict |", "8 rows, 2 seeds", "## ")
+    ]
+    assert places == sorted(places)
+    for width, stacked in ((400, True), (1400, False)):
+        browser.open(path, width)
+        first = "[...document.querySelector('header .verdicts tbody tr').cells]"
+        boxes = f"{first}.map(cell => cell.getBoundingClientRect().top)"
+        assert (len({*browser.ask(boxes)}) > 1) == stacked
+        wide = (
+            "[...document.querySelectorAll('p, li, figcaption, .verdicts')].filter(e => e.checkVisibility())"
+        )
+        fits = "e => e.getBoundingClientRect().right <= innerWidth + 1 && e.scrollWidth <= e.clientWidth + 1"
+        assert browser.ask(f"{wide}.every({fits})"), "no prose scrolls sideways"
+        links = "[...document.querySelectorAll('header .verdicts a')]"
+        anchors = f"{links}.map(a => document.getElementById(a.hash.slice(1)).tagName)"
+        assert browser.ask(anchors) == ["ARTICLE"] * len(titles)
+
+
+def test_what_was_not_run_has_no_columns(content):
+    sheet = Sheet("c", [Column("a"), Column("b")], [[
+        Row("x", [Value("1"), Value("–")]), Row("v1", [Value(""), Value("2")], "published"),
+    ]])  # fmt: skip
+    assert sheet.run == Sheet("c", [Column("a")], [[Row("x", [Value("1")])]])
+    assert Grid(["a", "b"], [["x", "–"], ["y", ""]]).filled == Grid(["a"], [["x"], ["y"]])
 
 
 def test_the_policy_of_a_page_lets_no_script_run(browser, pages, tmp_path):

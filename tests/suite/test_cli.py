@@ -34,7 +34,7 @@ from condlr.suite.runs import Run, _seal
 from tests.helpers import ROOT, SMALL, complains, run_script, write_idx
 
 PAPER = ROOT / "results" / "paper"
-FIGURES = ("robustness", "compression", "cost", "spectra")
+FIGURES = ("claims", "claims-2", "robustness", "compression", "cost", "spectra")
 
 
 def run_of(tmp_path, study="default"):
