@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,6 +38,8 @@ AUGMENTATIONS = ("none", "crop_flip")
 
 # What does not make a run another run: where things lie, what it runs on and how, and how it is attacked.
 _NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "forms", "record_every", "attack", "flow")
+# Keys whose null is a part of what a run is; they are older than the rule in `_identity`.
+_NULL_COUNTS = ("compression", "train_images", "test_images")
 # Keys that name a file or directory: `~` in them is the home directory, which no shell expands behind `key=`.
 _PATHS = ("run", "runs_dir", "data_root", "results_dir", "paper")
 # Keys of a protocol that act only where another group refers to them, and count there.
@@ -438,24 +440,36 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     except ValueError as error:
         raise UserError(f"protocol.{error}") from None
 
-    identity = {key: value for key, value in values.items() if key not in _NOT_IDENTITY} | {
-        "method": method_keys,
-        "model": model_keys,
-        "dataset": {key: value for key, value in dataset_keys.items() if key != "download"},
-        # What a protocol leaves at None is as if it had no such key: a new one renames no run.
-        "protocol": {
-            key: value
-            for key, value in values["protocol"].items()
-            if key not in _REFERRED and value is not None
-        },
-        "compression": compression,
-    }
+    found = {"dataset": dataset_keys, "model": model_keys, "method": method_keys, "compression": compression}
     return RunConfig(
-        identity, _label(method, method_keys, protocol),
+        _identity(values | found), _label(method, method_keys, protocol),
         dataset, model, method, scheme, protocol, attack, values["seed"], values["study"],
         Path(values["runs_dir"]), Path(values["data_root"]), values["device"], values["precision"],
         values["forms"], values["record_every"],
     )  # fmt: skip
+
+
+def _identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a run the run it is, of its checked config: all that its result depends on, and no more.
+
+    A key that is null is no part of it, in any group: a key that is added later and defaults to null
+    renames no run. `_NULL_COUNTS` are the exceptions. Nor are keys that name places, devices and attacks
+    (`_NOT_IDENTITY`), a dataset's `download`, and what a protocol has for other groups (`_REFERRED`), which
+    counts there.
+    """
+    elsewhere = {"protocol": _REFERRED, "dataset": ("download",)}
+
+    def counted(keys: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]:
+        return {
+            key: value
+            for key, value in keys.items()
+            if key not in without and (value is not None or key in _NULL_COUNTS)
+        }
+
+    return {
+        key: counted(value, elsewhere.get(key, ())) if isinstance(value, dict) else value
+        for key, value in counted(values, _NOT_IDENTITY).items()
+    }
 
 
 def check_any(config: DictConfig | Mapping[str, Any]) -> RunConfig | FlowConfig:
