@@ -17,7 +17,7 @@ from condlr.analysis.cost import Cost, cost
 from condlr.analysis.crosscheck import crosscheck
 from condlr.analysis.guarantees import guarantees
 from condlr.analysis.sceptic.masking import CHECKS, IMAGES, Audit
-from condlr.attacks.base import OneByOne
+from condlr.attacks.base import StrengthByStrength
 from condlr.data.base import Data
 from condlr.evaluation import Row, evaluate, first
 from condlr.suite.config import FlowConfig, RunConfig, check
@@ -160,7 +160,7 @@ def attack_run(
 ) -> None:
     """Evaluate at the strengths that are missing, or at all; each is kept as soon as it is known."""
     wanted = config.attack.eps if again else missing(run, config)
-    parts = [[eps] for eps in wanted] if isinstance(config.attack, OneByOne) else [wanted]
+    parts = [[eps] for eps in wanted] if isinstance(config.attack, StrengthByStrength) else [wanted]
     for strengths in parts:
         attack = replace(config.attack, eps=strengths)
         at = ", ".join(f"{eps:g}" for eps in strengths)
