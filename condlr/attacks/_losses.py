@@ -55,6 +55,10 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {"ce": ce, "margin": margin, "dlr": dlr, "ce_rescaled": ce_rescaled}
+# What tables add to the name of an attack that climbs it.
+LOSS_TITLES = {
+    "ce": "", "margin": " on the margin", "dlr": " on DLR", "ce_rescaled": " on rescaled logits",
+}  # fmt: skip
 
 
 def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

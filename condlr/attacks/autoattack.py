@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr.attacks._library import NORMS, library, require
-from condlr.attacks.base import OneByOne, Perturbed
+from condlr.attacks.base import Perturbed, StrengthByStrength
 
 
 @dataclass
-class AutoAttack(OneByOne):
+class AutoAttack(StrengthByStrength):
     """APGD on cross-entropy, targeted APGD on DLR, targeted FAB, Square: each on what the ones before left.
 
     100 iterations and one start each, 9 target classes, 5000 queries. From the package pyautoattack 0.2: the
@@ -22,6 +22,7 @@ class AutoAttack(OneByOne):
     classes there are as many targets as wrong classes.
     """
 
+    title: ClassVar[str] = "AutoAttack"
     norms: ClassVar[tuple[str, ...]] = tuple(NORMS)
     batch_size: ClassVar[int] = 250
 

@@ -12,6 +12,9 @@ from typing_extensions import override
 from condlr._support.errors import in_range, one_of
 from condlr._support.strengths import distinct, require_pixels
 
+# How captions print the norms.
+NORM_TITLES = {"linf": "ℓ∞", "l2": "ℓ2", "l2_relative": "ℓ2 as a part of ‖x‖2", "std": "standard deviation"}
+
 
 @dataclass(frozen=True)
 class Perturbed:
@@ -39,6 +42,7 @@ class Attack(ABC):
     """A way to perturb images, its options being the keys of `conf/attack/<name>.yaml`.
 
     Attributes:
+        title: what tables call it; without one, the name of its file.
         eps: strengths, in units of `norm`; 0 is no attack. Of those that print alike only one is taken.
         norm: what measures the perturbation, one of the attack's `norms`. `linf` and `l2` are in units
             of the pixel range [0, 1]; `l2_relative` is the 2-norm as a part of the image's own.
@@ -49,6 +53,7 @@ class Attack(ABC):
             or the directory of a run. A network attacked with another's images is attacked by transfer.
     """
 
+    title: ClassVar[str] = ""
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l2_relative")
     batch_size: ClassVar[int] = 1000
     in_label: ClassVar[tuple[str, ...]] = ()
@@ -90,6 +95,14 @@ class Attack(ABC):
         made_on = [] if self.source == "baseline" else [f"source={study_and_run}"]
         return "-".join(["transfer", self.name(), *unusual, *made_on])
 
+    @classmethod
+    def title_of(cls, label: str) -> str | None:
+        """How tables print a label that `cells` has for some attack of this class; None for any other."""
+        name, _, rest = label.partition("-")
+        if name != cls.__module__.rpartition(".")[-1]:
+            return None
+        return (cls.title or name) + (f", {rest}" if rest else "")
+
     def cells(self) -> list[tuple[str, float]]:
         """The label and strength of all that `perturb` yields."""
         return [(self.label(), eps) for eps in self.eps]
@@ -106,8 +119,8 @@ class Attack(ABC):
         """
 
 
-class OneByOne(Attack):
-    """An attack whose strengths have nothing in common."""
+class StrengthByStrength(Attack):
+    """An attack that starts anew for each strength: nothing is shared between them."""
 
     @override
     def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0) -> Iterator[Perturbed]:

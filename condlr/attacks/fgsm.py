@@ -34,6 +34,14 @@ class Fgsm(Attack):
     def name(self) -> str:
         return ("fgsm" if self.norm == "linf" else "fgm") + ("" if self.clamp else "-unclamped")
 
+    @classmethod
+    @override
+    def title_of(cls, label: str) -> str | None:
+        name, _, rest = label.partition("-")
+        if name not in ("fgsm", "fgm"):
+            return None
+        return name.upper() + (f", {rest}" if rest else "")
+
     @override
     def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0) -> Iterator[Perturbed]:
         gradient = cross_entropy_gradient(model, images, labels)

@@ -9,11 +9,11 @@ from typing_extensions import override
 
 from condlr._support.errors import in_range
 from condlr.attacks._balls import on_sphere, radius
-from condlr.attacks.base import OneByOne, Perturbed
+from condlr.attacks.base import Perturbed, StrengthByStrength
 
 
 @dataclass
-class Noise(OneByOne):
+class Noise(StrengthByStrength):
     """x' = clamp(x + noise, 0, 1), one draw for each image; the network is not looked at.
 
     The noise is, by norm: `std`, Gaussian with standard deviation eps in each pixel; `linf`, eps or -eps in

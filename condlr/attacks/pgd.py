@@ -10,12 +10,12 @@ from typing_extensions import override
 
 from condlr._support.errors import in_range, one_of
 from condlr.attacks._balls import inside, project, radius, steepest
-from condlr.attacks._losses import LOSSES, Loss
-from condlr.attacks.base import OneByOne, Perturbed, right, without_direction
+from condlr.attacks._losses import LOSS_TITLES, LOSSES, Loss
+from condlr.attacks.base import Perturbed, StrengthByStrength, right, without_direction
 
 
 @dataclass
-class Pgd(OneByOne):
+class Pgd(StrengthByStrength):
     """x_{k+1} = clamp(x + P(x_k + a d(grad l(f(x_k), y)) - x), 0, 1), from several starts.
 
     d(g) is the steepest direction of the norm, sign(g) or g / ||g||_2, so that a tiny gradient points like a
@@ -54,6 +54,16 @@ class Pgd(OneByOne):
     @override
     def name(self) -> str:
         return f"pgd{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "") + f"-{self.loss}"
+
+    @classmethod
+    @override
+    def title_of(cls, label: str) -> str | None:
+        name, _, rest = label.partition("-")
+        steps, _, starts = name.removeprefix("pgd").partition("x")
+        loss, *others = rest.split("-")
+        if not name.startswith("pgd") or not steps.isdecimal() or loss not in LOSS_TITLES:
+            return None
+        return ", ".join([f"PGD-{steps}{f'×{starts}' if starts else ''}{LOSS_TITLES[loss]}", *others])
 
     @override
     def strike(self, model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> Perturbed:

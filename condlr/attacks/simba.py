@@ -13,6 +13,9 @@ from condlr._support.errors import in_range, one_of
 from condlr.attacks._losses import ce
 from condlr.attacks.base import Attack, Perturbed, right
 
+# By key, as tables print them.
+BASES = {"pixel": "pixels", "dct": "DCT"}
+
 
 @dataclass
 class Simba(Attack):
@@ -40,7 +43,7 @@ class Simba(Attack):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("basis", self.basis, ("pixel", "dct"))
+        one_of("basis", self.basis, tuple(BASES))
         if self.frequencies is not None:
             in_range("frequencies", self.frequencies, 1, math.inf)
             if self.basis == "pixel":
@@ -54,6 +57,15 @@ class Simba(Attack):
     @override
     def name(self) -> str:
         return f"simba-{self.basis}"
+
+    @classmethod
+    @override
+    def title_of(cls, label: str) -> str | None:
+        name, _, rest = label.partition("-")
+        basis, *others, count = rest.split("-") if "-" in rest else (rest, "")
+        if name != "simba" or basis not in BASES or not count.isdecimal():
+            return None
+        return ", ".join([f"SimBA, {BASES[basis]}", *others, f"{count} directions"])
 
     @override
     def cells(self) -> list[tuple[str, float]]:

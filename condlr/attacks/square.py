@@ -11,11 +11,11 @@ from typing_extensions import override
 from condlr._support.errors import in_range
 from condlr.attacks._library import NORMS, library, require
 from condlr.attacks._losses import margin
-from condlr.attacks.base import OneByOne, Perturbed, right
+from condlr.attacks.base import Perturbed, StrengthByStrength, right
 
 
 @dataclass
-class Square(OneByOne):
+class Square(StrengthByStrength):
     """The package pyautoattack's, as AutoAttack sets it: margin loss, p = 0.8, schedule for 10 000 queries.
 
     Attributes:
@@ -36,6 +36,15 @@ class Square(OneByOne):
     @override
     def name(self) -> str:
         return f"square{self.queries}"
+
+    @classmethod
+    @override
+    def title_of(cls, label: str) -> str | None:
+        name, *others = label.split("-")
+        queries = name.removeprefix("square")
+        if queries == name or not queries.isdecimal():
+            return None
+        return ", ".join([f"Square, {int(queries):,} queries", *others])
 
     @override
     def strike(self, model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> Perturbed:

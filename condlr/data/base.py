@@ -144,11 +144,13 @@ class Dataset(ABC):
     """A dataset's options, the keys of `conf/dataset/<name>.yaml`, and how it is loaded.
 
     Attributes:
+        title: what tables call it; without one, the name of its file.
         shape: (channels, height, width) of its images; None where only the files say.
         download: fetch missing files through torchvision.
         train_images, test_images: use only this many images, the first ones, for a quick trial; None is all.
     """
 
+    title: ClassVar[str] = ""
     shape: ClassVar[tuple[int, int, int] | None] = None
 
     download: bool = True

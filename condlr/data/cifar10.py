@@ -4,6 +4,7 @@ import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from typing_extensions import override
@@ -45,6 +46,7 @@ class Cifar10(Dataset):
         standardize: networks standardise their input by the channels' mean and deviation, inside.
     """
 
+    title: ClassVar[str] = "CIFAR-10"
     shape = (3, 32, 32)
 
     standardize: bool = True

@@ -10,4 +10,5 @@ from condlr.data._idx import Idx
 class FashionMnist(Idx):
     """Fashion-MNIST (Xiao et al., 2017), in the files and numbers of MNIST: `<root>/FashionMNIST/raw/`."""
 
+    title: ClassVar[str] = "Fashion-MNIST"
     folder: ClassVar[str] = "FashionMNIST"

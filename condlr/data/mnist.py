@@ -10,4 +10,5 @@ from condlr.data._idx import Idx
 class Mnist(Idx):
     """MNIST (LeCun et al., 1998): 60 000 training and 10 000 test images, `<root>/MNIST/raw/`."""
 
+    title: ClassVar[str] = "MNIST"
     folder: ClassVar[str] = "MNIST"

@@ -1,12 +1,16 @@
 """What a method is: all that makes two rows of a table differ."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from condlr.factorization import Scheme, factorize
+
+Term = Callable[[nn.Module], Tensor]
 
 
 @dataclass
@@ -15,7 +19,16 @@ class Method:
 
     A subclass is a dataclass in a file of its name; its fields are its options, the keys of
     `conf/method/<name>.yaml`. They are plain numbers and strings, checked in `__post_init__`.
+
+    Attributes:
+        title: what tables call it; without one, the name of its file.
+        order: its place in tables; those of one place stand by their names.
+        colours: of its rows in figures, by label; others get a spare one.
     """
+
+    title: ClassVar[str] = ""
+    order: ClassVar[int] = 100
+    colours: ClassVar[Mapping[str, str]] = {}
 
     @property
     def compresses(self) -> bool:
@@ -25,6 +38,12 @@ class Method:
     def label(self) -> str:
         """How run names and tables call it: the name, and the options that define its rows."""
         return type(self).__module__.rpartition(".")[-1]
+
+    @classmethod
+    def title_of(cls, label: str) -> str:
+        """How tables print a row of this label."""
+        name, *options = label.split("-")
+        return " ".join([cls.title or name, *options])
 
     @property
     def in_label(self) -> tuple[str, ...]:
@@ -69,23 +88,31 @@ class Method:
         """
 
     def penalty(self, model: nn.Module) -> Tensor | float:
-        """The term added to the loss. Here: none."""
+        """The term that belongs to the method. Here: none."""
         return 0.0
 
     def step(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        images: Tensor,
+        labels: Tensor,
+        added: Term | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One optimiser step on a batch; returns the loss (mean cross-entropy + penalty) and logits."""
+        """One optimiser step on a batch; returns the loss (see there) and the logits."""
         optimizer.zero_grad()
-        loss, logits = self.loss(model, images, labels)
+        loss, logits = self.loss(model, images, labels, added)
         loss.backward()
         optimizer.step()
         return loss.detach(), logits.detach()
 
-    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy + penalty, and the logits."""
+    def loss(
+        self, model: nn.Module, images: Tensor, labels: Tensor, added: Term | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy + the method's own penalty + the term `added`, if any; and the logits."""
         logits = model(images)
-        return F.cross_entropy(logits, labels) + self.penalty(model), logits
+        loss = F.cross_entropy(logits, labels) + self.penalty(model)
+        return (loss if added is None else loss + added(model)), logits
 
     def audit(self, model: nn.Module) -> dict[str, float]:
         """What the method promises of its weights, measured in float64 at an epoch's end.

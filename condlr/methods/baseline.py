@@ -1,6 +1,8 @@
 """The dense network, as it comes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 from typing_extensions import override
@@ -16,6 +18,10 @@ class Baseline(Method):
     With `classifier=full_rank` its last layer is a product of three unconstrained factors, as in
     the authors' code.
     """
+
+    title: ClassVar[str] = "Baseline"
+    order: ClassVar[int] = 0
+    colours: ClassVar[Mapping[str, str]] = {"baseline": "#000000"}
 
     @property
     @override

@@ -1,6 +1,8 @@
 """Cayley SGD (Li, Fuxin and Todorovic, ICLR 2020, arXiv 2002.01113)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from typing_extensions import override
@@ -26,6 +28,10 @@ class CayleySgd(StiefelDescent):
         first: the iteration starts at Y = X - step W X (`tangent`, the paper) or at X - step m, m not
             projected (`momentum`, both released codes).
     """
+
+    title: ClassVar[str] = "Cayley SGD"
+    order: ClassVar[int] = 1
+    colours: ClassVar[Mapping[str, str]] = {"cayley_sgd": "#E69F00"}
 
     transform: str = "iterative"
     inner_iterations: int = 2

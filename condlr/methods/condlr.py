@@ -1,6 +1,8 @@
 """The rows of CondLR: low-rank layers under `condlr.constraint`, trained with SGD."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -13,6 +15,15 @@ from condlr.methods.base import Method
 @dataclass
 class CondLR(Method):
     """The rows CondLR of the tables, and with tau = 0 and `centre=one` the row "mean". See `constrain`."""
+
+    title: ClassVar[str] = "CondLR"
+    order: ClassVar[int] = 3
+    colours: ClassVar[Mapping[str, str]] = {
+        "condlr-tau0": "#56B4E9",
+        "condlr-tau0.1": "#0072B2",
+        "condlr-tau0.5": "#009E73",
+        "condlr-unit": "#CC79A7",
+    }
 
     tau: float = 0.1
     centre: str = "rms"
@@ -36,6 +47,14 @@ class CondLR(Method):
     @override
     def label(self) -> str:
         return "condlr-unit" if self._unit else f"condlr-tau{self.tau:.10g}"
+
+    @classmethod
+    @override
+    def title_of(cls, label: str) -> str:
+        _, *options = label.split("-")
+        if options:
+            options[0] = "s=1" if options[0] == "unit" else options[0].replace("tau", "τ=")
+        return " ".join([cls.title, *options])
 
     @property
     @override

@@ -1,12 +1,13 @@
 """DLRT, dynamical low-rank training (Schotthöfer et al., NeurIPS 2022, arXiv 2205.13571)."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 from typing_extensions import override
 
 from condlr._support.errors import ConstraintBreach, in_range
@@ -14,7 +15,7 @@ from condlr._support.precision import strict
 from condlr.factorization import Scheme, factorize, low_rank_layers
 from condlr.layers import LowRank
 from condlr.manifolds import spectrum, stiefel
-from condlr.methods.base import Method
+from condlr.methods.base import Method, Term
 from condlr.methods.vanilla import step_along
 
 TOLERANCE = 1e-5
@@ -46,6 +47,10 @@ class Dlrt(Method):
         theta: 0 keeps the rank fixed; above, the relative tolerance of the truncation.
     """
 
+    title: ClassVar[str] = "DLRT"
+    order: ClassVar[int] = 4
+    colours: ClassVar[Mapping[str, str]] = {"dlrt": "#999933"}
+
     theta: float = 0.0
 
     def __post_init__(self) -> None:
@@ -76,10 +81,16 @@ class Dlrt(Method):
 
     @override
     def step(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        images: Tensor,
+        labels: Tensor,
+        added: Term | None = None,
     ) -> tuple[Tensor, Tensor]:
         layers = {name: layer for name, layer in low_rank_layers(model).items() if _is_free(layer)}
-        loss, logits, gradients = _basis_gradients(model, layers, images, labels)
+        objective = _Objective(model, lambda network: self.loss(network, images, labels, added))
+        loss, logits, gradients = _basis_gradients(objective, layers)
         moving = {layers[name]: pair for name, pair in gradients.items()}
         adaptive = [layer for layer in moving if self._adapts(layer)]
         optimizer.zero_grad()
@@ -96,7 +107,7 @@ class Dlrt(Method):
             for layer in moving:
                 self._rebase(layer, optimizer, *before[layer])
         bases = {factor for layer in layers.values() for factor in (layer.U, layer.Vt)}
-        step_along(model, optimizer, self.loss(model, images, labels)[0], {*model.parameters()} - bases)
+        step_along(model, optimizer, objective()[0], {*model.parameters()} - bases)
         with strict(images.device):
             for layer in adaptive:
                 self._truncate(layer, optimizer)
@@ -142,8 +153,20 @@ class Dlrt(Method):
         _transport(layer, optimizer, P.mT, Q.mT)
 
 
+class _Objective(nn.Module):
+    """The loss and the logits of a network, as a module: for weights put in its place."""
+
+    def __init__(self, network: nn.Module, loss: Callable[[nn.Module], tuple[Tensor, Tensor]]):
+        super().__init__()
+        self.network, self.loss = network, loss
+
+    @override
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.loss(self.network)
+
+
 def _basis_gradients(
-    model: nn.Module, layers: dict[str, LowRank], images: Tensor, labels: Tensor
+    objective: _Objective, layers: dict[str, LowRank]
 ) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """The loss, the logits, and G V_0 and U_0^T G for each layer that the loss depends on."""
     substitutes: dict[str, Tensor] = {}
@@ -155,10 +178,10 @@ def _basis_gradients(
         leaves += [K, Z]
         identity = torch.eye(2 * layer.rank, dtype=U.dtype, device=U.device)
         factors = {"U": torch.cat([K, U], 1), "S": identity, "Vt": torch.cat([V, Z], 1).mT}
-        substitutes |= {f"{name}.{factor}" if name else factor: value for factor, value in factors.items()}
+        place = f"network.{name}" if name else "network"
+        substitutes |= {f"{place}.{factor}": value for factor, value in factors.items()}
     # A layer that stands in several places is swapped in all of them by its first name alone.
-    logits = functional_call(model, substitutes, (images,), tie_weights=False)
-    loss = F.cross_entropy(logits, labels)
+    loss, logits = functional_call(objective, substitutes, (), tie_weights=False)
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
     pairs = zip(layers, zip(gradients[::2], gradients[1::2], strict=True), strict=True)
     used = {name: (K, L.mT) for name, (K, L) in pairs if K is not None and L is not None}

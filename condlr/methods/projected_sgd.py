@@ -1,6 +1,8 @@
 """Projected SGD on the Stiefel manifold (Absil and Malick, SIAM J. Optim. 2012)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from typing_extensions import override
@@ -19,6 +21,10 @@ class ProjectedSgd(StiefelDescent):
     Attributes:
         retraction: `qr` with positive diagonal, or `polar`, the nearest orthonormal matrix.
     """
+
+    title: ClassVar[str] = "Projected SGD"
+    order: ClassVar[int] = 2
+    colours: ClassVar[Mapping[str, str]] = {"projected_sgd": "#882255"}
 
     cap: str = "none"
     retraction: str = "qr"

@@ -1,7 +1,9 @@
 """SVD training and pruning (Yang et al., CVPR workshops 2020, arXiv 2004.09031)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,10 @@ class SvdPrune(Method):
         phases: fractions of the epochs at which sparsifying and fine-tuning begin, the latter with the
             last epoch at the latest.
     """
+
+    title: ClassVar[str] = "SVD prune"
+    order: ClassVar[int] = 6
+    colours: ClassVar[Mapping[str, str]] = {"svd_prune": "#661100"}
 
     pipeline: str = "fixed_rank"
     orthogonality: float = 1.0

@@ -1,7 +1,9 @@
 """Low-rank layers without a constraint: W = U V^T."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from typing_extensions import override
 
 from condlr._support.errors import in_range, one_of
 from condlr.factorization import Scheme, low_rank_layers
-from condlr.methods.base import Method
+from condlr.methods.base import Method, Term
 
 
 @dataclass
@@ -29,6 +31,10 @@ class Vanilla(Method):
         frobenius_decay: lambda of the penalty lambda / 2 sum ||U V^T||_F^2 over the layers, the weight
             decay of W and not of its factors (Khodak et al., section 3.2): grad_U += lambda U (V^T V).
     """
+
+    title: ClassVar[str] = "Vanilla"
+    order: ClassVar[int] = 5
+    colours: ClassVar[Mapping[str, str]] = {"vanilla": "#D55E00"}
 
     update: str = "joint"
     init: str = "spectral"
@@ -67,14 +73,20 @@ class Vanilla(Method):
 
     @override
     def step(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        images: Tensor,
+        labels: Tensor,
+        added: Term | None = None,
     ) -> tuple[Tensor, Tensor]:
         if self.update == "joint":
-            return super().step(model, optimizer, images, labels)
+            return super().step(model, optimizer, images, labels, added)
         first = {layer.U for layer in low_rank_layers(model).values()}
-        loss, logits = self.loss(model, images, labels)
+        loss, logits = self.loss(model, images, labels, added)
         step_along(model, optimizer, loss, first)
-        step_along(model, optimizer, self.loss(model, images, labels)[0], {*model.parameters()} - first)
+        again, _ = self.loss(model, images, labels, added)
+        step_along(model, optimizer, again, {*model.parameters()} - first)
         return loss.detach(), logits.detach()
 
 

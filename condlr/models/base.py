@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,13 @@ def standardized(
 
 @dataclass
 class Architecture(ABC):
-    """A network's options, the keys of `conf/model/<name>.yaml`, and how it is built from them."""
+    """A network's options, the keys of `conf/model/<name>.yaml`, and how it is built from them.
+
+    Attributes:
+        title: what tables call it; without one, the name of its file.
+    """
+
+    title: ClassVar[str] = ""
 
     def require(self, shape: tuple[int, int, int]) -> None:  # noqa: B027 (most networks take any image)
         """Raise `ValueError` if the network cannot take images of `shape` (channels, height, width)."""

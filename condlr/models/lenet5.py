@@ -1,6 +1,7 @@
 """LeNet5 in the 20-50-500-10 form that the low-rank literature uses."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,6 +46,7 @@ class LeNet5(nn.Module):
 class LeNet5Options(Architecture):
     """Options of `LeNet5`."""
 
+    title: ClassVar[str] = "LeNet5"
     slope: float = 0.01
 
     def __post_init__(self) -> None:

@@ -10,4 +10,5 @@ from condlr.models._vgg import VggOptions
 class Vgg16(VggOptions):
     """Options of VGG16: 13 convolutions and two linear layers, see `condlr.models._vgg.Vgg`."""
 
+    title: ClassVar[str] = "VGG16"
     depth: ClassVar[int] = 16

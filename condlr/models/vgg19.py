@@ -10,4 +10,5 @@ from condlr.models._vgg import VggOptions
 class Vgg19(VggOptions):
     """Options of VGG19: 16 convolutions and two linear layers, see `condlr.models._vgg.Vgg`."""
 
+    title: ClassVar[str] = "VGG19"
     depth: ClassVar[int] = 19

@@ -16,21 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatterSciNotation, MaxNLocator, NullLocator
 
-from condlr.report.results import CONTEXT, ROW, row_title, setting
+from condlr.report.results import CONTEXT, ROW, colour, row_title, setting
 
 # Okabe and Ito's palette and, for more, Tol's: colour-blind readers can tell them apart.
-COLOURS = {
-    "baseline": "#000000",
-    "cayley_sgd": "#E69F00",
-    "projected_sgd": "#882255",
-    "condlr-tau0": "#56B4E9",
-    "condlr-tau0.1": "#0072B2",
-    "condlr-tau0.5": "#009E73",
-    "condlr-unit": "#CC79A7",
-    "dlrt": "#999933",
-    "vanilla": "#D55E00",
-    "svd_prune": "#661100",
-}
+PALETTE = (
+    "#E69F00", "#882255", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#999933", "#D55E00", "#661100",
+)  # fmt: skip
 # The columns that the runs of one figure share, whatever they were attacked with.
 TRAINING = [name for name in CONTEXT if name not in ("attack", "norm", "n")]
 WIDTH = 7.0  # inches: a page's text
@@ -127,11 +118,10 @@ def styles(frame: pd.DataFrame, by_compression: bool) -> Styles:
     spare, taken, found = cycle(_SPARE_COLOURS), set(), {}
     by_compression = by_compression and len({*frame["compression"]} - {0.0}) > 1
     for label, compression, row_id, _ in rows_of(frame).itertuples(index=False):
-        usual = label in COLOURS and (label, compression) not in taken
+        own = None if (label, compression) in taken else colour(label)
         taken.add((label, compression))
-        colour = COLOURS[label] if usual else next(spare)
         dash = _DASHES.get(compression, (0, (2, 1))) if by_compression else "-"
-        found[row_id] = {"color": colour, "linestyle": dash}
+        found[row_id] = {"color": own or next(spare), "linestyle": dash}
     return found
 
 

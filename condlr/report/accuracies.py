@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from condlr.report import _style
-from condlr.report._style import COLOURS, WIDTH, Drawing, Drawn, Known, Styles
+from condlr.report._style import PALETTE, WIDTH, Drawing, Drawn, Known, Styles
 from condlr.report.results import (
     CONTEXT,
     ROW,
@@ -120,7 +120,7 @@ def _marks(axes: Axes, frame: pd.DataFrame, rows: list[tuple[Any, ...]], eps: fl
     if len(clean):
         hollow = {"color": "0.4", "markerfacecolor": "none", "markersize": 5}
         axes.plot(clean["accuracy"], heights, "o", label="no attack", **hollow)
-    shapes, colours = cycle("Dsv^P*X"), cycle([*COLOURS.values()][1:])
+    shapes, colours = cycle("Dsv^P*X"), cycle(PALETTE)
     at = frame[frame["eps"].eq(eps)]
     # From many images to few, from weak attacks to strong ones
     at = at.assign(_left=at.groupby(["n", "attack"])["accuracy"].transform("mean"))

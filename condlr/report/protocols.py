@@ -48,7 +48,7 @@ def differences(context: Mapping[str, object], cells: pd.DataFrame) -> list[str]
     for label, options in cells.drop_duplicates(["label", "options"])[["label", "options"]].itertuples(
         index=False
     ):
-        name = str(label).partition("-")[0]
+        name = str(label).partition("-")[0].partition("+")[0]
         own, stated = _keys(options), paper["methods"].get(name, {})
         if label == "condlr-unit":
             own.pop("centre", None)  # what makes the row, under any protocol

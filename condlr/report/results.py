@@ -5,7 +5,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 
@@ -14,8 +14,13 @@ from condlr._support.strengths import as_printed
 from condlr.analysis.base import Analysis
 from condlr.report.published import camera_ready, published
 from condlr.suite.collecting import nothing_to_show
-from condlr.suite.registry import find
+from condlr.suite.registry import available, find
 from condlr.suite.runs import examined, keys
+
+if TYPE_CHECKING:
+    from condlr.methods.base import Method
+
+T = TypeVar("T")
 
 # The columns that runs of one table share; each combination is a table of its own.
 CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm", "n"]
@@ -23,16 +28,6 @@ CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm
 ROW = ["label", "compression", "row_id", "variant"]
 
 _MEANS = ("cond", "cond_all", "seconds", "train_compression", "deploy_compression")
-# The order of the paper's tables, and the names it prints.
-_TITLES = {
-    "baseline": "Baseline",
-    "cayley_sgd": "Cayley SGD",
-    "projected_sgd": "Projected SGD",
-    "condlr": "CondLR",
-    "dlrt": "DLRT",
-    "vanilla": "Vanilla",
-    "svd_prune": "SVD prune",
-}
 _NEEDED = {
     "cells": {
         *CONTEXT,
@@ -167,9 +162,8 @@ def done_runs(cells: pd.DataFrame) -> pd.Series:
 
 
 def order(labels: pd.Series) -> pd.Series:
-    """The place of each label's method in the paper's tables; other methods come last."""
-    places = {name: place for place, name in enumerate(_TITLES)}
-    return labels.map(lambda label: places.get(label.partition("-")[0], len(places)))
+    """The place of each label's method in tables."""
+    return labels.map(lambda label: _method(_parts(label)[0]).order)
 
 
 def _variants(done: pd.DataFrame) -> pd.Series:
@@ -240,29 +234,21 @@ def comparable(context: Mapping[str, object], cells: pd.DataFrame) -> bool:
 
 
 def attack_title(label: str) -> str:
-    """An attack as tables and axes print it: `PGD-50×3 on the margin`."""
+    """An attack as tables and axes print it: `PGD-50×3 on the margin`; a label that nobody knows as it is."""
+    from condlr.attacks.base import Attack
+
     if label.startswith("transfer-"):
         return f"{attack_title(label.removeprefix('transfer-'))}, transferred"
-    if found := re.fullmatch(r"pgd(\d+)(?:x(\d+))?-(ce_rescaled|ce|margin|dlr)(.*)", label):
-        steps, starts, loss, rest = found.groups()
-        on = {"ce": "", "margin": " on the margin", "dlr": " on DLR", "ce_rescaled": " on rescaled logits"}[
-            loss
-        ]
-        return f"PGD-{steps}{f'×{starts}' if starts else ''}{on}{rest.replace('-', ', ')}"
-    if found := re.fullmatch(r"square(\d+)(.*)", label):
-        return f"Square, {int(found[1]):,} queries{found[2].replace('-', ', ')}"
-    if found := re.fullmatch(r"simba-(pixel|dct)(.*)-(\d+)", label):
-        basis = {"pixel": "pixels", "dct": "DCT"}[found[1]]
-        return f"SimBA, {basis}{found[2].replace('-', ', ')}, {found[3]} directions"
-    names = {"fgsm": "FGSM", "fgm": "FGM", "autoattack": "AutoAttack"}
+    titles = (find("attacks", name, Attack).title_of(label) for name in available("attacks"))
     name, _, rest = label.partition("-")
-    return names.get(name, name) + (f", {rest}" if rest else "")
+    return next(filter(None, titles), name + (f", {rest}" if rest else ""))
 
 
 def norm_title(norm: str) -> str:
     """A norm as captions print it."""
-    titles = {"linf": "ℓ∞", "l2": "ℓ2", "l2_relative": "ℓ2 as a part of ‖x‖2", "std": "standard deviation"}
-    return titles.get(norm, norm)
+    from condlr.attacks.base import NORM_TITLES
+
+    return NORM_TITLES.get(norm, norm)
 
 
 def pipe(cells: Sequence[str]) -> str:
@@ -285,14 +271,18 @@ def decay(context: Mapping[str, object]) -> str:
 
 def network(context: Mapping[str, object]) -> str:
     """`LeNet5 on MNIST`."""
-    names = {"lenet5": "LeNet5", "vgg16": "VGG16", "vgg19": "VGG19"}
-    return f"{names.get(str(context['model']), context['model'])} on {dataset(context)}"
+    from condlr.models.base import Architecture
+
+    name = str(context["model"])
+    return f"{_known('models', name, Architecture).title or name} on {dataset(context)}"
 
 
 def dataset(context: Mapping[str, object]) -> str:
     """`CIFAR-10`."""
-    names = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
-    return names.get(str(context["dataset"]), str(context["dataset"]))
+    from condlr.data.base import Dataset
+
+    name = str(context["dataset"])
+    return _known("data", name, Dataset).title or name
 
 
 def epochs(context: Mapping[str, object]) -> str:
@@ -301,11 +291,37 @@ def epochs(context: Mapping[str, object]) -> str:
 
 
 def title(label: str, variant: str = "") -> str:
-    """A row as tables and legends print it: `CondLR τ=0.1`, and its variant if there is one."""
-    name, *options = label.split("-")
-    if name == "condlr" and options:
-        options[0] = "s=1" if options[0] == "unit" else options[0].replace("tau", "τ=")
-    return " ".join([_TITLES.get(name, name), *options, variant]).rstrip()
+    """A row as tables and legends print it: `CondLR τ=0.1 + SO`, and its variant if there is one."""
+    method, penalty = _parts(label)
+    return " ".join([_method(method).title_of(method) + penalty, variant]).rstrip()
+
+
+def colour(label: str) -> str | None:
+    """The colour of a row in figures, if its method has one for it."""
+    return _method(_parts(label)[0]).colours.get(label)
+
+
+def _parts(label: str) -> tuple[str, str]:
+    """The method's part of a row's label, and the title of its penalty after a +, if there is one."""
+    from condlr.penalties.base import Penalty
+
+    method, plus, penalty = label.rpartition("+")
+    name, *options = penalty.split("-")
+    if not plus or name not in available("penalties"):
+        return label, ""
+    return method, " ".join([f" + {find('penalties', name, Penalty).title}", *options])
+
+
+def _method(label: str) -> "type[Method]":
+    """The class of a method's label."""
+    from condlr.methods.base import Method
+
+    return _known("methods", label.partition("-")[0], Method)
+
+
+def _known(room: str, name: str, base: type[T]) -> type[T]:
+    """The class of that name, or the base of all where it is not ours, or no longer."""
+    return find(room, name, base) if name in available(room) else base
 
 
 def row_title(label: str, compression: float, variant: str = "") -> str:

@@ -7,15 +7,15 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from condlr.report._style import COLOURS, WIDTH, saved, style
+from condlr.report._style import WIDTH, saved, style
 from condlr.report.results import pipe
 
 # Algorithm 1 with and without its band coincide often: a thin line on a broad one.
 _STYLES = {
-    "vanilla": ("U Vᵀ descent", {"color": COLOURS["vanilla"], "marker": "^"}),
-    "unbanded": ("Algorithm 1 without band", {"color": COLOURS["condlr-tau0"], "linewidth": 3.2}),
-    "condlr": ("Algorithm 1", {"color": COLOURS["condlr-tau0.1"], "marker": "o"}),
-    "exact": ("exact flow (5)", {"color": COLOURS["baseline"], "marker": "s", "markersize": 2.2}),
+    "vanilla": ("U Vᵀ descent", {"color": "#D55E00", "marker": "^"}),
+    "unbanded": ("Algorithm 1 without band", {"color": "#56B4E9", "linewidth": 3.2}),
+    "condlr": ("Algorithm 1", {"color": "#0072B2", "marker": "o"}),
+    "exact": ("exact flow (5)", {"color": "#000000", "marker": "s", "markersize": 2.2}),
 }
 _ONE = {"color": "0.35", "linestyle": (0, (4, 1.5)), "linewidth": 1.0}
 _ALL = {"color": "0.35", "linestyle": (0, (1, 1.2)), "linewidth": 1.2}
@@ -163,7 +163,7 @@ def _rates(axes: Axes, rows: pd.DataFrame) -> None:
         axes.axvspan(limit, high * 1.3, color="0.88", linewidth=0, label="λ > λ*, or out of the band")
     largest = _largest(rows[rows["integrator"].eq("condlr")], "bound_one")
     if largest != "–" and at["steps"].max() == 1:
-        look = {"color": COLOURS["condlr-tau0.1"], "linestyle": ":", "linewidth": 0.9}
+        look = {"color": "#0072B2", "linestyle": ":", "linewidth": 0.9}
         axes.axvline(float(largest), label="last λ: Algorithm 1 ≤ 3λη", **look)
     axes.set_xlabel("learning rate λ")
 

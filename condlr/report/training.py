@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from condlr.report.numbers import condition
+from condlr.report.numbers import condition, shown
 from condlr.report.results import order, require, title
 from condlr.report.sheet import Column, Row, Sheet, Value
 
@@ -13,6 +13,7 @@ LEGEND = (
     "table of accuracies. orthonormality error: max |U^T U - I| (of V, or of the weight itself, alike), "
     "cond(S): both the largest of all layers and epochs, in float64; empty where a method promises neither."
 )
+_PENALTY = "penalised: the sum over the layers that the penalty names, before its weight, at start and end."
 _AUDITS = ("audit_orthonormality_error", "audit_cond_S")
 _FORMS: tuple[Callable[[float], str], ...] = (lambda value: f"{value:.1e}", lambda value: f"{value:.6g}")
 
@@ -26,12 +27,14 @@ def training(history: pd.DataFrame) -> Sheet:
     names = ("requested", "protocol", "seed", "epochs", "steps", "loss", "cond")
     names += ("orthonormality error", "cond(S)")
     require(history, ("protocol", "epoch", "train_loss"), "history.csv")
+    penalised = history["penalty_value"].groupby(history["run_id"]) if "penalty_value" in history else None
+    names += ("penalised",) if penalised is not None else ()
     trained = history[history["epoch"] > 0]
     trained = trained.assign(_place=order(trained["label"]))
     keys = ["protocol", "compression", "_place", "label", "run_id"]
     ordered = trained.sort_values([*keys, "epoch"])
     groups: dict[tuple[str, float], list[Row]] = {}
-    for (protocol, compression, _, label, _), run in ordered.groupby(keys, sort=False):
+    for (protocol, compression, _, label, run_id), run in ordered.groupby(keys, sort=False):
         first, last = run.iloc[0], run.iloc[-1]
         audits = [run[column].max() if column in run else float("nan") for column in _AUDITS]
         texts = [
@@ -40,6 +43,10 @@ def training(history: pd.DataFrame) -> Sheet:
             f"{first['train_loss']:.3f} → {last['train_loss']:.3f}", condition(last["cond"]),
             *("" if pd.isna(audit) else form(audit) for audit, form in zip(audits, _FORMS, strict=True)),
         ]  # fmt: skip
+        if penalised is not None:
+            values = penalised.get_group(run_id).dropna()
+            texts.append(f"{shown(values.iloc[0])} → {shown(values.iloc[-1])}" if len(values) else "")
         row = Row(title(str(label)), [*map(Value, texts)])
         groups.setdefault((str(protocol), float(compression)), []).append(row)
-    return Sheet("How each run went", [*map(Column, names)], [*groups.values()], [LEGEND])
+    legend = [LEGEND] if penalised is None else [LEGEND, _PENALTY]
+    return Sheet("How each run went", [*map(Column, names)], [*groups.values()], legend)

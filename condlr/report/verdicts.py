@@ -7,8 +7,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from condlr.report import _style
-from condlr.report._style import COLOURS, WIDTH, Drawing, Drawn, Known
+from condlr.report._style import WIDTH, Drawing, Drawn, Known
 from condlr.report.claims import Claim, Comparison, Mean, places
+from condlr.report.results import colour
 
 LEGEND = (
     "Dots: mean accuracy over seeds; bars: two standard errors, where they are known. Hollow, dashed and "
@@ -62,18 +63,18 @@ def _panel(axes: Axes, claim: Claim, names: Sequence[str]) -> None:
     places = {name: place for place, name in enumerate(names)}
     for mean in _rows(claim):
         pairs = [pair for pair in claim.comparisons if _reference(pair) == mean]
-        colour, place = COLOURS.get(mean.label, "0.4"), places[mean.name]
+        drawn, place = colour(mean.label) or "0.4", places[mean.name]
         axes.errorbar(
-            mean.value, place, xerr=mean.margin, fmt="o", color=colour, markersize=4, elinewidth=1.1,
-            markerfacecolor="white" if pairs else colour, capsize=2,
+            mean.value, place, xerr=mean.margin, fmt="o", color=drawn, markersize=4, elinewidth=1.1,
+            markerfacecolor="white" if pairs else drawn, capsize=2,
         )  # fmt: skip
         if pairs:
             at = mean.value - pairs[0].slack
             ends = [place, *(places[side.name] for pair in pairs for side in (pair.left, pair.right))]
-            axes.vlines(at, min(ends) - 0.4, max(ends) + 0.4, color=colour, linewidth=0.9, linestyle="--")
+            axes.vlines(at, min(ends) - 0.4, max(ends) + 0.4, color=drawn, linewidth=0.9, linestyle="--")
             if not pairs[0].slack and mean.margin == mean.margin:
                 low, high = mean.value - mean.margin, mean.value + mean.margin
                 axes.fill_betweenx(
-                    [min(ends) - 0.4, max(ends) + 0.4], low, high, color=colour, alpha=0.08, linewidth=0
+                    [min(ends) - 0.4, max(ends) + 0.4], low, high, color=drawn, alpha=0.08, linewidth=0
                 )
     _style.percent(axes.xaxis)

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from condlr.factorization import Scheme
     from condlr.methods.base import Method
     from condlr.models.base import Architecture
+    from condlr.penalties.base import Penalty
     from condlr.shifts.base import Shift
 
 CONF = folder("conf", "conf")
@@ -41,6 +42,8 @@ AUGMENTATIONS = ("none", "crop_flip")
 
 # What does not make a run another run: where things lie, what it runs on and how, and how it is attacked.
 _NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "forms", "record_every", "attack")
+# Keys whose null is a part of what a run is; they are older than the rule in `_identity`.
+_NULL_COUNTS = ("compression", "train_images", "test_images")
 # Keys that name a file or directory: `~` in them is the home directory, which no shell expands behind `key=`.
 _PATHS = ("run", "runs_dir", "data_root", "results_dir", "paper")
 # Keys of a protocol that act only where another group refers to them, and count there.
@@ -118,6 +121,7 @@ class _Schema:
     precision: str
     forms: Any
     record_every: int = 0
+    penalty: Any = None
 
 
 @dataclass
@@ -283,7 +287,8 @@ class RunConfig:
 
     Attributes:
         identity: what makes this run the run it is, as plain values: all that its result depends on.
-        label: the method's, with every option that is not the usual one under the protocol.
+        label: the method's, with every option that is not the usual one under the protocol; and after a +
+            the penalty's, if there is one: `condlr-tau0.1+so`.
         attack: evaluated at the end, and not part of the identity: a finished run that is asked for
             with another attack is only attacked, not trained again.
     """
@@ -304,6 +309,7 @@ class RunConfig:
     precision: str
     forms: str | dict[str, str]
     record_every: int
+    penalty: "Penalty | None" = None
 
     @property
     def fingerprint(self) -> str:
@@ -313,7 +319,9 @@ class RunConfig:
     @property
     def run_id(self) -> str:
         """For example `lenet5-mnist-condlr-tau0.1-c0.5-s0-3fa9c1d2`."""
-        label = re.sub(r"[^A-Za-z0-9._-]+", "_", self.label)  # so that `run=<its directory>` needs no quotes
+        # So that `run=<its directory>` needs no quotes
+        parts = self.label.split("+") if self.penalty else [self.label]
+        label = "+".join(re.sub(r"[^A-Za-z0-9._-]+", "_", part) for part in parts)
         names = [self.identity["model"]["name"], self.identity["dataset"]["name"], label]
         if self.scheme.compression is not None:
             names.append(f"c{self.scheme.compression:g}")
@@ -322,7 +330,8 @@ class RunConfig:
     @property
     def row(self) -> dict[str, Any]:
         """What tables say of this run; runs that differ in their seed alone have one `row_id`."""
-        options = self.identity["model"] | self.identity["method"]
+        options, penalty = self.identity["model"] | self.identity["method"], self.identity.get("penalty", {})
+        options |= {f"penalty.{key}": value for key, value in penalty.items() if key != "name"}
         return {
             "dataset": self.identity["dataset"]["name"],
             "model": self.identity["model"]["name"],
@@ -333,14 +342,15 @@ class RunConfig:
             "compresses": self.method.compresses,
             "protocol": self.protocol.name,
             "epochs": self.protocol.epochs,
-            "settings": _as_text(self.identity["protocol"] | self._unusual, without=("name", "epochs")),
+            "settings": _as_text(self.identity["protocol"] | self._differing, without=("name", "epochs")),
             "options": _as_text(options, without=("name",)),
             "seed": self.seed,
             "row_id": fingerprint({key: v for key, v in self.identity.items() if key != "seed"}),
+            **({"penalty": penalty["name"]} if penalty else {}),
         }
 
     @property
-    def _unusual(self) -> dict[str, Any]:
+    def _differing(self) -> dict[str, Any]:
         """What else the runs of one table share, where it is not as usual: precision, part of the data."""
         usual = {field.name: field.default for field in fields(self.dataset)}
         keys = self.identity["dataset"].items()
@@ -354,15 +364,17 @@ class RunConfig:
 
     @property
     def baseline(self) -> "RunConfig":
-        """The run of the dense network that differs from this one in its method alone."""
+        """The run of the dense network that differs from this one in its method, and has no penalty."""
         from condlr.methods.base import Method
 
         method, keys = choose("method", "methods", {"name": "baseline"}, Method)
         return replace(
             self,
-            identity=self.identity | {"method": keys, "compression": None},
+            identity={key: value for key, value in self.identity.items() if key != "penalty"}
+            | {"method": keys, "compression": None},
             label=_label(method, keys, self.protocol),
             method=method,
+            penalty=None,
             scheme=replace(self.scheme, compression=None),
         )
 
@@ -403,6 +415,7 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     from condlr.factorization import Scheme
     from condlr.methods.base import Method
     from condlr.models.base import Architecture
+    from condlr.penalties.base import Penalty
 
     method, method_keys = choose("method", "methods", values["method"], Method)
     for name, keys in protocol.methods.items():
@@ -439,24 +452,42 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     except ValueError as error:
         raise UserError(f"protocol.{error}") from None
 
-    identity = {key: value for key, value in values.items() if key not in _NOT_IDENTITY} | {
-        "method": method_keys,
-        "model": model_keys,
-        "dataset": {key: value for key, value in dataset_keys.items() if key != "download"},
-        # What a protocol leaves at None is as if it had no such key: a new one renames no run.
-        "protocol": {
-            key: value
-            for key, value in values["protocol"].items()
-            if key not in _REFERRED and value is not None
-        },
-        "compression": compression,
-    }
+    label, penalty, penalty_keys = _label(method, method_keys, protocol), None, None
+    if values["penalty"] is not None:
+        if not isinstance(values["penalty"], dict):
+            raise UserError(f"penalty must be a group of keys, as in penalty=so; got {values['penalty']!r}")
+        penalty, penalty_keys = choose("penalty", "penalties", values["penalty"], Penalty)
+        label += f"+{'-'.join([penalty_keys['name'], *_unusual(penalty, penalty_keys)])}"
+    found = {"dataset": dataset_keys, "model": model_keys, "method": method_keys, "penalty": penalty_keys}
     return RunConfig(
-        identity, _label(method, method_keys, protocol),
+        _identity(values | found | {"compression": compression}), label,
         dataset, model, method, scheme, protocol, attack, values["seed"], values["study"],
         Path(values["runs_dir"]), Path(values["data_root"]), values["device"], values["precision"],
-        values["forms"], values["record_every"],
+        values["forms"], values["record_every"], penalty,
     )  # fmt: skip
+
+
+def _identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a run the run it is, of its checked config: all that its result depends on, and no more.
+
+    A key that is null is no part of it, in any group: a key that is added later and defaults to null
+    renames no run. `_NULL_COUNTS` are the exceptions. Nor are keys that name places, devices and attacks
+    (`_NOT_IDENTITY`), a dataset's `download`, and what a protocol has for other groups (`_REFERRED`), which
+    counts there.
+    """
+    elsewhere = {"protocol": _REFERRED, "dataset": ("download",)}
+
+    def counted(keys: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]:
+        return {
+            key: value
+            for key, value in keys.items()
+            if key not in without and (value is not None or key in _NULL_COUNTS)
+        }
+
+    return {
+        key: counted(value, elsewhere.get(key, ())) if isinstance(value, dict) else value
+        for key, value in counted(values, _NOT_IDENTITY).items()
+    }
 
 
 def _check_study(study: Any) -> None:
@@ -474,13 +505,20 @@ def _check_forms(forms: Any) -> None:
 
 def _label(method: "Method", keys: Mapping[str, Any], protocol: Protocol) -> str:
     """`condlr-tau0.1`; an option that is not the protocol's or the default is added: `-retraction=polar`."""
-    usual = {"name": keys["name"]}
-    for option in fields(method):
+    unusual = _unusual(method, keys, protocol.methods.get(keys["name"], {}), method.in_label)
+    return "-".join([method.label(), *unusual])
+
+
+def _unusual(
+    thing: Any, keys: Mapping[str, Any], usual: Mapping[str, Any] = {}, without: Sequence[str] = ()
+) -> list[str]:
+    """`retraction=polar`: the keys that are neither at the default of the thing made of them nor `usual`."""
+    default: dict[str, Any] = {"name": keys["name"]}
+    for option in fields(thing):
         made = option.default_factory
-        usual[option.name] = option.default if made is MISSING else made()
-    usual |= protocol.methods.get(keys["name"], {})
-    unusual = [key for key in keys if keys[key] != usual.get(key) and key not in method.in_label]
-    return "-".join([method.label(), *(f"{key}={keys[key]}" for key in unusual)])
+        default[option.name] = option.default if made is MISSING else made()
+    default |= usual
+    return [f"{key}={keys[key]}" for key in keys if keys[key] != default.get(key) and key not in without]
 
 
 def typed(schema: type[T], config: DictConfig) -> T:

@@ -23,6 +23,7 @@ from condlr.factorization import low_rank_layers
 from condlr.forms import forms, set_forms
 from condlr.layers import LowRankLinear
 from condlr.methods.base import Method
+from condlr.penalties.base import Penalty
 from condlr.suite.config import Protocol
 from condlr.suite.graphs import GraphedStep
 
@@ -76,6 +77,7 @@ class Trainer:
         record_every: steps from one row of `records` to the next; 0: none.
         records: like history, but within epochs: loss and accuracy over the batches of the epoch since
             the row before, the layers' condition numbers, and the seconds it took to find these.
+        penalty: added to the loss, whatever the method; None is none.
     """
 
     model: nn.Module
@@ -90,11 +92,14 @@ class Trainer:
     history: list[HistoryRow] = field(default_factory=list)
     record_every: int = 0
     records: list[HistoryRow] = field(default_factory=list)
+    penalty: Penalty | None = None
 
     def __post_init__(self) -> None:
         self.optimizer = self.method.optimizer(self.model, self.protocol.lr, self.protocol.momentum)
         self.device = self.data.train.pixels.device
         require(self.precision, self.device)
+        if self.penalty:
+            self.penalty.quantity(self.model)  # which layers it names shows at once
         self.totals = EpochTotals.zero(self.device)
         self._recorded = (0.0, 0.0, 0)
         graphed = self.device.type == "cuda" and self.method.capturable
@@ -181,7 +186,7 @@ class Trainer:
 
     def _take_step(self, images: Tensor, labels: Tensor) -> None:
         """A step of the method, its loss and hits added to the totals on the device."""
-        loss, logits = self.method.step(self.model, self.optimizer, images, labels)
+        loss, logits = self.method.step(self.model, self.optimizer, images, labels, self.penalty)
         self.totals.loss.add_(loss * len(labels))
         self.totals.correct.add_((logits.argmax(1) == labels).sum())
 
@@ -194,6 +199,8 @@ class Trainer:
         if self.batch == 0:
             torch.manual_seed(seed)
         self.method.begin_epoch(self.model, self.optimizer, self.epoch, self.protocol.epochs)
+        if self.penalty:
+            self.penalty.begin_epoch(self.model, self.epoch)
         if self._graph:
             places = tuple((p.data_ptr(), p.shape) for p in self.model.state_dict(keep_vars=True).values())
             self._graph.renew((self.lr, places))
@@ -232,6 +239,9 @@ class Trainer:
         row["seconds"] = totals.seconds if totals else None
         row["images_per_second"] = n / totals.seconds if totals else None
         row |= {f"cond_{name}": value for name, value in layer_conditions(self.model).items()}
+        if self.penalty:
+            with torch.no_grad():
+                row["penalty_value"] = self.penalty.quantity(self.model).item()
         if totals:
             row |= {f"audit_{name}": value for name, value in self.method.audit(self.model).items()}
         return row

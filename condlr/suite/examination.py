@@ -10,7 +10,7 @@ from typing import Any
 from condlr._support.errors import UserError
 from condlr._support.strengths import as_printed
 from condlr.analysis.base import Analysis
-from condlr.attacks.base import OneByOne
+from condlr.attacks.base import StrengthByStrength
 from condlr.evaluation import accuracy, evaluate
 from condlr.shifts.base import Shift
 from condlr.suite.config import RunConfig
@@ -37,7 +37,7 @@ def attack(here: Opened, again: bool = True) -> None:
     """Evaluate at the strengths that are missing, or at all; each is kept as soon as it is known."""
     config, source = here.config, here.source
     wanted = config.attack.eps if again else missing_strengths(here.run, config)
-    parts = [[eps] for eps in wanted] if isinstance(config.attack, OneByOne) else [wanted]
+    parts = [[eps] for eps in wanted] if isinstance(config.attack, StrengthByStrength) else [wanted]
     for strengths in parts:
         part = replace(config.attack, eps=strengths)
         at = ", ".join(f"{eps:g}" for eps in strengths)

@@ -165,7 +165,7 @@ def trainer_for(config: RunConfig, model: nn.Module, data: Data) -> Trainer:
     try:
         return Trainer(
             model, config.method, data, config.protocol, config.seed, config.precision,
-            record_every=config.record_every,
+            record_every=config.record_every, penalty=config.penalty,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error

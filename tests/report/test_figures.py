@@ -123,9 +123,9 @@ def test_published_values_are_dotted_in_the_colour_of_their_row(tmp_path, drawn)
     left, right = drawn[0].axes
     dotted = {line.get_color(): [*line.get_ydata()] for line in left.get_lines() if line.get_linewidth() < 1}
     assert dotted == {
-        _style.COLOURS["baseline"]: [0.9908, 0.9328],
-        _style.COLOURS["condlr-tau0.1"]: [0.9873, 0.9668],
-        _style.COLOURS["vanilla"]: [0.9870, 0.9094],
+        results.colour("baseline"): [0.9908, 0.9328],
+        results.colour("condlr-tau0.1"): [0.9873, 0.9668],
+        results.colour("vanilla"): [0.9870, 0.9094],
     }
     assert len(right.get_lines()) == 5, "a line for each seed"
     assert texts(drawn[0]) == ["Baseline", "CondLR τ=0.1, 50 %", "Vanilla, 50 %", "published"]
@@ -192,10 +192,10 @@ def test_figure_2_is_of_ill_conditioned_starts(tmp_path, drawn):
     assert "falling as 2⁻ⁱ" in drawn[0].get_suptitle()
     *_, last = drawn[0].axes
     colours = {line.get_color(): line.get_ydata() for line in last.get_lines()}
-    assert {_style.COLOURS[x] for x in ("baseline", "condlr-tau0.1", "vanilla")} < {*colours}
+    assert {results.colour(x) for x in ("baseline", "condlr-tau0.1", "vanilla")} < {*colours}
     # Seeds of 1e5 and 4e5, then 6 and 24: their geometric means
-    np.testing.assert_allclose(colours[_style.COLOURS["vanilla"]], [2e5, 12, 12])
-    np.testing.assert_allclose(colours[_style.COLOURS["baseline"]], [1e5, 6, 6])
+    np.testing.assert_allclose(colours[results.colour("vanilla")], [2e5, 12, 12])
+    np.testing.assert_allclose(colours[results.colour("baseline")], [1e5, 6, 6])
     assert last.get_yscale() == "log"
     band = next(x for x in last.collections if x.get_facecolor()[0][0] > 0.8).get_paths()[0].vertices
     # ln 4 / sqrt 2 is the standard deviation of ln 6 and ln 24
@@ -217,7 +217,7 @@ def test_spectra_at_start_and_end(tmp_path, drawn):
     assert [first.get_title(), second.get_title()] == ["conv1", "fc1"]
     solid = {line.get_color(): line.get_ydata() for line in lines(first, linestyle="-")}
     assert len(solid) == 3
-    np.testing.assert_allclose(solid[_style.COLOURS["vanilla"]], 2**0.5 * 0.5 ** np.arange(1, 5))
+    np.testing.assert_allclose(solid[results.colour("vanilla")], 2**0.5 * 0.5 ** np.arange(1, 5))
     assert len(first.get_lines()) == 6
     list(spectra.spectra(seventeen(), values(seventeen()), tmp_path))
     assert len(drawn[1].axes) == 4, "a line of panels for each compression"
@@ -232,7 +232,7 @@ def test_compression_is_what_was_measured(tmp_path, drawn):
     assert clean.get_title() == "no attack"
     assert "0.06" in attacked.get_title()
     at = {(x.get_color(), x.get_markerfacecolor()): x.get_xydata()[0] for x in attacked.get_lines()}
-    vanilla = _style.COLOURS["vanilla"]
+    vanilla = results.colour("vanilla")
     assert at[vanilla, vanilla] == pytest.approx([0.3, 0.92])
     assert at[vanilla, "white"] == pytest.approx([0.5, 0.92])
     assert texts(drawn[0])[:3] == ["Baseline", "CondLR τ=0.1", "Vanilla"]
@@ -250,7 +250,7 @@ def test_cost_in_seconds_and_where_counted_in_flops(tmp_path, drawn):
     list(tradeoffs.cost(study(), flops, tmp_path))
     seconds, counted = drawn[1].axes
     places = {line.get_color(): line.get_xydata()[0] for line in seconds.get_lines()}
-    assert places[_style.COLOURS["vanilla"]] == pytest.approx([10.5, 0.92])
+    assert places[results.colour("vanilla")] == pytest.approx([10.5, 0.92])
     assert {line.get_xdata()[0] for line in counted.get_lines()} == {2.0}
     list(tradeoffs.cost(seventeen(), flops.iloc[:1], tmp_path))
     assert len(drawn[2].axes) == 1, "FLOPs of some rows alone are no comparison"

@@ -1,0 +1,41 @@
+"""Soft orthogonality (Bansal et al., NeurIPS 2018, arXiv 1810.09102)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from condlr.layers import LowRank
+from condlr.penalties.base import Layer, Penalty
+
+
+@dataclass
+class So(Penalty):
+    r"""||W W^T - I||_F^2, or ||W^T W - I||_F^2 where W has more rows than columns: the smaller Gram matrix.
+
+    W is the layer's n x m matrix, a kernel seen as out x (in kh kw). The smaller side, as in the authors'
+    training of Wide ResNets: on the other one no W reaches 0, and every one with singular values up to
+    sqrt(2) can be a minimiser (Massart, 2022).
+
+    A low-rank layer has W = L R with L = U S, n x r, and R = V^T, r x m, which need not be formed: W W^T
+    has the eigenvalues of the r x r matrix P = L^T L R R^T, and zeros. So the term is
+    tr((P - I)^2) + min(n, m) - r, the last being what rank r costs whatever its singular values are.
+    """
+
+    title: ClassVar[str] = "SO"
+
+    @override
+    def term(self, layer: Layer) -> Tensor:
+        if isinstance(layer, LowRank):
+            L, R = layer.left, layer.Vt
+            error = _less_one((L.mT @ L) @ (R @ R.mT))
+            return (error * error.mT).sum() + (min(layer.shape) - len(error))
+        W = layer.weight.flatten(1)
+        W = W if len(W) <= W.shape[1] else W.mT
+        return _less_one(W @ W.mT).square().sum()
+
+
+def _less_one(matrix: Tensor) -> Tensor:
+    return matrix - torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)

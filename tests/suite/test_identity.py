@@ -1,0 +1,126 @@
+"""What a run is called: the ids of all committed studies, made again; what changes and renames no run."""
+
+import csv
+import itertools
+import sys
+import tarfile
+from dataclasses import field, make_dataclass
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from condlr.suite.config import CONF, check, fingerprint
+from tests.helpers import ROOT
+
+RESULTS = ROOT / "results"
+# How each study's README says that it is made, but for the places where things lie.
+STUDIES = {
+    "mnist_rows": [
+        ["experiment=table_mnist", "protocol.epochs=3"],
+        ["experiment=table_mnist", "protocol.epochs=3", "protocol=released_code"],
+    ],
+    "cifar10_first_steps": [["experiment=cifar10_first_steps"]],
+    "mnist_attacks": [["experiment=mnist_attacks", "seed=0,1"]],
+    "reproduce_mnist": [["experiment=reproduce_mnist"], ["experiment=figure2"]],
+}
+# Runs from before `precision` was a key. In mnist_rows the two rows that were run again since are not.
+WITHOUT_PRECISION = {"mnist_rows": 32, "cifar10_first_steps": 17, "mnist_attacks": 0, "reproduce_mnist": 0}
+
+
+def planned(arguments):
+    """Each run of a sweep, checked."""
+    given = {key: value.split(",") for key, _, value in (a.partition("=") for a in arguments)}
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        first = [f"{key}={values[0]}" for key, values in given.items()]
+        params = compose("train", overrides=first, return_hydra_config=True).hydra.sweeper.params
+        asked = {key: str(value).replace(" ", "").split(",") for key, value in (params or {}).items()} | given
+        seeds = asked.pop("seed", ["0"])
+        for values in itertools.product(*asked.values()):
+            overrides = [f"{key}={value}" for key, value in zip(asked, values, strict=True)]
+            config = OmegaConf.to_container(compose("train", overrides=overrides), resolve=True)
+            for seed in seeds:
+                yield check(config | {"seed": int(seed)})
+
+
+def collected(study, name="cells"):
+    with (RESULTS / study / f"{name}.csv").open() as file:
+        return {row["run_id"]: row["row_id"] for row in csv.DictReader(file)}
+
+
+def without_precision(config):
+    kept = {key: value for key, value in config.identity.items() if key != "precision"}
+    return config.run_id.removesuffix(config.fingerprint) + fingerprint(kept)
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_committed_studies_have_the_ids_that_their_configs_have_today(study):
+    runs = [config for arguments in STUDIES[study] for config in planned(arguments)]
+    committed = collected(study)
+    today = {config.run_id: config.row["row_id"] for config in runs if config.run_id in committed}
+    before = {name for config in runs if (name := without_precision(config)) in committed}
+    assert today.keys() | before == committed.keys()
+    assert len(before) == WITHOUT_PRECISION[study] == len(committed) - len(today)
+    assert today.items() <= committed.items()
+    assert len({config.run_id for config in runs}) == len(committed), "and there are no others"
+
+
+def test_all_committed_studies_of_networks_are_looked_at():
+    assert {path.parent.name for path in RESULTS.glob("*/cells.csv")} == {*STUDIES}
+
+
+def test_archived_runs_have_the_ids_of_their_configs():
+    with tarfile.open(RESULTS / "table2" / "runs.tar.gz") as archive:
+        configs = [member for member in archive if member.name.endswith("/config.yaml")]
+        assert len(configs) >= 2
+        for member in configs:
+            config = check(OmegaConf.create(archive.extractfile(member).read().decode()))
+            assert config.run_id == member.name.split("/")[1]
+
+
+def test_a_key_that_counts_though_it_is_null_is_one_of_the_old_ones():
+    (config,) = planned(["dataset=mnist", "method=vanilla"])
+    nulls = {
+        key
+        for keys in (config.identity, *(v for v in config.identity.values() if isinstance(v, dict)))
+        for key, value in keys.items()
+        if value is None
+    }
+    assert nulls == {"train_images", "test_images"}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "group"),
+    [
+        ("condlr.methods.vanilla", "Vanilla", "method"),
+        ("condlr.models.lenet5", "LeNet5Options", "model"),
+        ("condlr.data.digits", "Digits", "dataset"),
+    ],
+)
+def test_a_new_key_that_is_null_renames_no_run(module, name, group, monkeypatch):
+    def run(**keys):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("train", overrides=["dataset=digits", "method=vanilla"])
+        plain = OmegaConf.to_container(config, resolve=True)
+        return check(plain | {group: plain[group] | keys})
+
+    before = run()
+    old = getattr(sys.modules[module], name)
+    new = make_dataclass(name, [("later", int | None, field(default=None))], bases=(old,))
+    new.__module__ = module
+    monkeypatch.setattr(sys.modules[module], name, new)
+    assert run().identity == run(later=None).identity == before.identity
+    assert run().row == before.row
+    other = run(later=3)
+    assert other.run_id != before.run_id
+    assert "later=3" in other.row["settings" if group == "dataset" else "options"]
+
+
+def test_a_config_without_the_keys_that_came_later_is_the_same_run():
+    (config,) = planned(["dataset=digits"])
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        plain = OmegaConf.to_container(compose("train", overrides=["dataset=digits"]), resolve=True)
+    for key in ("flow", "record_every"):
+        del plain[key]
+    del plain["protocol"]["decay"]
+    assert check(plain).run_id == config.run_id
