@@ -32,7 +32,7 @@ def main(config: DictConfig) -> None:
     from condlr.suite.opened import opened
 
     for run, run_config in checked:
-        require(opened(run, run_config), analyses)  # a mistake shows before hours of attacks
+        require(opened(run, run_config), analyses, shifts.values())  # a mistake shows before hours of attacks
     console = Console()
     console = console if console.is_terminal else Console(width=160)
 

@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 # The columns that runs of one table share; each combination is a table of its own.
 CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm", "n"]
+# The columns that tell one set of shifted images from others.
+SHIFT = ["shift", "name", "severity", "n", "shift_seed"]
 # The columns that tell the rows of a table apart.
 ROW = ["label", "compression", "row_id", "variant"]
 
@@ -42,7 +44,7 @@ _NEEDED = {
     },
     "runs": {"row_id", "run_id", "seed", "status"},
     "steps": {"run_id", "row_id", "seed", "step", "train_loss", "train_accuracy"},
-    "shift": {"run_id", "label", "compression", "seed", "shift", "name", "severity", "n", "accuracy"},
+    "shift": {"run_id", "label", "compression", "seed", *SHIFT, "accuracy"},
 }
 
 

@@ -14,6 +14,8 @@ from condlr.suite.registry import find
 def markdown(shifted: pd.DataFrame, cells: pd.DataFrame) -> str:
     """A line for each run: clean, the mean over all sets, and the means by set and by severity, in percent.
 
+    Sets that were drawn with several seeds count as so many sets.
+
     Args:
         shifted, cells: `shift` and `cells`, see `condlr.report.results.read`.
     """

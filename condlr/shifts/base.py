@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -11,18 +11,18 @@ from condlr._support.errors import in_range
 from condlr.data.base import Images
 
 
-class Shifted(NamedTuple):
-    """One set of shifted images.
+class ShiftedSet(NamedTuple):
+    """Which of a shift's sets of images.
 
     Attributes:
         name: what was done to the images, or where they are from: `jpeg`.
         severity: how much of it, from 1 (little) to 5; None where there are no degrees.
-        images: with their labels, on the device of the test images.
+        n: how many images it has.
     """
 
     name: str
     severity: int | None
-    images: Images
+    n: int
 
 
 @dataclass
@@ -48,14 +48,38 @@ class Shift(ABC):
         in_range("seed", self.seed, 0, 2**32, half_open=True)
 
     @abstractmethod
-    def sets(self, test: Images, root: Path) -> Iterator[Shifted]:
-        """The sets, one after the other, the same at every call.
+    def sets(self, test_images: int, root: Path) -> Sequence[ShiftedSet]:
+        """What sets there are, in the order of a table; no image is made or read for it.
 
         Args:
-            test: the test images of the dataset that the network was trained on.
+            test_images: how many there are of the dataset that the network was trained on.
             root: where datasets lie, for a shift that reads files of its own.
 
         Raises:
             ValueError: a setting does not fit the images.
+            UserError: a file is missing.
+        """
+
+    @abstractmethod
+    def make(self, which: ShiftedSet, test: Images, root: Path) -> Images:
+        """The images of one of these sets, and their labels; the same at every call.
+
+        Args:
+            which: one of `sets`.
+            test: the test images of the dataset that the network was trained on; the result is on their
+                device.
+            root: see `sets`.
+
+        Raises:
             UserError: a file is missing, damaged or another than it should be.
         """
+
+    def count(self, test_images: int) -> int:
+        """How many of so many test images are asked for.
+
+        Raises:
+            ValueError: more than there are.
+        """
+        if self.images is not None and self.images > test_images:
+            raise ValueError(f"images={self.images}, but there are only {test_images}")
+        return self.images or test_images

@@ -1,6 +1,6 @@
 """Corrupted test images, computed here: noise, blur, contrast, brightness, JPEG."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -12,8 +12,7 @@ from typing_extensions import override
 from condlr._support.errors import one_of
 from condlr._support.seeds import derive_seed
 from condlr.data.base import Images
-from condlr.evaluation import first
-from condlr.shifts.base import Shift, Shifted
+from condlr.shifts.base import Shift, ShiftedSet
 
 # What each severity from 1 to 5 means: a parameter of the function of that name below.
 PARAMETERS = {
@@ -61,15 +60,18 @@ class Corruptions(Shift):
                 raise ValueError(f"{name} must name at least one, and each once; got {values}")
 
     @override
-    def sets(self, test: Images, root: Path) -> Iterator[Shifted]:
-        chosen = first(test, self.images)
-        pixels = chosen.pixels.cpu()
-        for kind in self.kinds:
-            for severity in self.severities:
-                generator = torch.Generator().manual_seed(derive_seed(self.seed, "shift", kind, severity))
-                corrupted = _CORRUPT[kind](pixels, PARAMETERS[kind][severity - 1], generator)
-                images = Images(corrupted.to(chosen.pixels.device), chosen.labels)
-                yield Shifted(kind, severity, images)
+    def sets(self, test_images: int, root: Path) -> Sequence[ShiftedSet]:
+        n = self.count(test_images)
+        return [ShiftedSet(kind, severity, n) for kind in self.kinds for severity in self.severities]
+
+    @override
+    def make(self, which: ShiftedSet, test: Images, root: Path) -> Images:
+        assert which.severity is not None
+        chosen = test.take(slice(which.n))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "shift", which.name, which.severity))
+        parameter = PARAMETERS[which.name][which.severity - 1]
+        corrupted = _CORRUPT[which.name](chosen.pixels.cpu(), parameter, generator)
+        return Images(corrupted.to(chosen.pixels.device), chosen.labels)
 
 
 def _gaussian_noise(pixels: Tensor, deviation: float, generator: torch.Generator) -> Tensor:

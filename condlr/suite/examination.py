@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -12,11 +12,11 @@ from condlr._support.strengths import as_printed
 from condlr.analysis.base import Analysis
 from condlr.attacks.base import StrengthByStrength
 from condlr.evaluation import accuracy, evaluate
-from condlr.shifts.base import Shift
+from condlr.shifts.base import Shift, ShiftedSet
 from condlr.suite.config import RunConfig
 from condlr.suite.opened import Opened, without_transfer_to_itself
 from condlr.suite.progress import Steps
-from condlr.suite.registry import analyses
+from condlr.suite.registry import analyses as every_analysis
 from condlr.suite.runs import Run, key_of
 
 log = logging.getLogger(__name__)
@@ -46,9 +46,11 @@ def attack(here: Opened, again: bool = True) -> None:
         here.run.add_rows("evaluation.csv", rows)
 
 
-def require(here: Opened, asked: Mapping[str, Analysis]) -> None:
+def require(here: Opened, analyses: Mapping[str, Analysis], shifts: Iterable[Shift]) -> None:
     """Raise `UserError` where one of these can't be made of the run, before anything is computed."""
-    for name, analysis in asked.items():
+    for shift in shifts:
+        _sets(here, shift)
+    for name, analysis in analyses.items():
         for package in analysis.packages:
             if find_spec(package) is None:
                 raise UserError(f"analysis={name} needs the package {package}: pip install {package}")
@@ -74,27 +76,34 @@ def analyse(here: Opened, name: str, analysis: Analysis, again: bool = False) ->
 
 def try_shift(here: Opened, name: str, shift: Shift, again: bool = False) -> list[Mapping[str, Any]]:
     """The run's accuracy on each set of a shift; each is kept as soon as it is known."""
-    known = {} if again else here.run.rows("shift.csv")
-    found: list[Mapping[str, Any]] = []
+    table, root = "shift.csv", here.config.data_root
+    known = {} if again else here.run.rows(table)
+    sets = {
+        key_of(row := {"shift": name, **which._asdict(), "shift_seed": shift.seed}, table): (which, row)
+        for which in _sets(here, shift)
+    }
+    missing = [key for key in sets if key not in known]
+    if not missing:
+        log.info("%s has its %s already (again=true does it once more)", here.run.directory, table)
     with Steps(f"{here.config.row['label']} on {name}") as steps:
-        try:
-            for number, made in enumerate(shift.sets(here.data.test, here.config.data_root), start=1):
-                row: dict[str, Any] = {"shift": name, "name": made.name, "severity": made.severity}
-                row["n"] = len(made.images)
-                key = key_of(row, "shift.csv")
-                if key not in known:
-                    row |= {"accuracy": accuracy(here.model, made.images)}
-                    here.run.add_rows("shift.csv", [row])
-                found.append(known.get(key, row))
-                steps.at(number, number + 1)  # how many there are is not known
-        except ValueError as error:
-            raise UserError(f"shift.{error}") from error
-    return found
+        for number, key in enumerate(missing, start=1):
+            which, row = sets[key]
+            row |= {"accuracy": accuracy(here.model, shift.make(which, here.data.test, root))}
+            here.run.add_rows(table, [row])
+            steps.at(number, len(missing))
+    return [known.get(key, row) for key, (_, row) in sets.items()]
+
+
+def _sets(here: Opened, shift: Shift) -> Sequence[ShiftedSet]:
+    try:
+        return shift.sets(here.test_images, here.config.data_root)
+    except ValueError as error:
+        raise UserError(f"shift.{error}") from error
 
 
 def analyses_of_every_run() -> dict[str, Analysis]:
     """Those that are made at the end of every training, by name."""
-    return {name: kind() for name, kind in analyses().items() if kind.always}
+    return {name: kind() for name, kind in every_analysis().items() if kind.always}
 
 
 def finished(run: Run, config: RunConfig) -> bool:

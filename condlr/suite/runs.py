@@ -19,7 +19,7 @@ from condlr.suite.registry import available, find
 # The columns that tell the rows of these files apart; those of an analysis are on its class.
 _KEYS = {
     "evaluation.csv": ("attack", "norm", "n", "eps"),
-    "shift.csv": ("shift", "name", "severity", "n"),
+    "shift.csv": ("shift", "name", "severity", "n", "shift_seed"),
 }
 # What the rest of condlr takes for granted of run.json, where it says it.
 _FACTS = {

@@ -9,7 +9,7 @@ import torch
 
 from condlr.data.base import Images
 from condlr.data.digits import Digits
-from condlr.shifts.base import Shift, Shifted
+from condlr.shifts.base import Shift, ShiftedSet
 from condlr.shifts.corruptions import PARAMETERS, Corruptions
 from condlr.suite.config import choose
 from condlr.suite.registry import available
@@ -23,18 +23,23 @@ def test_images():
 
 
 def distance(shifted, images):
-    return (shifted.images.pixels.double() - images.pixels[: len(shifted.images)]).square().mean().item()
+    return (shifted.pixels.double() - images.pixels[: len(shifted)]).square().mean().item()
+
+
+def made(shift, test):
+    """Each of its sets, and its images."""
+    return {which: shift.make(which, test, ROOT) for which in shift.sets(len(test), ROOT)}
 
 
 @pytest.mark.parametrize("kind", PARAMETERS)
 def test_a_corruption_grows_with_its_severity_and_keeps_what_images_are(kind, test_images):
-    sets = list(Corruptions(kinds=[kind]).sets(test_images, ROOT))
-    assert [(shifted.name, shifted.severity) for shifted in sets] == [(kind, n) for n in (1, 2, 3, 4, 5)]
-    for shifted in sets:
-        assert shifted.images.pixels.dtype == torch.uint8
-        assert shifted.images.pixels.shape == test_images.pixels.shape
-        assert torch.equal(shifted.images.labels, test_images.labels)
-    distances = [distance(shifted, test_images) for shifted in sets]
+    sets = made(Corruptions(kinds=[kind]), test_images)
+    assert [*sets] == [(kind, severity, len(test_images)) for severity in (1, 2, 3, 4, 5)]
+    for images in sets.values():
+        assert images.pixels.dtype == torch.uint8
+        assert images.pixels.shape == test_images.pixels.shape
+        assert torch.equal(images.labels, test_images.labels)
+    distances = [distance(images, test_images) for images in sets.values()]
     assert distances[0] > 0
     assert sorted({*distances}) == distances
 
@@ -44,32 +49,33 @@ def test_each_set_is_the_same_at_every_call_whatever_else_is_asked_for(channels)
     pixels = torch.randint(0, 256, (12, channels, 32, 32), dtype=torch.uint8)
     images = Images(pixels.clone(), torch.arange(12))
     torch.manual_seed(1)
-    whole = {(s.name, s.severity): s.images.pixels for s in Corruptions(seed=3).sets(images, ROOT)}
+    whole = made(Corruptions(seed=3), images)
     torch.manual_seed(2)
     state = torch.get_rng_state()
     for kind in PARAMETERS:
-        (alone,) = Corruptions(kinds=[kind], severities=[4], seed=3).sets(images, ROOT)
-        assert torch.equal(alone.images.pixels, whole[kind, 4])
+        ((which, alone),) = made(Corruptions(kinds=[kind], severities=[4], seed=3), images).items()
+        assert torch.equal(alone.pixels, whole[which].pixels)
     assert torch.equal(torch.get_rng_state(), state), "a shift draws from a seed of its own"
     assert torch.equal(images.pixels, pixels), "the test images stay as they are"
-    (other,) = Corruptions(kinds=["gaussian_noise"], severities=[4], seed=4).sets(images, ROOT)
-    assert not torch.equal(other.images.pixels, whole["gaussian_noise", 4])
+    ((which, other),) = made(Corruptions(kinds=["gaussian_noise"], severities=[4], seed=4), images).items()
+    assert not torch.equal(other.pixels, whole[which].pixels)
 
 
 def test_noise_has_the_deviation_it_says():
     images = Images(torch.full((40, 1, 28, 28), 128, dtype=torch.uint8), torch.zeros(40, dtype=torch.long))
-    for shifted in Corruptions(kinds=["gaussian_noise"]).sets(images, ROOT):
-        assert shifted.severity is not None
-        deviation = shifted.images.pixels.double().std().item() / 255
-        assert deviation == pytest.approx(PARAMETERS["gaussian_noise"][shifted.severity - 1], rel=0.02)
+    for which, noisy in made(Corruptions(kinds=["gaussian_noise"]), images).items():
+        assert which.severity is not None
+        deviation = noisy.pixels.double().std().item() / 255
+        assert deviation == pytest.approx(PARAMETERS["gaussian_noise"][which.severity - 1], rel=0.02)
 
 
 def test_only_the_first_images(test_images):
-    for shifted in Corruptions(images=7, severities=[2]).sets(test_images, ROOT):
-        assert torch.equal(shifted.images.labels, test_images.labels[:7])
-        assert distance(shifted, test_images) < 3000
+    for which, images in made(Corruptions(images=7, severities=[2]), test_images).items():
+        assert which.n == 7
+        assert torch.equal(images.labels, test_images.labels[:7])
+        assert distance(images, test_images) < 3000
     with pytest.raises(ValueError, match="images=1000, but there are only 360"):
-        next(Corruptions(images=1000).sets(test_images, ROOT))
+        Corruptions(images=1000).sets(360, ROOT)
 
 
 @pytest.mark.parametrize(
@@ -97,15 +103,18 @@ def test_a_config_names_it():
 
 
 def test_a_shift_is_one_class(test_images):
-    """What `adding a shift` asks for: a dataclass with a title, a legend and `sets`."""
+    """What `adding a shift` asks for: a dataclass with a title, a legend, `sets` and `make`."""
 
     @dataclass
     class Flipped(Shift):
         title: ClassVar[str] = "Mirrored"
         legend: ClassVar[str] = "Accuracy on mirror images."
 
-        def sets(self, test, root):
-            yield Shifted("mirror", None, Images(test.pixels.flip(3), test.labels))
+        def sets(self, test_images, root):
+            return [ShiftedSet("mirror", None, test_images)]
 
-    (mirrored,) = Flipped().sets(test_images, ROOT)
-    assert torch.equal(mirrored.images.pixels.flip(3), test_images.pixels)
+        def make(self, which, test, root):
+            return Images(test.pixels.flip(3), test.labels)
+
+    (mirrored,) = made(Flipped(), test_images).values()
+    assert torch.equal(mirrored.pixels.flip(3), test_images.pixels)

@@ -64,18 +64,21 @@ SHIFT = '''
 """Inverted."""
 from dataclasses import dataclass
 from condlr.data.base import Images
-from condlr.shifts.base import Shift, Shifted
+from condlr.shifts.base import Shift, ShiftedSet
 
 @dataclass
 class Inverted(Shift):
     title = "Negatives"
     legend = "Pixels are 255 - x."
 
-    def sets(self, test, root):
-        chosen = test.take(slice(self.images))
-        yield Shifted("whole", None, Images(255 - chosen.pixels, chosen.labels))
-        yield Shifted("half", 1, Images(chosen.pixels // 2, chosen.labels))
-        yield Shifted("half", 2, Images(chosen.pixels // 4, chosen.labels))
+    def sets(self, test_images, root):
+        n = self.count(test_images)
+        return [ShiftedSet("whole", None, n), ShiftedSet("half", 1, n), ShiftedSet("half", 2, n)]
+
+    def make(self, which, test, root):
+        chosen = test.take(slice(which.n))
+        pixels = chosen.pixels // 2**which.severity if which.severity else 255 - chosen.pixels
+        return Images(pixels, chosen.labels)
 '''
 
 
@@ -128,6 +131,7 @@ def test_one_file_and_one_yaml_go_the_whole_way(script, rooms, tmp_path, monkeyp
     before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
     both = ["evaluate", f"run={run}", "analysis=[ranks,seen]"]
     # All mistakes come first
+    complains(script(*both, "shift=inverted", "shift.images=9999"), "shift.images=9999, but there are only")
     complains(
         script(*both, "shift=inverted", "analysis.ranks.least=0"), "analysis.ranks.least must be positive"
     )
@@ -157,12 +161,18 @@ def test_one_file_and_one_yaml_go_the_whole_way(script, rooms, tmp_path, monkeyp
     ]  # fmt: skip
     assert len({row["n"] for row in made}) == 1
 
+    # Another seed is another set
+    assert script(*both, "shift=inverted", "shift.seed=1", "attack.eps=[0.3]")[0] == 0
+    assert [row["shift_seed"] for row in rows(run / "shift.csv")] == [*"000", *"111"]
+    assert rows(run / "shift.csv")[:3] == made
+    (run / "shift.csv").write_text("".join((run / "shift.csv").read_text().splitlines(True)[:4]))
+
     # What is there is not made again, unless it is asked for
     times = [(run / name).stat().st_mtime_ns for name in ("ranks.csv", "seen.csv", "shift.csv")]
     loads.clear()
     status, out, err = script(*both, "shift=inverted", "attack.eps=[0.3]")
     assert status == 0, out + err
-    assert loads == ["load_data"], "for the images, not for the network"
+    assert not loads
     assert times == [(run / name).stat().st_mtime_ns for name in ("ranks.csv", "seen.csv", "shift.csv")]
     (run / "shift.csv").write_text("".join((run / "shift.csv").read_text().splitlines(True)[:-1]))
     assert script(*both, "shift=inverted", "attack.eps=[0.3]", "again=true", "analysis.ranks.least=2")[0] == 0
