@@ -107,9 +107,12 @@ def test_the_sweeps_are_sweeps_of_configs_that_can_be():
 # For each kind that docs/extending.md adds: where the study `mine` shows it.
 SHOWN = {
     "method": ("*spectral_decay*/run.json", '"status": "done"'),
+    "penalty": ("*+ridge-*/history.csv", "penalty_value"),
     "network": ("mlp-*/config.yaml", "name: mlp"),
     "dataset": ("*-stripes-*/run.json", '"status": "done"'),
     "attack": ("*/evaluation.csv", "brightness"),
+    "shift": ("*/shift.csv", "negatives,negative"),
+    "analysis": ("*condlr*/weights.csv", "conv1.Vt"),
 }
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 SECTIONS = dict(re.findall(r"^## Adding an? (\w+)\n(.*?)(?=^## |\Z)", EXTENDING, re.S | re.M))
@@ -135,7 +138,7 @@ def extended(tmp_path_factory):
     for text in SECTIONS.values():
         for language in ("python", "yaml"):
             (code,) = blocks(language, text)
-            path = copy / code.partition("\n")[0].removeprefix("# ")
+            (path,) = (copy / path for path in re.findall(r"^# ((?:condlr|conf)/\S+)$", code, re.M))
             assert not path.exists(), path
             path.write_text(code)
         (shell,) = blocks("sh", text)

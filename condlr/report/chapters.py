@@ -262,7 +262,7 @@ def _lines(study: Path, seeds: str) -> list[str]:
     kinds = analyses().items()
     keys = [f"shift={name}" for name in _shifts(study)]
     if made := [name for name, kind in kinds if not kind.always and (study / f"{name}.csv").exists()]:
-        keys.append(f"analysis=[{','.join(made)}]" if len(made) > 1 else f"analysis={made[0]}")
+        keys.append(f"'analysis=[{','.join(made)}]'" if len(made) > 1 else f"analysis={made[0]}")
     lines += [f"python scripts/evaluate.py run='runs/{study.name}/*' {key}" for key in keys]
     return [*lines, *_pages(study)]
 
