@@ -97,7 +97,7 @@ def circular_singular_values(kernel: Tensor, size: Pair, stride: Pair = 1, dilat
     Raises:
         ValueError: a bad shape, or a stride that does not divide the size.
     """
-    values = torch.linalg.svdvals(_blocks(_kernel(kernel), _pair("size", size), stride, dilation))
+    values = torch.linalg.svdvals(transfer_matrices(_kernel(kernel), _pair("size", size), stride, dilation))
     # A real kernel has equal values at f and -f: only the columns up to W/2 were computed.
     rows, columns = len(values), _pair("size", size)[1] // _pair("stride", stride)[1]
     opposite = -torch.arange(rows, device=values.device) % rows
@@ -130,7 +130,7 @@ def padded_bound(
         -(-(n + max(p)) // s) * s
         for n, p, s in zip(operator.size, operator.padding, operator.stride, strict=True)
     ]
-    blocks = _blocks(operator.kernel, (torus[0], torus[1]), operator.stride, operator.dilation)
+    blocks = transfer_matrices(operator.kernel, (torus[0], torus[1]), operator.stride, operator.dilation)
     gram = blocks.mH @ blocks if blocks.shape[-1] < blocks.shape[-2] else blocks @ blocks.mH
     squared = torch.linalg.eigvalsh(gram)[..., -1].max().item()
     return math.sqrt(max(squared, 0)) * (1 + 1e-12)
@@ -298,20 +298,36 @@ def _lanczos(
     raise ValueError("a basis of at least one vector is needed")
 
 
-def _blocks(kernel: Tensor, torus: tuple[int, int], stride: Pair, dilation: Pair) -> Tensor:
-    """The matrices of `circular_singular_values`: (H/s, W/s // 2 + 1, out, in s^2), complex."""
+def transfer_matrices(kernel: Tensor, size: tuple[int, int], stride: Pair = 1, dilation: Pair = 1) -> Tensor:
+    """One matrix for each frequency: what the unitary DFT makes of the convolution of a periodic image.
+
+    See `circular_singular_values` for their formula; differentiable in the kernel, and of its precision.
+
+    Args:
+        kernel: (out, in, kh, kw).
+        size: (H, W) of the image.
+        stride: s, which divides H and W.
+        dilation: d.
+
+    Returns:
+        (H/s, W/s // 2 + 1, out, in s^2), complex: those of the other frequencies are their conjugates.
+
+    Raises:
+        ValueError: a stride that does not divide the size.
+    """
     steps, spread = _pair("stride", stride), _pair("dilation", dilation)
-    if any(n % s for n, s in zip(torus, steps, strict=True)):
-        raise ValueError(f"a stride of {steps} does not divide a size of {torus}")
+    if any(n % s for n, s in zip(size, steps, strict=True)):
+        raise ValueError(f"a stride of {steps} does not divide a size of {size}")
     waves = []
-    for axis, (n, s, d, k) in enumerate(zip(torus, steps, spread, kernel.shape[2:], strict=True)):
+    for axis, (n, s, d, k) in enumerate(zip(size, steps, spread, kernel.shape[2:], strict=True)):
         apart = n // s
         some = torch.arange(apart // 2 + 1 if axis else apart, device=kernel.device)
         alike = some + apart * torch.arange(s, device=kernel.device)[:, None]
         # Whole turns are taken off while the numbers are whole.
         turns = alike[:, :, None] * (d * torch.arange(k, device=kernel.device)) % n
-        waves.append(torch.polar(torch.full_like(turns, 1 / math.sqrt(s), dtype=torch.float64),
-                                 -2 * math.pi * turns.double() / n))  # fmt: skip
+        wave = torch.polar(torch.full_like(turns, 1 / math.sqrt(s), dtype=torch.float64),
+                           -2 * math.pi * turns.double() / n)  # fmt: skip
+        waves.append(wave.to(torch.promote_types(kernel.dtype, torch.complex32)))
     return torch.einsum("afy,oiyx,bgx->fgoabi", waves[0], kernel.to(waves[0].dtype), waves[1]).flatten(3)
 
 
