@@ -9,25 +9,30 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from condlr._support.errors import in_range
+from condlr._support.errors import in_range, one_of
 from condlr._support.precision import strict
-from condlr.layers import LowRank
+from condlr.layers import LowRank, LowRankConv2d
 
 Layer = nn.Linear | nn.Conv2d | LowRank
 
 
 @dataclass
 class Penalty(ABC):
-    """weight * sum of `term(layer)` over the layers it names, added to the loss of each step.
+    """weight * the sum, or mean, of `term(layer)` over the layers it names, added to the loss.
 
     A subclass is a dataclass in a file of its name; its fields are its options, the keys of
     `conf/penalty/<name>.yaml`. It says what a layer's term is, and no more.
 
     Attributes:
         title: what tables call it.
+        takes: the kinds of layers that it is for; others of a matching name are left alone.
         weight: lambda.
         layers: names of the layers that are penalised, as shell patterns: linear and convolution layers,
             dense or low-rank.
+        acts_on: `weight`, the layer's whole weight, or `V`, the factor V^T of low-rank layers, which of a
+            convolution is one onto r channels. Dense layers are then left alone.
+        over_layers: `sum` or `mean`.
+        every: j; every j-th step has the term, at j times the weight.
         milestones, factors: from epoch m on (counted from 0) the weight is `weight` times the factor of m.
 
     Example:
@@ -39,14 +44,21 @@ class Penalty(ABC):
     """
 
     title: ClassVar[str]
+    takes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d, LowRank)
 
     weight: float = 1e-2
     layers: list[str] = field(default_factory=lambda: ["*"])
+    acts_on: str = "weight"
+    over_layers: str = "sum"
+    every: int = 1
     milestones: list[int] = field(default_factory=list)
     factors: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         in_range("weight", self.weight, 0, math.inf, half_open=True)
+        one_of("acts_on", self.acts_on, ("weight", "V"))
+        one_of("over_layers", self.over_layers, ("sum", "mean"))
+        in_range("every", self.every, 1, math.inf)
         if any(m < 1 for m in self.milestones) or sorted({*self.milestones}) != self.milestones:
             raise ValueError(f"milestones must be epochs in ascending order; got {self.milestones}")
         if len(self.factors) != len(self.milestones):
@@ -59,26 +71,58 @@ class Penalty(ABC):
     def term(self, layer: Layer) -> Tensor:
         """What is penalised of one layer, a number on its device."""
 
+    def matrix(self, layer: Layer) -> Tensor:
+        """`kernel` as a matrix, out x (in kh kw)."""
+        return self.kernel(layer).flatten(1)
+
+    def kernel(self, layer: Layer) -> Tensor:
+        """(out, in, kh, kw): the weight of the layer, or its factor V^T; a matrix is a kernel of 1 x 1."""
+        if self.acts_on == "V":
+            assert isinstance(layer, LowRank)
+            W = layer.filters if isinstance(layer, LowRankConv2d) else layer.Vt
+        else:
+            W = layer.weight
+            assert isinstance(W, Tensor)
+            W = W.as_subclass(Tensor)  # of a low-rank layer it is a product that refuses to be written to
+        return W if W.ndim == 4 else W[:, :, None, None]
+
     def __call__(self, model: nn.Module) -> Tensor:
         """The term to add to the loss, at the weight of the epoch that `begin_epoch` named last."""
-        weight = self.weight if self._scheduled is None else self._scheduled
+        weight = self.every * self.weight if self._scheduled is None else self._scheduled
         return weight * self.quantity(model)
 
     def quantity(self, model: nn.Module) -> Tensor:
-        """What is penalised, before the weight: the sum over the layers; in strict float32.
+        """What is penalised, before the weight: the sum or mean over the layers; in strict float32.
 
         Raises:
-            ValueError: no layer has such a name.
+            ValueError: there is no such layer.
         """
+        named = self.named(model)
+        with strict(next(named[0].parameters()).device):
+            terms = torch.stack([self.term(layer) for layer in named])
+            return terms.sum() if self.over_layers == "sum" else terms.mean()
+
+    def named(self, model: nn.Module) -> list[Layer]:
+        """The layers that are penalised.
+
+        Raises:
+            ValueError: there are none.
+        """
+        kinds = tuple(kind for kind in self.takes if self.acts_on == "weight" or issubclass(kind, LowRank))
         named = [
             layer
             for name, layer in model.named_modules()
-            if isinstance(layer, Layer) and any(fnmatch(name, pattern) for pattern in self.layers)
+            if isinstance(layer, kinds) and any(fnmatch(name, pattern) for pattern in self.layers)
         ]
         if not named:
-            raise ValueError(f"penalty.layers: no linear or convolution layer is named {self.layers}")
-        with strict(next(named[0].parameters()).device):
-            return torch.stack([self.term(layer) for layer in named]).sum()
+            dense = "linear or convolution" if nn.Linear in self.takes else "convolution"
+            kind = f"low-rank {dense}" if self.acts_on == "V" else dense
+            raise ValueError(f"penalty.layers: no {kind} layer is named {self.layers}")
+        return named  # type: ignore[return-value]
+
+    def due(self, step: int) -> bool:
+        """Whether a step, counted from 0 over the whole training, has the term."""
+        return step % self.every == 0
 
     def weight_at(self, epoch: int) -> float:
         """The weight in this epoch, counted from 0."""
@@ -94,4 +138,4 @@ class Penalty(ABC):
         device = next(model.parameters()).device
         if self._scheduled is None or self._scheduled.device != device:
             self._scheduled = torch.zeros((), device=device)
-        self._scheduled.fill_(self.weight_at(epoch))
+        self._scheduled.fill_(self.every * self.weight_at(epoch))

@@ -28,14 +28,15 @@ class So(Penalty):
 
     @override
     def term(self, layer: Layer) -> Tensor:
-        if isinstance(layer, LowRank):
+        if isinstance(layer, LowRank) and self.acts_on == "weight":
             L, R = layer.left, layer.Vt
-            error = _less_one((L.mT @ L) @ (R @ R.mT))
+            error = less_identity((L.mT @ L) @ (R @ R.mT))
             return (error * error.mT).sum() + (min(layer.shape) - len(error))
-        W = layer.weight.flatten(1)
+        W = self.matrix(layer)
         W = W if len(W) <= W.shape[1] else W.mT
-        return _less_one(W @ W.mT).square().sum()
+        return less_identity(W @ W.mT).square().sum()
 
 
-def _less_one(matrix: Tensor) -> Tensor:
+def less_identity(matrix: Tensor) -> Tensor:
+    """The matrix less I."""
     return matrix - torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)

@@ -258,7 +258,7 @@ def epoch_against_steps(data: Data, device: torch.device, precision: str, scratc
 
     def probe(trainer: Trainer) -> None:
         epochs.append(time.perf_counter() - marks[0])
-        take_step = trainer._graph or trainer._take_step
+        take_step = trainer._graphs.get(False, trainer._take_step)
         with training(model, precision, device):
             for _ in range(trainer.batches // 4):
                 started = time.perf_counter()

@@ -4,8 +4,9 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ class Trainer:
         self.totals = EpochTotals.zero(self.device)
         self._recorded = (0.0, 0.0, 0)
         graphed = self.device.type == "cuda" and self.method.capturable
-        self._graph = GraphedStep(self._take_step) if graphed else None
+        self._graphs = self._recorded_steps() if graphed else {}
         keep_freed_memory()
 
     @property
@@ -146,15 +147,15 @@ class Trainer:
         A graph cannot fall back from its fast maps where they do not hold, and leaves NaN: then the
         epoch is taken again, step by step.
         """
-        start = copy.deepcopy(self.state_dict()) if self._graph else None
+        start = copy.deepcopy(self.state_dict()) if self._graphs else None
         try:
-            self._take_batches(on_batch, self._graph or self._take_step)
+            self._take_batches(on_batch, self._graphs or self._steps())
         except Diverged as error:
             if start is None:
                 raise
             log.info("%s; epoch %d is taken again without a CUDA graph", error, self.epoch + 1)
             self.load_state_dict(start)
-            self._take_batches(on_batch, self._take_step)
+            self._take_batches(on_batch, self._steps())
         row = self._row(self.totals)
         self.epoch, self.batch = self.epoch + 1, 0
         self.totals.clear()
@@ -162,7 +163,7 @@ class Trainer:
         self.history.append(row | {"epoch": self.epoch})
 
     def _take_batches(
-        self, on_batch: Callable[["Trainer"], None], take_step: Callable[[Tensor, Tensor], None]
+        self, on_batch: Callable[["Trainer"], None], steps: Mapping[bool, Callable[[Tensor, Tensor], None]]
     ) -> None:
         order = self._begin_epoch()
         self.model.train()
@@ -170,7 +171,7 @@ class Trainer:
         clock = time.perf_counter()
         with training(self.model, self.precision, self.device):
             for images, labels in remaining:
-                take_step(images, labels)
+                steps[self.penalty is not None and self.penalty.due(self.step)](images, labels)
                 self.totals.images += len(labels)
                 self.batch, self.step = self.batch + 1, self.step + 1
                 now = time.perf_counter()
@@ -184,9 +185,17 @@ class Trainer:
         self.require_finite()
         self.totals.seconds += time.perf_counter() - clock  # until a device has done what it was given
 
-    def _take_step(self, images: Tensor, labels: Tensor) -> None:
+    def _steps(self) -> dict[bool, Callable[[Tensor, Tensor], None]]:
+        """`_take_step` with and without the penalty."""
+        return {penalised: partial(self._take_step, penalised=penalised) for penalised in (True, False)}
+
+    def _recorded_steps(self) -> dict[bool, GraphedStep]:
+        return {penalised: GraphedStep(step) for penalised, step in self._steps().items()}
+
+    def _take_step(self, images: Tensor, labels: Tensor, penalised: bool = True) -> None:
         """A step of the method, its loss and hits added to the totals on the device."""
-        loss, logits = self.method.step(self.model, self.optimizer, images, labels, self.penalty)
+        added = self.penalty if penalised else None
+        loss, logits = self.method.step(self.model, self.optimizer, images, labels, added)
         self.totals.loss.add_(loss * len(labels))
         self.totals.correct.add_((logits.argmax(1) == labels).sum())
 
@@ -201,9 +210,9 @@ class Trainer:
         self.method.begin_epoch(self.model, self.optimizer, self.epoch, self.protocol.epochs)
         if self.penalty:
             self.penalty.begin_epoch(self.model, self.epoch)
-        if self._graph:
-            places = tuple((p.data_ptr(), p.shape) for p in self.model.state_dict(keep_vars=True).values())
-            self._graph.renew((self.lr, places))
+        places = tuple((p.data_ptr(), p.shape) for p in self.model.state_dict(keep_vars=True).values())
+        for graph in self._graphs.values():
+            graph.renew((self.lr, places))
         return torch.randperm(len(self.data.train), generator=generator, device=self.device)
 
     def _augmentation(self) -> Callable[[Tensor, int], Tensor] | None:
@@ -240,7 +249,9 @@ class Trainer:
         row["images_per_second"] = n / totals.seconds if totals else None
         row |= {f"cond_{name}": value for name, value in layer_conditions(self.model).items()}
         if self.penalty:
-            with torch.no_grad():
+            # A quantity that is estimated at random is the same however the run came here
+            with torch.no_grad(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(derive_seed(self.seed, "penalty", self.epoch))
                 row["penalty_value"] = self.penalty.quantity(self.model).item()
         if totals:
             row |= {f"audit_{name}": value for name, value in self.method.audit(self.model).items()}
@@ -315,8 +326,8 @@ class Trainer:
         self.totals.loss, self.totals.correct = (
             tensor.to(self.device) for tensor in (self.totals.loss, self.totals.correct)
         )
-        if self._graph:  # what was recorded knows the tensors from before
-            self._graph = GraphedStep(self._take_step)
+        if self._graphs:  # what was recorded knows the tensors from before
+            self._graphs = self._recorded_steps()
         self.history = state["history"]
         # Checkpoints of condlr before it kept records have none
         self.records, self._recorded = state.get("records", []), tuple(state.get("recorded", (0.0, 0.0, 0)))

@@ -51,7 +51,10 @@ def test_the_dense_network_beside_it_has_no_penalty():
         (["penalty=so", "penalty.weight=-1"], "penalty.weight must be in"),
         (["penalty=so", "+penalty.p=1"], "penalty.p: there is no such key; the keys of penalty are weight"),
         (["penalty=so", "penalty.layers=[fc9]"], "penalty.layers: no linear or convolution layer is named"),
-        (["penalty=so", "penalty.name=glue"], "penalties: there is no 'glue'; choose from so"),
+        (
+            ["penalty=so", "penalty.name=glue"],
+            "penalties: there is no 'glue'; choose from dso, frame, frame_eigen, mhe, ocnn, so, srip",
+        ),
         (["penalty=3"], "the command line makes no config"),
     ],
 )

@@ -122,7 +122,7 @@ def test_an_epoch_that_a_graph_spoils_is_taken_again(data, monkeypatch):
 
     monkeypatch.setattr(engine, "GraphedStep", Spoiling)
     plain, spoiled = make(), make()
-    spoiled._graph = Spoiling(spoiled._take_step)
+    spoiled._graphs = {False: Spoiling(spoiled._take_step)}
     plain.fit()
     spoiled.fit()
     assert len(taken) == 4 + 3 + 4, "the second epoch stops at the NaN; the third has a graph again"
@@ -154,9 +154,9 @@ def test_a_graph_trains_as_single_steps_do(name, data):
         model = method.apply(LeNet5(), scheme).to(device)
         t = Trainer(model, method, data.to(device), protocol(batch_size=20), seed=0)
         if not graphed:
-            t._graph = None
+            t._graphs = {}
         t.fit()
-        assert not graphed or (t._graph and t._graph._works)
+        assert not graphed or t._graphs[False]._works
         runs.append(t)
     for a, b in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
