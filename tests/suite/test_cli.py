@@ -456,9 +456,13 @@ def undone(run):
 @pytest.mark.parametrize(
     ("name", "damage", "pattern"),
     [
-        ("checkpoint.pt", truncate, "checkpoint.pt is damaged or no checkpoint.*remove it"),
+        ("checkpoint.pt", truncate, "checkpoint.pt is damaged or not a checkpoint.*remove it"),
         ("checkpoint.pt", flip, "checkpoint.pt is damaged .*remove it"),
-        ("checkpoint.pt", lambda path: path.write_text("hello"), "checkpoint.pt is damaged or no checkpoint"),
+        (
+            "checkpoint.pt",
+            lambda path: path.write_text("hello"),
+            "checkpoint.pt is damaged or not a checkpoint",
+        ),
         ("run.json", truncate, "run.json cannot be read"),
         ("run.json", lambda path: path.write_text("[]"), "run.json is not a run's record"),
     ],
@@ -482,10 +486,10 @@ def test_a_checkpoint_that_runs_code_is_refused(script, run):
     archive = io.BytesIO()
     torch.save({"fingerprint": "x", "state": Evil()}, archive)
     (run / "checkpoint.pt").write_bytes(archive.getvalue())
-    complains(script("train", *SMALL), "checkpoint.pt is damaged or no checkpoint .*digest")
+    complains(script("train", *SMALL), "checkpoint.pt is damaged or not a checkpoint .*digest")
     _seal(archive)
     (run / "checkpoint.pt").write_bytes(archive.getvalue())
-    complains(script("train", *SMALL), "checkpoint.pt is damaged or no checkpoint .*UnpicklingError")
+    complains(script("train", *SMALL), "checkpoint.pt is damaged or not a checkpoint .*UnpicklingError")
     assert not Path("pwned").exists()
 
 
@@ -526,7 +530,7 @@ def test_a_finished_run_without_its_history_is_named(script, run):
         damage(history)
         complains(
             script("collect", "study=default"),
-            r"history.csv is lost or empty: remove this run, or train it again",
+            r"history.csv is missing or empty: remove this run, or train it again",
         )
 
 
@@ -577,7 +581,7 @@ def test_evaluate_says_what_it_cannot_evaluate(script, run, tmp_path):
         intact = weights.read_bytes()
         damage(weights)
         evaluated = script("evaluate", f"run={run}", "again=true")
-        complains(evaluated, "model.safetensors is damaged or of another run")
+        complains(evaluated, "model.safetensors is damaged or belongs to another run")
         weights.write_bytes(intact)
     weights.unlink()
     complains(script("evaluate", f"run={run}", "again=true"), "model.safetensors is missing: remove run.json")
@@ -623,7 +627,7 @@ def test_rows_with_unusual_options_have_names_of_their_own(script, tmp_path):
 
 def test_collect_refuses_what_would_count_twice_or_cannot_be_read(script, run):
     shutil.copytree(run, run.parent / "backup")
-    complains(script("collect", "study=default"), "backup/run.json is of the run .* count twice")
+    complains(script("collect", "study=default"), "backup/run.json belongs to the run .* count twice")
     shutil.rmtree(run.parent / "backup")
     for name, text in (("history.csv", "epoch,cond_a\n1,2,3\n"), ("history.csv", "epoch,cond_a\n1,x\n")):
         intact = (run / name).read_bytes()
