@@ -6,8 +6,8 @@
     ...                                                  # any training loop
     plain = condlr.export(model)                         # nn.Linear / nn.Conv2d only
 
-The names below are loaded when first used, so that the command line can check its arguments before
-it pays for importing torch.
+The names below are imported at their first use, so that the command line checks its arguments before it
+imports torch.
 """
 
 from importlib import import_module
