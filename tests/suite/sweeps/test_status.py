@@ -468,7 +468,7 @@ def test_a_damaged_record_ends_no_table(tmp_path, damage, said):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("epoch,seconds\n1,10.0\n2", "lines have not as many fields"),
+        ("epoch,seconds\n1,10.0\n2", "a line has more or fewer fields"),
         ("epoch,seconds\n1,10.0\n2,x\n", "ValueError"),
         ("epoch\n1\n", "KeyError: 'seconds'"),
         ("epoch,seconds\n1,\xff\n", "is damaged .'utf-8'"),
