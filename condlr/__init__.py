@@ -2,7 +2,7 @@
 
     model = condlr.factorize(model, compression=0.5)     # Linear and Conv2d become U S V^T
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.3)
-    condlr.constrain(optimizer, model, tau=0.1)          # CondLR, whatever the optimiser
+    condlr.constrain(optimizer, model, tau=0.1)          # CondLR, under any optimiser
     ...                                                  # any training loop
     plain = condlr.export(model)                         # nn.Linear / nn.Conv2d only
 

@@ -148,7 +148,7 @@ class Constraint:
         self._held: dict[LowRank, Held] = {}
         self._seen: list[int] = []
         self._forget_step()
-        self._take_hold()
+        self._update_held()
         if not self._held:
             raise ValueError(
                 "no U S V^T layer of this model is in the optimizer: factorize the model first "
@@ -188,7 +188,7 @@ class Constraint:
 
     def audit(self) -> dict[str, float]:
         """The largest max |U^T U - I| (V likewise) and the largest cond(S) of all layers, in float64."""
-        self._take_hold()
+        self._update_held()
         return worst(map(audited, self.layers.values()))
 
     def check(self) -> dict[str, float]:
@@ -196,7 +196,7 @@ class Constraint:
 
         The limit of cond(S) holds for layers whose S was moved by a step. An S that is zero is a breach.
         """
-        self._take_hold()
+        self._update_held()
         found = {held: audited(held.layer) for held in self._held.values()}
         for held, figures in found.items():
             for name, limit in limits(self.options.tau).items():
@@ -207,7 +207,7 @@ class Constraint:
                     )
         return worst(found.values())
 
-    def _take_hold(self) -> None:
+    def _update_held(self) -> None:
         """Update the constrained layers: those of the model whose factors are in the optimiser."""
         layers = [m._parameters for m in self._model.modules() if isinstance(m, LowRank)]
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -245,7 +245,6 @@ class Constraint:
                 raise ValueError("these layers are constrained already: remove() that constraint first")
 
     def _first_scale(self, layer: LowRank) -> float | None:
-        """The scalar of `released_code` before the first step."""
         if self.options.preconditioner != "released_code":
             return None
         if self.options.tau > 0 or self.options.centre == "one":
@@ -267,14 +266,13 @@ class Constraint:
         return {held: found[0] for held, found in known.items() if found}
 
     def _save(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        """Add the constraint's state to a state_dict."""
         memory = {place: held.memory() for held, place in self._places().items()}
         group = state_dict["param_groups"][0]
         group[_MEMORY] = group.get(_MEMORY, {}) | memory
 
     def _recall(self, optimizer: torch.optim.Optimizer, of: "Iterable[Held] | None" = None) -> None:
         """Restore the state of the layers `of`, by default of all, from a loaded state_dict."""
-        self._take_hold()
+        self._update_held()
         group, places = optimizer.param_groups[0], self._places()
         loaded = group.get(_MEMORY, {})
         for held in self._held.values() if of is None else of:
@@ -299,7 +297,7 @@ class Constraint:
         skipped = getattr(optimizer, "found_inf", None)  # set by a GradScaler for a fused optimiser
         if skipped is not None and bool(skipped):
             return None
-        self._take_hold()
+        self._update_held()
         given = next((i for i, argument in enumerate(args) if i > 0 or argument is not optimizer), None)
         closure = kwargs.get("closure") if given is None else args[given]
         self._pending = True
@@ -341,14 +339,15 @@ class Constraint:
             self._moving = [*self._groups()]
         with strict(self._device):
             for group in self._moving:
-                sides = [X for X in (_together(group.U), _turned(_together(group.Vt))) if X is not None]
+                left, right = _batch_or_none(group.U), _transposed(_batch_or_none(group.Vt))
+                sides = [X for X in (left, right) if X is not None]
                 found = stiefel.retract(sides, self.options.retraction)
                 if group.U:
                     _copy(group.U, found[0])
                 if group.Vt:
                     _copy(group.Vt, found[-1].mT)
                 if group.S:
-                    self._settle(group)
+                    self._constrain_core(group)
         self._forget_step()
 
     def _forget_step(self) -> None:
@@ -395,14 +394,14 @@ class Constraint:
 
     def _direct(self, group: "_Group") -> None:
         """Replace the gradients of U and V^T by their directions."""
-        G, H = _together([*map(self._summed, group.U)]), _together([*map(self._summed, group.Vt)])
-        G, H, scale = self._precondition(group, G, _turned(H))
+        G, H = (_batch_or_none([*map(self._gradient, side)]) for side in (group.U, group.Vt))
+        G, H, scale = self._precondition(group, G, _transposed(H))
         if G is not None:
-            _point(group.U, stiefel.horizontal(_batch(group.U), G, scale))
+            _set_gradients(group.U, stiefel.horizontal(_batch(group.U), G, scale))
         if H is not None:
-            _point(group.Vt, stiefel.horizontal(_batch(group.Vt).mT, H, scale).mT)
+            _set_gradients(group.Vt, stiefel.horizontal(_batch(group.Vt).mT, H, scale).mT)
 
-    def _summed(self, X: nn.Parameter) -> Tensor:
+    def _gradient(self, X: nn.Parameter) -> Tensor:
         """The gradient of X. With `before_projection`, SGD's momentum is moved from its buffer into it."""
         assert X.grad is not None
         if self.options.momentum == "after_projection" or X not in self.optimizer.state:
@@ -428,7 +427,7 @@ class Constraint:
         assert scale is not None, "with this preconditioner every layer has a scale"
         return G, H, scale
 
-    def _settle(self, group: "_Group") -> None:
+    def _constrain_core(self, group: "_Group") -> None:
         """Transport S to the new bases, if asked, and project it onto the band."""
         for held in group.held:
             held.settled = True
@@ -516,17 +515,16 @@ def _batch(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.stack([*tensors])
 
 
-def _together(tensors: Sequence[Tensor]) -> Tensor | None:
+def _batch_or_none(tensors: Sequence[Tensor]) -> Tensor | None:
     """`_batch`, or None without tensors."""
     return _batch(tensors) if tensors else None
 
 
-def _turned(X: Tensor | None) -> Tensor | None:
+def _transposed(X: Tensor | None) -> Tensor | None:
     return None if X is None else X.mT
 
 
 def _apart(batch: Tensor, count: int) -> Sequence[Tensor]:
-    """The inverse of `_batch`."""
     return [batch] if count == 1 else batch.unbind()
 
 
@@ -535,7 +533,7 @@ def _copy(targets: Sequence[Tensor], batch: Tensor) -> None:
         target.copy_(value)
 
 
-def _point(targets: Sequence[nn.Parameter], directions: Tensor) -> None:
+def _set_gradients(targets: Sequence[nn.Parameter], directions: Tensor) -> None:
     for target, direction in zip(targets, _apart(directions, len(targets)), strict=True):
         target.grad = direction
 

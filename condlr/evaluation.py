@@ -128,8 +128,6 @@ def _hooked(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Count:
-    """Sums over the batches of one cell."""
-
     n: int = 0
     correct: int = 0
     zero: int | None = 0

@@ -33,8 +33,6 @@ _HOOKS = [key for key in vars(nn.Module()) if key.endswith("_hooks")]
 
 @dataclass
 class _Uses:
-    """How code uses names."""
-
     read: set[tuple[str, type | None]] = field(default_factory=set)  # x.name.weight, and the method's class
     called: set[str] = field(default_factory=set)  # x.name(...)
     taken: set[str] = field(default_factory=set)  # x.name otherwise

@@ -47,12 +47,13 @@ def replaced(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> tuple[nn.
         f"{name}.{key}".lstrip(".")
         for name, old in model.named_modules()
         if old in made
-        for key in [*_carry(old, made[old], memo, known), *_carry_to_weights(old, made[old], memo, known)]
+        for copy_extras in (_copy_layer_extras, _copy_weight_extras)
+        for key in copy_extras(old, made[old], memo, known)
     ]
     for parameter in model.parameters():
         other = memo.get(id(parameter))
         if other is not None and other is not parameter:
-            _carry_to(other, parameter, memo)
+            _copy_parameter_extras(other, parameter, memo)
     _refuse_old(model, copied, made)
     return copied, lost
 
@@ -111,7 +112,7 @@ def _uncopied(model: nn.Module, memo: Mapping[int, Any]) -> str:
     return type(model).__name__
 
 
-def _carry(
+def _copy_layer_extras(
     old: nn.Module, new: nn.Module, memo: dict[int, Any], known: MutableMapping[int, object]
 ) -> list[str]:
     """Copy the hooks and attributes of `old` to `new`; return the names of those that do not fit."""
@@ -126,14 +127,14 @@ def _carry(
         elif key in _MODULE:
             vars(new)[key] = copy.deepcopy(value, memo)
         elif key not in _usual(type(old)):
-            if hasattr(new, key) or _leads(value, own, known):
+            if hasattr(new, key) or _refers_to(value, own, known):
                 lost.append(key)
             else:
                 vars(new)[key] = copy.deepcopy(value, memo)
     return lost
 
 
-def _carry_to_weights(
+def _copy_weight_extras(
     old: nn.Module, new: nn.Module, memo: dict[int, Any], known: MutableMapping[int, object]
 ) -> list[str]:
     """Copy the attributes of `old`'s parameters to those of `new`; return the names that do not fit."""
@@ -144,7 +145,7 @@ def _carry_to_weights(
     for name, weight in old_weights.items():
         for key, value in vars(weight).items():
             sized = isinstance(value, Tensor) and value.shape == weight.shape
-            if sized or _leads(value, own, known):
+            if sized or _refers_to(value, own, known):
                 lost.append(f"{name}.{key}")
             else:
                 for parameter in weights:
@@ -154,7 +155,7 @@ def _carry_to_weights(
     return lost
 
 
-def _carry_to(new: Tensor, old: Tensor, memo: dict[int, Any]) -> None:
+def _copy_parameter_extras(new: Tensor, old: Tensor, memo: dict[int, Any]) -> None:
     """Copy the attributes and hooks that `deepcopy` leaves out of a parameter."""
     vars(new).update(copy.deepcopy(vars(old), memo))
     for hooks, register in (
@@ -195,7 +196,7 @@ def _bias(layer: nn.Module) -> nn.Parameter | None:
     return next((p for key, p in layer.named_parameters() if key.rpartition(".")[2] == "bias"), None)
 
 
-def _leads(value: object, targets: set[int], known: MutableMapping[int, object]) -> bool:
+def _refers_to(value: object, targets: set[int], known: MutableMapping[int, object]) -> bool:
     return any(id(thing) in targets for thing in reachable([value], ChainMap({}, known)))
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure what a training step costs: dense, low-rank, and constrained."""
+"""Measure the cost of a training step: dense, low-rank, and constrained."""
 
 import json
 from pathlib import Path

@@ -97,7 +97,6 @@ def _runs(pattern: str) -> tuple[list[Run], list[str]]:
 
 
 def _as_asked(run: Run, asked: Evaluation) -> RunConfig:
-    """The run's config with the requested attack."""
     before = run.read_config()
     attack = dict(asked.attack)
     if attack.get("eps") is None:

@@ -248,7 +248,6 @@ def _born(pid: int) -> str:
 
 
 def _lives(pid: int, born: str) -> bool:
-    """Whether this very process runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -271,7 +271,6 @@ def _in_training(
 
 @torch.no_grad()
 def _deployed(model: nn.Module, images: Tensor) -> tuple[int, int]:
-    """Operations and peak bytes of a forward pass."""
     operations = flops(lambda: model(images))
     held = [*model.parameters(), *model.buffers(), images]
     return operations, peak_bytes(lambda: model(images), held, images.device)

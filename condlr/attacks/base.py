@@ -12,7 +12,7 @@ from typing_extensions import override
 from condlr._support.errors import in_range, one_of
 from condlr._support.strengths import distinct, require_pixels
 
-# How captions print the norms.
+# Titles of the norms in captions.
 NORM_TITLES = {"linf": "ℓ∞", "l2": "ℓ2", "l2_relative": "ℓ2 as a part of ‖x‖2", "std": "standard deviation"}
 
 

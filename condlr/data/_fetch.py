@@ -76,7 +76,6 @@ def _fetch(dataset: str, root: Path, folder: Path, wanted: list[Path]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The reason in a few printable words."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {error.filename}"
     last = str(error).rpartition("got:\n")[2].strip()  # the answer of the last server tried

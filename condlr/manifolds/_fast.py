@@ -240,7 +240,6 @@ def least_square(info: torch.finfo) -> float:
 
 
 def _norm(A: Tensor) -> Tensor:
-    """|A|_F of each matrix."""
     return torch.linalg.vector_norm(A, dim=(-2, -1))
 
 

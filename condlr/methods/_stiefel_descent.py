@@ -116,8 +116,6 @@ class StiefelDescent(Baseline, ABC):
 
 
 class _Hooks:
-    """The hooks before and after the steps of one optimiser."""
-
     def __init__(self, method: StiefelDescent, held: list[nn.Parameter]):
         self.method, self.held = method, held
         self.moving: dict[nn.Parameter, stiefel.Skew] = {}

@@ -1,4 +1,4 @@
-"""Low-rank layers without a constraint: W = U V^T."""
+"""Low-rank layers W = U V^T without a constraint."""
 
 import math
 from collections.abc import Mapping

@@ -161,13 +161,13 @@ def _merged(here: Files, there: Files, directory: Path) -> tuple[Files, str]:
     files = second | first
     for name in sorted(first.keys() & second.keys()):
         if name in examined():
-            files[name] = _united(first[name], second[name], directory / name)
+            files[name] = _merged_rows(first[name], second[name], directory / name)
         elif name not in _NEEDED:
             files[name] = max(first[name], second[name], key=len)
     return files, "unchanged" if files == there else "updated"
 
 
-def _united(first: bytes, second: bytes, path: Path) -> bytes:
+def _merged_rows(first: bytes, second: bytes, path: Path) -> bytes:
     """The rows of both tables; of two rows with the same key, the first table's."""
     if first == second:
         return first
@@ -210,7 +210,6 @@ def _record(files: Files, directory: Path) -> dict[str, Any]:
 
 
 def _files(directory: Path) -> Files:
-    """The files of a run on disk that are archived."""
     return {
         path.name: path.read_bytes() for path in sorted(directory.iterdir()) if _FILE.fullmatch(path.name)
     }

@@ -1,4 +1,4 @@
-"""What the scripts share: Hydra's entry point, and mistakes that end in one line."""
+"""The entry point of all scripts: Hydra's program, with a user's mistakes in one line."""
 
 import atexit
 import errno
@@ -81,7 +81,7 @@ def command(
             try:
                 task(config)
             except Interrupted as stop:
-                _say_interrupted()
+                _print_interrupted()
                 sys.exit(128 + stop.signum)
             except Exception as error:
                 line = explain(error)
@@ -114,7 +114,7 @@ def command(
                 if failed:
                     raise _Failed
             except Interrupted as stop:
-                _say_interrupted()
+                _print_interrupted()
                 sys.exit(128 + stop.signum)
             except KeyboardInterrupt:  # before the handler was set, or a second one
                 print("interrupted", file=sys.stderr)
@@ -157,7 +157,7 @@ def _scratch() -> str:
     return directory
 
 
-def _say_interrupted() -> None:
+def _print_interrupted() -> None:
     print("interrupted: the same command continues it", file=sys.stderr)
 
 
@@ -178,18 +178,18 @@ def explain(error: BaseException) -> str | None:
             return f"{link.strerror or link}{where}{advice}"
     if any(map(_is_out_of_memory, chain)):
         return "there is not enough memory for this: a smaller batch needs less"
-    if isinstance(error, InterpolationResolutionError) and not _of_hydra(error):
+    if isinstance(error, InterpolationResolutionError) and not _is_hydras(error):
         return None  # a bug in one of our resolvers
     if isinstance(error, HydraException | OmegaConfBaseException):
         line = one_line(error)
         if isinstance(error, OverrideParseException):
-            quoted = _quoted(error.override)
+            quoted = _quoting_advice(error.override)
             return f"the argument {error.override!r} is not a key=value that Hydra can read ({line}){quoted}"
         missing = re.search(r"Could not (?:load|find) 'hydra/launcher/(\w+)'", line)
         if missing and missing[1] in _EXTRAS:
             return f"this launcher is an extra: pip install 'condlr[{_EXTRAS[missing[1]]}]'"
         return line
-    if _of_hydra(error):  # for example `method=null` or `method=[1]`
+    if _is_hydras(error):  # for example `method=null` or `method=[1]`
         return f"the command line makes no config ({type(error).__name__}: {one_line(error)}); see --help"
     return None
 
@@ -201,7 +201,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and matches)
 
 
-def _of_hydra(error: BaseException) -> bool:
+def _is_hydras(error: BaseException) -> bool:
     """Whether Hydra or OmegaConf raised the error, or a library that they called."""
     frames = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
     packages = [name.partition(".")[0] for name in frames]
@@ -209,7 +209,7 @@ def _of_hydra(error: BaseException) -> bool:
     return last in _CONFIGURE
 
 
-def _quoted(argument: str | None) -> str:
+def _quoting_advice(argument: str | None) -> str:
     """Advice to quote an argument's value, where quoting makes it readable to Hydra; else nothing."""
     key, _, value = (argument or "").partition("=")
     quoted = f'{key}="{value.replace(chr(34), chr(92) + chr(34))}"'

@@ -171,7 +171,7 @@ class Theorem1:
         """The settings of the gradient flows."""
         from condlr.analysis.theory.flows import Settings
 
-        return _made(Settings, _typed(Settings, self.flow, "flow"), "flow")
+        return _construct(Settings, _typed(Settings, self.flow, "flow"), "flow")
 
 
 @dataclass
@@ -392,7 +392,7 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         del given["flow"]
     plain = _typed(_Schema, given)
     values = {field.name: plain[field.name] for field in fields(_Schema)}
-    protocol = _made(Protocol, values["protocol"], "protocol")
+    protocol = _construct(Protocol, values["protocol"], "protocol")
     try:
         in_range("compression", values["compression"], 0, 1, half_open=True)
         in_range("seed", values["seed"], 0, 2**32, half_open=True)
@@ -517,7 +517,7 @@ def _unusual(
 
 def typed(schema: type[T], config: DictConfig) -> T:
     """A script's config as an instance of its schema."""
-    return _made(schema, _typed(schema, resolved(config)))
+    return _construct(schema, _typed(schema, resolved(config)))
 
 
 def choose(group: str, room: str, keys: Mapping[str, Any], base: type[T]) -> tuple[T, dict[str, Any]]:
@@ -528,23 +528,22 @@ def choose(group: str, room: str, keys: Mapping[str, Any], base: type[T]) -> tup
         raise UserError(f"{group}.name is missing: it names a file of condlr/{room}/")
     kind = find(room, name, base)
     complete = _typed(kind, options, group)
-    return _made(kind, complete, group), {"name": name} | complete
+    return _construct(kind, complete, group), {"name": name} | complete
 
 
 def resolved(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """A composed config as plain values, without Hydra's own part, as config.yaml holds it."""
     if not isinstance(config, DictConfig):
-        return _at_home(config)
+        return _with_home(config)
     ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:
         plain: Any = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(one_line(error)) from error
-    return _at_home(plain)
+    return _with_home(plain)
 
 
-def _at_home(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, with `~` expanded in paths."""
+def _with_home(values: Mapping[str, Any]) -> dict[str, Any]:
     paths = {key: expanded(values[key]) for key in _PATHS if key in values}
     attack = values.get("attack")
     if isinstance(attack, dict) and "source" in attack:
@@ -616,7 +615,7 @@ def _missing(values: Mapping[Any, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def _made(kind: type[T], values: Mapping[str, Any], group: str = "") -> T:
+def _construct(kind: type[T], values: Mapping[str, Any], group: str = "") -> T:
     try:
         return kind(**values)
     except ValueError as error:

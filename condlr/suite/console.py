@@ -42,5 +42,4 @@ def main() -> NoReturn:
 
 
 def _line(path: Path) -> str:
-    """The first line of a program's docstring."""
     return (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]

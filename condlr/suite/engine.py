@@ -229,7 +229,6 @@ class Trainer:
             )
 
     def _row(self, totals: EpochTotals | None) -> HistoryRow:
-        """A row of the history for the current network."""
         row: HistoryRow = {"epoch": self.epoch, "step": self.step, "lr": self.lr}
         n = totals.images if totals else 0
         row["train_loss"] = totals.loss.item() / n if totals else None
@@ -247,7 +246,6 @@ class Trainer:
         return row
 
     def _record(self) -> HistoryRow:
-        """A row of the records for the current network."""
         clock = time.perf_counter()
         before, self._recorded = self._recorded, self.totals.so_far
         loss, correct, images = (now - then for now, then in zip(self._recorded, before, strict=True))

@@ -49,7 +49,7 @@ class Run:
 
     @property
     def status(self) -> str | None:
-        """running, done, diverged, failed, interrupted; None where there is no run yet."""
+        """running, done, diverged, failed or interrupted; None if there is no run yet."""
         return self.info.get("status")
 
     def note(self, **facts: Any) -> None:

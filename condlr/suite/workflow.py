@@ -187,13 +187,11 @@ def choose_run_forms(trainer: Trainer, config: RunConfig) -> None:
 
 
 def _sizes(model: nn.Module) -> dict[str, Any]:
-    """The ranks and the measured compression of a network."""
     ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
     return {"ranks": ranks, "weights": measure(model).as_dict()}
 
 
 def _images(data: Data) -> dict[str, Any]:
-    """The facts about the data, for run.json."""
     counts = {"train": len(data.train), "held_out": len(data.held_out or ()), "test": len(data.test)}
     return counts | {"digest": data.digest, "official": data.official}
 

@@ -568,7 +568,7 @@ def test_memory_that_is_refused_is_one_line():
 @pytest.mark.slow
 def test_evaluate_says_what_it_cannot_evaluate(script, run, tmp_path):
     complains(script("evaluate", "run=nowhere"), "nowhere is not a run: it has no config.yaml")
-    complains(script("evaluate", "run=nowhere/*"), r"run=nowhere/\*: there is nothing of such a name")
+    complains(script("evaluate", "run=nowhere/*"), r"run=nowhere/\*: nothing matches this pattern")
     complains(script("evaluate"), "run")
     complains(script("evaluate", f"run={run}", "attack.eps=[7]"), "attack.eps must be in")
     complains(script("evaluate", "run=null"), "run: ")

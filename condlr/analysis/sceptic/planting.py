@@ -79,7 +79,6 @@ def _plant(
 
 
 def _draw(x: Tensor, attack: Attack, points: int, generator: torch.Generator) -> Tensor:
-    """Points drawn uniformly in the ball around one image."""
     many = x.expand(points, *x.shape[1:])
     return (many + radius(attack.norm, attack.eps[0], x) * inside(attack.norm, many, generator)).clamp(0, 1)
 

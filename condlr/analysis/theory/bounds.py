@@ -184,7 +184,6 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    """The matrix of a linear layer in float64."""
     if isinstance(layer, LowRank):
         return in_double(layer).matrix  # type: ignore[return-value]
     assert isinstance(layer, nn.Linear)
@@ -242,5 +241,4 @@ def _pooling(name: str, module: nn.Module, z: Tensor) -> float:
 
 
 def _both(value: Any) -> tuple[int, int]:
-    """One number for rows and columns, or two."""
     return (value[0], value[1]) if isinstance(value, Sequence) else (value, value)

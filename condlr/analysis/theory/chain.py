@@ -171,7 +171,6 @@ def _op(model: nn.Module, node: fx.Node) -> Op:
 
 
 def _module(node: fx.Node) -> nn.Module:
-    """The module that is equivalent to a function or method."""
     arguments = [a for a in node.args[1:] if not isinstance(a, fx.Node)]
     if node.op == "call_method" and node.target in ("view", "reshape"):
         if len(node.args) == 3 and _is_batch(node.args[1]) and node.args[2] == -1:

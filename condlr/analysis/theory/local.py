@@ -143,7 +143,6 @@ def _double(f: nn.Module | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Ten
 
 
 def _norm(x: Tensor) -> Tensor:
-    """The Euclidean norm of each point: (B,)."""
     return x.flatten(1).norm(dim=1)
 
 

@@ -248,6 +248,5 @@ def _log(job: Job) -> str:
 
 
 def _last_error(log: str) -> str:
-    """The last error in a log."""
     errors = [line.partition("error: ")[2] for line in log.splitlines() if "error: " in line]
     return errors[-1] if errors else ""

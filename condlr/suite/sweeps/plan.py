@@ -52,7 +52,7 @@ class Line:
 
     @classmethod
     def of(cls, job: Job) -> "Line":
-        """The line of a run."""
+        """The line for a run."""
         facts = {key: job.config.row[key] for key in ("label", "compression", "seed", "epochs")}
         return cls(run_id=job.config.run_id, **facts, overrides=" ".join(job.overrides))
 
@@ -216,7 +216,6 @@ def _combinations(loader: ConfigLoader, config: DictConfig, arguments: list[str]
 
 
 def _swept(config: DictConfig) -> list[str]:
-    """The values that an experiment sweeps over, as arguments."""
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     return [f"{key}={values}" for key, values in params.items()]
 

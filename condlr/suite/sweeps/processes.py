@@ -34,7 +34,7 @@ class Killed(UserError):
     """The process ended without an exception: killed, out of memory, or crashed in native code."""
 
 
-class _Elsewhere(Exception):
+class _RemoteTraceback(Exception):
     """The text of another process's traceback, as the cause of an error from there."""
 
     def __str__(self) -> str:
@@ -137,7 +137,7 @@ def _result(process: Any, receiver: Connection, signals: Signals) -> Exception |
             if ready is receiver:
                 with suppress(EOFError, OSError):  # it ended without an error, or was killed while sending
                     error, trace = receiver.recv()
-                    error.__cause__ = _Elsewhere(trace)
+                    error.__cause__ = _RemoteTraceback(trace)
             elif receiver in waiting and not receiver.poll():
                 # It lives, but its server died, so nothing will report its end: stop it
                 with suppress(ProcessLookupError):
@@ -147,7 +147,6 @@ def _result(process: Any, receiver: Connection, signals: Signals) -> Exception |
 
 
 def _work(sender: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """The main function of the process."""
     os.setpgid(0, 0)  # Ctrl-C signals a terminal's whole process group; this process hears from its parent
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=_stop_when_orphaned, daemon=True).start()

@@ -160,7 +160,7 @@ def survey(study: Path, asked: Iterable[Line] = (), notes: Sequence[str] = ()) -
     """
     plan, trouble = _planned(study)
     names = _directories(study)
-    found = [run for name in names if (run := _look(study / name, plan.get(name))) is not None]
+    found = [run for name in names if (run := _read_run(study / name, plan.get(name))) is not None]
     seen = {run.name for run in found}
     found += [run for name, run in plan.items() if name not in seen]
     return Study(study, [*found, *_uncovered(asked, found)], [*notes, *trouble])
@@ -194,7 +194,7 @@ def _missing(line: Line, name: str = "") -> RunStatus:
     return RunStatus(name, "missing", line.label, line.compression, line.epochs, line.seed)
 
 
-def _look(directory: Path, plan: RunStatus | None) -> RunStatus | None:
+def _read_run(directory: Path, plan: RunStatus | None) -> RunStatus | None:
     """The run in a directory; None if there is none and no sweep asked for it."""
     run = Run(directory)
     known = plan or RunStatus(directory.name, "missing")
@@ -242,7 +242,6 @@ def _without_record(directory: Path, plan: RunStatus | None) -> RunStatus | None
 
 
 def _of_record(known: RunStatus, info: dict[str, Any]) -> RunStatus:
-    """The status with the row in a record."""
     row = info["row"]
     return replace(
         known, label=str(row["label"]), compression=float(row["compression"]),
@@ -275,7 +274,6 @@ def _unfinished(known: RunStatus, run: Run) -> RunStatus:
 
 
 def _epoch_seconds(run: Run) -> list[float]:
-    """The duration of each epoch, in order."""
     return [float(line["seconds"]) for line in run.read_table("history.csv") if int(line["epoch"]) > 0]
 
 

@@ -65,7 +65,7 @@ class PlanSweeper(Sweeper):
     report: ClassVar[Callable[..., None]]
 
     def __init__(self, params: Mapping[str, str] | None) -> None:
-        """Made by Hydra; the plan reads `params` from the config."""
+        """Called by Hydra; the plan itself reads `params` from the config."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep the config and its loader."""
