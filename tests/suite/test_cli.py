@@ -521,7 +521,7 @@ def test_a_checkpoint_of_another_config_is_refused(script, run, tmp_path):
     two = run_of(tmp_path, "two")
     (two / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes())
     undone(two)
-    complains(script("train", *SMALL, "study=two", "seed=1"), "checkpoint.pt is of another config")
+    complains(script("train", *SMALL, "study=two", "seed=1"), "checkpoint.pt belongs to another config")
 
 
 def test_a_finished_run_without_its_history_is_named(script, run):
@@ -714,7 +714,7 @@ def test_an_ill_conditioned_start_through_the_command_line(script, tmp_path):
         "record_every=5",
     ]
     complains(script("train", *start, "protocol.decay=0.5"), r"protocol.decay must be in \[1, inf")
-    complains(script("train", *start, "method=baseline", "study=lost"), "this method factors none")
+    complains(script("train", *start, "method=baseline", "study=lost"), "this method makes none")
     complains(script("train", *start, "record_every=-1"), r"record_every must be in \[0, inf")
     complains(
         script("train", *start, "protocol.decay=10", "study=lost"),
