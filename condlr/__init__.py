@@ -2,12 +2,12 @@
 
     model = condlr.factorize(model, compression=0.5)     # Linear and Conv2d become U S V^T
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.3)
-    condlr.constrain(optimizer, model, tau=0.1)          # CondLR, whatever the optimiser
+    condlr.constrain(optimizer, model, tau=0.1)          # CondLR, under any optimiser
     ...                                                  # any training loop
     plain = condlr.export(model)                         # nn.Linear / nn.Conv2d only
 
-The names below are loaded when first used, so that the command line can check its arguments before
-it pays for importing torch.
+The names below are imported at their first use, so that the command line checks its arguments before it
+imports torch.
 """
 
 from importlib import import_module

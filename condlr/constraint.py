@@ -20,8 +20,8 @@ from condlr.held import (
     orthonormalize,
     require_float,
     required,
+    transpose_old_moments,
     triples,
-    turn_old_moments,
     worst,
 )  # fmt: skip
 from condlr.layers import LowRank
@@ -31,10 +31,10 @@ PRECONDITIONERS = ("exact", "scalar", "released_code")
 MOMENTA = ("after_projection", "before_projection")
 PROJECTIONS = ("svd", "qr")
 
-# In a band as narrow as this the inverse of a Gram matrix keeps its digits.
+# Up to this tau, cond(S) is so small that the inverse of a Gram matrix is accurate.
 _NARROW = 1.0
 
-# Where an optimiser's state_dict holds what the constraint remembers: in its first parameter group
+# The key of the constraint's state in the first parameter group of an optimiser's state_dict
 _MEMORY = "condlr"
 
 
@@ -50,9 +50,9 @@ def constrain(
     projection: str = "svd",
     transport: bool = False,
 ) -> "Constraint":
-    r"""Hold the low-rank layers of `model` to CondLR's constraint, whatever the optimiser.
+    r"""Keep the low-rank layers of `model` in CondLR's constraint, under any optimiser.
 
-    Two step hooks are attached to `optimizer`. Before its step the gradients of U, V and S become the
+    This attaches two step hooks to `optimizer`. Before its step the gradients of U, V and S become the
     directions of equation (5),
 
     .. math::
@@ -60,47 +60,47 @@ def constrain(
         G_2 = (I - V V^T) \nabla_V L\, (S^T S)^{-1},\quad
         G_3 = \nabla_S L,
 
-    and after it U and V are put back on the Stiefel manifold and the singular values of S are clipped
+    and after it U and V are retracted to the Stiefel manifold and the singular values of S are clipped
     into [s - eps, s + eps], eps = tau s / (2 + tau), so that cond(U S V^T) <= 1 + tau. From the first
-    step on, at any learning rate for which the weights stay finite, max |U^T U - I| <= 1e-5 (V alike) and
-    cond(S) <= (1 + tau)(1 + 1e-4), in float32 (for tau <= 100; above, rounding may add tau 1e-6 to the last
-    factor). An S that vanishes is held where numbers still have their digits: at singular values of 1e-31.
+    step on, in float32 and while the weights stay finite, max |U^T U - I| <= 1e-5 (V likewise) and
+    cond(S) <= (1 + tau)(1 + 1e-4). For tau > 100, rounding may add tau 1e-6 to the last factor. The singular
+    values of an S that vanishes are kept at 1e-31, above the denormal numbers.
 
-    The layers that `model` has at each step are held: one that takes another's place is held from the next
-    step on, if the optimiser has its factors. Weights that change outside of the steps, as those of
-    an average over steps do, are put into the constraint by `project`.
+    The constraint acts on the layers that `model` has at each step: a layer that replaces another one is
+    constrained from the next step on, if the optimiser has its factors. For weights that change outside of
+    steps, such as averages over steps, use `project`.
 
     Args:
-        optimizer: holds the factors among its parameters. It must take one gradient in a step: LBFGS is
-            refused, and so is any other that evaluates its closure twice. Keep weight decay off U
-            and V: the retraction takes a multiple of U away again, but what has gone through a momentum
-            or Adam's second moment turns them (SGD, momentum 0.9: by 3 % of their way at 1e-2).
-        model: a network with U S V^T layers (`condlr.factorize`). Factors U, V that are not orthonormal
-            yet are made so here, without a change to W = U S V^T. S is left as it is until the
-            first step. A factor that is not in the optimiser, or has no gradient, is left alone.
+        optimizer: has the factors among its parameters. It must take one gradient in a step: LBFGS, or any
+            other optimiser that evaluates its closure twice, is refused. Use no weight decay on U and V. The
+            retraction undoes plain decay, but decay that passes through momentum or Adam's second moment
+            turns U and V (SGD with momentum 0.9 and decay 1e-2: by 3 % of their movement).
+        model: a network with U S V^T layers (`condlr.factorize`). U and V are made orthonormal here, without
+            a change to W = U S V^T. S does not change until the first step. A factor that is not in the
+            optimiser, or has no gradient, does not change.
         tau: conditioning tolerance, >= 0; infinity leaves S free.
         centre: s is the `rms` of the singular values (paper), their `mean` (authors' code) or `one`; `one`
-            with tau = 0 is the modified method of the row "mean" of the paper's tables.
-        preconditioner: `exact` as above; `scalar` takes 1/s^2, s^2 = tr(S^T S)/r, for both inverses;
-            `released_code` the scalar of the authors' code: (sigma_min/sigma_max)^2 of S after
-            the last step for tau > 0 (1 in the first); for tau = 0 one over the mean of all singular
-            values of the dense matrix that the layer was made from, or of those of S_0 where there is none
-            (the convolutions of that code, whose S_0 is drawn at random); 1 where tau = 0 and the centre
-            is `one`, for which there is no public code.
-        momentum: `after_projection`: the optimiser's momentum runs over G1, G2 (paper), any optimiser;
-            `before_projection`: over Euclidean gradients, and the sum is projected, scaled and kept
+            with tau = 0 is the modified method in the row "mean" of the paper's tables.
+        preconditioner: `exact` as above; `scalar` replaces both inverses by 1/s^2, s^2 = tr(S^T S)/r;
+            `released_code` by the scalar of the authors' code. For tau > 0 that is (sigma_min/sigma_max)^2 of
+            S after the last step (1 in the first step). For tau = 0 it is one over the mean of all singular
+            values of the dense matrix that the layer was made from, or of S_0 if there is none (that code
+            draws S_0 of convolutions at random). With centre `one` and tau = 0, which that code does not
+            have, it is 1.
+        momentum: `after_projection`: the optimiser accumulates G1 and G2 (paper); any optimiser.
+            `before_projection`: it accumulates Euclidean gradients, and the sum is projected, scaled and kept
             as the buffer (authors' code); needs SGD without dampening, nesterov, maximize, fused.
         retraction: `qr` with positive diagonal (paper), or `polar`.
-        projection: of S on the band: `svd`, the nearest matrix; `qr` takes, for tau = 0, s Q of S = Q R
-            (allowed by the paper, done by the authors' code), where s is the `rms` unless `one`: a
-            centre `mean` needs singular values. For tau > 0 both are the same.
+        projection: of S onto the band: `svd`, the nearest matrix; for tau = 0, `qr` takes s Q with S = Q R
+            (allowed by the paper, done by the authors' code). Its s is 1 for the centre `one`, else the
+            `rms`, since the mean needs singular values. For tau > 0 both are the same.
         transport: re-express S in the new bases, S <- (U_1^T U_0) S (V_0^T V_1), before its projection, as
             DLRT does and CondLR does not.
 
     Returns:
-        The `Constraint`, to audit the layers or remove the hooks. What it must remember between
-        steps is saved in the optimiser's `state_dict`. A copy of the optimiser (deepcopy, pickle) has no
-        hooks, as PyTorch has it; a copy of the `Constraint` holds the copies of its optimiser and model.
+        The `Constraint`, to audit the layers or remove the hooks. Its state between steps is saved in the
+        optimiser's `state_dict`. A copy of the optimiser (deepcopy, pickle) has no hooks, as usual in
+        PyTorch; a copy of the `Constraint` refers to the copies of its optimiser and model.
 
     Raises:
         ValueError: a bad setting; no U S V^T layer of the model is in the optimiser; LBFGS.
@@ -134,12 +134,12 @@ class Options:
 
 
 class Constraint:
-    """What `constrain` attached to an optimiser."""
+    """The constraint that `constrain` attached to an optimiser."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, options: Options):
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
-                "LBFGS takes several gradients in a step, between which it is not constrained: "
+                "LBFGS takes several gradients in a step and is not constrained between them: "
                 "use an optimizer that takes one, such as SGD or AdamW"
             )
         self.options = options
@@ -148,11 +148,11 @@ class Constraint:
         self._held: dict[LowRank, Held] = {}
         self._seen: list[int] = []
         self._forget_step()
-        self._take_hold()
+        self._update_held()
         if not self._held:
             raise ValueError(
                 "no U S V^T layer of this model is in the optimizer: factorize the model first "
-                "(core='full'), and make the optimizer from the parameters of what factorize returned"
+                "(core='full'), and make the optimizer from the parameters of the model that it returns"
             )
         self._attach()
 
@@ -165,38 +165,38 @@ class Constraint:
         ]
 
     def remove(self) -> None:
-        """Take the hooks off the optimiser; the factors stay as they are."""
+        """Remove the hooks from the optimiser; the factors do not change."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_hooks": bool(self._hooks)}  # which PyTorch does not copy
+        return self.__dict__ | {"_hooks": bool(self._hooks)}  # PyTorch does not copy hooks
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget_step()
-        self._seen = []  # ids of what was copied
+        self._seen = []  # ids of the original's tensors
         attached, self._hooks = self._hooks, []
         if attached:
             self._attach()
 
     @property
     def layers(self) -> dict[str, LowRank]:
-        """The layers that are held, by name."""
+        """The constrained layers, by name."""
         return {held.name: held.layer for held in self._held.values()}
 
     def audit(self) -> dict[str, float]:
-        """In float64 over all layers: the largest max |U^T U - I| (V alike) and the largest cond(S)."""
-        self._take_hold()
+        """The largest max |U^T U - I| (V likewise) and the largest cond(S) of all layers, in float64."""
+        self._update_held()
         return worst(map(audited, self.layers.values()))
 
     def check(self) -> dict[str, float]:
-        """`audit`, and raise `ConstraintBreach` where it finds more than what is promised.
+        """`audit`, and raise `ConstraintBreach` if a limit is exceeded.
 
-        Of cond(S) something is promised once a step has moved it. An S that has vanished is a breach.
+        The limit of cond(S) holds for layers whose S was moved by a step. An S that is zero is a breach.
         """
-        self._take_hold()
+        self._update_held()
         found = {held: audited(held.layer) for held in self._held.values()}
         for held, figures in found.items():
             for name, limit in limits(self.options.tau).items():
@@ -207,11 +207,11 @@ class Constraint:
                     )
         return worst(found.values())
 
-    def _take_hold(self) -> None:
-        """Hold the layers that the model has now, of those whose factors the optimiser has now."""
+    def _update_held(self) -> None:
+        """Update the constrained layers: those of the model whose factors are in the optimiser."""
         layers = [m._parameters for m in self._model.modules() if isinstance(m, LowRank)]
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        # Tensors are compared by their entries. Those held before are alive: no other can have their id
+        # Compare ids, since tensors compare by entries. Tensors seen before are alive, so no id is reused.
         seen = [id(p) for factors in layers for p in factors.values()] + [*map(id, parameters)]
         if seen == self._seen:
             return
@@ -237,7 +237,7 @@ class Constraint:
             self._recall(self.optimizer, new)
 
     def _require_alone(self, new: "Sequence[Held]") -> None:
-        """Two constraints on one layer would precondition its gradients twice."""
+        """Refuse a second constraint on a layer, which would precondition its gradients twice."""
         for hook in self.optimizer._optimizer_step_pre_hooks.values():
             other = getattr(hook, "__self__", None)
             theirs = other._held if isinstance(other, Constraint) and other is not self else ()
@@ -245,7 +245,6 @@ class Constraint:
                 raise ValueError("these layers are constrained already: remove() that constraint first")
 
     def _first_scale(self, layer: LowRank) -> float | None:
-        """The scalar of `released_code` before the first step."""
         if self.options.preconditioner != "released_code":
             return None
         if self.options.tau > 0 or self.options.centre == "one":
@@ -260,46 +259,45 @@ class Constraint:
         return 1 / mean
 
     def _places(self) -> "dict[Held, int]":
-        """By which place in the optimiser each layer is known to a state_dict, as its parameters are."""
+        """The position in the optimiser of each layer's first parameter: its key in a state_dict."""
         parameters = (p for group in self.optimizer.param_groups for p in group["params"])
         places = {p: place for place, p in enumerate(parameters)}
         known = {held: [places[X] for X in held.factors if X in places] for held in self._held.values()}
         return {held: found[0] for held, found in known.items() if found}
 
     def _save(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        """Put what the next step must know into a state_dict."""
         memory = {place: held.memory() for held, place in self._places().items()}
         group = state_dict["param_groups"][0]
         group[_MEMORY] = group.get(_MEMORY, {}) | memory
 
     def _recall(self, optimizer: torch.optim.Optimizer, of: "Iterable[Held] | None" = None) -> None:
-        """Take up what a loaded state_dict has brought of the layers `of`, by default of all."""
-        self._take_hold()
+        """Restore the state of the layers `of`, by default of all, from a loaded state_dict."""
+        self._update_held()
         group, places = optimizer.param_groups[0], self._places()
-        brought = group.get(_MEMORY, {})
+        loaded = group.get(_MEMORY, {})
         for held in self._held.values() if of is None else of:
-            turn_old_moments(optimizer.state.get(held.Vt, {}), held.Vt)
-            memory = brought.get(places[held])
+            transpose_old_moments(optimizer.state.get(held.Vt, {}), held.Vt)
+            memory = loaded.get(places[held])
             memory = memory or old_memory(group, optimizer.state.get(held.S, {}), held.name)
-            if memory is None and of is None:  # the state is that of an optimiser without a constraint
+            if memory is None and of is None:  # the state comes from an optimiser without a constraint
                 memory = {"scale": self._first_scale(held.layer), "settled": False}
             if memory is not None:
                 held.remember(memory)
-        left = {place: kept for place, kept in brought.items() if place not in places.values()}
+        left = {place: kept for place, kept in loaded.items() if place not in places.values()}
         group.pop(_MEMORY, None)
-        if left:  # of layers that another constraint holds
+        if left:  # of another constraint's layers
             group[_MEMORY] = left
 
     @torch.no_grad()
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Give the optimiser the directions; those of a closure's gradients when it has computed them."""
+        """Replace the gradients by directions; with a closure, as soon as it has computed them."""
         self._forget_step()
-        skipped = getattr(optimizer, "found_inf", None)  # by a GradScaler that leaves it to a fused optimiser
+        skipped = getattr(optimizer, "found_inf", None)  # set by a GradScaler for a fused optimiser
         if skipped is not None and bool(skipped):
             return None
-        self._take_hold()
+        self._update_held()
         given = next((i for i, argument in enumerate(args) if i > 0 or argument is not optimizer), None)
         closure = kwargs.get("closure") if given is None else args[given]
         self._pending = True
@@ -311,13 +309,13 @@ class Constraint:
         return (*args[:given], self._directed(closure), *args[given + 1 :]), kwargs
 
     def _directed(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The closure, and then the constraint's part of what is before a step."""
+        """The closure, followed by the replacement of the gradients."""
 
         def evaluate() -> Any:
             if self._moving:
                 raise ValueError(
-                    f"{type(self.optimizer).__name__} evaluates its closure twice in one step, between which "
-                    "it is not constrained: use an optimizer that takes one gradient in a step"
+                    f"{type(self.optimizer).__name__} evaluates its closure twice in one step and is not "
+                    "constrained between them: use an optimizer that takes one gradient in a step"
                 )
             loss = closure()
             with torch.no_grad():
@@ -328,7 +326,7 @@ class Constraint:
 
     def _direct_all(self) -> None:
         self._moving = [*self._groups()]
-        self._tell_of_what_stands_still()
+        self._warn_without_gradient()
         with strict(self._device):
             for group in self._moving:
                 if self.options.transport:
@@ -337,18 +335,19 @@ class Constraint:
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        if self._pending and not self._moving:  # a closure that was not evaluated
+        if self._pending and not self._moving:  # the closure was not evaluated
             self._moving = [*self._groups()]
         with strict(self._device):
             for group in self._moving:
-                sides = [X for X in (_together(group.U), _turned(_together(group.Vt))) if X is not None]
+                left, right = _batch_or_none(group.U), _transposed(_batch_or_none(group.Vt))
+                sides = [X for X in (left, right) if X is not None]
                 found = stiefel.retract(sides, self.options.retraction)
                 if group.U:
                     _copy(group.U, found[0])
                 if group.Vt:
                     _copy(group.Vt, found[-1].mT)
                 if group.S:
-                    self._settle(group)
+                    self._constrain_core(group)
         self._forget_step()
 
     def _forget_step(self) -> None:
@@ -356,8 +355,8 @@ class Constraint:
         self._moving: list[_Group] = []
         self._bases: dict[nn.Parameter, Tensor] = {}
 
-    def _tell_of_what_stands_still(self) -> None:
-        """Warn of layers that get no gradient in their first step: the network may call others."""
+    def _warn_without_gradient(self) -> None:
+        """Warn of layers that get no gradient in their first step: the network may call other layers."""
         still = []
         for held in self._held.values():
             trained = [X for X in held.factors if X.requires_grad]
@@ -366,15 +365,16 @@ class Constraint:
             held.new = False
         if still and self._moving:
             warnings.warn(
-                f"no gradient reached {', '.join(still)}: the network may call other layers in their place",
+                f"no gradient reached {', '.join(still)}: the network may call other layers instead",
                 stacklevel=6,
             )
 
     def _groups(self) -> "Iterable[_Group]":
-        """What has a gradient, in groups to be computed together: on a GPU of alike layers, else of one.
+        """The factors with a gradient, in groups that are computed together.
 
-        A GPU is idle during a small product; a CPU would only lose the time to stack them. With the released
-        code's scalar, which is a number for each layer, groups are of one as well.
+        On a GPU layers of the same shapes form a group, since small products leave a GPU idle. On a CPU
+        stacking only costs time, so each layer is a group. So it is with the released code's scalar, which is
+        a number for each layer.
         """
         groups: dict[Any, _Group] = {}
         single = self.options.preconditioner == "released_code"
@@ -393,16 +393,16 @@ class Constraint:
         return groups.values()
 
     def _direct(self, group: "_Group") -> None:
-        """Give the optimiser, as the gradients of U and V^T, their directions."""
-        G, H = _together([*map(self._summed, group.U)]), _together([*map(self._summed, group.Vt)])
-        G, H, scale = self._precondition(group, G, _turned(H))
+        """Replace the gradients of U and V^T by their directions."""
+        G, H = (_batch_or_none([*map(self._gradient, side)]) for side in (group.U, group.Vt))
+        G, H, scale = self._precondition(group, G, _transposed(H))
         if G is not None:
-            _point(group.U, stiefel.horizontal(_batch(group.U), G, scale))
+            _set_gradients(group.U, stiefel.horizontal(_batch(group.U), G, scale))
         if H is not None:
-            _point(group.Vt, stiefel.horizontal(_batch(group.Vt).mT, H, scale).mT)
+            _set_gradients(group.Vt, stiefel.horizontal(_batch(group.Vt).mT, H, scale).mT)
 
-    def _summed(self, X: nn.Parameter) -> Tensor:
-        """The gradient of X; where SGD's momentum is to be projected as well, with that, taken off SGD."""
+    def _gradient(self, X: nn.Parameter) -> Tensor:
+        """The gradient of X. With `before_projection`, SGD's momentum is moved from its buffer into it."""
         assert X.grad is not None
         if self.options.momentum == "after_projection" or X not in self.optimizer.state:
             return X.grad
@@ -410,13 +410,13 @@ class Constraint:
         if buffer is None:
             return X.grad
         summed = torch.add(X.grad, buffer, alpha=_group(self.optimizer, X)["momentum"])
-        buffer.zero_()  # for SGD will compute buffer <- mu buffer + grad
+        buffer.zero_()  # because SGD will compute buffer <- mu buffer + grad
         return summed
 
     def _precondition(
         self, group: "_Group", G: Tensor | None, H: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, float]:
-        """What is to be projected for U and for V, and a number by which that is to be multiplied."""
+        """The preconditioned gradients of U and V, and a scalar that is still to be multiplied."""
         S = _batch([held.S for held in group.held])
         if self.options.preconditioner == "exact":
             known = group.held[0].inverses() if len(group.held) == 1 else None
@@ -424,11 +424,11 @@ class Constraint:
         if self.options.preconditioner == "scalar":
             return spectrum.rms_solve(S, G), spectrum.rms_solve(S, H), 1.0
         scale = group.held[0].scale
-        assert scale is not None, "with this preconditioner every layer has its scale"
+        assert scale is not None, "with this preconditioner every layer has a scale"
         return G, H, scale
 
-    def _settle(self, group: "_Group") -> None:
-        """Put S, after the optimiser's step, into the new bases and into the band."""
+    def _constrain_core(self, group: "_Group") -> None:
+        """Transport S to the new bases, if asked, and project it onto the band."""
         for held in group.held:
             held.settled = True
             if held.U in self._bases:
@@ -457,7 +457,7 @@ class Constraint:
 
 
 class _Group(NamedTuple):
-    """Layers of one shape, and those of their U, S and V^T that move, all or none."""
+    """Layers of one shape. Each of U, S and Vt lists the factors of all layers, or is empty if none move."""
 
     held: list[Held]
     U: list[nn.Parameter]
@@ -467,13 +467,13 @@ class _Group(NamedTuple):
 
 @torch.no_grad()
 def project(model: nn.Module, tau: float = 0.1) -> list[str]:
-    """Put the U S V^T layers of `model` into the constraint, wherever its weights are from.
+    """Project the U S V^T layers of `model` onto the constraint.
 
-    For weights that changed outside of a constrained step: an average over steps (EMA, SWA, what
-    a schedule-free optimiser evaluates), weights that were loaded or edited. U and V are made
-    orthonormal without a change to W = U S V^T, then the singular values of S are clipped into the band
-    around their root mean square: W becomes the nearest matrix of its row and column space with
-    cond(W) <= 1 + tau. A layer that is in the constraint already keeps its bits. Computed in float64.
+    For weights that changed outside of a constrained step: an average over steps (EMA, SWA, the evaluation
+    weights of a schedule-free optimiser), or weights that were loaded or edited. U and V are made
+    orthonormal without a change to W = U S V^T. Then the singular values of S are clipped into the band
+    around their root mean square: W becomes the nearest matrix in its row and column space with
+    cond(W) <= 1 + tau. A layer that already satisfies the constraint does not change. Computed in float64.
 
     Args:
         model: a network with U S V^T layers; it is changed.
@@ -483,14 +483,14 @@ def project(model: nn.Module, tau: float = 0.1) -> list[str]:
         The names of the layers that were changed.
 
     Raises:
-        ValueError: no such layer, one that is not finite, or not float32 or float64.
+        ValueError: there is no such layer, or one is not finite, or not float32 or float64.
     """
     in_range("tau", tau, 0, math.inf)
     changed = []
     for name, layer in required(model).items():
         require_float(name, layer.U)
         if not all(X.isfinite().all() for X in (layer.U, core_of(layer), layer.Vt)):
-            raise ValueError(f"the factors of {name} are not finite: no constraint has them")
+            raise ValueError(f"the factors of {name} are not finite: they cannot be projected")
         if all(audited(layer)[figure] <= limit for figure, limit in limits(tau).items()):
             continue
         orthonormalize(layer)
@@ -502,7 +502,7 @@ def project(model: nn.Module, tau: float = 0.1) -> list[str]:
 
 
 def audit(model: nn.Module) -> dict[str, float]:
-    """Over all U S V^T layers of `model`, in float64: the largest max |U^T U - I| (V alike) and cond(S).
+    """The largest max |U^T U - I| (V likewise) and cond(S) of all U S V^T layers of `model`, in float64.
 
     Raises:
         ValueError: there is no such layer.
@@ -511,21 +511,20 @@ def audit(model: nn.Module) -> dict[str, float]:
 
 
 def _batch(tensors: Sequence[Tensor]) -> Tensor:
-    """A batch of tensors of one shape; a single one as it is."""
+    """Tensors of one shape as a batch; a single one is not stacked."""
     return tensors[0] if len(tensors) == 1 else torch.stack([*tensors])
 
 
-def _together(tensors: Sequence[Tensor]) -> Tensor | None:
-    """`_batch`, or None where there is nothing."""
+def _batch_or_none(tensors: Sequence[Tensor]) -> Tensor | None:
+    """`_batch`, or None without tensors."""
     return _batch(tensors) if tensors else None
 
 
-def _turned(X: Tensor | None) -> Tensor | None:
+def _transposed(X: Tensor | None) -> Tensor | None:
     return None if X is None else X.mT
 
 
 def _apart(batch: Tensor, count: int) -> Sequence[Tensor]:
-    """The inverse of `_batch`."""
     return [batch] if count == 1 else batch.unbind()
 
 
@@ -534,7 +533,7 @@ def _copy(targets: Sequence[Tensor], batch: Tensor) -> None:
         target.copy_(value)
 
 
-def _point(targets: Sequence[nn.Parameter], directions: Tensor) -> None:
+def _set_gradients(targets: Sequence[nn.Parameter], directions: Tensor) -> None:
     for target, direction in zip(targets, _apart(directions, len(targets)), strict=True):
         target.grad = direction
 

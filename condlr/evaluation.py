@@ -1,4 +1,4 @@
-"""Accuracy under attack, on exactly the images asked for."""
+"""Accuracy under attack."""
 
 import time
 from collections import defaultdict
@@ -28,25 +28,25 @@ def evaluate(
     source: nn.Module | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:
-    """Attack `model` on `images` and count what it still classifies correctly.
+    """Attack `model` on `images`, and measure its accuracy.
 
-    In eval mode and strict float32 (no autocast, no TF32), whatever the model was trained in; its mode
-    and the `requires_grad` of its weights are restored.
+    Runs in eval mode and strict float32 (no autocast, no TF32). The model's mode and the `requires_grad` of
+    its weights are restored.
 
     Args:
-        model: whose accuracy is measured.
-        images: of which the first `attack.images` are taken.
-        attack: makes the images.
-        batch_size: None is the attack's own; what is drawn at random depends on it.
-        source: the network that the images are made against; None is `model`.
-        on_progress: called with how many of how many (batch, strength) pairs are done.
+        model: the network to attack.
+        images: the first `attack.images` of these are used.
+        attack: makes the adversarial images.
+        batch_size: None for the attack's own; random draws depend on it.
+        source: the network that the images are made against; None for `model`.
+        on_progress: called with the number of (batch, strength) pairs done, and of all pairs.
 
     Returns:
         A row for each of `attack.cells()`, for evaluation.csv: attack, norm, eps, accuracy (correct / n), n,
-        zero_gradient (the fraction of images whose gradient is zero, or no number, in every pixel; None for
-        an attack without gradients), l2_relative (the mean of ||x' - x||_2 / ||x||_2), queries (the mean
-        number of each image, where the attack counts them) and seconds (of the whole attack, shared equally
-        by its rows). An image whose logits are not finite counts as misclassified.
+        zero_gradient (the fraction of images whose gradient is zero or NaN in every pixel; None for an
+        attack without gradients), l2_relative (the mean of ||x' - x||_2 / ||x||_2), queries (the mean per
+        image, if the attack counts them) and seconds (of the whole attack, divided equally among its rows).
+        An image whose logits are not finite counts as misclassified.
     """
     if source is not None and attack.source is None:
         attack = replace(attack, source="given")
@@ -93,10 +93,9 @@ def first(images: Images, count: int | None) -> Images:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode, weights without gradients, in strict float32; afterwards all is as it was.
+    """Put the model into eval mode and strict float32, without gradients of weights; restore it afterwards.
 
-    Whatever the layout of the images it is asked about, the network gets them channels last: that is twice
-    as fast on a CPU.
+    The network gets its images in channels-last layout, which is twice as fast on a CPU.
     """
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     device = wanted[0][0].device if wanted else torch.device("cpu")
@@ -113,7 +112,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _hooked(model: nn.Module) -> Iterator[None]:
-    """Images go in channels last; logits come out in their type, whatever the network computes in."""
+    """Pass images in channels-last layout, and return logits in the images' dtype."""
     handles = (
         model.register_forward_pre_hook(
             lambda _, inputs: tuple(channels_last(x) if x.ndim == 4 else x for x in inputs)
@@ -129,8 +128,6 @@ def _hooked(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Count:
-    """Sums over the batches of one cell."""
-
     n: int = 0
     correct: int = 0
     zero: int | None = 0
@@ -138,7 +135,7 @@ class _Count:
     queries: int | None = 0
 
     def add(self, made: Perturbed, before: Tensor, hits: Tensor) -> None:
-        """One batch."""
+        """Add a batch."""
         self.n += len(hits)
         self.correct += int(hits.sum())
         self.zero = _plus(self.zero, made.without_gradient)
@@ -147,7 +144,7 @@ class _Count:
         self.moved += float((lengths(made.images - before) / sizes).sum())
 
     def row(self) -> Row:
-        """What evaluation.csv says of it."""
+        """The columns of evaluation.csv."""
         return {
             "accuracy": self.correct / self.n,
             "n": self.n,

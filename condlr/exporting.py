@@ -1,4 +1,4 @@
-"""From low-rank layers to plain ones that compute the same."""
+"""From low-rank layers to plain ones that compute the same function."""
 
 import copy
 import random
@@ -25,22 +25,21 @@ def export(
     *,
     form: str = "smallest",
 ) -> nn.Module:
-    """A copy of `model` with `nn.Linear` and `nn.Conv2d` only, which computes the same.
+    """A copy of `model` with `nn.Linear` and `nn.Conv2d` only, which computes the same function.
 
-    Two thin layers, V^T and then U S, have no `weight`, no `stride` and the like. A layer of which the
-    network reads such an attribute, and does not only call it, is a dense one in any form. Which layers are
-    read is found by running `example`; without one, in the bytecode of the network's methods, where what is
-    doubtful counts as read.
+    A pair of thin layers, V^T and then U S, has no `weight` or `stride`. If the network reads such an
+    attribute of a layer, that layer becomes dense in any form. Reads are found by running `example`. Without
+    one they are found in the bytecode of the network's methods; a doubtful case then counts as a read.
 
     Args:
         model: a network with low-rank layers.
         example: an input: a tensor, positional arguments as a tuple or list, or keywords as a mapping. The
-            network is run on it in evaluation and in training mode, with copies of its buffers.
-        form: `dense` multiplies each weight out; `factored` makes each layer two thin ones; `smallest` takes
-            for each layer the one of the two with fewer weights.
+            network runs on it in evaluation and in training mode, with copies of its buffers.
+        form: `dense` multiplies the factors; `factored` makes two thin layers; `smallest` takes, for each
+            layer, the one with fewer weights.
 
     Raises:
-        ValueError: no such form, or the network holds a layer where copying does not follow.
+        ValueError: unknown form, or the network refers to a layer where copying does not follow.
         RuntimeError: something in the network cannot be copied.
     """
     one_of("form", form, EXPORTS)
@@ -51,14 +50,17 @@ def export(
         forms = export_forms(model, form, _read_by(model, forms, example))
     plain, lost = replaced(model, {layer: _plain(layer, form) for layer, form in forms.items()})
     if lost:
-        warnings.warn(f"not taken over to the plain layers: {listed(lost)}", stacklevel=2)
+        warnings.warn(f"not copied to the plain layers: {listed(lost)}", stacklevel=2)
     return plain
 
 
 def export_forms(
     model: nn.Module, form: str = "smallest", read: Collection[nn.Module] | None = None
 ) -> dict[LowRank, str]:
-    """What `export` makes of each low-rank layer: `dense` or `factored`; `read` are known to be read."""
+    """The form in which `export` writes each low-rank layer: `dense` or `factored`.
+
+    `read` are the layers whose attributes are read; None searches the bytecode.
+    """
     layers = [layer for layer in model.modules() if isinstance(layer, LowRank)]
     if read is None:
         read = read_layers(model, layers) if form != "dense" else ()
@@ -67,13 +69,13 @@ def export_forms(
 
 def _form(layer: LowRank, form: str) -> str:
     (n, m), r = layer.shape, layer.rank
-    if form == "dense" or layer._modules:  # layers within a layer have no place among the two thin ones
+    if form == "dense" or layer._modules:  # two thin layers cannot hold the layer's own submodules
         return "dense"
     return "factored" if form == "factored" or r * (n + m) < n * m else "dense"
 
 
 def _probe(layer: LowRank, asked: set[nn.Module]) -> nn.Sequential:
-    """The two thin layers, which answer for the dense one, but then put `layer` into `asked`."""
+    """The two thin layers. Reading an attribute returns the dense layer's, and adds `layer` to `asked`."""
 
     class Probe(nn.Sequential):
         @override
@@ -109,7 +111,7 @@ def _read_by(model: nn.Module, forms: Mapping[LowRank, str], example: Any) -> se
     try:
         with torch.no_grad(), torch.random.fork_rng([*devices]):
             trial.eval()(*copy.deepcopy(inputs), **copy.deepcopy(named))
-            with suppress(Exception):  # what is only used in evaluation may not train
+            with suppress(Exception):  # the network may support evaluation only
                 trial.train()(*copy.deepcopy(inputs), **copy.deepcopy(named))
     finally:
         random.setstate(state)
@@ -120,7 +122,7 @@ def _read_by(model: nn.Module, forms: Mapping[LowRank, str], example: Any) -> se
 def _plain(layer: LowRank, form: str) -> nn.Module:
     (n, m), r = layer.shape, layer.rank
     has_bias = layer.bias is not None
-    kind: Any = {"device": "meta", "dtype": layer.U.dtype}  # where no random numbers are drawn
+    kind: Any = {"device": "meta", "dtype": layer.U.dtype}  # meta: draws no random numbers
     U, right = layer.U.double(), layer.Vt.double()
     S = None if layer.S is None else layer.S.double()
     left = U if S is None else U @ S if S.ndim == 2 else U * S

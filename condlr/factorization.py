@@ -1,4 +1,4 @@
-"""Put low-rank layers into any network, measure what that saves, and export plain layers again."""
+"""Replace the layers of any network by low-rank ones."""
 
 import math
 import warnings
@@ -22,25 +22,24 @@ __all__ = ["Scheme", "Size", "export", "factorize", "low_rank_layers", "measure"
 
 CLASSIFIERS = ("dense", "full_rank", "compressed")
 INITS = ("spectral", "released_code")
-# Of weights that have singular values. The half ones are factored in float64 like the others.
+# Weights of these types can be factored; all are factored in float64.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the layers of a network are factored: what every row of a table shares.
+    """How the layers of a network are factored; the rows of a table share it.
 
     Attributes:
-        compression: fraction of weights to remove, in [0, 1); None factors no layer but the
-            classifier, and that one only if `classifier` is `full_rank`.
+        compression: fraction of weights to remove, in [0, 1). None factors no layer, except the classifier
+            if that is `full_rank`.
         rank_rule: how a compression becomes a rank, see `condlr.ranks.rank_for`.
-        classifier: the last linear layer stays `dense`, is factored at `full_rank` (as the
-            authors' code does it, in every row), or is `compressed` like any other layer.
-        init: `spectral`, the truncated SVD of the dense layer's initial weight; `released_code`,
-            the same for linear layers, but random orthonormal U, V and S = diag(sort |N(0, 1)|) for
-            convolutions.
-        decay: None leaves the singular values at that; a number b > 1 makes them sigma_1 b^(-k),
-            k = 0 ... r-1, the ill-conditioned start of arXiv 2306.01485, Figure 2 (there b = 2).
+        classifier: the last linear layer stays `dense`, is factored at `full_rank` (as in the authors' code,
+            in every row), or is `compressed` like any other layer.
+        init: `spectral`, the truncated SVD of the dense layer's initial weight; `released_code`, the same for
+            linear layers, but random orthonormal U, V and S = diag(sort |N(0, 1)|) for convolutions.
+        decay: None keeps these singular values; a number b > 1 makes them sigma_1 b^(-k), k = 0 ... r-1, the
+            ill-conditioned start of arXiv 2306.01485, Figure 2 (there b = 2).
     """
 
     compression: float | None = None
@@ -61,7 +60,7 @@ class Scheme:
                 raise ValueError("decay must be above 1: powers of 1 do not decay")
 
     def ranks(self, model: nn.Module, exclude: Collection[str] = ()) -> dict[str, int]:
-        """The rank of each layer of `model` that is to be factored, by name."""
+        """The rank of each layer of `model` to factor, by name."""
         obstacles = _obstacles(model)
         layers: dict[str, Any] = {
             name: model.get_submodule(name) for name, reason in obstacles.items() if reason is None
@@ -95,29 +94,29 @@ def factorize(
 ) -> nn.Module:
     """A copy of `model` whose `nn.Linear` and `nn.Conv2d` layers are low-rank.
 
-    Layers are replaced where they stand, also in lists, dictionaries and objects of the network's own, so a
-    residual or branching network keeps its wiring. Hooks and attributes of layers and parameters go over.
-    Of these layers, what cannot be factored stays dense and is named in a warning: grouped
-    convolutions, subclasses and parametrised layers, weights that are shared, complex or quantised, layers
-    with a `forward` of their own. Layers of other kinds (1-d and transposed convolutions, recurrent layers,
-    attention's own weights) are left alone; where they have most of the parameters, a warning says so.
+    Layers are replaced wherever the network refers to them, also in its own lists, dictionaries and objects,
+    so a residual or branching network keeps its structure. Hooks and attributes of layers and parameters are
+    copied. A layer that cannot be factored stays dense, and a warning names it: a grouped convolution, a
+    subclass, a parametrised layer, one with its own `forward`, or one whose weight is shared, complex or
+    quantised. Layers of other kinds (1-d and transposed convolutions, recurrent layers, attention's own
+    weights) stay unchanged; a warning says so if they have most of the parameters.
 
     Args:
         model: any network; it is not changed.
         compression: the fraction of weights to remove from each layer, in [0, 1).
         ranks: the rank of each layer by name, instead of `compression`; other layers stay dense.
-        exclude: names of layers to leave dense, or of modules with all that is in them, as shell patterns
-            (`"head"`, `"stem.*"`).
+        exclude: names of layers to leave dense, or of modules to leave dense with all their layers, as shell
+            patterns (`"head"`, `"stem.*"`).
         rank_rule: `params` or `released_code`, see `condlr.ranks.rank_for`.
-        classifier: what becomes of the last linear layer: `compressed` like any other, `dense`, or
-            factored at `full_rank`. A classifier of few classes loses accuracy at a small rank.
+        classifier: the last linear layer is `compressed` like any other, stays `dense`, or is factored at
+            `full_rank`. A classifier of few classes loses accuracy at a small rank.
         init, decay: see `Scheme`.
-        core: `full` makes triples U S V^T; `diagonal` U diag(s) V^T; `none` pairs U V^T.
+        core: `full` makes layers U S V^T; `diagonal` U diag(s) V^T; `none` U V^T.
 
     Raises:
-        ValueError: a bad setting, a name in `ranks` or `exclude` that no layer has, a layer in `ranks` that
-            cannot be factored; or the network holds a layer where copying does not follow (a closure, a weak
-            reference), which would go on with the dense one.
+        ValueError: a bad setting; a name in `ranks` or `exclude` that no layer has; a layer in `ranks` that
+            cannot be factored; or the network refers to a layer where copying does not follow (a closure, a
+            weak reference), so that the copy would keep the dense one.
         RuntimeError: something in the network cannot be copied.
 
     Example:
@@ -148,7 +147,7 @@ def factorize(
     if not ranks:
         kinds = _kinds(_shares(model, exclude, ()))
         raise ValueError(
-            "this network has no linear or convolution layer that can be factored, "
+            "this network has no linear or convolution layer that can be factored "
             "and is neither excluded nor low-rank already"
             + (f"; its parameters are in {kinds}" if kinds else "")
             + (f"; {_reasons(left)}" if left else "")
@@ -159,7 +158,7 @@ def factorize(
         made[dense] = _low_rank(name, dense, rank, core, init, decay)
     low, lost = replaced(model, made)
     if lost:
-        warnings.warn(f"not taken over to the low-rank layers: {listed(lost)}", stacklevel=2)
+        warnings.warn(f"not copied to the low-rank layers: {listed(lost)}", stacklevel=2)
     if chosen and left:
         warnings.warn(f"left dense: {_reasons(left)}", stacklevel=2)
     if chosen:
@@ -168,7 +167,7 @@ def factorize(
         if shares[""] < 0.5:
             warnings.warn(
                 f"only {100 * shares['']:.0f} % of the parameters that are not excluded are in layers that "
-                f"were factored; left as they are: {_kinds(shares)}",
+                f"were factored; left unchanged: {_kinds(shares)}",
                 stacklevel=2,
             )
     return low
@@ -196,7 +195,7 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRank]:
 
 
 def _obstacles(model: nn.Module) -> dict[str, str | None]:
-    """Each linear and convolution layer, also of a kind derived from them, and why it cannot be factored."""
+    """The reason why each linear or convolution layer, or subclass, cannot be factored; None if it can."""
     holders = Counter(
         parameter
         for module in model.modules()
@@ -242,20 +241,20 @@ def _obstacle(layer: nn.Linear | nn.Conv2d, holders: Mapping[nn.Parameter, int])
 
 
 def _excluded(name: str, patterns: Collection[str]) -> bool:
-    """Whether a pattern matches a layer or parameter, or a module around it."""
+    """Whether a pattern matches a layer or parameter, or a module that contains it."""
     return any(fnmatch(n, pattern) for n in _around(name) for pattern in patterns)
 
 
 def _around(name: str) -> list[str]:
-    """The name, and those of the modules it is in, but for the network itself."""
+    """The name, and the names of the modules that contain it, without the network itself."""
     parts = name.split(".")
     return [".".join(parts[: k + 1]) for k in range(len(parts))]
 
 
 def _shares(model: nn.Module, exclude: Collection[str], factored: Collection[str]) -> dict[str, float]:
-    """Which share of the parameters of `model` that are not excluded is in what kind of layers.
+    """The share of the parameters that are not excluded in each kind of layer, the largest first.
 
-    Those that are `factored` or low-rank already come first, under the empty name, then the largest.
+    Layers that are `factored` or already low-rank come first, under the empty name.
     """
     counts: Counter[str] = Counter({"": 0})
     seen: set[nn.Parameter] = set()
@@ -283,7 +282,7 @@ def _kinds(shares: Mapping[str, float]) -> str:
 
 @torch.no_grad()
 def _gaussian_spectrum(layer: LowRank) -> None:
-    """The convolution's start in the authors' code: orthonormal U, V and S = diag(sort |N(0, 1)|)."""
+    """Start a convolution as the authors' code does: orthonormal U, V and S = diag(sort |N(0, 1)|)."""
     sigma = torch.randn(layer.rank, device=layer.U.device, dtype=layer.U.dtype).abs()
     sigma = sigma.sort(descending=True).values
     U, V = (_random_orthonormal(factor) for factor in (layer.U, layer.V))
@@ -292,13 +291,13 @@ def _gaussian_spectrum(layer: LowRank) -> None:
 
 @torch.no_grad()
 def _decaying_spectrum(name: str, layer: LowRank, decay: float) -> None:
-    """The singular values sigma_1, sigma_1 / decay, sigma_1 / decay^2 ... with the layer's own vectors."""
+    """Set the singular values to sigma_1, sigma_1 / decay, sigma_1 / decay^2 ..., and keep the vectors."""
     r, smallest = layer.rank, torch.finfo(layer.U.dtype).tiny
     P, sigma, Qh = torch.linalg.svd(layer.matrix.double(), full_matrices=False)
     if not sigma.is_meta and sigma[0].log() - (r - 1) * math.log(decay) < math.log(smallest):
         raise ValueError(
-            f"decay={decay:g} over the {r} singular values of {name} ends below what {layer.U.dtype} holds "
-            f"({smallest:.2g}): take a smaller decay, or a higher compression"
+            f"decay={decay:g} over the {r} singular values of {name} ends below the smallest number of "
+            f"{layer.U.dtype} ({smallest:.2g}): use a smaller decay, or a higher compression"
         )
     values = sigma[0] * decay ** -torch.arange(r, dtype=sigma.dtype, device=sigma.device)
     layer.set_svd(P[:, :r], values, Qh[:r].mT)

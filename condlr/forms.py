@@ -1,4 +1,4 @@
-"""Which of its forms each low-rank layer is computed in: the fastest on this machine, measured."""
+"""The form in which each low-rank layer is computed: the fastest on this machine, by measurement."""
 
 import hashlib
 import json
@@ -18,27 +18,27 @@ from condlr._support.modes import in_eval_mode
 from condlr.factorization import low_rank_layers
 from condlr.layers import FORMS, LowRank, LowRankConv2d
 
-# A form is timed for so many rounds, fewer where they take longer than so many seconds in all.
+# Rounds of timing; fewer if they take longer than _SECONDS in all.
 _ROUNDS, _SECONDS = 9, 0.3
-# Another form than the usual is only taken where it saves this share of the time: less is noise.
+# An unusual form must save at least this share of the time: less is noise.
 _WORTHWHILE = 0.05
 
 
 def choose_forms(model: nn.Module, images: Tensor) -> dict[str, str]:
     """Give each low-rank layer of `model` the form (see `LowRank.form`) that is fastest in training.
 
-    Each layer's forward and backward pass is timed, for a second or so in all, on the input it gets when
-    the network sees `images`. A layer of the same shapes is timed once per machine: what was found is kept in
-    `$XDG_CACHE_HOME/condlr/forms.json` (`~/.cache` by default), so that every run takes the same forms; not
-    what was found while other programs kept the machine busy. The network's weights, buffers and random
-    state are not touched.
+    The forward and backward pass of each layer is timed, for about a second in all, on the input that it
+    gets when the network sees `images`. Results are kept in `$XDG_CACHE_HOME/condlr/forms.json` (`~/.cache`
+    by default), so that layers of the same shapes are timed once per machine, and all runs use the same
+    forms. Results from a busy machine are not kept. The network's weights, buffers and random state do not
+    change.
 
     Args:
         model: on its device.
-        images: a batch of the size that training will have.
+        images: a batch of the same size as in training.
 
     Returns:
-        What was chosen, by the name of the layer; `set_forms` makes the same choice elsewhere.
+        The chosen forms by layer name; `set_forms` makes the same choice elsewhere.
     """
     names = {layer: name for name, layer in low_rank_layers(model).items()}
     known, found, chosen = _read(), {}, {}
@@ -61,7 +61,7 @@ def choose_forms(model: nn.Module, images: Tensor) -> dict[str, str]:
         for hook in hooks:
             hook.remove()
     set_forms(model, chosen)
-    if found and not machine.busy():  # on a busy machine the form with fewer waits for a core seems faster
+    if found and not machine.busy():  # on a busy machine, waiting for a core decides which form is faster
         _write(found)
     return chosen
 
@@ -70,7 +70,7 @@ def set_forms(model: nn.Module, forms: Mapping[str, str] | str) -> None:
     """Set the form of each layer named in `forms`, or one form for all low-rank layers.
 
     Raises:
-        ValueError: no such form, or no low-rank layer of that name.
+        ValueError: unknown form, or no low-rank layer of that name.
     """
     layers = low_rank_layers(model)
     if isinstance(forms, str):
@@ -92,13 +92,13 @@ def forms(model: nn.Module) -> dict[str, str]:
 
 
 def _forms_of(layer: LowRank) -> tuple[str, ...]:
-    """The forms that may be the fastest: a convolution has many more pixels than U has rows."""
+    """The candidates. A convolution is never chained: it has many more pixels than U has rows."""
     chained = layer.S is not None and layer.S.ndim == 2 and not isinstance(layer, LowRankConv2d)
     return tuple(form for form in FORMS if chained or form != "chained")
 
 
 def _fastest(layer: LowRank, x: Tensor) -> str:
-    """The fastest form of `layer` for inputs like `x`, by the least time of a few rounds, in turn."""
+    """The form of `layer` with the least time, over a few rounds of all forms, for inputs like `x`."""
     before, forms = layer.form, _forms_of(layer)
     x = x.detach().requires_grad_(x.requires_grad)
     rounds: list[list[float]] = []
@@ -107,9 +107,9 @@ def _fastest(layer: LowRank, x: Tensor) -> str:
             rounds.append([_seconds(layer, form, x) for form in forms])
     finally:
         layer.form = before
-    # The first round makes what is made once.
+    # The first round includes one-time initialisations.
     times = dict(zip(forms, map(min, zip(*rounds[1:], strict=True)), strict=True))
-    # With fewer rows than U has, S costs less as a layer of its own than in U S
+    # For fewer inputs than U has rows, a separate product with S is cheaper than forming U S.
     few = x.numel() // x.shape[-1] < layer.shape[0]
     usual = "chained" if few and "chained" in forms else "factored"
     fastest = min(forms, key=lambda form: times[form])
@@ -133,7 +133,7 @@ def _pass(layer: LowRank, x: Tensor) -> None:
 
 
 def _key(layer: LowRank, x: Tensor) -> str:
-    """What the time of a layer depends on, as a short text."""
+    """A hash of everything that a layer's time depends on."""
     core = None if layer.S is None else layer.S.ndim
     trained = tuple(p.requires_grad for p in layer.parameters())
     facts = [
@@ -153,12 +153,12 @@ def _key(layer: LowRank, x: Tensor) -> str:
 
 def _path() -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The specification of that variable has relative paths ignored, such as `~/cache` which nobody expanded
+    # The XDG specification ignores relative paths, such as an unexpanded `~/cache`.
     return (root if root.is_absolute() else Path.home() / ".cache") / "condlr" / "forms.json"
 
 
 def _read() -> dict[str, str]:
-    """What was found before; nothing where it cannot be read, for it can be found again."""
+    """Earlier results; empty if the file cannot be read."""
     with suppress(OSError, ValueError, RuntimeError):
         content = json.loads(_path().read_text("utf-8"))
         if isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""A layer U S V^T under the constraint: measured, put right, and what is remembered of it."""
+"""A layer U S V^T under the constraint: its audit, its correction and its state between steps."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -12,28 +12,28 @@ from condlr.factorization import low_rank_layers
 from condlr.layers import LowRank
 from condlr.manifolds import spectrum, stiefel
 
-# What is promised after every step in float32, and audited in float64.
+# The limits after every step in float32, audited in float64.
 ORTHONORMALITY_TOLERANCE = 1e-5
 CONDITION_TOLERANCE = 1e-4
 
-# Where tau is large rounding is felt in the smallest singular value: 1 + tau grows by this share of it.
+# For a large tau, rounding moves the smallest singular value: cond(S) may exceed 1 + tau by this times tau.
 ROUNDING = 1e-6
 
-# Where an optimiser held what is remembered when layers were known by their names
+# The keys of an older condlr in an optimiser's state_dict, where layers were identified by name
 _OLD_SCALES, _OLD_SETTLED = "condlr_scales", "condlr_settled"
 _OLD_INVERSES = ("condlr_core", "condlr_left", "condlr_right")
 
 
 @dataclass(eq=False)
 class Held:
-    """A layer that is held, and what its next step must know of the last one.
+    """A constrained layer, and its state between steps.
 
     Attributes:
         name: in the model, for messages.
         scale: the scalar of `released_code`.
-        settled: whether S has been put into the band.
-        known: S as the last step left it, (S S^T)^{-1} and (S^T S)^{-1}.
-        new: whether no step has met it.
+        settled: whether S was projected onto the band.
+        known: S after the last step, (S S^T)^{-1} and (S^T S)^{-1}.
+        new: whether the layer has seen no step yet.
     """
 
     name: str
@@ -48,21 +48,21 @@ class Held:
 
     @property
     def factors(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-        """The parameters, in order."""
+        """U, S and V^T."""
         return self.U, self.S, self.Vt
 
     def memory(self) -> dict[str, Any]:
-        """What is saved, as tensors and plain values."""
+        """The state to save, as tensors and plain values."""
         return {"scale": self.scale, "settled": self.settled, "known": self.known}
 
     def remember(self, memory: Mapping[str, Any]) -> None:
-        """The inverse of `memory`."""
+        """Restore the state that `memory` returned."""
         known = memory.get("known")
         self.scale, self.settled = memory["scale"], memory["settled"]
         self.known = None if known is None else tuple(X.to(self.S) for X in known)
 
     def inverses(self) -> tuple[Tensor, Tensor] | None:
-        """(S S^T)^{-1} and (S^T S)^{-1} where the last step left them, and S as it is."""
+        """(S S^T)^{-1} and (S^T S)^{-1} from the last step, if S has not changed since; else None."""
         if self.known is None:
             return None
         core, left, right = self.known
@@ -72,27 +72,27 @@ class Held:
 
 
 def triples(model: nn.Module) -> dict[str, LowRank]:
-    """The layers U S V^T of the model, by name."""
+    """The U S V^T layers of the model, by name."""
     layers = low_rank_layers(model)
     return {name: layer for name, layer in layers.items() if layer.S is not None and layer.S.ndim == 2}
 
 
 def required(model: nn.Module) -> dict[str, LowRank]:
-    """`triples`; there must be one."""
+    """`triples`; raise `ValueError` if there is none."""
     if not (layers := triples(model)):
         raise ValueError("this model has no U S V^T layer: factorize it first (core='full')")
     return layers
 
 
 def audited(layer: LowRank) -> dict[str, float]:
-    """In float64: max |U^T U - I| (V alike), and cond(S)."""
+    """The largest |U^T U - I| (V likewise) and cond(S), in float64."""
     errors = [stiefel.orthonormality_error(X).item() for X in (layer.U, layer.V)]
     condition = spectrum.condition_number(core_of(layer)).item()
     return {"orthonormality_error": math.nan if math.isnan(sum(errors)) else max(errors), "cond_S": condition}
 
 
 def limits(tau: float) -> dict[str, float]:
-    """What is promised of each figure of an audit."""
+    """The limit of each figure of an audit."""
     return {
         "orthonormality_error": ORTHONORMALITY_TOLERANCE,
         "cond_S": (1 + tau) * (1 + max(CONDITION_TOLERANCE, ROUNDING * tau)),
@@ -100,7 +100,7 @@ def limits(tau: float) -> dict[str, float]:
 
 
 def worst(audits: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The largest of each figure; NaN where one is."""
+    """The largest value of each figure; NaN if one is NaN."""
     best = {"orthonormality_error": 0.0, "cond_S": 1.0}
     audits = [best, *audits]
     columns = {name: [found[name] for found in audits] for name in best}
@@ -109,7 +109,7 @@ def worst(audits: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 @torch.no_grad()
 def orthonormalize(layer: LowRank) -> None:
-    """U = Q_U R_U, V = Q_V R_V, S <- R_U S R_V^T, unless U and V are orthonormal already."""
+    """U <- Q_U, V <- Q_V, S <- R_U S R_V^T, with U = Q_U R_U and V = Q_V R_V, unless they are orthonormal."""
     for factor, transposed in ((layer.U, False), (layer.V, True)):
         if not stiefel.orthonormality_error(factor) <= ORTHONORMALITY_TOLERANCE:
             Q = stiefel.qr(factor.double())
@@ -126,13 +126,13 @@ def core_of(layer: LowRank) -> nn.Parameter:
 
 
 def require_float(name: str, U: Tensor) -> None:
-    """Raise `ValueError` unless the factors have the precision that is promised."""
+    """Raise `ValueError` unless U is float32 or float64."""
     if U.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the factors of {name} are {U.dtype}: keep them in float32, use autocast")
 
 
 def old_memory(group: Mapping[str, Any], state: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """What a state_dict holds of a layer if it was saved when layers were known by their names."""
+    """The state of a layer in a state_dict of an older condlr, which identified layers by name."""
     if _OLD_SETTLED not in group:
         return None
     known = tuple(state.pop(key) for key in _OLD_INVERSES if key in state) or None
@@ -141,8 +141,8 @@ def old_memory(group: Mapping[str, Any], state: dict[str, Any], name: str) -> di
     }  # fmt: skip
 
 
-def turn_old_moments(state: dict[str, Any], Vt: nn.Parameter) -> None:
-    """Moments that were saved when V and not V^T was the parameter; of a square V they are zero."""
+def transpose_old_moments(state: dict[str, Any], Vt: nn.Parameter) -> None:
+    """Transpose moments from an older condlr, whose parameter was V; those of a square V are zero."""
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape != Vt.shape and value.shape == Vt.mT.shape:
             state[key] = value.mT.contiguous()

@@ -21,7 +21,7 @@ _WRITES = re.compile(
 
 
 class _Related(type(Tensor)):
-    """Makes every tensor an instance of a class: `torch.testing` compares only tensors of related ones."""
+    """Makes every tensor an instance of the class, since `torch.testing` compares only related classes."""
 
     @override
     def __instancecheck__(cls, instance: object) -> bool:
@@ -29,15 +29,15 @@ class _Related(type(Tensor)):
 
 
 class Product(Tensor, metaclass=_Related):
-    """The `weight` of a low-rank layer: made anew at each call, and nothing can be written into it.
+    """The `weight` of a low-rank layer: computed at each access, and read-only.
 
-    What is written into a product would be lost without a word, for the factors do not hear of it: in-place
-    operations raise, on views and on `.data` too. Any other result is a plain tensor.
+    A write into the product would not change the factors, and would be lost silently. So in-place
+    operations raise `RuntimeError`, also on views and on `.data`. Other operations return plain tensors.
     """
 
     @staticmethod
     def of(W: Tensor) -> Tensor:
-        """W as a `Product`; as it is where a program is traced, which knows plain tensors only."""
+        """W as a `Product`, or as a plain tensor where the program is being traced."""
         traced = torch.compiler.is_compiling() or not isinstance(W, Tensor)
         return W if traced else W.as_subclass(Product)
 
@@ -52,7 +52,7 @@ class Product(Tensor, metaclass=_Related):
     ) -> Any:
         kwargs = kwargs or {}
         name = func.__name__
-        first = next(iter((*args, *kwargs.values())), None)  # `nn.init` gives its tensor by name
+        first = next(iter((*args, *kwargs.values())), None)  # `nn.init` passes its tensor by keyword
         written = [kwargs.get("out"), first if _writes(name) else None]
         if any(type(target) is cls for target in _tensors(written)):
             raise RuntimeError(
@@ -65,7 +65,7 @@ class Product(Tensor, metaclass=_Related):
             views = isinstance(found, Tensor) and _memory(found) in memory
             return found.as_subclass(cls) if views else found
 
-    # What is saved or copied is a plain tensor.
+    # A saved or copied product is a plain tensor.
     @override
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
@@ -93,26 +93,25 @@ def _memory(X: Tensor) -> int:
 
 
 class LowRank(nn.Module):
-    """What `LowRankLinear` and `LowRankConv2d` share: the factors of an n x m matrix W.
+    """The base of `LowRankLinear` and `LowRankConv2d`: the factors of an n x m matrix W.
 
     Parameters:
         U: (n, r).
-        Vt: V^T, (r, m), contiguous: as it lies in memory it is the weight of a layer.
+        Vt: V^T, (r, m), contiguous, so that it can be used as the weight of a layer without a copy.
         S: (r, r) for the core `full`; (r,) for `diagonal`, W = U diag(S) V^T; None for `none`, W = U V^T.
         bias: (n,), or None.
 
     Attributes:
-        form: how y = W x is computed: `factored`, V^T x and then U S at once; `chained`, V^T, S and U one
-            after the other; `multiplied`, W first and then W x. The same but for rounding; which is faster
-            depends on the layer, the batch and the machine, see `condlr.choose_forms`. As long as nobody
-            chose, a linear layer is chained, which is never much slower, and a convolution factored.
+        form: how y = W x is computed: `factored`, as (U S) (V^T x); `chained`, as U (S (V^T x));
+            `multiplied`, as (U S V^T) x. They differ by rounding. Which is fastest depends on the layer, the
+            batch and the machine, see `condlr.choose_forms`. The default is `chained` for a linear layer,
+            which is never much slower, and `factored` for a convolution.
         dense_mean: the mean of all min(n, m) singular values of the dense weight that the layer was made
-            from (`like`), of which it keeps r; None where there was none.
+            from (`like`), or None.
 
-    n is the number of outputs; m the number of inputs times the area of the kernel. The factors
-    are ordinary parameters: whether U and V have orthonormal columns is the affair of the method
-    that trains them (`condlr.constrain`). A layer takes the rank of the factors that `load_state_dict`
-    brings: methods may change it while they train.
+    n is the number of outputs; m is the number of inputs times the area of the kernel. The factors are
+    ordinary parameters; only a method such as `condlr.constrain` keeps U and V orthonormal. Methods may
+    change the rank in training, and `load_state_dict` adopts the rank of the factors that it loads.
     """
 
     U: nn.Parameter
@@ -120,7 +119,7 @@ class LowRank(nn.Module):
     S: nn.Parameter | None
     bias: nn.Parameter | None
     form: str
-    # Compiled by TorchScript, which has no need of them, these would have to be written in its dialect.
+    # Not compiled by TorchScript, which supports only a part of Python.
     __jit_unused_properties__ = ["V", "rank", "weight"]  # noqa: RUF012
 
     def __init__(self, n: int, m: int, rank: int, bias: bool, core: str, device=None, dtype=None):
@@ -139,7 +138,7 @@ class LowRank(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """W becomes the best rank-r approximation of a matrix with PyTorch's default init."""
+        """Set W to the best rank-r approximation of a matrix with PyTorch's default initialisation."""
         n, m = self.shape
         dense = self.U.new_empty(n, m)
         nn.init.kaiming_uniform_(dense, a=5**0.5)
@@ -154,7 +153,7 @@ class LowRank(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """N and m."""
+        """The shape (n, m) of W."""
         return self.U.shape[0], self.Vt.shape[1]
 
     @property
@@ -165,7 +164,7 @@ class LowRank(nn.Module):
     @property
     def left(self) -> Tensor:
         """U S, or U for the pair: (n, r)."""
-        S = self.S  # a name of its own, of which TorchScript believes that it is no None
+        S = self.S  # a local variable, which TorchScript can narrow to "not None"
         if S is None:
             return self.U
         return self.U @ S if self.core == "full" else self.U * S
@@ -177,7 +176,7 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def set_factors(self, U: Tensor, S: Tensor | None, V: Tensor) -> None:
-        """Copy the factors, of another rank if need be; gradients of another shape are dropped."""
+        """Copy the factors, whose rank may differ; then gradients are dropped."""
         for parameter, value in ((self.U, U), (self.S, S), (self.Vt, V.mT)):
             if parameter is None or value is None:
                 assert parameter is None and value is None, "S is given where the layer has one"
@@ -189,11 +188,13 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def set_matrix(self, W: Tensor) -> Tensor:
-        """Set the factors to the truncated SVD of W, (n, m): the nearest matrix of rank r.
+        """Set the factors to the truncated SVD of W, (n, m), in float64: the nearest matrix of rank r.
 
-        The triple gets orthonormal U, V and S = diag(sigma), descending; the pair shares the singular
-        values between its factors, U sqrt(Sigma) and V sqrt(Sigma) (spectral initialisation,
-        Khodak et al., ICLR 2021). Computed in float64. Returns all min(n, m) singular values of W.
+        With a core, U and V are orthonormal and S = diag(sigma), descending. Without, the factors are
+        U sqrt(Sigma) and V sqrt(Sigma) (spectral initialisation, Khodak et al., ICLR 2021).
+
+        Returns:
+            All min(n, m) singular values of W.
         """
         P, sigma, Qh = torch.linalg.svd(W.double(), full_matrices=False)
         self.set_svd(P[:, : self.rank], sigma[: self.rank], Qh[: self.rank].mT)
@@ -214,8 +215,8 @@ class LowRank(nn.Module):
     def singular_values(self) -> Tensor:
         """The r singular values of W in float64, descending, from r x r matrices.
 
-        With the QR factorisations U = Q_U R_U and V = Q_V R_V they are those of R_U S R_V^T; nothing
-        is assumed of U and V.
+        With the QR factorisations U = Q_U R_U and V = Q_V R_V they are those of R_U S R_V^T. U and V need
+        not be orthonormal.
         """
         left = torch.linalg.qr(self.U.double(), mode="r").R
         right = torch.linalg.qr(self.V.double(), mode="r").R
@@ -230,13 +231,13 @@ class LowRank(nn.Module):
             super().__setattr__(name, value)
         elif isinstance(value, nn.Parameter) or not isinstance(value, Tensor):
             raise TypeError(
-                "the weight of a low-rank layer is a product, and no parameter: layer.weight = tensor sets "
+                "the weight of a low-rank layer is a product, not a parameter: layer.weight = tensor sets "
                 "its factors to the nearest matrix of their rank; condlr.export makes plain layers"
             )
         else:
             if value.flatten(1).shape != self.shape:
                 raise ValueError(
-                    f"the weight is seen as a matrix of {self.shape}; got a tensor of {tuple(value.shape)}"
+                    f"the weight is viewed as a {self.shape} matrix; got a tensor of {tuple(value.shape)}"
                 )
             self.set_matrix(value.detach().flatten(1))
 
@@ -246,7 +247,7 @@ class LowRank(nn.Module):
     ) -> None:
         V = state_dict.get(prefix + "V")
         if isinstance(V, Tensor) and V.ndim == 2 and prefix + "Vt" not in state_dict:
-            # As condlr saved a layer when V, by columns, was its parameter
+            # From an older condlr, whose parameter was V
             state_dict[prefix + "Vt"] = state_dict.pop(prefix + "V").mT.contiguous()
         U, Vt = state_dict.get(prefix + "U"), state_dict.get(prefix + "Vt")
         if isinstance(U, Tensor) and isinstance(Vt, Tensor) and U.ndim == Vt.ndim == 2:
@@ -254,7 +255,7 @@ class LowRank(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _take_rank(self, left: torch.Size, right: torch.Size) -> None:
-        """Make room for factors U and V^T of these shapes, if they are of a matrix like W at all."""
+        """Resize the factors to these shapes of U and V^T, if they fit W's shape."""
         (n, m), rank = self.shape, left[-1]
         if rank != self.rank and (*left, *right) == (n, rank, rank, m) and 1 <= rank <= min(n, m):
             S = None if self.S is None else self.S.new_empty([rank] * self.S.ndim)
@@ -262,13 +263,13 @@ class LowRank(nn.Module):
 
 
 class LowRankLinear(LowRank):
-    """y = W x + b with W = U S V^T. In place of `nn.Linear`.
+    """A replacement of `nn.Linear`: y = W x + b with W = U S V^T.
 
     Args:
         in_features, out_features: m and n.
         rank: r <= min(n, m).
         bias: add b.
-        core: `full`, `diagonal` or `none`: which S stands between U and V^T, see `LowRank`.
+        core: `full`, `diagonal` or `none`: the kind of S, see `LowRank`.
 
     Shapes:
         x: (..., in_features); y: (..., out_features).
@@ -304,7 +305,7 @@ class LowRankLinear(LowRank):
 
     @property
     def weight(self) -> Tensor:
-        """W, as `nn.Linear` has it: (out_features, in_features); see `Product`."""
+        """W, (out_features, in_features); see `Product`."""
         return Product.of(self.matrix)
 
     @override
@@ -323,14 +324,14 @@ class LowRankLinear(LowRank):
 
 
 class LowRankConv2d(LowRank):
-    """Convolution whose kernel, viewed as out x (in kh kw), is U S V^T (see `LowRank` for other cores).
+    """A convolution whose kernel, viewed as out x (in kh kw), is U S V^T (see `LowRank` for other cores).
 
-    Computed as a kh x kw convolution with the r filters V^T, then a 1 x 1 convolution with U S, or as one
-    convolution with the product (see `LowRank.form`): never by unfolding the images. Takes the arguments
-    of `nn.Conv2d` but `groups`.
+    It is computed as a kh x kw convolution with the r filters V^T, then a 1 x 1 convolution with U S, or as
+    one convolution with the product (see `LowRank.form`). It takes the arguments of `nn.Conv2d` except
+    `groups`.
 
     Shapes:
-        x: (N, in_channels, H, W) or (in_channels, H, W); y as `nn.Conv2d`.
+        x: (N, in_channels, H, W) or (in_channels, H, W); y as in `nn.Conv2d`.
     """
 
     def __init__(
@@ -348,7 +349,7 @@ class LowRankConv2d(LowRank):
         device=None,
         dtype=None,
     ):
-        # A dense twin on no device checks and normalises the arguments as PyTorch does.
+        # A dense layer on the meta device checks and normalises the arguments as PyTorch does.
         twin = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation,
             padding_mode=padding_mode, device="meta",
@@ -363,7 +364,7 @@ class LowRankConv2d(LowRank):
 
     @classmethod
     def like(cls, dense: nn.Conv2d, rank: int, core: str = "full") -> "LowRankConv2d":
-        """The layer of this rank nearest to `dense` (Frobenius norm of the kernel), with its bias."""
+        """The layer of this rank nearest to `dense` in the kernel's Frobenius norm, with its bias."""
         if dense.groups != 1:
             raise ValueError(f"a grouped convolution (groups={dense.groups}) stays dense")
         layer = cls(
@@ -382,7 +383,7 @@ class LowRankConv2d(LowRank):
 
     @property
     def weight(self) -> Tensor:
-        """The kernel, as `nn.Conv2d` has it: (out_channels, in_channels, kh, kw); see `Product`."""
+        """The kernel, (out_channels, in_channels, kh, kw); see `Product`."""
         return Product.of(self._as_kernel(self.matrix))
 
     def _as_kernel(self, matrix: Tensor) -> Tensor:
@@ -415,7 +416,7 @@ def _options(layer: LowRank) -> str:
 
 
 def _take_over(layer: LowRank, dense: nn.Linear | nn.Conv2d) -> None:
-    """Give `layer`, which was made on the meta device, the weights and the state of `dense`."""
+    """Give `layer`, which is on the meta device, the weights and the state of `dense`."""
     layer.to_empty(device=dense.weight.device)
     sigma = layer.set_matrix(dense.weight.detach().flatten(1))
     layer.dense_mean = None if sigma.is_meta else sigma.mean().item()

@@ -1,4 +1,4 @@
-"""Which layers a network does not only call: it reads their weights or settings, as its bytecode says."""
+"""Find, in a network's bytecode, the layers whose weights or settings it reads, besides calling them."""
 
 import dis
 import functools
@@ -15,17 +15,17 @@ from torch import nn
 
 from condlr.replacement import reachable
 
-# What nn.Linear or nn.Conv2d has and nn.Sequential has not: `weight`, `stride` ...; methods are called.
+# The attributes of nn.Linear and nn.Conv2d that nn.Sequential does not have: `weight`, `stride` ...
 ATTRIBUTES = {
     name
     for layer in (nn.Linear(1, 1, device="meta"), nn.Conv2d(1, 1, 1, device="meta"))
     for name in set(dir(layer)) - set(dir(nn.Sequential()))
 }
 _METHODS = {name for name in ATTRIBUTES if callable(getattr(nn.Conv2d, name, None))}
-_OF_CONTAINERS = (nn.Sequential.forward, nn.Module.forward)  # of nn.ModuleList and nn.ModuleDict, too
-# Who uses these may come upon any layer, whatever its name.
+_OF_CONTAINERS = (nn.Sequential.forward, nn.Module.forward)  # the latter of nn.ModuleList and nn.ModuleDict
+# Code that uses these may reach any layer.
 _ANY = {"modules", "named_modules", "children", "named_children", "_modules", "get_submodule", "getattr"}
-_BEGINNING = re.compile(r"(^|_)(re)?(init|reset)")  # of methods that make weights, and of no forward pass
+_BEGINNING = re.compile(r"(^|_)(re)?(init|reset)")  # methods that make weights, not part of a forward pass
 _ON_ATTRIBUTES = {"LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "LOAD_SUPER_ATTR"}
 _SILENT = {"CACHE", "EXTENDED_ARG", "NOP"}
 _HOOKS = [key for key in vars(nn.Module()) if key.endswith("_hooks")]
@@ -33,12 +33,10 @@ _HOOKS = [key for key in vars(nn.Module()) if key.endswith("_hooks")]
 
 @dataclass
 class _Uses:
-    """What code does with names."""
-
-    read: set[tuple[str, type | None]] = field(default_factory=set)  # x.name.weight; in a method of ...
+    read: set[tuple[str, type | None]] = field(default_factory=set)  # x.name.weight, and the method's class
     called: set[str] = field(default_factory=set)  # x.name(...)
-    taken: set[str] = field(default_factory=set)  # x.name, for whatever
-    unclear: bool = False  # something without a name is read: a local variable, an element, a result
+    taken: set[str] = field(default_factory=set)  # x.name otherwise
+    unclear: bool = False  # an attribute of a local variable, an element or a result is read
     globals: set[str] = field(default_factory=set)
 
     def __ior__(self, other: "_Uses") -> "_Uses":
@@ -51,11 +49,11 @@ class _Uses:
 
 
 def read_layers(model: nn.Module, layers: Collection[nn.Module]) -> set[nn.Module]:
-    """Those of `layers` of which a method of `model` or of its modules may read `weight` or the like.
+    """The layers of which a method of `model` or of its modules may read `weight` or a similar attribute.
 
-    A layer is read where any method but those that make weights has `<anything>.<its name>.weight`. Where the
-    forward pass reads an attribute of something without a name (`for layer in self.layers: layer.weight`), so
-    may be all layers that are not just called by their names. Rather too many than too few.
+    A layer is read if any method, except those that make weights, has `<anything>.<its name>.weight`. If the
+    forward pass reads an attribute of something without a name (`for layer in self.layers: layer.weight`),
+    all layers that are not only called by their names count as read: rather too many than too few.
     """
     methods: dict[str, set[tuple[FunctionType, type | None]]] = defaultdict(set)
     kinds = {type(thing) for module in model.modules() for thing in (module, *vars(module).values())}
@@ -74,7 +72,7 @@ def read_layers(model: nn.Module, layers: Collection[nn.Module]) -> set[nn.Modul
         begin |= {(f, None) for f in _hooks(module)}
     found |= _reached(begin, methods)
 
-    # Where a layer is held beside its place among the modules, it has a name that is not known here.
+    # A layer that is also held outside the module tree has a name there that is not known here.
     elsewhere = _held_elsewhere(model, layers)
     known = {path.rpartition(".")[2] for path, _ in model.named_modules(remove_duplicate=False)}
     stray = any(name not in known or (cls and not issubclass(cls, nn.Module)) for name, cls in found.read)
@@ -94,7 +92,7 @@ def read_layers(model: nn.Module, layers: Collection[nn.Module]) -> set[nn.Modul
 
 
 def _held_elsewhere(model: nn.Module, layers: Collection[nn.Module]) -> set[nn.Module]:
-    """Those of `layers` that are in lists, objects and the like of the network's own."""
+    """The layers that the network also holds in its own lists, objects and the like."""
     modules = [module for module in model.modules() if module not in layers]
     values = [value for module in modules for key, value in vars(module).items() if key != "_modules"]
     found = reachable(values, {id(module): module for module in modules})
@@ -102,7 +100,7 @@ def _held_elsewhere(model: nn.Module, layers: Collection[nn.Module]) -> set[nn.M
 
 
 def _only_called(model: nn.Module, path: str, found: _Uses) -> bool:
-    """Whether the forward pass does nothing with the layer, or with the container it is in, but call it."""
+    """Whether the forward pass only calls the layer, or the container that holds it."""
     above, _, name = path.rpartition(".")
     while type(model.get_submodule(above)).forward in _OF_CONTAINERS:
         if not above:
@@ -115,7 +113,7 @@ def _reached(
     begin: set[tuple[FunctionType, type | None]],
     methods: dict[str, set[tuple[FunctionType, type | None]]],
 ) -> _Uses:
-    """What the functions in `begin` do, and those they use: methods by their names, globals."""
+    """The uses in the functions of `begin` and in all functions that they use, by method name or global."""
     found, seen, todo = _Uses(), set(), [*begin]
     while todo:
         function, cls = todo.pop()
@@ -161,12 +159,12 @@ def _functions(value: Any, depth: int = 4) -> Iterator[FunctionType]:
 
 @functools.cache
 def _scan(code: CodeType, cls: type | None = None) -> _Uses:
-    """What `code` does, a method of `cls` or a function, and the functions defined in it."""
+    """The uses in `code`, a method of `cls` or a function, and in the functions defined in it."""
     return _uses(code, cls, code.co_varnames[0] if cls and code.co_argcount else None)
 
 
 def _uses(code: CodeType, cls: type | None, me: str | None) -> _Uses:
-    """`me` is the variable that holds the module whose method this is: itself it may read."""
+    """`me` is the variable of the method's own module, whose attributes it may read."""
     uses = _Uses()
     everything = [*dis.get_instructions(code)]
     steps = [step for step in everything if step.opname not in _SILENT]

@@ -1,4 +1,4 @@
-"""A copy of a network with other layers in the place of some, wherever the network holds them."""
+"""Copy a network with some layers replaced, wherever the network refers to them."""
 
 import copy
 import gc
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# What a layer computes with: made anew, never carried over. All else that it holds is.
+# The parameters of a layer; new layers have their own. Everything else is copied to them.
 _OWN = {"weight", "bias", "U", "S", "V", "Vt"}
 _MODULE = vars(nn.Module()).keys()
 
@@ -19,24 +19,24 @@ _MODULE = vars(nn.Module()).keys()
 def replaced(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> tuple[nn.Module, list[str]]:
     """A copy of `model` that has `made[layer]` wherever `model` has `layer`.
 
-    The new layers are copied around: `copy.deepcopy` is told that they are the copies of the old ones, so
-    that they stand in lists, dictionaries, objects and bound methods of the network's own, too. Weights of
-    old layers are never copied. Hooks and attributes, also those of parameters, go over to the copy.
+    `copy.deepcopy` gets the new layers as the copies of the old ones. So they also appear in the network's
+    own lists, dictionaries, objects and bound methods. Weights of old layers are never copied. Hooks and
+    attributes, also of parameters, are copied.
 
     Args:
         model: any network; it is not changed.
         made: new layers, without hooks and attributes of their own.
 
     Returns:
-        The copy, and the names of what could not be taken over.
+        The copy, and the names of attributes and hooks that could not be copied.
 
     Raises:
-        ValueError: something would go on using an old layer: a closure, a weak reference.
+        ValueError: something would still use an old layer: a closure, a weak reference.
         RuntimeError: something cannot be copied.
     """
     memo: dict[int, Any] = {id(old): new for old, new in made.items()}
     for old, new in made.items():
-        # A weight stands for itself: who holds it without its layer is found below, and refused.
+        # A weight maps to itself. If something else holds it without its layer, _refuse_old raises.
         memo |= {id(p): _bias(new) if key == "bias" else p for key, p in _own(old).items()}
     for thing in reachable([model], {}):
         if isinstance(thing, MethodType) and isinstance(thing.__self__, nn.Module) and thing.__self__ in made:
@@ -47,33 +47,34 @@ def replaced(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> tuple[nn.
         f"{name}.{key}".lstrip(".")
         for name, old in model.named_modules()
         if old in made
-        for key in [*_carry(old, made[old], memo, known), *_carry_to_weights(old, made[old], memo, known)]
+        for copy_extras in (_copy_layer_extras, _copy_weight_extras)
+        for key in copy_extras(old, made[old], memo, known)
     ]
     for parameter in model.parameters():
         other = memo.get(id(parameter))
         if other is not None and other is not parameter:
-            _carry_to(other, parameter, memo)
+            _copy_parameter_extras(other, parameter, memo)
     _refuse_old(model, copied, made)
     return copied, lost
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of further ones."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def reachable(roots: Iterable[object], seen: MutableMapping[int, object]) -> Iterator[object]:
-    """All that `roots` lead to, themselves included, but for what is `seen`, which grows.
+    """All objects that `roots` refer to, directly or not, and `roots`; without those in `seen`, which grows.
 
-    Also where copying does not follow: what functions hold in closures and defaults, and weak references.
-    Classes, modules of Python and the globals of functions are not followed.
+    Unlike copying, this follows closures and defaults of functions, and weak references. It does not follow
+    classes, Python modules and globals of functions.
     """
     found = [*roots]
     while found:
         thing = found.pop()
         if id(thing) not in seen:
-            seen[id(thing)] = thing  # kept, so that no other object takes its id
+            seen[id(thing)] = thing  # kept alive, so that its id is not reused
             yield thing
             found += _held(thing)
 
@@ -94,13 +95,13 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     before = dict(memo)
     try:
         return copy.deepcopy(model, memo)
-    except Exception as error:  # whatever the network's own objects raise
+    except Exception as error:  # the network's own objects may raise anything
         reason = str(error).partition("\n")[0]
         raise RuntimeError(f"this network cannot be copied: {_uncopied(model, before)}: {reason}") from error
 
 
 def _uncopied(model: nn.Module, memo: Mapping[int, Any]) -> str:
-    """What cannot be copied, in the innermost module that holds it."""
+    """The name of the attribute that cannot be copied, in its innermost module."""
     for name, module in reversed([*model.named_modules()]):
         named = {**vars(module), **module._parameters, **module._buffers}
         for key in [key for key in named if key not in ("_parameters", "_buffers", "_modules")]:
@@ -111,13 +112,13 @@ def _uncopied(model: nn.Module, memo: Mapping[int, Any]) -> str:
     return type(model).__name__
 
 
-def _carry(
+def _copy_layer_extras(
     old: nn.Module, new: nn.Module, memo: dict[int, Any], known: MutableMapping[int, object]
 ) -> list[str]:
-    """Give `new` the hooks and attributes of `old`; what it cannot have."""
+    """Copy the hooks and attributes of `old` to `new`; return the names of those that do not fit."""
     lost = []
     own = {id(parameter) for parameter in _own(old).values()}
-    for key, value in old.__getstate__().items():  # which leaves out what was compiled
+    for key, value in old.__getstate__().items():  # without what torch.compile added
         if key == "training":
             continue
         if key in ("_parameters", "_buffers", "_modules"):
@@ -126,17 +127,17 @@ def _carry(
         elif key in _MODULE:
             vars(new)[key] = copy.deepcopy(value, memo)
         elif key not in _usual(type(old)):
-            if hasattr(new, key) or _leads(value, own, known):
+            if hasattr(new, key) or _refers_to(value, own, known):
                 lost.append(key)
             else:
                 vars(new)[key] = copy.deepcopy(value, memo)
     return lost
 
 
-def _carry_to_weights(
+def _copy_weight_extras(
     old: nn.Module, new: nn.Module, memo: dict[int, Any], known: MutableMapping[int, object]
 ) -> list[str]:
-    """Give the parameters of `new` the attributes of those of `old`; what they cannot have."""
+    """Copy the attributes of `old`'s parameters to those of `new`; return the names that do not fit."""
     lost = []
     old_weights = {key: p for key, p in _own(old).items() if key != "bias"}
     own = {id(parameter) for parameter in old_weights.values()}
@@ -144,7 +145,7 @@ def _carry_to_weights(
     for name, weight in old_weights.items():
         for key, value in vars(weight).items():
             sized = isinstance(value, Tensor) and value.shape == weight.shape
-            if sized or _leads(value, own, known):
+            if sized or _refers_to(value, own, known):
                 lost.append(f"{name}.{key}")
             else:
                 for parameter in weights:
@@ -154,8 +155,8 @@ def _carry_to_weights(
     return lost
 
 
-def _carry_to(new: Tensor, old: Tensor, memo: dict[int, Any]) -> None:
-    """Give a parameter that is as it was the attributes and hooks that copying it leaves behind."""
+def _copy_parameter_extras(new: Tensor, old: Tensor, memo: dict[int, Any]) -> None:
+    """Copy the attributes and hooks that `deepcopy` leaves out of a parameter."""
     vars(new).update(copy.deepcopy(vars(old), memo))
     for hooks, register in (
         (old._backward_hooks, new.register_hook),
@@ -166,7 +167,7 @@ def _carry_to(new: Tensor, old: Tensor, memo: dict[int, Any]) -> None:
 
 
 def _refuse_old(model: nn.Module, copied: nn.Module, made: Collection[nn.Module]) -> None:
-    """Raise `ValueError` where `copied` leads to an old layer, to its parameters, or to what contains it."""
+    """Raise `ValueError` if `copied` refers to an old layer, to its parameters, or to a module around it."""
     old: dict[int, str] = {}
     for name, layer in model.named_modules():
         if layer in made:
@@ -181,8 +182,8 @@ def _refuse_old(model: nn.Module, copied: nn.Module, made: Collection[nn.Module]
                 if id(thing) in old:
                     layer, where = old[id(thing)] or "the layer", f"{name}.{key}".lstrip(".")
                     raise ValueError(
-                        f"{where} reaches {layer} where copying does not follow (a closure, a weak "
-                        f"reference, a weight without its layer) and would go on with the old one: let it "
+                        f"{where} refers to {layer} where copying does not follow (a closure, a weak "
+                        f"reference, a weight without its layer) and would still use the old one: let it "
                         f"call self.{layer} (or let factorize exclude {layer})"
                     )
 
@@ -195,12 +196,12 @@ def _bias(layer: nn.Module) -> nn.Parameter | None:
     return next((p for key, p in layer.named_parameters() if key.rpartition(".")[2] == "bias"), None)
 
 
-def _leads(value: object, targets: set[int], known: MutableMapping[int, object]) -> bool:
+def _refers_to(value: object, targets: set[int], known: MutableMapping[int, object]) -> bool:
     return any(id(thing) in targets for thing in reachable([value], ChainMap({}, known)))
 
 
 @cache
 def _usual(kind: type[nn.Module]) -> frozenset[str]:
-    """The attributes that every layer of a kind has: those of its class, and what its constructors set."""
+    """The attributes of every layer of a kind: those of its class, and those its constructors set."""
     constructors = [cls.__init__ for cls in kind.__mro__ if "__init__" in vars(cls) and cls is not object]
     return frozenset(dir(kind)).union(*(f.__code__.co_names for f in constructors))

@@ -1,4 +1,4 @@
-"""How many weights a network has, dense, in training and exported."""
+"""The number of weights of a network: dense, in training and exported."""
 
 from dataclasses import dataclass
 
@@ -11,17 +11,16 @@ from condlr.layers import LowRank
 
 @dataclass(frozen=True)
 class Size:
-    """Weights of a network: of its linear and convolution layers, and all parameters.
+    """Number of weights, without biases, of linear and convolution layers, and of the whole network.
 
     Attributes:
-        dense: what the linear and convolution layers of the dense network have, biases left out.
-        trained: what is trained: r (n + m + r) for a triple, r (n + m) for a pair, r more for a diagonal.
-        deployed: what an exported network keeps: n m or r (n + m) for a low-rank layer, see `condlr.export`.
-        network_dense, network_trained, network_deployed: the same of all parameters of the network, whatever
-            they belong to, each counted once.
-        layers: how many layers have a matrix or a kernel, of whatever kind.
-        factored: how many of these are low-rank.
-        factored_dense: what the dense network has in those: n m each.
+        dense: in the dense network.
+        trained: in training: r (n + m + r) for U S V^T, r (n + m) for U V^T, r more for U diag(s) V^T.
+        deployed: in the exported network: n m or r (n + m) for a low-rank layer, see `condlr.export`.
+        network_dense, network_trained, network_deployed: the same for all parameters, each counted once.
+        layers: the number of layers with a matrix or a kernel, of any kind.
+        factored: the number of low-rank layers.
+        factored_dense: weights in the dense originals of the low-rank layers: n m each.
     """
 
     dense: int
@@ -36,22 +35,22 @@ class Size:
 
     @property
     def train_compression(self) -> float:
-        """Measured compression of the network in training; 0 for one without weights."""
+        """Measured compression in training; 0 without weights."""
         return _removed(self.dense, self.trained)
 
     @property
     def deploy_compression(self) -> float:
-        """Measured compression of the exported network; 0 for one without weights."""
+        """Measured compression of the exported network; 0 without weights."""
         return _removed(self.dense, self.deployed)
 
     @property
     def network_train_compression(self) -> float:
-        """The share of all parameters that is removed in training."""
+        """Measured compression in training, of all parameters."""
         return _removed(self.network_dense, self.network_trained)
 
     @property
     def network_deploy_compression(self) -> float:
-        """The share of all parameters that is removed in the exported network."""
+        """Measured compression of the exported network, of all parameters."""
         return _removed(self.network_dense, self.network_deployed)
 
     def as_dict(self) -> dict[str, float]:
@@ -74,7 +73,7 @@ class Size:
 
 
 def measure(model: nn.Module) -> Size:
-    """Count the weights of `model`, a network with or without low-rank layers.
+    """Count the weights of `model`.
 
     Example:
         >>> from condlr import factorize
@@ -107,7 +106,7 @@ def measure(model: nn.Module) -> Size:
 
 
 def numel(parameter: nn.Parameter) -> int:
-    """How many numbers there are, as far as that is known yet."""
+    """The number of elements; 0 for a lazy parameter."""
     return 0 if is_lazy(parameter) else parameter.numel()
 
 

@@ -11,7 +11,7 @@ from condlr.suite.config import Collection, typed
 
 @command("archive")
 def main(config: DictConfig) -> None:
-    """Read <runs_dir>/<study>/*, add to <results_dir>/<study>/runs.tar.gz."""
+    """Read <runs_dir>/<study>/*, and add to <results_dir>/<study>/runs.tar.gz."""
     asked = typed(Collection, config)
 
     from condlr.suite.archive import NAME, archive

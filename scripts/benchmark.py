@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure what a training step costs: dense, low-rank, and constrained."""
+"""Measure the cost of a training step: dense, low-rank, and constrained."""
 
 import json
 from pathlib import Path
@@ -48,19 +48,19 @@ def main(config: DictConfig) -> None:
         facts |= environment()
         name = facts["device"]
 
-        def note() -> None:
+        def write_facts() -> None:
             write(out / f"{name}.json", json.dumps(facts, indent=2).encode() + b"\n")
 
-        write_csv(out / f"{name}.csv", rows)  # whatever becomes of the rest
-        note()
-        with TemporaryDirectory(dir=out) as scratch:  # beside the results, for a disk as runs have
+        write_csv(out / f"{name}.csv", rows)  # now, in case a later part fails
+        write_facts()
+        with TemporaryDirectory(dir=out) as scratch:  # beside the results: on a disk as runs use it
             if mnist is not None:
                 progress.update(task, description="epoch", total=None)
                 facts |= benchmark.epoch_against_steps(mnist, device, asked.precision, Path(scratch) / "run")
             if asked.collect:
                 progress.update(task, description="collect", total=None)
                 facts |= benchmark.collect_many(asked.collect, Path(scratch) / "study")
-        note()
+        write_facts()
     frame = pd.read_csv(out / f"{name}.csv")
     lines = report.table(frame)
     console = Console()
@@ -71,7 +71,7 @@ def main(config: DictConfig) -> None:
     for line in lines:
         shown.add_row(*line, end_section=line[3] == "CondLR, naive")
     write_text(out / f"{name}.md", report.markdown(lines, facts))
-    figures = [*report.figure(frame, facts, out)]  # all files are written before a word is said
+    figures = [*report.figure(frame, facts, out)]  # write all files first: printing may fail on a closed pipe
     console.print(shown)
     console.print(report.legend(facts))
     console.print(*map(str, figures), sep="\n")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Collect the runs of a study into tidy tables: cells.csv, history.csv, and what analyses left."""
+"""Collect the runs of a study into tidy tables: cells.csv, history.csv, and those of analyses."""
 
 from collections import Counter
 from pathlib import Path
@@ -15,7 +15,7 @@ from condlr.suite.config import Collection, typed
 
 @command("collect")
 def main(config: DictConfig) -> None:
-    """Read <runs_dir>/<study>/*, write <results_dir>/<study>/."""
+    """Read <runs_dir>/<study>/*, and write <results_dir>/<study>/."""
     asked = typed(Collection, config)
     source = Path(asked.runs_dir) / asked.study
     tables = collect(source)

@@ -12,7 +12,7 @@ from condlr.suite.sweeps.jobs import Job
 
 
 def estimate(configs: Sequence[RunConfig]) -> None:
-    """Try a few steps of each row that is not done, and print what follows."""
+    """Time a few steps of each row that is not done, and print the estimate."""
     from rich.console import Console
     from rich.progress import track
 
@@ -39,7 +39,7 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    # Each row is tried alone, in this process, whatever will run the sweep
+    # Rows are timed one by one in this process, under any launcher of the sweep
     launcher = ("hydra/launcher", "hydra.launcher")
     sys.argv = [word for word in sys.argv if not word.lstrip("+~").startswith(launcher)]
     main()

@@ -20,7 +20,7 @@ from condlr.suite.runs import Run
 
 @command("evaluate")
 def main(config: DictConfig) -> None:
-    """One run, or all that a pattern matches; what is there already is not done again."""
+    """Evaluate one run, or all that a pattern matches; existing results are not computed again."""
     asked = typed(Evaluation, config)
     _refuse_twice(HydraConfig.get().overrides.task)
     analyses, shifts = asked.analyses, asked.shifts
@@ -32,14 +32,14 @@ def main(config: DictConfig) -> None:
     from condlr.suite.opened import opened
 
     for run, run_config in checked:
-        require(opened(run, run_config), analyses, shifts.values())  # a mistake shows before hours of attacks
+        require(opened(run, run_config), analyses, shifts.values())  # report mistakes before hours of attacks
     console = Console()
     console = console if console.is_terminal else Console(width=160)
 
     def examine(run: Run, run_config: RunConfig) -> None:
         here = opened(run, run_config)
         attack_once(here, asked.again)
-        # What is found is in the run before a word of it is said
+        # Results are saved in the run before any of them is printed
         shifted = [try_shift(here, name, shift, asked.again) for name, shift in shifts.items()]
         found = {name: analyse(here, name, analysis, asked.again) for name, analysis in analyses.items()}
         for rows in shifted:
@@ -50,23 +50,24 @@ def main(config: DictConfig) -> None:
         for name, rows in found.items():
             print_analysis(type(analyses[name]), rows, console)
 
-    lacking: dict[str, NoWeights] = {}
+    no_weights: dict[str, NoWeights] = {}
     for run, run_config in checked:
         try:
             examine(run, run_config)
         except NoWeights as error:
-            lacking[run.directory.name] = error
-    reasons = [f"for they are not done: {', '.join(left_out)}"] if left_out else []
-    if lacking:
+            no_weights[run.directory.name] = error
+    reasons = [f"because they are not done: {', '.join(left_out)}"] if left_out else []
+    if no_weights:
         if len(runs) == 1 and not left_out:
-            raise lacking.popitem()[1]
-        reasons.append(f"for want of weights: {', '.join(lacking)} ({next(iter(lacking.values()))})")
+            raise no_weights.popitem()[1]
+        advice = next(iter(no_weights.values()))
+        reasons.append(f"because their weights are missing: {', '.join(no_weights)} ({advice})")
     if reasons:
         raise UserError(f"not evaluated, {'; '.join(reasons)}")
 
 
 def _refuse_twice(overrides: Sequence[str]) -> None:
-    """Hydra takes an analysis that is named twice for one."""
+    """Refuse an analysis that is named twice; Hydra would silently take it once."""
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         names = override.value()
         if override.key_or_group == "analysis" and isinstance(names, list) and len({*names}) < len(names):
@@ -74,17 +75,17 @@ def _refuse_twice(overrides: Sequence[str]) -> None:
 
 
 def _runs(pattern: str) -> tuple[list[Run], list[str]]:
-    """The run of this name, or those of a pattern that are done; and the names of those that are not."""
+    """The run of this name, or the done runs of a pattern; and the names of its runs that are not done."""
     path = Path(pattern)
-    there = next(part for part in (path, *path.parents) if part.exists())  # by this very name, be it [a]
-    rest = str(path.relative_to(there))
-    matches = [str(there / name) for name in sorted(glob.glob(rest, root_dir=there))]  # noqa: PTH207 (all of it)
-    if not matches and (full := os.path.expandvars(pattern)) != pattern:  # quoted from the shell with its *
+    existing = next(part for part in (path, *path.parents) if part.exists())  # taken literally, even [a]
+    rest = str(path.relative_to(existing))
+    matches = [str(existing / name) for name in sorted(glob.glob(rest, root_dir=existing))]  # noqa: PTH207
+    if not matches and (full := os.path.expandvars(pattern)) != pattern:  # quoted in the shell
         return _runs(full)
     found = [Run(Path(name)) for name in matches if (Path(name) / "config.yaml").exists()]
     if not found:
         if not matches and glob.has_magic(rest):
-            raise UserError(f"run={pattern}: there is nothing of such a name")
+            raise UserError(f"run={pattern}: nothing matches this pattern")
         if len(matches) == 1:
             pattern = matches[0]
         inside = f": give a run in it, or run='{pattern}/*'" if any(Path(pattern).glob("*/run.json")) else ""
@@ -96,11 +97,10 @@ def _runs(pattern: str) -> tuple[list[Run], list[str]]:
 
 
 def _as_asked(run: Run, asked: Evaluation) -> RunConfig:
-    """The run's config with the attack that is asked for."""
     before = run.read_config()
     attack = dict(asked.attack)
     if attack.get("eps") is None:
-        check(before | {"attack": attack | {"eps": [0.0]}})  # what else is wrong comes first
+        check(before | {"attack": attack | {"eps": [0.0]}})  # report other mistakes first
         attack["eps"] = _strengths(before.get("attack", {}), attack)
     again = before | {"attack": attack, "device": asked.device}
     if asked.data_root:
@@ -109,7 +109,7 @@ def _as_asked(run: Run, asked: Evaluation) -> RunConfig:
 
 
 def _strengths(before: dict[str, Any], asked: dict[str, Any]) -> list[float]:
-    """Those of the run, if they are in the same norm."""
+    """The run's strengths, if they are in the requested norm."""
     norm = asked.get("norm", "linf")
     if before.get("norm", "linf") != norm or "eps" not in before:
         raise UserError(f"attack.eps: name the strengths in the norm {norm}, for example attack.eps=[0.1]")

@@ -12,7 +12,7 @@ from condlr.suite.config import Report, typed
 
 @command("figures")
 def main(config: DictConfig) -> None:
-    """Read <results_dir>/<study>/*.csv, draw what they allow, .png and .pdf, beside them."""
+    """Read <results_dir>/<study>/*.csv, and draw the figures they allow beside them, as .png and .pdf."""
     from condlr.report.figures import drawings
 
     asked = typed(Report, config)

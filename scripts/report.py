@@ -11,7 +11,7 @@ from condlr.suite.config import Page, typed
 
 @command("report")
 def main(config: DictConfig) -> None:
-    """Read <results_dir>/<study>/*.csv and figures, write report.html and report.md beside them."""
+    """Read <results_dir>/<study>/*.csv and figures, and write report.html and report.md beside them."""
     from condlr._support.files import write_text
     from condlr.report import page, report_markdown
     from condlr.report.chapters import document
@@ -23,7 +23,7 @@ def main(config: DictConfig) -> None:
     for name, text in texts.items():
         write_text(asked.directory / name, text)
     if (cells := read_if_there(asked.directory, "cells")) is not None:
-        require_evaluated(cells)  # the report says no more than that
+        require_evaluated(cells)  # without an evaluated run the report is empty: say so here too
     print(*(asked.directory / name for name in texts), sep="\n")
 
 

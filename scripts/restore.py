@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Bring the runs of an archive back; what is newer here, at work, or not in the archive stays as it is."""
+"""Restore the runs of an archive; runs that are newer here, at work, or not in the archive stay unchanged."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from condlr.suite.config import Collection, typed
 
 @command("restore")
 def main(config: DictConfig) -> None:
-    """Read <results_dir>/<study>/runs.tar.gz, add to <runs_dir>/<study>/*."""
+    """Read <results_dir>/<study>/runs.tar.gz, and add to <runs_dir>/<study>/*."""
     asked = typed(Collection, config)
 
     from condlr.suite.archive import NAME, restore

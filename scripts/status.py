@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Say how far the runs of a study are: done, at work, stalled, failed, missing; once, or live."""
+"""Show how far the runs of a study are: done, running, stalled, failed, missing; once, or live."""
 
 from omegaconf import DictConfig
 

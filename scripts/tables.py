@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @command("tables")
 def main(config: DictConfig) -> None:
-    """Read <results_dir>/<study>/*.csv, write table.md, .tex, .html, .csv and others beside them."""
+    """Read <results_dir>/<study>/*.csv, and write table.md, .tex, .html, .csv and others beside them."""
     from rich.console import Console
 
     from condlr._support.files import write_text
@@ -29,12 +29,12 @@ def main(config: DictConfig) -> None:
     if flow is None or (asked.directory / "cells.csv").exists():
         sheets, notes, files = tables_of_runs(asked)
         written |= files
-    # All files are written before a word is said: whoever reads that may have had enough
+    # Write all files before printing: the reader of a pipe may close it
     for name, text in written.items():
         if text:
             write_text(asked.directory / name, text)
         else:
-            (asked.directory / name).unlink(missing_ok=True)  # nothing stale is left
+            (asked.directory / name).unlink(missing_ok=True)  # of an earlier call
     console.print(written["theorem1.md"], end="", highlight=False, markup=False)
     wide = console if console.is_terminal else Console(width=160)
     for sheet in sheets:
@@ -43,7 +43,7 @@ def main(config: DictConfig) -> None:
 
 
 def tables_of_runs(asked: Report) -> "tuple[list[Sheet], str, dict[str, str]]":
-    """The tables of a study's runs, what is to be said of them, and the files to write, by name."""
+    """The tables of a study's runs, a note on runs they leave out, and the files to write, by name."""
     import pandas as pd
 
     from condlr.report import analysis, audit, comparisons, html, results, shifts, tables
@@ -70,7 +70,7 @@ def tables_of_runs(asked: Report) -> "tuple[list[Sheet], str, dict[str, str]]":
     }
     shifted = results.read_if_there(directory, "shift")
     written["shift.md"] = "" if shifted is None else shifts.markdown(shifted, cells)
-    # Empty is what is not there, so that no page of before is left
+    # An empty text removes the file of an earlier call
     written |= {f"{name}.md": "" for name, kind in analyses().items() if kind.layout != "none"}
     written |= {
         f"{name}.md": analysis.markdown(kind, frame) for name, kind, frame in analysis.found(directory)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Put Theorem 1 to the test on matrix flows that are known in closed form."""
+"""Test Theorem 1 on matrix flows that are known in closed form."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +22,7 @@ def main(config: DictConfig) -> None:
     from condlr.suite.progress import Steps
 
     made = environment()
-    # What the rows were made with; the id tells their settings from others
+    # The id identifies the settings of the rows
     name = f"flow-{fingerprint(asdict(settings))}"
     start = {"study": asked.study, "run_id": name, "commit": made["commit"]}
     with Steps("flow") as steps:

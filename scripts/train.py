@@ -12,14 +12,14 @@ from condlr.suite.config import check, resolved
 from condlr.suite.sweeps.jobs import Outcome
 
 
-def tell(outcomes: Sequence[Outcome], studies: str) -> None:
-    """Print what came of a sweep."""
+def report(outcomes: Sequence[Outcome], studies: str) -> None:
+    """Print the outcomes of a sweep."""
     from condlr.report.outcomes import print_outcomes
 
     print_outcomes(outcomes, studies)
 
 
-@command("train", tell)
+@command("train", report)
 def main(config: DictConfig) -> None:
     """One run; under `-m` or `experiment=...`, each run of a sweep, in a process of its own."""
     check(config)

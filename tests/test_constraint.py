@@ -518,9 +518,9 @@ def test_a_weight_that_is_set_lands_in_the_factors():
     kernel = torch.randn(6, 2, 3, 3)
     layer.weight = kernel
     torch.testing.assert_close(layer.weight, kernel)
-    with pytest.raises(TypeError, match="is a product, and no parameter"):
+    with pytest.raises(TypeError, match="is a product, not a parameter"):
         layer.weight = nn.Parameter(kernel)
-    with pytest.raises(ValueError, match=r"a matrix of \(6, 18\); got a tensor of \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"a \(6, 18\) matrix; got a tensor of \(3, 3\)"):
         layer.weight = torch.zeros(3, 3)
 
 

@@ -122,7 +122,7 @@ UNFOLLOWED = {
 @pytest.mark.parametrize("holder", UNFOLLOWED)
 def test_what_copying_does_not_follow_is_refused(holder):
     net = Two(UNFOLLOWED[holder])
-    with pytest.raises(ValueError, match=r"held reaches [ab] where .* call self\.[ab] .*exclude [ab]"):
+    with pytest.raises(ValueError, match=r"held refers to [ab] where .* call self\.[ab] .*exclude [ab]"):
         condlr.factorize(net, 0.3)
 
 
@@ -130,7 +130,7 @@ def test_what_copying_does_not_follow_is_refused(holder):
 def test_hooks_that_hold_an_old_layer_are_refused(hook, where):
     net = Two()
     hook(net)
-    with pytest.raises(ValueError, match=f"{where}._forward_hooks reaches a where"):
+    with pytest.raises(ValueError, match=f"{where}._forward_hooks refers to a where"):
         condlr.factorize(net, 0.3)
 
 
@@ -139,7 +139,7 @@ def test_what_holds_an_excluded_layer_is_no_obstacle():
     net = nn.Sequential(a, nn.Linear(8, 8))
     net.path = lambda x: a(x)
     net[1].register_forward_hook(lambda layer, inputs, output: seen.append(output))
-    with pytest.raises(ValueError, match="path reaches 0 where"):
+    with pytest.raises(ValueError, match="path refers to 0 where"):
         condlr.factorize(net, 0.3)
     low = condlr.factorize(net, 0.3, exclude="0")
     assert [*low_rank_layers(low)] == ["1"]
@@ -323,7 +323,7 @@ def test_what_cannot_go_over_is_named():
     net[0].kept = [net[0].weight]
     net[0].rank = 3
     net[1].weight.requires_grad_().register_post_accumulate_grad_hook(lambda p: None)
-    with pytest.warns(UserWarning, match="not taken over to the low-rank layers") as caught:
+    with pytest.warns(UserWarning, match="not copied to the low-rank layers") as caught:
         low = condlr.factorize(net, 0.3)
     text = str(caught[0].message)
     assert caught[0].filename == __file__
@@ -332,7 +332,7 @@ def test_what_cannot_go_over_is_named():
     assert not hasattr(low[0], "kept")
     assert not hasattr(low[0].U, "main_grad")
     low[0].U.register_hook(lambda grad: grad)
-    with pytest.warns(UserWarning, match=r"not taken over to the plain layers: 0\.U .its hooks"):
+    with pytest.warns(UserWarning, match=r"not copied to the plain layers: 0\.U .its hooks"):
         condlr.export(low)
 
 

@@ -392,5 +392,5 @@ def test_a_start_that_float32_cannot_hold_is_refused():
         condlr.factorize(LeNet5(), 0.5, rank_rule="released_code", classifier="dense", decay=2.0)
     with pytest.raises(ValueError, match="decay must be"):
         Scheme(0.5, decay=0.5)
-    with pytest.raises(ValueError, match="decay is of singular values"):
+    with pytest.raises(ValueError, match="decay sets singular values"):
         Vanilla(init="gaussian").apply(LeNet5(), Scheme(0.8, classifier="dense", decay=2.0))

@@ -1,1 +1,1 @@
-"""What every room uses and what knows none of them."""
+"""Helpers for all other packages; they import none of those."""

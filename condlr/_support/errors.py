@@ -1,34 +1,34 @@
-"""The mistakes a user can make, told apart from the mistakes of this program."""
+"""Errors of the user, as opposed to bugs, and checks of arguments."""
 
 from numbers import Real
 
 
 class UserError(Exception):
-    """Something the user can put right: one line that says what is wrong and what to do.
+    """A mistake that the user can correct: one line that says what is wrong and what to do.
 
-    The command line prints the message alone and exits with status 1; a traceback is kept for
-    bugs. Library functions raise `ValueError` or `TypeError` for bad arguments, as PyTorch does.
+    The command line prints only the message, and exits with status 1; bugs keep their traceback. Library
+    functions raise `ValueError` or `TypeError` for bad arguments, as PyTorch does.
     """
 
 
 class Diverged(UserError):
-    """Training met a loss that is not finite."""
+    """The loss or a weight in training is not finite."""
 
 
 class Held(UserError):
-    """Another process is at work on a run."""
+    """Another process is working on a run."""
 
 
 class Lost(UserError):
-    """Another process has taken a run over: what it writes is not to be written over."""
+    """Another process has taken over a run, and must not be overwritten."""
 
 
 class NoWeights(UserError):
-    """A run is done, and its weights were left elsewhere."""
+    """A run is done, but its weights are missing."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """We were asked to stop by a signal: no error, which somebody might deal with, and known to libraries."""
+    """A signal asked us to stop. A KeyboardInterrupt, since libraries pass that on and do not handle it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"interrupted by signal {signum}")
@@ -36,11 +36,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class ConstraintBreach(UserError):
-    """The factors left the set they are held to: a bug or a broken machine, never a bad setting."""
+    """The factors violate their constraint: a bug or a broken machine, never a bad setting."""
 
 
 def not_installed(error: ModuleNotFoundError) -> str | None:
-    """`pandas: pip install 'condlr[suite]'` for a package that is missing; None for a module of ours."""
+    """`pandas: pip install 'condlr[suite]'` for a missing package; None for a module of condlr."""
     ours = (error.name or "condlr").partition(".")[0] == "condlr"
     return None if ours else f"{error.name}: pip install 'condlr[suite]'"
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and tables as CSV."""
+"""Atomic writes, and tables as CSV."""
 
 import csv
 import errno
@@ -11,7 +11,7 @@ from typing import Any
 from condlr._support.errors import UserError
 
 _PARTIAL = ".partial-"
-# How network file systems refuse to sync a directory, or to open it for that: the file is whole without it.
+# Errors of network file systems that cannot sync a directory; the file is complete without it.
 _NO_SYNC = {
     errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR,
     errno.EACCES, errno.EPERM,
@@ -19,7 +19,7 @@ _NO_SYNC = {
 
 
 def write(path: Path, content: bytes | memoryview) -> None:
-    """Write a file so that a crash or a full disk leaves the old one or the new one, never a part."""
+    """Write a file atomically: a crash or a full disk leaves the old file or the new one, never a part."""
     partial = path.with_name(f"{path.name}{_PARTIAL}{os.getpid()}")
     try:
         with open(partial, "wb") as file:
@@ -45,37 +45,37 @@ def write(path: Path, content: bytes | memoryview) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text as UTF-8, also one with the name of a file in it that is in no encoding."""
+    """Write a text as UTF-8; file names in it that are not valid UTF-8 are escaped."""
     write(path, text.encode(errors="backslashreplace"))
 
 
 def forget_partial(directory: Path) -> None:
-    """Remove what processes that died while they wrote left half written; for who holds the lock on it."""
+    """Remove partly written files of processes that died; call this only under the directory's lock."""
     for leftover in directory.glob(f"*{_PARTIAL}*"):
         leftover.unlink(missing_ok=True)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as CSV: the columns are all their keys, in order of appearance; None is empty."""
+    """Write rows as CSV. The columns are all their keys, in order of appearance; None is an empty field."""
     write(path, as_csv(rows))
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """What `write_csv` writes."""
+    """The content that `write_csv` writes."""
     shapes = dict.fromkeys(map(tuple, rows))
     columns = list(dict.fromkeys(key for shape in shapes for key in shape))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
-    if len(shapes) == 1:  # which is much faster, and the rule
+    if len(shapes) == 1:  # the usual case, and much faster
         writer.writerows(row.values() for row in rows)
     else:
         writer.writerows([row.get(column) for column in columns] for row in rows)
-    return buffer.getvalue().encode(errors="backslashreplace")  # names of files may be in no encoding
+    return buffer.getvalue().encode(errors="backslashreplace")  # file names may not be valid UTF-8
 
 
 def read_csv(path: Path, advice: str = "") -> list[dict[str, str]]:
-    """The rows of a CSV file as text; none where there is no file."""
+    """The rows of a CSV file as text; empty if there is no file."""
     try:
         return csv_rows(path.read_bytes(), path, advice)
     except FileNotFoundError:
@@ -85,11 +85,11 @@ def read_csv(path: Path, advice: str = "") -> list[dict[str, str]]:
 
 
 def csv_rows(content: bytes, path: Path, advice: str = "") -> list[dict[str, str]]:
-    """The rows of a CSV file of this content as text."""
+    """The rows of a CSV file with this content, as text; `path` is for messages."""
     try:
         lines = [line for line in csv.reader(io.StringIO(content.decode(), newline="")) if line]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}){advice}") from error
     if len(set(map(len, lines))) > 1:
-        raise UserError(f"{path} is damaged (its lines have not as many fields as its header){advice}")
+        raise UserError(f"{path} is damaged (a line has more or fewer fields than the header){advice}")
     return [dict(zip(lines[0], row, strict=False)) for row in lines[1:]]

@@ -1,9 +1,9 @@
-"""A lock on a directory that says whose it is and that its owner lives, on shared file systems too.
+"""A lock on a directory that names its owner and shows that it is alive, also on shared file systems.
 
-A lock is a file whose name is its owner: host, machine, process. Whoever wants the lock creates a file of
-its own, then lists the directory: the lock is its own if every other owner listed is dead. Of two who try
-at once the second to create its file lists the first one's, so that never both hold it, and no clock of
-any host is compared with another's. Only creating and listing files must be coherent, as on NFS.
+A lock is a file whose name identifies its owner: host, machine, process. A process that wants the lock
+creates its own file, then lists the directory. It has the lock if every other owner in the list is dead. Of
+two processes that try at once, the second to create its file sees the first one's, so that never both hold
+the lock. Clocks of hosts are not compared. Only creating and listing files must be coherent, as on NFS.
 """
 
 import hashlib
@@ -27,20 +27,20 @@ from condlr._support.errors import Held, Lost
 
 log = logging.getLogger(__name__)
 
-BEAT = 10.0  # seconds from one sign of life to the next
-SILENCE = 120.0  # an owner on another machine that gave none for so long counts as dead
-_SAID = 160  # bytes that an owner may say of itself
+BEAT = 10.0  # seconds between two signs of life
+SILENCE = 120.0  # seconds of silence after which an owner on another machine counts as dead
+_SAID = 160  # bytes of an owner's report
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock, or held it when it died.
+    """The process that holds a lock, or held it when it died.
 
     Attributes:
         path: the lock's file.
         host, pid: of the process.
-        machine: a hash that two hosts of one name, or two containers of one host, do not share.
-        born: when the process started, in the kernel's ticks: numbers of processes come again.
+        machine: a hash that tells apart hosts with the same name, and containers on a host.
+        born: when the process started, in the kernel's ticks, since process numbers are reused.
     """
 
     path: Path
@@ -54,22 +54,22 @@ class Owner:
 
     @property
     def here(self) -> bool:
-        """Whether it is a process of this machine, of which the kernel knows whether it lives."""
+        """Whether it is a process of this machine, so that the kernel knows whether it lives."""
         return self.machine == _machine()
 
     @property
     def dead(self) -> bool:
-        """Known to be dead; of a process elsewhere that can't be known."""
+        """Whether it is known to be dead; never of a process on another machine."""
         return self.here and not _lives(self.pid, self.born)
 
     @property
     def at_work(self) -> bool:
-        """Whether it lives, or elsewhere gave a sign of life a short while ago, by this host's clock."""
+        """Whether it lives; on another machine, whether it gave a recent sign of life, by our clock."""
         return not self.dead if self.here else self.silence <= SILENCE
 
     @property
     def ours(self) -> bool:
-        """Whether this process started it, or started what started it."""
+        """Whether it is a descendant of this process."""
         pid = self.pid if self.here else 0
         while pid > 1:
             if (pid := _stat(pid).parent) == os.getpid():
@@ -78,22 +78,22 @@ class Owner:
 
     @property
     def silence(self) -> float:
-        """Seconds since its last sign of life, by this host's clock; infinite where the lock is gone."""
+        """Seconds since its last sign of life, by this host's clock; infinite if the lock is gone."""
         beat = self.beat
         return float("inf") if beat is None else max(time.time() - beat / 1e9, 0.0)
 
     @property
     def beat(self) -> int | None:
-        """When its last sign of life was, by its file system's clock; None where the lock is gone."""
+        """The time of its last sign of life, by the file system's clock; None if the lock is gone."""
         try:
-            with open(self.path, "rb") as file:  # opening a file is what makes NFS ask its server
+            with open(self.path, "rb") as file:  # opening a file makes NFS ask its server
                 return os.fstat(file.fileno()).st_mtime_ns
         except OSError:
             return None
 
     @property
     def said(self) -> dict[str, Any]:
-        """What it last said of itself."""
+        """Its last report of itself."""
         with suppress(OSError, ValueError):
             if isinstance(said := json.loads(self.path.read_text("utf-8")), dict):
                 return said
@@ -101,7 +101,7 @@ class Owner:
 
 
 def owners(directory: Path, name: str = "lock") -> list[Owner]:
-    """Who holds the lock, and who died holding it; while it changes hands there can be several."""
+    """The owners of the lock, dead ones included; for a moment there can be several."""
     found = []
     with suppress(FileNotFoundError, NotADirectoryError):
         for path in sorted(directory.iterdir()):
@@ -113,7 +113,7 @@ def owners(directory: Path, name: str = "lock") -> list[Owner]:
 
 
 def forget_dead(directory: Path, *names: str) -> None:
-    """Remove what processes that died with a lock left, where nobody may ever want that lock again."""
+    """Remove the locks of dead processes, in case no process asks for these locks again."""
     for name in names:
         for owner in owners(directory, name):
             if owner.dead:
@@ -122,19 +122,19 @@ def forget_dead(directory: Path, *names: str) -> None:
 
 @dataclass
 class Lock:
-    """The lock called `name` on a directory: a context in which this process alone holds it.
+    """A context in which only this process holds the lock `name` on a directory.
 
-    An owner of the same machine that is dead loses the lock at once; one elsewhere when it has given no
-    sign of life for `silence` seconds, measured by the clock of who waits.
+    A dead owner on this machine loses the lock at once. An owner on another machine loses it when it gives no
+    sign of life for `silence` seconds, by the clock of the process that waits.
 
     Attributes:
-        says: what the owner says of itself at each sign of life, a few plain values.
-        wait: wait until the lock is free, instead of raising `Held` when its owner is seen to live.
-        patience: or wait so many seconds, for an owner that is just about to stop.
-        silent: owners elsewhere whose silence was waited for already.
+        says: the owner's report at each sign of life, a few plain values.
+        wait: wait until the lock is free, instead of raising `Held` if its owner lives.
+        patience: wait at most this many seconds, for an owner that is about to stop.
+        silent: owners on other machines that are already known to be silent.
 
     Raises:
-        Held: another process, which lives, has the lock.
+        Held: another living process has the lock.
     """
 
     directory: Path
@@ -173,22 +173,22 @@ class Lock:
         self._path.unlink(missing_ok=True)
 
     def require(self) -> None:
-        """Raise `Lost` if another process has taken this one for dead, and the lock with it."""
+        """Raise `Lost` if another process considered this one dead, and took the lock."""
         if not self._path.exists():
             raise Lost(
                 f"{self.directory} was taken over by another process: this one was silent for too long"
             )
 
     def _take(self) -> bool:
-        """Try once; False if others are trying, or holding what is waited for."""
+        """Try once; False if other processes are trying, or hold the lock while this one waits."""
         dead = []
         for owner in owners(self.directory, self.name):
             if owner.dead or owner in self.silent or (not owner.here and self._falls_silent(owner)):
                 dead.append(owner.path)
             elif self.wait or time.monotonic() < self._until:
                 return False
-            elif owner.beat is not None:  # else it has just let go
-                raise Held(f"{self.directory} is held by {owner}, which is at work on it")
+            elif owner.beat is not None:  # else it has just released the lock
+                raise Held(f"{self.directory} is held by {owner}, which is working on it")
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
             os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
@@ -202,7 +202,7 @@ class Lock:
         return True
 
     def _falls_silent(self, owner: Owner) -> bool:
-        """Watch an owner elsewhere until it gives a sign of life, or has given none for long enough."""
+        """Whether an owner on another machine gives no sign of life for `silence` seconds."""
         first, start, told = owner.beat, time.monotonic(), False
         while (now := owner.beat) == first and now is not None:
             waited = time.monotonic() - start
@@ -216,13 +216,13 @@ class Lock:
 
     def _keep_beating(self) -> None:
         while True:
-            with suppress(OSError):  # a full disk, a server that is away: `require` finds out what it means
+            with suppress(OSError):  # a full disk, or an absent server; `require` checks the lock itself
                 self._give_sign()
             if self._stop.wait(self.beat):
                 return
 
     def _give_sign(self) -> None:
-        handle = os.open(self._path, os.O_WRONLY)  # does not create it, should it have been taken
+        handle = os.open(self._path, os.O_WRONLY)  # does not create the file again if the lock was lost
         try:
             os.utime(handle)
             if self.says:
@@ -234,7 +234,7 @@ class Lock:
 
 @cache
 def _machine() -> str:
-    """Eight hexadecimal digits for this machine since it was started, and this container of it."""
+    """Eight hexadecimal digits that identify this machine since its start, and this container."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text("utf-8"))
@@ -243,24 +243,23 @@ def _machine() -> str:
 
 
 def _born(pid: int) -> str:
-    """When a process started, in ticks since the machine did; 0 where the kernel does not tell."""
+    """When a process started, in ticks since the machine's start; 0 if unknown."""
     return _stat(pid).born
 
 
 def _lives(pid: int, born: str) -> bool:
-    """Whether this very process runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # another user's
+        pass  # another user's process
     found = _stat(pid)
     return found.state not in "ZX" and found.born in (born, "0")
 
 
 class _Stat(NamedTuple):
-    """What the kernel tells of a process; as here where it does not."""
+    """The kernel's facts about a process; the defaults if there are none."""
 
     state: str = "?"
     parent: int = 0

@@ -1,4 +1,4 @@
-"""What a program runs on, by name."""
+"""The name and the load of the machine."""
 
 import os
 import platform
@@ -10,14 +10,14 @@ import torch
 
 
 def name(device: torch.device) -> str:
-    """The GPU, or the processor and the threads that are used of it: what a measured time depends on."""
+    """The GPU, or the processor and the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_processor()}, {torch.get_num_threads()} threads"
 
 
 def busy() -> bool:
-    """Whether processes have waited for a core in the last minute, where the system tells."""
+    """Whether processes have waited for a core in the last minute; False if unknown."""
     try:
         return os.getloadavg()[0] > (os.cpu_count() or 1) + 1
     except (OSError, AttributeError):
@@ -26,7 +26,7 @@ def busy() -> bool:
 
 @cache
 def _processor() -> str:
-    """Its name; on virtual machines, which may call all of a make alike, with its family and model."""
+    """The processor's name; a name without digits, as on virtual machines, gets its family and model."""
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
     except OSError:

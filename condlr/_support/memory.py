@@ -1,4 +1,4 @@
-"""The C library's memory, told to keep what a training step frees and the next step wants again."""
+"""Settings of the C library's memory allocation."""
 
 import ctypes
 from contextlib import suppress
@@ -9,10 +9,10 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3), GNU C library
 
 @cache
 def keep_freed_memory() -> bool:
-    """Let this process keep freed memory; whether the C library could be told so (GNU's can).
+    """Make this process keep freed memory; return whether the C library supports that (GNU's does).
 
-    Otherwise it may give the large tensors of every step back to the system, which hands out zeroed
-    pages again, one page fault for 4 KiB: up to a quarter of the time of a LeNet5 step on a CPU.
+    Otherwise it may return the large tensors of every step to the system, and get zeroed pages back with one
+    page fault for every 4 KiB. That takes up to a quarter of the time of a LeNet5 step on a CPU.
     """
     with suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout, and without a change to running statistics; each module's own mode comes back."""
+    """Put all modules into eval mode; restore each module's own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

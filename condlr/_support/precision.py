@@ -1,4 +1,4 @@
-"""The arithmetic of float32 tensors: strict, or with products in fewer bits."""
+"""The arithmetic of float32 tensors: strict, or with products in lower precision."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +14,13 @@ PRECISIONS = ("float32", "tf32", "bf16")
 
 @contextmanager
 def strict(device: torch.device) -> Iterator[None]:
-    """Float32 as IEEE has it in the body: no autocast and no TF32, whatever holds around it."""
+    """IEEE float32 in the body: no autocast and no TF32."""
     with products("ieee"), torch.autocast(device.type, enabled=False):
         yield
 
 
 def require(precision: str, device: torch.device) -> None:
-    """Raise `ValueError` for a precision that is none, or that `device` does not have."""
+    """Raise `ValueError` for an unknown precision, or one that `device` does not support."""
     one_of("precision", precision, PRECISIONS)
     if precision == "tf32" and device.type != "cuda":
         raise ValueError(f"precision=tf32 is for CUDA devices; on {device.type} choose float32 or bf16")
@@ -28,11 +28,11 @@ def require(precision: str, device: torch.device) -> None:
 
 @contextmanager
 def training(model: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
-    """In the body the forward and backward passes of `model` are in `precision`.
+    """Run the forward and backward passes of `model` in `precision` in the body.
 
     `float32` is strict. `tf32` rounds the factors of matrix products and convolutions to 10 bits of mantissa,
-    on GPUs that can. `bf16` computes what the network does to its input in bfloat16 where PyTorch's autocast
-    finds that safe; weights, gradients and logits are float32.
+    on GPUs that support it. `bf16` uses bfloat16 in the forward pass where PyTorch's autocast finds it safe;
+    weights, gradients and logits are float32.
 
     Raises:
         ValueError: see `require`.
@@ -44,7 +44,7 @@ def training(model: nn.Module, precision: str, device: torch.device) -> Iterator
             return
         forward, own = model.forward, model.__dict__.get("forward")
 
-        # The weights change in each step, so there is nothing to cache; and a graph must not record a cache.
+        # Without a cache: the weights change in each step, and a graph must not record a cache.
         def in_bfloat16(*args: Any, **kwargs: Any) -> Tensor:
             with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
                 return forward(*args, **kwargs).float()
@@ -60,7 +60,7 @@ def training(model: nn.Module, precision: str, device: torch.device) -> Iterator
 
 @contextmanager
 def products(kind: str) -> Iterator[None]:
-    """How products and convolutions of float32 tensors are computed: `ieee` or `tf32`."""
+    """Compute products and convolutions of float32 tensors as `ieee` or `tf32` in the body."""
     backends: Any = torch.backends
     settings = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
     others = [(setting, before) for setting in settings if (before := setting.fp32_precision) != kind]

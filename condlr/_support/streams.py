@@ -1,11 +1,11 @@
-"""Where a program's words go: terminals and log files that cannot show all that it has to say."""
+"""Output to terminals and log files that cannot show all characters."""
 
 import io
 import sys
 
 
 def tolerate() -> None:
-    """Let what stdout or stderr cannot show (τ and ± in Latin-1) become `?`, and end no run, from now on."""
+    """Print `?` for characters that stdout or stderr cannot show (τ in Latin-1), instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors != "replace":
             stream.reconfigure(errors="replace")

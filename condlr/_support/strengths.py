@@ -1,4 +1,4 @@
-"""Strengths of attacks: how they may be written, and which of them are one."""
+"""Strengths of attacks: how they are written, and which of them are equal."""
 
 import math
 from collections.abc import Iterable
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def strengths(values: Any) -> Any:
-    """One strength or several as a list of numbers; `8/255` is a number, too.
+    """One strength or several as a list of numbers; a fraction such as `8/255` is a number, too.
 
-    What is neither number nor text is left as it is, for whoever checks types.
+    A value of another type is returned unchanged, and fails the check of types later.
 
     Raises:
-        ValueError: a text is no number.
+        ValueError: a text is not a number.
     """
     if isinstance(values, str | int | float):
         values = [values]
@@ -29,7 +29,7 @@ def _number(text: str) -> float:
 
 
 def require_pixels(eps: float) -> None:
-    """Raise `ValueError` unless a strength of the maximum norm is one of pixels, which are in [0, 1]."""
+    """Raise `ValueError` for a strength in the maximum norm that is in levels of 255 instead of [0, 1]."""
     if isinstance(eps, int | float) and 1 < eps <= 255:
         raise ValueError(
             f"eps must be in [0, 1], as pixels are; got {eps:g}: of 255 levels that is {eps:g}/255"
@@ -37,13 +37,13 @@ def require_pixels(eps: float) -> None:
 
 
 def as_printed(eps: float) -> float:
-    """The strength to the six significant digits that tables print.
+    """The strength rounded to the six significant digits of tables.
 
-    Strengths that print alike are one: 8/255, 0.03137254901960784 and 0.0313725.
+    Strengths that print alike are equal: 8/255, 0.03137254901960784 and 0.0313725.
     """
     return float(f"{eps:.6g}") if math.isfinite(eps) else eps
 
 
 def distinct(values: Iterable[float]) -> list[float]:
-    """In ascending order, and of those that print alike one."""
+    """The strengths in ascending order; of those that print alike only one."""
     return [*{as_printed(value): value for value in sorted(values)}.values()]

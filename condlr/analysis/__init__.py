@@ -1,1 +1,1 @@
-"""What trained networks are like: conditioning, cost, and whether attacks on them can be believed."""
+"""Analyses of trained networks, one file each. See `condlr.analysis.base.Analysis`."""

@@ -1,4 +1,4 @@
-"""What analyses ask of a layer: its kernel, an input of its network."""
+"""Helpers for analyses of layers."""
 
 import copy
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from condlr.layers import LowRankConv2d
 
 
 def blank(model: nn.Module, shape: Sequence[int]) -> Tensor:
-    """An input of zeros, (1, *shape), of the device and dtype of a network's weights."""
+    """An input of zeros, (1, *shape), with the device and dtype of a network's weights."""
     like = next(chain(model.parameters(), model.buffers()), torch.empty(0))
     return torch.zeros(1, *shape, device=like.device, dtype=like.dtype)
 
@@ -24,10 +24,10 @@ def obstacle(layer: nn.Conv2d | LowRankConv2d) -> str | None:
 
 
 def compact_kernel(layer: nn.Conv2d | LowRankConv2d) -> Tensor:
-    """A kernel with the singular values of the layer's operator, but for zeros: (r or out, in, kh, kw).
+    """A kernel whose operator has the same nonzero singular values as the layer's: (r or out, in, kh, kw).
 
-    Of a low-rank layer with U S = Q R (QR) it is R V^T: Q, a 1 x 1 convolution with orthonormal
-    columns, keeps every norm.
+    For a low-rank layer with the QR factorisation U S = Q R it is R V^T: Q, as a 1 x 1 convolution with
+    orthonormal columns, preserves norms.
     """
     if isinstance(layer, nn.Conv2d):
         return layer.weight.detach().double()

@@ -16,10 +16,10 @@ from condlr.evaluation import first
 
 @dataclass
 class AttackAudit(Analysis):
-    """Whether the accuracy at the attack's largest strength can be believed, see `Audit`.
+    """Whether the accuracy at the attack's largest strength is reliable, see `Audit`.
 
     Attributes:
-        images: the first so many test images; None: as many as the attack has, or 1000.
+        images: the first N test images; None for as many as the attack uses, or 1000.
     """
 
     title: ClassVar[str] = "Audit of the attacks"

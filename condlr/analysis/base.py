@@ -1,4 +1,4 @@
-"""What an analysis is: from a trained network to the rows of a tidy table."""
+"""The contract of an analysis: from a trained network to the rows of a tidy table."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,18 +13,18 @@ from condlr.attacks.base import Attack
 from condlr.data.base import Data
 from condlr.methods.base import Method
 
-# How a page shows the rows: a line for each; a line for each key with a column for each run; an audit's
-# findings; or not at all, where a figure or a reader of the CSV is meant.
+# How a page shows the rows: as a table with a line for each row (`rows`); with a line for each key and a
+# column for each run (`runs`); as an audit's findings (`checks`); or not at all, only in figures and the CSV.
 Layout = Literal["rows", "runs", "checks", "none"]
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a training starts.
+    """The start of a training.
 
     Attributes:
         build: makes the network, on the CPU.
-        method, lr, momentum: what trains it, and how.
+        method, lr, momentum: of the training.
     """
 
     build: Callable[[], nn.Module]
@@ -33,24 +33,24 @@ class Start:
     momentum: float
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimiser that would train `model`; a method may move the weights when it makes it."""
+        """The optimiser that would train `model`; making it may change the weights, for some methods."""
         return self.method.optimizer(model, self.lr, self.momentum)
 
 
 class Trained(Protocol):
-    """What an analysis may look at; what costs time is loaded when it is asked for, and kept.
+    """The trained network that an analysis gets; expensive parts are loaded at their first use, and kept.
 
     Attributes:
         model: the trained network, in eval mode, on the device of `data`.
-        data: what it was trained on, `data.test` included.
-        test_images: how many test images there are, without loading them.
-        attack: with its strengths; an analysis may look at the same.
+        data: the data that it was trained on, including `data.test`.
+        test_images: the number of test images, known without loading them.
+        attack: the run's attack, whose strengths an analysis may use.
         batch_size: of training.
-        start: where its training started.
-        dense_start: where that of the dense network started that differs in its method alone.
-        has_dense: whether that dense network is trained, too, and is not this one.
-        dense: that network; None without it.
-        on_progress: to be called with how many of how many parts are done.
+        start: the start of its training.
+        dense_start: the start of the baseline, the dense network that differs only in its method.
+        has_dense: whether the baseline is trained, and is another network.
+        dense: the trained baseline, or None.
+        on_progress: to be called with the number of parts done and of all parts.
     """
 
     @cached_property
@@ -77,23 +77,23 @@ class Trained(Protocol):
 
 @dataclass
 class Analysis(ABC):
-    """Something found out of a trained network; its fields are the keys of `conf/analysis/<name>.yaml`.
+    """An analysis of a trained network; its fields are the keys of `conf/analysis/<name>.yaml`.
 
-    Its rows are kept in `<name>.csv` of the run. Tables and pages show them as the class says.
+    Its rows are saved in `<name>.csv` of the run. The class says how tables and pages show them.
 
     Attributes:
-        title: what a report calls it.
-        legend: what the columns mean; `{column}` in it stands for the values of that column.
-        keys: the columns that tell its rows apart; a row takes the place of one with the same keys.
-        columns: by heading, what a table shows of a row: `"{layer}"`, `"{norm} ({ratio:.2f})"`. A number
+        title: its name in a report.
+        legend: the meaning of the columns; `{column}` in it is replaced by the values of that column.
+        keys: the key columns; a new row replaces one with the same key.
+        columns: by heading, the format of a row's cell: `"{layer}"`, `"{norm} ({ratio:.2f})"`. A number
             without a format is written to three digits.
         caption: above the table; the title if it is empty.
-        layout: see `Layout`. In `runs` the first column is the key, the second a run's value, and what
-            follows is of the first run.
-        place: in the order of a report; those of one place go by their names.
-        packages: what has to be installed besides.
+        layout: see `Layout`. In `runs` the first column is the key, the second a run's value, and the others
+            are of the first run.
+        place: in the order of a report; analyses of the same place are sorted by name.
+        packages: additional packages that must be installed.
         always: whether it is made at the end of every training.
-        long: whether its rows are so many that collected ones say whose they are, and no more.
+        long: whether it has so many rows that collected ones repeat only the keys of their run.
     """
 
     title: ClassVar[str]
@@ -108,14 +108,14 @@ class Analysis(ABC):
     long: ClassVar[bool] = False
 
     def require(self, trained: Trained) -> None:  # noqa: B027 (most need nothing)
-        """Called before anything is computed of any run.
+        """Called for each run before anything is computed.
 
         Raises:
-            ValueError: this cannot be made of it.
+            ValueError: the analysis is not possible for the run.
         """
 
     def lacks(self, there: Sequence[Mapping[str, Any]], trained: Trained) -> bool:
-        """Whether rows that the run has already leave out what is asked for now; they are text."""
+        """Whether something is missing in the rows that the run already has; their values are text."""
         return not there
 
     @abstractmethod

@@ -52,12 +52,11 @@ class Conditioning(Analysis):
 
 @torch.no_grad()
 def layer_conditions(model: nn.Module) -> dict[str, float]:
-    """cond_2 of each linear and convolution layer's matrix, by the name of the layer.
+    """cond_2 of each linear and convolution layer's matrix, in float64, by the name of the layer.
 
-    sigma_max / sigma_min over the min(n, m) singular values of a dense weight, kernels viewed
-    as out x (in kh kw), and over the r of a low-rank one (its pseudo-inverse is meant: cond(W) =
-    ||W|| ||W^+||, arXiv 2306.01485, section 3). In float64. For a convolution this is not the
-    conditioning of the operator on images.
+    It is sigma_max / sigma_min of the singular values in `spectra`. For a low-rank layer this means
+    cond(W) = ||W|| ||W^+|| (arXiv 2306.01485, section 3). For a convolution it is not the condition number of
+    the operator on images.
     """
     return {
         name: math.inf if sigma[-1] == 0 else (sigma[0] / sigma[-1]).item()
@@ -69,8 +68,8 @@ def layer_conditions(model: nn.Module) -> dict[str, float]:
 def spectra(model: nn.Module) -> dict[str, Tensor]:
     """The singular values of each linear and convolution layer's matrix, by the name of the layer.
 
-    Descending, in float64: min(n, m) of a dense weight, kernels viewed as out x (in kh kw); the r that may
-    differ from 0 of a low-rank one. NaN for weights that are not finite.
+    Descending, in float64: min(n, m) values of a dense weight, whose kernels are viewed as out x (in kh kw);
+    r values of a low-rank weight, the others being 0. NaN for weights that are not finite.
     """
     values = {}
     for name, layer in model.named_modules():
@@ -92,27 +91,26 @@ def conditioning(
 ) -> list[dict[str, Any]]:
     """Norms and condition numbers of each linear and convolution layer, as a matrix and as an operator.
 
-    A line for each `nn.Linear`, `nn.Conv2d` or low-rank layer, in order, with the keys
+    Computed in float64. A row for each `nn.Linear`, `nn.Conv2d` or low-rank layer, in order, with the keys
 
-    - layer, kind (`linear` or `conv`), n, m, rank: W is n x m, of rank r; a dense layer has r = min(n, m);
-    - cond_U, cond_S, cond_V: of the factors; None for dense layers, and for an S that is not there;
-    - norm, cond_matrix: ||W|| and ||W|| ||W^+||, the latter as `layer_conditions` has it;
+    - layer, kind (`linear` or `conv`), n, m, rank: W is n x m of rank r; a dense layer has r = min(n, m);
+    - cond_U, cond_S, cond_V: of the factors; None for dense layers, and without an S;
+    - norm, cond_matrix: ||W||, and ||W|| ||W^+|| as in `layer_conditions`;
     - norm_circular, cond_circular: of the convolution of a periodic image of the layer's input size
-      (`circular_singular_values`); None where the stride does not divide that size;
+      (`circular_singular_values`); None if the stride does not divide that size;
     - norm_padded, cond_padded: of the convolution as the network computes it (`padded_norm`,
-      `padded_singular_values`); the condition number is None where it has more than `dense_limit` values;
+      `padded_singular_values`); the condition number is None for more than `dense_limit` values;
     - norm_bound: an upper bound on norm_padded (`padded_bound`).
 
-    An operator's condition number is its largest singular value over the smallest of those that W's rank
-    leaves room for, in the sense of ||A|| ||A^+||: with U S = Q R, Q of orthonormal columns, they are the
-    values of the convolution with the r filters R V^T, min(r, in s^2) for each frequency. Infinite where one
-    of these is 0 to rounding.
+    An operator's condition number is ||A|| ||A^+||: the singular values that are 0 because of W's rank are
+    left out. With U S = Q R, where Q has orthonormal columns, the others are those of the convolution with
+    the r filters R V^T, min(r, in s^2) for each frequency. It is infinite if one of these is 0 to rounding.
 
     The columns of operators are None for linear layers, grouped convolutions, other paddings than zeros, and
-    layers that the forward pass does not call. NaN throughout for weights that are not finite. In float64.
+    layers that the forward pass does not call. All are NaN for weights that are not finite.
 
     Args:
-        model: any network; its mode and weights are not changed.
+        model: any network; its mode and weights do not change.
         shape: of one input, (channels, height, width) for images.
         dense_limit: see cond_padded.
     """
@@ -128,7 +126,7 @@ def conditioning(
 
 @torch.no_grad()
 def _input_sizes(model: nn.Module, shape: Sequence[int]) -> dict[str, tuple[int, int]]:
-    """(H, W) of what each convolution is given, at its first call."""
+    """(H, W) of each convolution's input, at its first call."""
     sizes: dict[str, tuple[int, int]] = {}
 
     def note(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -199,6 +197,6 @@ def _condition(matrix: Tensor) -> float:
 
 
 def _spread(sigma: Tensor) -> float:
-    """The largest over the smallest; infinite if that is 0, up to the rounding of an SVD."""
+    """The largest over the smallest value; infinite if the latter is 0 up to the rounding of an SVD."""
     largest, smallest = sigma.max().item(), sigma.min().item()
     return largest / smallest if smallest > 1e-15 * largest else math.inf

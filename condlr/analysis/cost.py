@@ -1,4 +1,4 @@
-"""What a network costs in training and exported, counted rather than timed: weights, operations, memory."""
+"""The cost of a network in training and exported: counts of weights, operations and bytes."""
 
 import copy
 import weakref
@@ -20,7 +20,7 @@ from condlr.factorization import export, measure
 
 @dataclass
 class CountedCost(Analysis):
-    """What a network costs in training and exported, beside the dense one, see `Cost`."""
+    """The cost of a network in training and exported, compared with the dense one, see `Cost`."""
 
     title: ClassVar[str] = "Cost, counted"
     caption: ClassVar[str] = "What the networks cost, counted"
@@ -53,11 +53,11 @@ class CountedCost(Analysis):
 
 @dataclass(frozen=True)
 class Cost:
-    r"""What a network costs in training, as it is, and exported (`condlr.export`).
+    r"""The cost of a network in training, and exported by `condlr.export`.
 
-    Operations are additions and multiplications of matrix products and convolutions, biases, activations,
-    normalisation and pooling left out. For a layer with an n x m matrix whose output has p positions (1 for a
-    linear layer, height x width for a convolution, padding counted as if it were image):
+    Operations are additions and multiplications in matrix products and convolutions, without biases,
+    activations, normalisation and pooling. For a layer with an n x m matrix whose output has p positions (1
+    for a linear layer, height x width for a convolution; padding counts as image):
 
         layer                      forward, each image     forward, each step
         dense                      2 n m p
@@ -65,25 +65,24 @@ class Cost:
         U S V^T, chained           2 r (n + m + r) p
         U S V^T, multiplied        2 n m p                 2 n r^2 + 2 n m r
 
-    A pair U V^T, or a diagonal S, lacks the product 2 n r^2, or 2 r^2 p. The backward pass takes twice the
-    forward pass: each product A B is followed by one for the gradient of A and one for that of B. Only the
-    images need no gradient, which saves the first layer 2 n m p, or 2 r m p in the factored forms; frozen
-    weights save more. What a step does once is shared out among the images of its batch. The exported network
-    has no products of weights: 2 min(n m, r (n + m)) p in each layer.
+    U V^T, or a diagonal S, does not have the product 2 n r^2, or 2 r^2 p. The backward pass costs twice the
+    forward pass: each product A B has one product for the gradient of A and one for that of B. Only images
+    need no gradient, which saves 2 n m p in the first layer, or 2 r m p in the factored forms; frozen weights
+    save more. Work that a step does once is divided by the images of its batch. The exported network has
+    no products of weights: 2 min(n m, r (n + m)) p in each layer.
 
     Attributes:
-        batch_size: images in a batch, on which peaks depend, and operations where products belong to a step.
-        train_weights: of linear and convolution layers, see `condlr.factorization.Size.trained`.
-        train_parameters: all parameters, biases and normalisation included.
+        batch_size: images in a batch; peaks, and operations done once in a step, depend on it.
+        train_weights: of linear and convolution layers, see `condlr.size.Size.trained`.
+        train_parameters: all parameters, including biases and normalisation.
         train_flops: of a forward and backward pass, for each image.
         train_state_bytes: parameters and buffers, their gradients, and the optimiser's state.
-        train_peak_bytes: the most that is held at one time of a step: parameters, buffers, the optimiser's
-            state, images, labels, and what the step makes, gradients and activations.
+        train_peak_bytes: the peak memory of a step: parameters, buffers, the optimiser's state, images,
+            labels, gradients and activations.
         deploy_weights: as `train_weights`, of the exported network.
         deploy_parameters: as `train_parameters`.
         deploy_flops: of a forward pass, for each image.
-        deploy_peak_bytes: the most that is held at one time of a forward pass: parameters, buffers, images,
-            and what the pass makes.
+        deploy_peak_bytes: the peak memory of a forward pass: parameters, buffers, images and activations.
     """
 
     batch_size: int
@@ -98,7 +97,7 @@ class Cost:
     deploy_peak_bytes: int
 
     def as_dict(self, dense: "Cost | None" = None) -> dict[str, float]:
-        """A line of a CSV; given the cost of the dense network also ratios to it, `train_flops_ratio` etc.
+        """A row of a CSV; with the cost of the dense network also the ratios to it, `train_flops_ratio` etc.
 
         Raises:
             ValueError: `dense` is for another batch size.
@@ -113,7 +112,7 @@ class Cost:
 
 
 def momentum_sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum, one value of state for each weight: what most methods train with."""
+    """SGD with momentum, which most methods use: one value of state for each weight."""
     return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.3)
 
 
@@ -123,18 +122,18 @@ def cost(
     batch_size: int = 128,
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = momentum_sgd,
 ) -> Cost:
-    """Count what `model` costs in training and exported.
+    """Count the cost of `model` in training and exported.
 
-    Two steps with cross-entropy and two forward passes are really taken, on random images and on copies: the
-    network, its gradients, buffers and modes, and the random state are not touched. Layers are counted in the
-    forms they have, see `condlr.set_forms`. A step is one forward and backward pass and the
-    optimiser's; a method that takes more passes (DLRT: two) costs so many times `train_flops`.
+    Two steps with cross-entropy and two forward passes are run on random images and on copies of the network,
+    so the network and the random state do not change. Layers are counted in their current forms, see
+    `condlr.set_forms`. A step has one forward and backward pass; for a method with more passes (DLRT: two),
+    multiply `train_flops`.
 
     Args:
-        model: classifies images; with low-rank layers or without.
+        model: classifies images; with or without low-rank layers.
         shape: of an image.
         batch_size: images in a batch.
-        optimizer: makes one, given a network. The steps of its hooks, a constraint, count for the peak.
+        optimizer: makes an optimiser for a network. Its hooks, such as a constraint, count for the peak.
 
     Raises:
         ValueError: all parameters are frozen, or there are none.
@@ -146,10 +145,10 @@ def cost(
         (7850, 31360.0, 15680.0)
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("this network has no parameter that is trained")
+        raise ValueError("this network has no trainable parameter")
     like = next(model.parameters())
     size = measure(model)
-    # Images, dropout, and the start of the exported layers, which is overwritten, are drawn.
+    # Images, dropout and the initialisation of exported layers draw random numbers
     with torch.random.fork_rng([like.get_device()] if like.is_cuda else []):
         images = torch.rand(batch_size, *shape, device=like.device, dtype=like.dtype)
         train_flops, train_state, train_peak = _in_training(copy.deepcopy(model).train(), images, optimizer)
@@ -177,10 +176,10 @@ def flops(work: Callable[[], object]) -> int:
 
 
 def peak_bytes(work: Callable[[], object], held: Iterable[Tensor], device: torch.device) -> int:
-    """The most bytes that are held during `work`: what is held before, and what it makes.
+    """The peak memory during `work`, including the tensors `held` before.
 
-    On a CPU those are the bytes of tensors; what a kernel takes for itself is not seen. On CUDA it is, and
-    sizes are rounded up as PyTorch allocates them; the device's peak statistics are reset.
+    On a CPU it counts the bytes of tensors, without the internal memory of kernels. On CUDA it includes that,
+    with sizes rounded up as PyTorch allocates them; the device's peak statistics are reset.
     """
     before = sum(tensor.nbytes for tensor in held)
     if device.type == "cuda":
@@ -196,7 +195,7 @@ def peak_bytes(work: Callable[[], object], held: Iterable[Tensor], device: torch
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """What stays from one step to the next: parameters, gradients, buffers, and the optimiser's state."""
+    """The tensors that stay between steps: parameters, gradients, buffers and the optimiser's state."""
     for parameter in model.parameters():
         yield parameter
         if parameter.grad is not None:
@@ -207,11 +206,11 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations in its context make, while they live.
+    """Counts the bytes of living tensors that were made by operations in its context.
 
     Attributes:
-        level: what lives now.
-        peak: the most that lived at one time.
+        level: the present number.
+        peak: the largest number so far.
     """
 
     def __init__(self) -> None:
@@ -221,7 +220,7 @@ class LiveBytes(TorchDispatchMode):
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # A view, or what is changed in place, is not made here: its memory is that of an argument.
+        # Views and in-place results share the memory of an argument, and are not counted.
         given = {storage.data_ptr() for storage in _storages((args, kwargs))}
         made = func(*args, **(kwargs or {}))
         for storage in _storages(made):
@@ -250,7 +249,7 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
 def _in_training(
     model: nn.Module, images: Tensor, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
 ) -> tuple[int, int, int]:
-    """Operations of a pass, bytes of the state, and bytes at the peak of a step."""
+    """Operations of a forward and backward pass, bytes of the state, and peak bytes of a step."""
     optimizer = make_optimizer(model)
     labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
 
@@ -263,7 +262,7 @@ def _in_training(
 
     with torch.enable_grad():
         operations = flops(pass_through)
-        optimizer.step()  # the first makes the optimiser's state
+        optimizer.step()  # the first step makes the optimiser's state
         kept = sum(tensor.nbytes for tensor in state(model, optimizer))
         optimizer.zero_grad()
         peak = peak_bytes(step, [*state(model, optimizer), images, labels], images.device)
@@ -272,7 +271,6 @@ def _in_training(
 
 @torch.no_grad()
 def _deployed(model: nn.Module, images: Tensor) -> tuple[int, int]:
-    """Operations of a forward pass, and bytes at its peak."""
     operations = flops(lambda: model(images))
     held = [*model.parameters(), *model.buffers(), images]
     return operations, peak_bytes(lambda: model(images), held, images.device)

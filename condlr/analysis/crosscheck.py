@@ -1,4 +1,4 @@
-"""Our attacks beside another library's on the same weights: foolbox (Rauber et al., JOSS 2020)."""
+"""Our attacks compared with those of foolbox (Rauber et al., JOSS 2020) on the same weights."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ class Crosscheck(Analysis):
     Attributes:
         eps: strengths in the maximum norm.
         steps: of PGD.
-        images: the first so many test images.
+        images: the first N test images.
     """
 
     title: ClassVar[str] = "Our attacks beside foolbox's"
@@ -77,18 +77,18 @@ class Crosscheck(Analysis):
 def crosscheck(
     model: nn.Module, images: Images, strengths: Sequence[float], steps: int = 40
 ) -> Iterator[dict[str, Any]]:
-    """FGSM and PGD of both libraries, with as many steps and one start each, on all of `images`.
+    """FGSM and PGD of both libraries, with the same number of steps and one start, on all of `images`.
 
-    PGD's steps are as long as each library has them: there eps / 30, here eps / 16 for 40 steps.
+    PGD's step size is each library's default: eps / 30 in foolbox, eps / 16 here for 40 steps.
 
     Args:
-        model: whose images are in [0, 1].
+        model: takes images in [0, 1].
         images: attacked in one batch.
-        strengths: of the maximum norm; a Euclidean ball has sqrt(d) / 5 times that radius, d the pixels.
+        strengths: of the maximum norm; a Euclidean ball of d pixels has sqrt(d) / 5 times that radius.
         steps: of PGD.
 
     Yields:
-        attack, norm, eps, n, ours and foolbox (accuracies), largest_difference (of two pixels, for FGSM).
+        attack, norm, eps, n, ours and foolbox (accuracies), largest_difference (in a pixel, for FGSM).
     """
     foolbox: Any = import_module("foolbox")
     ((pixels, labels),) = images.batches(len(images))

@@ -1,4 +1,4 @@
-"""What can be proved of a trained network, and how far it is from what is measured."""
+"""Proved bounds for a trained network, compared with measured values."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ from condlr.analysis.theory.proposition import proposition_1
 from condlr.data.base import Images
 from condlr.evaluation import first
 
-# How many images the local condition number is measured at, and from how many it is driven up.
+# Images at which the local condition number is measured, starts of its ascent, and steps of ascent.
 MEASURED, DRIVEN, ASCENT = 100, 5, 30
-# On how many images radii are certified.
+# Images for which radii are certified.
 IMAGES = 1000
 
 
 @dataclass
 class Guarantees(Analysis):
-    """What is measured of a network and what is proved, see `guarantees`."""
+    """Measured values and proved bounds of a network, see `guarantees`."""
 
     title: ClassVar[str] = "What is measured and what can be proved"
     caption: ClassVar[str] = "What is measured and what can be proved of the networks"
@@ -42,7 +42,7 @@ class Guarantees(Analysis):
     def lacks(self, there: Sequence[Mapping[str, Any]], trained: Trained) -> bool:
         known = {row["quantity"] for row in there}
         largest = max(_strengths(trained), default=0.0)
-        proved = any(name.startswith("certified at") for name in known)  # None is of a network without bounds
+        proved = any(name.startswith("certified at") for name in known)  # False for networks without bounds
         return not known or (proved and largest > 0 and _certified(largest) not in known)
 
     @override
@@ -60,14 +60,14 @@ def _certified(eps: float) -> str:
 
 
 def guarantees(model: nn.Module, images: Images, strengths: Sequence[float]) -> list[dict[str, Any]]:
-    """Condition numbers measured and bounded, the Lipschitz constant, and what it certifies.
+    """Measured condition numbers and their bounds, the Lipschitz bound, and certified radii.
 
-    A line for each quantity, with the keys quantity, value and note.
+    A row for each quantity, with the keys quantity, value and note.
 
     Args:
-        model: a network; of one that is no chain (`analysis.theory.chain`) only what is measured is told.
-        images: on which; the local condition numbers on the first ones alone.
-        strengths: of attacks in the maximum norm: the share of certified images is told at the largest.
+        model: a network; one that is not a chain (`analysis.theory.chain`) gets only measured values.
+        images: to evaluate on; local condition numbers use only the first ones.
+        strengths: of attacks in the maximum norm; certified shares include the largest one.
     """
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         return [_row("cond(f; x)", None, "the network has weights that are not finite")]

@@ -12,7 +12,7 @@ from condlr.analysis.conditioning import spectra
 
 @dataclass
 class Spectra(Analysis):
-    """Every singular value of every layer, at the start of training and at its end; for a figure."""
+    """All singular values of all layers, at the start and at the end of training; for a figure."""
 
     title: ClassVar[str] = "Singular values"
     keys: ClassVar[tuple[str, ...]] = ("when", "layer", "index")
@@ -24,7 +24,7 @@ class Spectra(Analysis):
     @override
     def rows(self, trained: Trained) -> Iterator[Mapping[str, Any]]:
         start = trained.start.build()
-        # A method may move the weights when it makes its optimiser: where training starts is after that
+        # Making the optimiser may change the weights, and training starts after that
         trained.start.optimizer(start)
         for when, network in (("start", start), ("end", trained.model)):
             for name, values in spectra(network).items():

@@ -1,1 +1,1 @@
-"""The attacks: one file each. See `condlr.attacks.base.Attack` for what one is."""
+"""The attacks, one file each. See `condlr.attacks.base.Attack`."""

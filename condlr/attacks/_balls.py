@@ -1,6 +1,6 @@
-"""The balls that perturbations are held to: their radius, steepest directions, projections, points in them.
+"""The balls that bound perturbations: radius, steepest direction, projection, random points.
 
-Images and perturbations are (n, ...); an `euclidean` ball is that of `l2` and of `l2_relative`.
+Images and perturbations are (n, ...). Both `l2` and `l2_relative` have Euclidean balls.
 """
 
 import torch
@@ -19,16 +19,16 @@ def lengths(points: Tensor) -> Tensor:
 
 
 def steepest(norm: str, gradient: Tensor) -> Tensor:
-    """The direction of norm 1 in which a function of this gradient grows fastest; 0 where the gradient is 0.
+    """The direction of norm 1 in which a function with this gradient grows fastest; 0 if the gradient is 0.
 
-    sign(g) for `linf`, g / ||g||_2 otherwise. The gradient is first divided by its largest entry, so that
-    neither a tiny nor a huge one is lost when it is squared.
+    sign(g) for `linf`, g / ||g||_2 otherwise. The gradient is first divided by its largest entry, so that its
+    squares neither underflow nor overflow.
     """
     if norm == "linf":
         return gradient.sign()
     largest = gradient.abs().amax(_inner(gradient), keepdim=True)
     scaled = torch.where(largest > 0, gradient / largest, 0)
-    # Subnormal numbers lose digits in the division; at least they do not become more than one.
+    # Subnormal numbers lose digits in the division; the second one makes the norm at most 1 again.
     return torch.where(largest > 0, scaled / lengths(scaled), 0).nan_to_num(0, 0, 0)
 
 

@@ -1,4 +1,4 @@
-"""What the attacks taken from a library share: pyautoattack, AutoAttack's own code as a package."""
+"""Helpers for attacks from the library pyautoattack, AutoAttack's own code as a package."""
 
 import logging
 from collections.abc import Iterator
@@ -18,14 +18,14 @@ NORMS: dict[str, Literal["Linf", "L2"]] = {"linf": "Linf", "l2": "L2"}
 
 
 def require(attack: str) -> None:
-    """Raise `UserError` where the library is not installed."""
+    """Raise `UserError` if the library is not installed."""
     if find_spec("pyautoattack") is None:
         raise UserError(f"attack={attack} needs the package pyautoattack: pip install 'condlr[attacks]'")
 
 
 @contextmanager
 def library(images: Tensor) -> Iterator[None]:
-    """Keep the library's seeding from what is outside, and pass on each kind of its warnings once."""
+    """Isolate the library's seeding, and log each kind of its warnings once."""
     logger, voice = logging.getLogger("auto-attack"), _Once()
     logger.propagate, level = False, logger.level
     logger.setLevel(logging.WARNING)
@@ -39,7 +39,7 @@ def library(images: Tensor) -> Iterator[None]:
 
 
 class _Once(logging.Handler):
-    """Warnings that differ in their numbers alone are one kind."""
+    """Logs each kind of warning once; warnings that differ only in numbers are one kind."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

@@ -13,13 +13,13 @@ from condlr.attacks.base import Perturbed, StrengthByStrength
 
 @dataclass
 class AutoAttack(StrengthByStrength):
-    """APGD on cross-entropy, targeted APGD on DLR, targeted FAB, Square: each on what the ones before left.
+    """APGD on cross-entropy, targeted APGD on DLR, targeted FAB, Square: each on the images that are left.
 
-    100 iterations and one start each, 9 target classes, 5000 queries. From the package pyautoattack 0.2: the
-    authors' own code of the four attacks and of their order, with another signature, a warning where the DLR
-    loss has zero gradients, and evaluations that can be resumed. Ours differs from one evaluation of the
-    whole set in what is random: each batch of 250 images draws from a seed of its own. With fewer than ten
-    classes there are as many targets as wrong classes.
+    100 iterations and one start each, 9 target classes, 5000 queries. The package pyautoattack 0.2 is the
+    authors' own code of the four attacks and their order, with another signature, a warning for zero
+    gradients of the DLR loss, and evaluations that can be resumed. Random draws differ from an evaluation of
+    the whole set: each batch of 250 images has its own seed. With fewer than ten classes all wrong classes
+    are targets.
     """
 
     title: ClassVar[str] = "AutoAttack"

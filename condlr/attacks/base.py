@@ -1,4 +1,4 @@
-"""What an attack is, and what it may count on."""
+"""The contract of an attack."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,7 +12,7 @@ from typing_extensions import override
 from condlr._support.errors import in_range, one_of
 from condlr._support.strengths import distinct, require_pixels
 
-# How captions print the norms.
+# Titles of the norms in captions.
 NORM_TITLES = {"linf": "ℓ∞", "l2": "ℓ2", "l2_relative": "ℓ2 as a part of ‖x‖2", "std": "standard deviation"}
 
 
@@ -21,13 +21,12 @@ class Perturbed:
     """A batch of images after an attack of one strength.
 
     Attributes:
-        label: of the attack, as tables call it.
+        label: the attack's label.
         eps: the strength.
-        images: (n, ...), in the order of those attacked.
-        without_gradient: (n,) bool, the images whose gradient was zero in every pixel where the attack
-            began; None for an attack that uses no gradient.
-        queries: (n,), how often the network was asked about each image; None for an attack that is
-            not counted so.
+        images: (n, ...), in the order of the input.
+        without_gradient: (n,) bool, the images whose gradient was zero in every pixel at the start; None for
+            an attack that uses no gradient.
+        queries: (n,), evaluations of the network for each image; None if the attack does not count them.
     """
 
     label: str
@@ -39,18 +38,18 @@ class Perturbed:
 
 @dataclass
 class Attack(ABC):
-    """A way to perturb images, its options being the keys of `conf/attack/<name>.yaml`.
+    """A way to perturb images; its options are the keys of `conf/attack/<name>.yaml`.
 
     Attributes:
-        title: what tables call it; without one, the name of its file.
-        eps: strengths, in units of `norm`; 0 is no attack. Of those that print alike only one is taken.
-        norm: what measures the perturbation, one of the attack's `norms`. `linf` and `l2` are in units
-            of the pixel range [0, 1]; `l2_relative` is the 2-norm as a part of the image's own.
-        images: only the first so many test images; None is all.
-        seed: of what is drawn at random.
-        source: whose gradients or answers make the images: None, the attacked network's own;
-            `baseline`, those of the dense network trained under the same protocol with the same seed;
-            or the directory of a run. A network attacked with another's images is attacked by transfer.
+        title: its name in tables; by default the name of its file.
+        eps: strengths, in units of `norm`; 0 is no attack. Of strengths that print alike, one is used.
+        norm: the norm of the perturbation, one of the attack's `norms`. `linf` and `l2` are in units of the
+            pixel range [0, 1]; `l2_relative` is the 2-norm relative to the image's 2-norm.
+        images: only the first N test images; None for all.
+        seed: of random draws.
+        source: the network that the images are made on: None for the attacked network itself; `baseline` for
+            the dense network trained under the same protocol with the same seed; or the directory of a run.
+            With a source, the attack is a transfer attack.
     """
 
     title: ClassVar[str] = ""
@@ -78,11 +77,11 @@ class Attack(ABC):
         in_range("seed", self.seed, 0, 2**32, half_open=True)
 
     def name(self) -> str:
-        """Its name, with the options of `in_label`."""
+        """The attack's name, with the options of `in_label`."""
         return type(self).__module__.rpartition(".")[-1]
 
     def label(self) -> str:
-        """How tables call it: its name, and every option that is not the usual one."""
+        """The label in tables: the name, and all options that differ from their default."""
         named = ("eps", "norm", "images", "source", *self.in_label)
         unusual = [
             f"{option.name}={getattr(self, option.name)}"
@@ -97,30 +96,30 @@ class Attack(ABC):
 
     @classmethod
     def title_of(cls, label: str) -> str | None:
-        """How tables print a label that `cells` has for some attack of this class; None for any other."""
+        """The title in tables of a label from `cells` of this class; None for any other label."""
         name, _, rest = label.partition("-")
         if name != cls.__module__.rpartition(".")[-1]:
             return None
         return (cls.title or name) + (f", {rest}" if rest else "")
 
     def cells(self) -> list[tuple[str, float]]:
-        """The label and strength of all that `perturb` yields."""
+        """The label and strength of each result of `perturb`."""
         return [(self.label(), eps) for eps in self.eps]
 
     @abstractmethod
     def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0) -> Iterator[Perturbed]:
-        """The images as each strength leaves them.
+        """The perturbed images for each strength.
 
         Args:
-            model: in eval mode, its normalisation inside; weights need no gradient.
+            model: in eval mode, with its normalisation inside; weights need no gradient.
             images: (n, ...) in [0, 1], float32.
-            labels: (n,), the true ones.
-            seed: of what is drawn for this batch; a strength's draws do not depend on the others asked for.
+            labels: (n,), the true labels.
+            seed: of the draws for this batch; the draws of a strength must not depend on other strengths.
         """
 
 
 class StrengthByStrength(Attack):
-    """An attack that starts anew for each strength: nothing is shared between them."""
+    """An attack that shares nothing between strengths."""
 
     @override
     def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0) -> Iterator[Perturbed]:
@@ -132,19 +131,19 @@ class StrengthByStrength(Attack):
 
     @abstractmethod
     def strike(self, model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> Perturbed:
-        """The attack at one strength, which is not 0; the arguments are those of `perturb`."""
+        """The attack at one strength > 0; the arguments are those of `perturb`."""
 
 
 def correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """(n,) bool: which images `model` classifies as `labels` say; none whose logits are not finite."""
+    """(n,) bool: whether `model` classifies each image correctly; False if a logit is not finite."""
     return right(model(images), labels)
 
 
 def right(logits: Tensor, labels: Tensor) -> Tensor:
-    """(n,) bool: where the largest logit is the label's, and all are finite."""
+    """(n,) bool: whether the largest logit is the label's, and all are finite."""
     return (logits.argmax(1) == labels) & logits.isfinite().all(1)
 
 
 def without_direction(gradient: Tensor) -> Tensor:
-    """(n,) bool: the images whose gradient is 0, or no number, in every pixel."""
+    """(n,) bool: the images whose gradient is 0, or not finite, in every pixel."""
     return ((gradient == 0) | ~gradient.isfinite()).flatten(1).all(1)

@@ -17,13 +17,13 @@ from condlr.attacks.base import Attack, Perturbed, without_direction
 class Fgsm(Attack):
     """x' = clamp(x + eps sign(grad_x L(f(x), y)), 0, 1), L the cross-entropy with the true label.
 
-    The loss is summed over the batch, not averaged: an average only makes small gradients underflow.
-    sign(0) = 0, so a pixel without gradient is not touched. One backward pass serves every eps. For
-    `l2` and `l2_relative` the step is eps g / ||g||_2 and eps ||x||_2 g / ||g||_2 (fast gradient method).
+    The loss is summed over the batch: an average would only make small gradients underflow. sign(0) = 0, so a
+    pixel without gradient does not change. One backward pass serves every eps. For `l2` and `l2_relative` the
+    step is eps g / ||g||_2 and eps ||x||_2 g / ||g||_2 (fast gradient method).
 
     Attributes:
-        clamp: to [0, 1]; without it images leave the range of pixels, as the CondLR authors' code has it
-            for CIFAR-10 (a step of eps sign / std on standardised images is the same one).
+        clamp: to [0, 1]; without it images leave the range of pixels, as in the CondLR authors' code for
+            CIFAR-10 (a step of eps sign / std on standardised images is the same).
     """
 
     in_label: ClassVar[tuple[str, ...]] = ("clamp", "seed")  # nothing is drawn
@@ -53,7 +53,7 @@ class Fgsm(Attack):
 
 
 def cross_entropy_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """The gradient of the cross-entropy in each image's pixels, as float arithmetic has it: it may be 0."""
+    """The gradient of the cross-entropy in the images' pixels; it may underflow to 0."""
     images = images.detach().requires_grad_()
     with torch.enable_grad():
         loss = F.cross_entropy(model(images), labels, reduction="sum")

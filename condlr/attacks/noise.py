@@ -1,4 +1,4 @@
-"""Random noise: what an attack must beat."""
+"""Random noise, which any attack must beat."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,14 +14,14 @@ from condlr.attacks.base import Perturbed, StrengthByStrength
 
 @dataclass
 class Noise(StrengthByStrength):
-    """x' = clamp(x + noise, 0, 1), one draw for each image; the network is not looked at.
+    """x' = clamp(x + noise, 0, 1), one draw for each image, independent of the network.
 
     The noise is, by norm: `std`, Gaussian with standard deviation eps in each pixel; `linf`, eps or -eps in
-    each pixel; `l2` and `l2_relative`, uniform on the sphere of that radius. So the last three are as large
-    as an attack of the same eps may be.
+    each pixel; `l2` and `l2_relative`, uniform on the sphere of that radius. The last three are as large as
+    an attack of the same eps may be.
 
     Attributes:
-        probability: that a pixel (a value of each channel) is touched at all.
+        probability: that a pixel, with all its channels, is changed.
     """
 
     norms: ClassVar[tuple[str, ...]] = ("std", "linf", "l2", "l2_relative")

@@ -18,18 +18,17 @@ from condlr.attacks.base import Perturbed, StrengthByStrength, right, without_di
 class Pgd(StrengthByStrength):
     """x_{k+1} = clamp(x + P(x_k + a d(grad l(f(x_k), y)) - x), 0, 1), from several starts.
 
-    d(g) is the steepest direction of the norm, sign(g) or g / ||g||_2, so that a tiny gradient points like a
-    large one; P is the projection on the ball of radius eps (eps ||x||_2 for `l2_relative`). An image that is
-    misclassified at first or on the way stays as it is then; of one that never is, the point of the largest
-    loss over all starts is kept. Made on another network (`source`) no image is spared a step: the largest
-    loss decides.
+    d(g) is the steepest direction of the norm, sign(g) or g / ||g||_2, so that the size of the gradient does
+    not matter. P is the projection onto the ball of radius eps (eps ||x||_2 for `l2_relative`). An image
+    stops as soon as it is misclassified. For other images the point with the largest loss over all starts is
+    kept. In a transfer attack (`source`) no image stops early, and the largest loss decides.
 
     Attributes:
         steps: gradients taken from each start.
-        step_size: a, in units of the radius; None is 2.5 / steps, and 1 for a single step.
+        step_size: a, in units of the radius; None for 2.5 / steps, or 1 with a single step.
         restarts: number of starts.
-        random_start: starts uniform in the ball; without it there is one start, the image.
-        loss: what the attack climbs, see `condlr.attacks._losses`: ce, margin, dlr, ce_rescaled.
+        random_start: start uniformly in the ball; else there is one start, the image.
+        loss: the loss to maximise, see `condlr.attacks._losses`: ce, margin, dlr, ce_rescaled.
     """
 
     in_label: ClassVar[tuple[str, ...]] = ("steps", "restarts", "loss")
@@ -69,7 +68,7 @@ class Pgd(StrengthByStrength):
     def strike(self, model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> Perturbed:
         generator = torch.Generator().manual_seed(seed)
         climb = _Climb(model, images, labels, LOSSES[self.loss], stop=self.source is None)
-        if climb.stop and self.random_start:  # what is wrong already is not to be made right
+        if climb.stop and self.random_start:  # an image that is already misclassified stays as it is
             climb.look(climb.under_attack, images, last=True)
         radii = radius(self.norm, eps, images)
         step = (1.0 if self.steps == 1 else 2.5 / self.steps) if self.step_size is None else self.step_size
@@ -81,7 +80,7 @@ class Pgd(StrengthByStrength):
         return Perturbed(self.label(), eps, climb.best, climb.without)
 
     def _ascend(self, climb: "_Climb", start: Tensor, radii: Tensor, step: float) -> None:
-        """One start: `steps` steps, and a look at each point on the way."""
+        """One start: take `steps` steps, and evaluate each point on the way."""
         at, centres, points = climb.under_attack, climb.images, start
         for number in range(self.steps + 1):
             if not len(at):
@@ -99,7 +98,7 @@ class _Climb:
     """The best point found for each image, over all starts.
 
     Attributes:
-        best: (n, ...), misclassified if any point seen was, otherwise that of the largest loss.
+        best: (n, ...), a misclassified point if one was seen, otherwise the point with the largest loss.
         without: (n,) bool: the images whose first gradient was zero in every pixel.
     """
 
@@ -113,7 +112,7 @@ class _Climb:
 
     @property
     def under_attack(self) -> Tensor:
-        """The indices of images that are still worth a step."""
+        """The indices of images that still take steps."""
         return (
             (~self._fooled).nonzero().squeeze(1)
             if self.stop
@@ -121,7 +120,7 @@ class _Climb:
         )
 
     def look(self, at: Tensor, points: Tensor, last: bool) -> Tensor | None:
-        """Note what the model makes of a point per image of `at`; the gradients there, but for the last."""
+        """Evaluate a point for each image of `at`; return the gradients there, or None for the last point."""
         points = points.detach().requires_grad_(not last)
         with torch.set_grad_enabled(not last):
             logits = self.model(points)

@@ -13,23 +13,23 @@ from condlr._support.errors import in_range, one_of
 from condlr.attacks._losses import ce
 from condlr.attacks.base import Attack, Perturbed, right
 
-# By key, as tables print them.
+# Titles of the bases in tables.
 BASES = {"pixel": "pixels", "dct": "DCT"}
 
 
 @dataclass
 class Simba(Attack):
-    """Steps of length eps along an orthonormal basis Q, in a random order of each image's own.
+    """Steps of length eps along an orthonormal basis Q, in a random order for each image.
 
-    For the next q, without replacement: x - eps q is taken if p(y | .) falls, else x + eps q if that makes it
-    fall, else x stays. So ||x' - x||_2 <= eps sqrt(T) after T directions, in one or two queries each. Points
-    are clamped to [0, 1]; a misclassified image is left alone. p(y | .) is compared by its log-odds, which do
-    not round to 1 as it does.
+    For each q, without replacement, the attack goes to x - eps q if p(y | .) falls there, else to x + eps q
+    if it falls there, else stays at x. So ||x' - x||_2 <= eps sqrt(T) after T directions, with one or two
+    queries each. Points are clamped to [0, 1]. A misclassified image stops. p(y | .) is compared by its
+    log-odds, which do not saturate.
 
     Attributes:
         basis: `pixel`, the unit vectors, or `dct`, the cosines of the orthonormal two-dimensional DCT-II.
-        frequencies: of `dct`, only the lowest so many in each direction; None is all.
-        iterations: after how many directions the images are looked at; each is a row of the result.
+        frequencies: of `dct`, only the N lowest in each direction; None for all.
+        iterations: numbers of directions after which the result is evaluated; each makes a row.
     """
 
     norms: ClassVar[tuple[str, ...]] = ("step",)
@@ -76,7 +76,7 @@ class Simba(Attack):
         for eps in self.eps:
             search = _Search(model, images, labels, eps, self._basis(images), seed)
             for count in self.iterations:
-                search.go_on(count)
+                search.advance(count)
                 label = f"{self.label()}-{count}"
                 yield Perturbed(label, eps, search.points.clone(), queries=search.queries.clone())
 
@@ -90,11 +90,11 @@ class Simba(Attack):
 
 
 class _Search:
-    """Where the search for each image stands.
+    """The state of the search for each image.
 
     Attributes:
-        points: the images as they are now.
-        queries: asked about each so far, the first about the image itself.
+        points: the current images.
+        queries: the number for each image so far; the first one is about the image itself.
     """
 
     def __init__(
@@ -120,8 +120,8 @@ class _Search:
         everything = torch.arange(len(images)).to(labels)
         self._accept(everything, self._moved, torch.ones_like(self._fooled), *self._ask(everything, images))
 
-    def go_on(self, count: int) -> None:
-        """Until `count` directions were tried, or all there are."""
+    def advance(self, count: int) -> None:
+        """Search until `count` directions, or all, were tried."""
         for number in range(self._done, min(count, self._order.shape[1])):
             at = (~self._fooled).nonzero().squeeze(1)
             if not len(at):
@@ -138,7 +138,7 @@ class _Search:
         self._done = max(self._done, count)
 
     def _direction(self, at: Tensor, number: int) -> Tensor:
-        """The vector of the basis that is next for each image in `at`."""
+        """The basis vector `number` in the order of each image in `at`."""
         place = self._order[at, number]
         per_channel = len(self.rows) * len(self.columns)
         channel, place = place // per_channel, place % per_channel
@@ -148,14 +148,14 @@ class _Search:
         return step
 
     def _ask(self, at: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-        """The log-odds against the true class, and whether it has lost."""
+        """The log-odds against the true class, and whether the point is misclassified."""
         with torch.no_grad():
             logits = self.model(points)
         self.queries[at] += 1
         return ce(logits, self.labels[at]), ~right(logits, self.labels[at])
 
     def _accept(self, at: Tensor, moved: Tensor, better: Tensor, odds: Tensor, fooled: Tensor) -> None:
-        """Go where it is better."""
+        """Move the images in `at` whose new point is better."""
         chosen = at[better]
         self._moved[chosen] = moved[better]
         self.points[chosen] = (self.images[chosen] + moved[better]).clamp_(0, 1)

@@ -1,4 +1,4 @@
-"""The Square attack (Andriushchenko et al., ECCV 2020): random search with answers alone, no gradients."""
+"""The Square attack (Andriushchenko et al., ECCV 2020): random search without gradients."""
 
 import math
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from condlr.attacks.base import Perturbed, StrengthByStrength, right
 
 @dataclass
 class Square(StrengthByStrength):
-    """The package pyautoattack's, as AutoAttack sets it: margin loss, p = 0.8, schedule for 10 000 queries.
+    """Square from pyautoattack as in AutoAttack: margin loss, p = 0.8, schedule for 10 000 queries.
 
     Attributes:
-        queries: asked about each image at most, after a first about the image and one about a first guess.
+        queries: the most for each image, besides one for the image itself and one for the first guess.
     """
 
     norms: ClassVar[tuple[str, ...]] = tuple(NORMS)
@@ -56,10 +56,10 @@ class Square(StrengthByStrength):
                 model, norm=NORMS[self.norm], eps=eps, n_queries=self.queries, resc_schedule=False,
                 device=images.device,
             )  # fmt: skip
-            # Its layout of memory is the library's: it takes views of images as rows.
+            # The library views images as rows, which needs contiguous memory.
             found = images.contiguous(memory_format=torch.contiguous_format).clone()
             queries = torch.ones_like(labels, dtype=torch.float32)
-            # The library fails where there is no margin to lose.
+            # The library fails for an image that is already misclassified, or has no margin.
             logits = model(images)
             at = (right(logits, labels) & (margin(logits, labels) < 0)).nonzero().squeeze(1)
             if len(at):

@@ -1,1 +1,1 @@
-"""The datasets: one file each, which reads the official files. See `condlr.data.base`."""
+"""The datasets, one file each. See `condlr.data.base`."""

@@ -1,4 +1,4 @@
-"""Random changes of training images, made on the images' device."""
+"""Random augmentation of training images, on the images' device."""
 
 import torch
 from torch import Tensor
@@ -8,9 +8,9 @@ _PADDING = 4
 
 
 def crop_flip(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Pad by 4 black pixels, crop at random to the size before, mirror every other image.
+    """Pad by 4 black pixels, crop at random to the original size, and mirror with probability 1/2.
 
-    Each image has its own offset, uniform over the 81, and is mirrored with probability 1/2.
+    Each image has its own offset, uniform over the 81 offsets.
 
     Args:
         pixels: (n, channels, height, width), any dtype.

@@ -1,4 +1,4 @@
-"""Official files that are not at hand are fetched by torchvision, which knows where they are."""
+"""Fetch missing official files through torchvision, which knows their addresses."""
 
 import logging
 import shutil
@@ -13,43 +13,44 @@ from condlr._support.locks import Lock
 
 log = logging.getLogger(__name__)
 
-AGAIN = "remove it, and it is fetched again"  # a damaged file
+AGAIN = "remove it, and it is fetched again"  # advice on a damaged file
 
 _SCRATCH = ".fetching-"
-# General messages of torchvision, and what they mean.
-_MEANING = {"File not found or corrupted.": "what came is not the archive: a log-in page, or a part of it"}
+# General messages of torchvision, and their meaning.
+_MEANING = {
+    "File not found or corrupted.": "the download is not the archive: a log-in page, or only a part of it"
+}
 
 
 def fetch(dataset: str, root: Path, missing: Callable[[], list[Path]], allowed: bool, advice: str) -> None:
-    """Let torchvision fetch `dataset`, named as it names it, and put what is missing of it below `root`.
+    """Fetch the missing files of `dataset` through torchvision, and put them below `root`.
 
-    One of several processes fetches, and the others wait. A file is put in its place whole and checked.
-    Nobody reads half of one, whatever happens to the network or to this process.
+    Of several processes one fetches, and the others wait. Each file is checked, then put in place atomically.
 
     Args:
-        dataset: for example `MNIST`.
+        dataset: torchvision's name, for example `MNIST`.
         root: the data root.
-        missing: the files that are not there, in torchvision's layout below `root`.
+        missing: returns the missing files, in torchvision's layout below `root`.
         allowed: dataset.download.
         advice: where to put the files by hand.
 
     Raises:
-        UserError: it is not allowed or did not work; ends in `advice`.
+        UserError: fetching is not allowed, or failed; the message ends in `advice`.
     """
     if not allowed:
-        raise UserError(f"{dataset} is not at hand and dataset.download=false: {advice}")
+        raise UserError(f"{dataset} is missing and dataset.download=false: {advice}")
     if not (wanted := missing()):  # another process has just fetched it
         return
     folder = wanted[0].parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with Lock(folder, f"fetching-{dataset}", wait=True):
-            if wanted := missing():  # or another has, while we waited
+            if wanted := missing():  # else another process fetched it while we waited
                 log.info("fetching %s into %s", dataset, root)
                 _fetch(dataset, root, folder, wanted)
     except ModuleNotFoundError as error:
         raise UserError(f"fetching {dataset} needs {not_installed(error)}; or {advice}") from error
-    except Exception as error:  # urllib, http, ssl, tarfile and zlib each have their own
+    except Exception as error:  # urllib, http, ssl, tarfile and zlib raise their own errors
         raise UserError(f"{dataset} could not be fetched ({_reason(error)}): {advice}") from error
 
 
@@ -58,14 +59,14 @@ def _fetch(dataset: str, root: Path, folder: Path, wanted: list[Path]) -> None:
 
     kind = getattr(torchvision.datasets, dataset)
     forget_partial(folder)
-    for leftover in folder.glob(f"{_SCRATCH}*"):  # a process that died left it
+    for leftover in folder.glob(f"{_SCRATCH}*"):  # left by a process that died
         shutil.rmtree(leftover, ignore_errors=True)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
         with TemporaryDirectory(prefix=_SCRATCH, dir=folder, ignore_cleanup_errors=True) as scratch:
             archive = root / getattr(kind, "filename", "")
-            if archive.is_file():  # put there by hand; torchvision takes it if it is whole
+            if archive.is_file():  # put there by hand; torchvision uses it if its checksum is right
                 shutil.copy(archive, scratch)
             kind(Path(scratch), download=True)
             for path in wanted:
@@ -75,10 +76,9 @@ def _fetch(dataset: str, root: Path, folder: Path, wanted: list[Path]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The reason in a few printable words, whatever a server has sent."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {error.filename}"
-    last = str(error).rpartition("got:\n")[2].strip()  # of several servers that were tried
+    last = str(error).rpartition("got:\n")[2].strip()  # the answer of the last server tried
     said = "".join(c if c.isprintable() else " " for c in last)
     said = _MEANING.get(said, " ".join(said.split())[:200])
     return said if said and isinstance(error, OSError | RuntimeError) else f"{type(error).__name__}: {said}"

@@ -1,4 +1,4 @@
-"""IDX files, the format of MNIST and of the datasets made in its image."""
+"""IDX files, the format of MNIST and Fashion-MNIST."""
 
 import gzip
 import hashlib
@@ -68,7 +68,7 @@ class Idx(Dataset):
         return Data(train, test, classes=10, official=all(official))
 
     def _read(self, raw: Path, index: int) -> tuple[Tensor, bool]:
-        """The array of one file, and whether it is the official one. If the file is cut, the .gz is read."""
+        """The array of one file, and whether the file is official. If a file is damaged, its .gz is read."""
         path, *others = _found(raw, FILES[index])
         try:
             return self._read_one(path, index)
@@ -100,7 +100,7 @@ class Idx(Dataset):
 
 
 def _found(raw: Path, name: str) -> list[Path]:
-    """The plain file and the packed one, those that exist."""
+    """The plain file and the .gz file, if they exist."""
     return [path for path in (raw / name, raw / f"{name}.gz") if path.is_file()]
 
 
@@ -134,7 +134,7 @@ def _parse(path: Path, content: bytes, dimensions: int) -> Tensor:
         state = "truncated" if len(content) < size else "too long"
         expected = f"expected {size} for {sizes[0]} items"
         raise UserError(f"{path} is {state}: {len(content)} bytes; {expected}; {AGAIN}")
-    # A file of no items is legal, and PyTorch makes no tensor of an empty rest
+    # Slice the tensor, not the bytes: a file without items is legal, and frombuffer refuses empty bytes
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)[header:].reshape(sizes)
 
 
@@ -142,8 +142,8 @@ def _pair(raw: Path, pixels: Tensor, labels: Tensor, name: str) -> Images:
     if len(pixels) != len(labels) or len(labels) == 0:
         stem = name.split("-")[0]
         raise UserError(
-            f"{raw}: {stem} has {len(pixels)} images and {len(labels)} labels; expected as many, and some"
+            f"{raw}: {stem} has {len(pixels)} images and {len(labels)} labels; expected one label per image"
         )
     if labels.max() > 9:
-        raise UserError(f"{raw}: a label beside {name} is {labels.max()}; expected 0 to 9")
+        raise UserError(f"{raw}: a label for {name} is {labels.max()}; expected 0 to 9")
     return Images(pixels.unsqueeze(1), labels.long())

@@ -1,4 +1,4 @@
-"""Reads pickles of plain values and numpy arrays of integers, and can run no code from them."""
+"""Read pickles of plain values and numpy arrays of integers, without running any code from them."""
 
 import io
 import pickle
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-# What numpy calls the kinds of integers.
+# numpy's names of integer types.
 _KINDS = {
     **{f"i{size}": getattr(torch, f"int{8 * size}") for size in (1, 2, 4, 8)},
     **{f"u{size}": getattr(torch, f"uint{8 * size}") for size in (1, 2, 4, 8)},
@@ -16,10 +16,9 @@ _KINDS = {
 
 
 def load(content: bytes) -> Any:
-    """What a pickle of Python 2 or 3 holds, its arrays as tensors; they must be of integers.
+    """The content of a pickle of Python 2 or 3; arrays, which must be of integers, become tensors.
 
-    Stand-ins of this module answer for everything that a pickle asks for. Nothing that it names is
-    imported or called.
+    Stand-ins of this module replace the globals that a pickle may use. No other global is imported or called.
 
     Raises:
         ValueError: it is damaged, or holds something else.
@@ -36,11 +35,11 @@ class _Dtype:
         self.code = code.decode("ascii") if isinstance(code, bytes) else str(code)
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and the like: without meaning for bytes, little-endian for the rest."""
+        """Ignore the state: byte order does not matter for bytes, and is little-endian for the rest."""
 
 
 class _Array:
-    """Stands in for an ndarray: `value` is set once its state is known."""
+    """A stand-in for an ndarray; `value` is set with its state."""
 
     value: Tensor | None = None
 
@@ -51,7 +50,7 @@ class _Array:
 
 def _array(raw: Any, dtype: _Dtype, shape: tuple[int, ...], order: str) -> Tensor:
     if not isinstance(dtype, _Dtype) or dtype.code not in _KINDS:
-        raise pickle.UnpicklingError("an array of something else than integers")
+        raise pickle.UnpicklingError("an array that is not of integers")
     flat = torch.frombuffer(bytearray(raw), dtype=_KINDS[dtype.code])
     if order == "F":  # the first index varies fastest
         return flat.reshape(shape[::-1]).permute(*reversed(range(len(shape))))
@@ -63,7 +62,7 @@ def _from_buffer(raw: Any, dtype: _Dtype, shape: tuple[int, ...], order: str, *_
 
 
 def _encode(text: str, _encoding: str) -> bytes:
-    return text.encode("latin1")  # how Python 3 writes bytes into a pickle of protocol 2
+    return text.encode("latin1")  # Python 3 writes bytes so into a pickle of protocol 2
 
 
 _STAND_INS = {
@@ -92,7 +91,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _plain(value: Any) -> Any:
-    """Stand-ins replaced by what they stand for, and text by str."""
+    """The value with stand-ins replaced by tensors, and keys by str."""
     if isinstance(value, _Array):
         return value.value
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What a dataset is here: uint8 images and labels as whole tensors on the device."""
+"""The contract of a dataset: uint8 images and labels as tensors on the device."""
 
 import hashlib
 import math
@@ -17,7 +17,7 @@ from condlr._support.errors import in_range
 
 @dataclass(frozen=True)
 class Images:
-    """Images and labels that live together on one device.
+    """Images and labels on one device.
 
     Attributes:
         pixels: (n, channels, height, width), uint8.
@@ -47,13 +47,13 @@ class Images:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of float images in [0, 1] and labels, from batch `start` on; the last may be smaller.
 
-        Images are laid out channels last, which convolutions and pooling on a CPU run twice as fast.
+        Images are in channels-last layout, which is twice as fast for convolutions and pooling on a CPU.
 
         Args:
             size: of a batch.
-            order: a permutation on the images' device; None keeps theirs.
-            start: index of the first batch to give.
-            change: makes of a batch's uint8 pixels and its index what is given instead.
+            order: a permutation on the images' device; None keeps their order.
+            start: index of the first batch.
+            change: maps a batch's uint8 pixels and its index to new pixels.
         """
         for number in range(start, -(-len(self) // size)):
             chosen = slice(number * size, (number + 1) * size)
@@ -63,10 +63,10 @@ class Images:
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """The same images in memory order (n, height, width, channels), by operations that autograd knows well.
+    """The same images in memory order (n, height, width, channels), differentiable.
 
-    `contiguous(memory_format=...)` leaves a single channel's strides as they are, which says nothing
-    to the layers that choose their layout by them.
+    `contiguous(memory_format=...)` does not change the strides of a single channel, but layers choose their
+    layout by the strides.
     """
     n, channels, height, width = images.shape
     if channels == 1:
@@ -79,12 +79,12 @@ class Data:
     """A dataset, split.
 
     Attributes:
-        train, test: as the dataset has them.
+        train, test: the dataset's own split.
         classes: number of classes.
-        held_out: images kept out of the training images; None where there are none.
-        official: whether the files are those that everybody else uses.
-        standard: mean and standard deviation of each channel, for pixels in [0, 1], by which a
-            network standardises its input; None where it takes images as they are.
+        held_out: images taken out of the training images, or None.
+        official: whether these are the complete official files.
+        standard: mean and standard deviation of each channel, for pixels in [0, 1], by which a network
+            standardises its input; None if it does not.
     """
 
     train: Images
@@ -96,7 +96,7 @@ class Data:
 
     @cached_property
     def digest(self) -> str:
-        """A digest of all images and labels, which tells whether two runs saw the same."""
+        """A digest of all images and labels, to compare the data of two runs."""
         digest = hashlib.sha256()
         for images in (self.train, self.test, self.held_out):
             if images is not None:
@@ -124,7 +124,7 @@ class Data:
         )
 
     def shortened(self, train: int | None, test: int | None) -> "Data":
-        """The first `train` and `test` images alone (None: all); such data are not `official`."""
+        """Only the first `train` and `test` images (None: all); shortened data are not `official`."""
         whole = train is None and test is None
         return replace(
             self,
@@ -144,10 +144,10 @@ class Dataset(ABC):
     """A dataset's options, the keys of `conf/dataset/<name>.yaml`, and how it is loaded.
 
     Attributes:
-        title: what tables call it; without one, the name of its file.
-        shape: (channels, height, width) of its images; None where only the files say.
+        title: its name in tables; by default the name of its file.
+        shape: (channels, height, width) of its images; None if only the files say.
         download: fetch missing files through torchvision.
-        train_images, test_images: use only this many images, the first ones, for a quick trial; None is all.
+        train_images, test_images: use only the first N images, for a quick trial; None for all.
     """
 
     title: ClassVar[str] = ""
@@ -167,5 +167,5 @@ class Dataset(ABC):
         """Read the official files below `root`.
 
         Raises:
-            UserError: a file is missing, damaged or another than it should be.
+            UserError: a file is missing, damaged or not the expected one.
         """

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST = "test_batch"
 
-# SHA-256 of each batch as the binary version has it: a label and 3072 pixels an image.
+# SHA-256 of each batch in the binary version: for each image a label and 3072 pixels.
 OFFICIAL = {
     "data_batch_1": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
     "data_batch_2": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
@@ -29,7 +29,7 @@ OFFICIAL = {
     "test_batch": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
 }
 
-# Mean and deviation of each channel, as the authors' code and most others have them.
+# Mean and deviation of each channel, as in the authors' code and most others.
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 _RECORD = 1 + 3 * 32 * 32
@@ -39,11 +39,11 @@ _RECORD = 1 + 3 * 32 * 32
 class Cifar10(Dataset):
     """CIFAR-10 (Krizhevsky, 2009): 50 000 training and 10 000 test images of 3 x 32 x 32.
 
-    The files are `<root>/cifar-10-batches-bin/*.bin` or `<root>/cifar-10-batches-py/`. Where both are there,
-    the first are read. Both give the same tensors. The pickles of the second are read without running them.
+    The files are `<root>/cifar-10-batches-bin/*.bin`, or else the pickles in `<root>/cifar-10-batches-py/`,
+    which are read without running code from them. Both give the same tensors.
 
     Attributes:
-        standardize: networks standardise their input by the channels' mean and deviation, inside.
+        standardize: the first layer of a network standardises its input by the channels' mean and deviation.
     """
 
     title: ClassVar[str] = "CIFAR-10"
@@ -88,13 +88,13 @@ def _paths(root: Path, names: tuple[str, ...], kind: str) -> dict[str, Path]:
 
 
 def _whole_versions(root: Path, names: tuple[str, ...]) -> list[dict[str, Path]]:
-    """The paths of each version of which no file is missing, in the order in which they are tried."""
+    """The paths of each complete version, in the order in which they are tried."""
     versions = (_paths(root, names, kind) for kind in ("bin", "py"))
     return [paths for paths in versions if all(path.is_file() for path in paths.values())]
 
 
 def _read(path: Path) -> bytearray:
-    """A batch as the binary version has it, of each image the label, then 1024 red, green and blue pixels."""
+    """A batch in the binary format: for each image the label, then 1024 red, green and blue pixels."""
     content = path.read_bytes()
     if path.suffix == ".bin":
         if len(content) == 0 or len(content) % _RECORD:
@@ -113,7 +113,7 @@ def _from_pickle(path: Path, content: bytes) -> bytearray:
     try:
         batch = _plain_pickle.load(content)
     except ValueError as error:
-        raise UserError(f"{path} is damaged, or no batch of CIFAR-10: {error}") from error
+        raise UserError(f"{path} is damaged, or not a batch of CIFAR-10: {error}") from error
     try:
         pixels, labels = (torch.as_tensor(batch[key]) for key in ("data", "labels"))
         if pixels.dtype != torch.uint8 or pixels.shape != (len(labels), _RECORD - 1) or len(labels) == 0:
@@ -123,10 +123,10 @@ def _from_pickle(path: Path, content: bytes) -> bytearray:
             raise ValueError(f"its labels are {tuple(labels.shape)}")
         whole = not labels.is_floating_point() and labels.dtype != torch.bool
         if not whole or not 0 <= labels.long().min() <= labels.long().max() <= 255:
-            raise ValueError("its labels are no classes")
+            raise ValueError("its labels are not classes")
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise UserError(
-            f"{path} is no batch of CIFAR-10 ({error}); expected data of (n, 3072) bytes and n labels"
+            f"{path} is not a batch of CIFAR-10 ({error}); expected data of (n, 3072) bytes and n labels"
         ) from error
     records = bytearray(len(labels) * _RECORD)
     table = torch.frombuffer(records, dtype=torch.uint8).view(-1, _RECORD)  # the same memory

@@ -17,7 +17,7 @@ _TEST = 360
 
 @dataclass
 class Digits(Dataset):
-    """The UCI digits that come with scikit-learn, as small stand-ins for MNIST. Nothing is fetched.
+    """The UCI digits that come with scikit-learn, a small substitute for MNIST without a download.
 
     A fixed fifth (360 images) is the test set, the same for every seed.
     """
@@ -26,7 +26,7 @@ class Digits(Dataset):
 
     @override
     def load(self, root: Path) -> Data:
-        # Importing scikit-learn takes longer than training on its digits
+        # Read the file: importing scikit-learn takes longer than training on its digits
         library = find_spec("sklearn")
         if library is None or library.origin is None:
             raise UserError("dataset=digits needs scikit-learn: pip install 'condlr[digits]'")

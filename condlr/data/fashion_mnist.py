@@ -8,7 +8,7 @@ from condlr.data._idx import Idx
 
 @dataclass
 class FashionMnist(Idx):
-    """Fashion-MNIST (Xiao et al., 2017), in the files and numbers of MNIST: `<root>/FashionMNIST/raw/`."""
+    """Fashion-MNIST (Xiao et al., 2017): 60 000 training and 10 000 test images, as for MNIST."""
 
     title: ClassVar[str] = "Fashion-MNIST"
     folder: ClassVar[str] = "FashionMNIST"

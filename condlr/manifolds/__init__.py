@@ -1,4 +1,4 @@
-"""Pure maps between tensors: the Stiefel manifold and the spectrum of a square matrix.
+"""Pure maps between tensors: the Stiefel manifold, the spectrum of a square matrix, convolutions.
 
-Every function takes batches: leading dimensions are batch dimensions.
+Leading dimensions are batch dimensions.
 """

@@ -1,15 +1,15 @@
-"""LAPACK's decompositions, made safe for a training loop: they never raise."""
+"""LAPACK's decompositions without exceptions, for use in a training loop."""
 
 import torch
 from torch import Tensor
 
 
 def svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD A = P diag(sigma) Q^T as (P, sigma, Q^T), which never raises.
+    """Thin SVD A = P diag(sigma) Q^T as (P, sigma, Q^T).
 
-    LAPACK's divide and conquer may fail to converge on repeated singular values, which is the
-    normal case for a matrix that was just projected: it is then tried again in float64. An input
-    that is not finite gives factors of NaN, so that a diverging run is seen in its loss.
+    LAPACK's divide and conquer may fail to converge on repeated singular values, which a projected matrix
+    usually has. Then it is repeated in float64. An input that is not finite gives factors of NaN, so that
+    the loss of a diverging run shows it.
     """
     if not torch.isfinite(A).all():
         r = min(A.shape[-2:])
@@ -23,7 +23,7 @@ def svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
-    """A = P diag(lambda) P^T of a symmetric A as (lambda, P), ascending; NaN where LAPACK finds none."""
+    """A = P diag(lambda) P^T of a symmetric A as (lambda, P), ascending; NaN if LAPACK fails."""
     try:
         return torch.linalg.eigh(A)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]

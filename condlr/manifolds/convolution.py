@@ -1,8 +1,8 @@
-"""Singular values of convolutions as they act on images, not of their reshaped kernels.
+"""Singular values of convolutions as operators on images, not of their reshaped kernels.
 
-A reshaped kernel W, out x (in kh kw), with condition number 1 can belong to an operator with one in the
-thousands: equal singular values of W say nothing of how the taps of a filter add up over an image.
-All that is computed here is in float64.
+A reshaped kernel W, out x (in kh kw), with condition number 1 can belong to an operator with a condition
+number in the thousands: the singular values of W do not show how the taps of a filter add up over an image.
+Everything is computed in float64.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 Pair = int | Sequence[int]
 Padding = int | Sequence[int] | str
 
-# Operators whose smaller side is up to this are made dense: some seconds of one core, up to 500 MB.
+# The longest smaller side of a dense matrix of an operator: some seconds on one core, up to 500 MB.
 DENSE_LIMIT = 3500
 
 _BATCH = 64
@@ -57,7 +57,7 @@ class Convolution:
 
     def adjoint(self, y: Tensor) -> Tensor:
         """A^T y."""
-        # What a stride leaves over at the lower and right edge was read by no output.
+        # Rows and columns at the lower and right edge that no output reads, because of the stride.
         left_over = [slack % s for slack, s in zip(self._slack(), self.stride, strict=True)]
         padded = F.conv_transpose2d(y, self.kernel, None, self.stride, 0, left_over, 1, self.dilation)
         (above, _), (left, _) = self.padding
@@ -71,7 +71,7 @@ class Convolution:
         return lambda z: self.apply(self.adjoint(z)), self.range
 
     def _slack(self) -> list[int]:
-        """By how many positions the kernel can move, down and to the right."""
+        """The number of positions by which the kernel can move, down and to the right."""
         extents = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel.shape[2:], strict=True))
         return [n + sum(p) - e for n, p, e in zip(self.size, self.padding, extents, strict=True)]
 
@@ -80,13 +80,13 @@ def circular_singular_values(kernel: Tensor, size: Pair, stride: Pair = 1, dilat
     """All singular values of the convolution of a periodic image (Sedghi, Gupta, Long, ICLR 2019).
 
     The unitary DFT turns it into one out x in matrix for each frequency f, K^(f) = sum_k K_k
-    e^(-2 pi i f d k / H). A stride s keeps every s-th output. The DFT of the m = H/s that are kept,
-    at f < m, is the sum over the s frequencies f + a m that look alike on them; with both transforms
-    made unitary it comes with the factor (1/s) sqrt(H/m) = 1/sqrt(s), so that in two dimensions the
-    matrix of f is 1/s (K^(f + a m))_a, out x (in s^2). A kernel larger than the image wraps around.
+    e^(-2 pi i f d k / H). A stride s keeps every s-th output. The DFT of the m = H/s kept outputs at f < m is
+    the sum over the s frequencies f + a m, which coincide on them. With unitary transforms its factor is
+    (1/s) sqrt(H/m) = 1/sqrt(s). So in two dimensions the matrix of f is 1/s (K^(f + a m))_a, out x (in s^2).
+    A kernel larger than the image wraps around.
 
     Args:
-        kernel: (out, in, kh, kw); computed in float64.
+        kernel: (out, in, kh, kw).
         size: (H, W) of the image, or one number for both.
         stride: s, which divides H and W.
         dilation: d.
@@ -98,7 +98,7 @@ def circular_singular_values(kernel: Tensor, size: Pair, stride: Pair = 1, dilat
         ValueError: a bad shape, or a stride that does not divide the size.
     """
     values = torch.linalg.svdvals(transfer_matrices(_kernel(kernel), _pair("size", size), stride, dilation))
-    # A real kernel has equal values at f and -f: only the columns up to W/2 were computed.
+    # A real kernel has equal values at f and -f, so only the columns up to W/2 were computed.
     rows, columns = len(values), _pair("size", size)[1] // _pair("stride", stride)[1]
     opposite = -torch.arange(rows, device=values.device) % rows
     mirrored = values[opposite][:, 1 : (columns + 1) // 2].flip(1)
@@ -110,17 +110,17 @@ def padded_bound(
 ) -> float:
     """An upper bound on the spectral norm of a zero-padded convolution.
 
-    Let the image lie on a torus of T = H + max(above, below) rows (columns alike), behind `above` rows of
-    zeros. An output u reads the rows u + d k of the padded image, all in [0, H + above + below). One of
-    them that is padding lies, modulo T, outside the image again, so each output is that of the circular
-    convolution on the torus. There are H + above + below - d (kh - 1) outputs at stride 1: no more than T if
-    one of the paddings is at most d (kh - 1), and else only H + d (kh - 1) < T in a row read the image at
-    all, and the others are 0. So outputs that count lie on different rows of the torus, and the operator is
-    a submatrix of the circular one, whose norm bounds its own. With a stride, T is rounded up to a multiple
+    Place the image on a torus of T = H + max(above, below) rows (columns likewise), behind `above` rows of
+    zeros. An output u reads the rows u + d k of the padded image, all in [0, H + above + below). A padding
+    row is, modulo T, again outside the image, so each output equals one of the circular convolution on the
+    torus. At stride 1 there are H + above + below - d (kh - 1) outputs. That is at most T if one of the
+    paddings is at most d (kh - 1). Otherwise only H + d (kh - 1) < T consecutive outputs read the image, and
+    the others are 0. So the nonzero outputs are on different rows of the torus, and the operator is a
+    submatrix of the circular one, whose norm is an upper bound. With a stride, T is rounded up to a multiple
     of it, so that the strided circular convolution has these outputs too.
 
     Returns:
-        The norm of the circular convolution on that torus, with room for rounding.
+        The norm of the circular convolution on that torus, with a margin for rounding.
 
     Raises:
         ValueError: a bad shape, or a kernel that is larger than the padded image.
@@ -144,14 +144,14 @@ def padded_norm(
     dilation: Pair = 1,
     tolerance: float = 1e-6,
 ) -> float:
-    """The spectral norm of a zero-padded convolution, as PyTorch computes it on (in, H, W) images.
+    """The spectral norm of a zero-padded convolution on (in, H, W) images.
 
     By Lanczos on A^T A (or A A^T, if smaller), from a random start: see `largest_singular_values`.
 
     Args:
-        kernel: (out, in, kh, kw); computed in float64.
+        kernel: (out, in, kh, kw).
         size: (H, W) of the image, or one number for both.
-        stride, padding, dilation: as `nn.Conv2d` has them, `"same"` and `"valid"` included.
+        stride, padding, dilation: as in `nn.Conv2d`, including `"same"` and `"valid"`.
         tolerance: of the residual, relative to ||A||^2.
 
     Raises:
@@ -178,15 +178,15 @@ def padded_singular_values(
 ) -> Tensor | None:
     """All singular values of a zero-padded convolution.
 
-    Those of its dense matrix, if neither side is above 2 `limit`; else from the Gram matrix of the smaller
-    side, where values below about 1e-6 of the largest are lost in rounding, and come out as 0.
+    They are computed from the dense matrix if no side exceeds 2 `limit`, otherwise from the Gram matrix of
+    the smaller side. There values below about 1e-6 of the largest are lost in rounding, and returned as 0.
 
     Args:
         kernel, size, stride, padding, dilation: as for `padded_norm`.
-        limit: the longest smaller side of a matrix to be made.
+        limit: the largest smaller side of a dense matrix.
 
     Returns:
-        (k,), descending, k the smaller side; None where k > `limit`.
+        (k,), descending, where k is the smaller side; None if k > `limit`.
 
     Raises:
         ValueError: a bad shape, or a kernel that is larger than the padded image.
@@ -212,18 +212,18 @@ def largest_singular_values(
 ) -> tuple[Tensor, Tensor]:
     """The largest singular value of each matrix of a batch, by Lanczos with full reorthogonalisation.
 
-    In the basis V_k that k products with G = A^T A make, G is the tridiagonal T_k, and the largest
-    eigenvalue t of T_k, with eigenvector s, has the residual ||G V_k s - t V_k s|| = beta_k |s_k|: stops
-    where that is at most `tolerance` t for every matrix. Goes on from V_k s when the basis is full. The value
-    never exceeds the true one (but for rounding); it misses it by `tolerance` t at most, and far less as a
-    rule, unless the start has no part in the leading directions.
+    In the basis V_k from k products with G = A^T A, G is the tridiagonal T_k. The largest eigenvalue t of
+    T_k, with eigenvector s, has the residual ||G V_k s - t V_k s|| = beta_k |s_k|. The iteration stops if
+    that is at most `tolerance` t for every matrix, and restarts from V_k s when the basis is full. Up to
+    rounding, the value never exceeds the true one. Its error is at most `tolerance` t, and usually far less,
+    unless the start is orthogonal to the leading directions.
 
     Args:
-        gram: (B, n) -> (B, n), z -> G z for each of the batch.
+        gram: (B, n) -> (B, n), z -> G z for each matrix of the batch.
         start: (B, n), float64.
         tolerance: relative to t.
         limit: vectors in a basis.
-        restarts: how many times to go on.
+        restarts: the largest number of restarts.
 
     Returns:
         The (B,) values and the (B, n) singular vectors V_k s.
@@ -240,7 +240,7 @@ def largest_singular_values(
 
 
 def convolution(kernel: Tensor, size: Pair, stride: Pair, padding: Padding, dilation: Pair) -> Convolution:
-    """The operator of these arguments, as `nn.Conv2d` takes them.
+    """The operator with these arguments of `nn.Conv2d`.
 
     Raises:
         ValueError: a bad shape, or a kernel that is larger than the padded image.
@@ -283,10 +283,10 @@ def _lanczos(
         known = basis[:, :k]
         image = gram(vector)
         T[:, k - 1, k - 1] = (image * vector).sum(1)
-        for _ in range(2):  # once is not enough: what is subtracted may be nearly all there is
+        for _ in range(2):  # twice, because the first subtraction may cancel nearly everything
             image = image - (known.mT @ (known @ image[:, :, None]))[:, :, 0]
         beta = image.norm(dim=1)
-        # Where the basis spans an invariant subspace, what is left is rounding: go on with zeros.
+        # If the basis spans an invariant subspace, the remainder is rounding: continue with zeros.
         beta = beta.where(beta > 1e-13 * T.diagonal(dim1=1, dim2=2).amax(1), 0.0)
         if k == size or k % 5 == 0 or not beta.any():
             values, vectors = torch.linalg.eigh(T[:, :k, :k])
@@ -323,7 +323,7 @@ def transfer_matrices(kernel: Tensor, size: tuple[int, int], stride: Pair = 1, d
         apart = n // s
         some = torch.arange(apart // 2 + 1 if axis else apart, device=kernel.device)
         alike = some + apart * torch.arange(s, device=kernel.device)[:, None]
-        # Whole turns are taken off while the numbers are whole.
+        # Reduce modulo n in integers, which is exact.
         turns = alike[:, :, None] * (d * torch.arange(k, device=kernel.device)) % n
         wave = torch.polar(torch.full_like(turns, 1 / math.sqrt(s), dtype=torch.float64),
                            -2 * math.pi * turns.double() / n)  # fmt: skip

@@ -15,7 +15,7 @@ CENTRES = ("rms", "mean", "one")
 
 Edge = TypeVar("Edge", Tensor, float)
 
-# A matrix whose singular values are larger than this is far above a band around 1.
+# Singular values above this are far above a band around 1.
 _FAR = 16.0
 
 
@@ -35,10 +35,10 @@ def centre(sigma: Tensor, kind: str = "rms") -> Tensor:
 
 
 def least(dtype: torch.dtype) -> float:
-    """The least centre of a band, 1e-31 in float32: smaller numbers have lost digits.
+    """The least centre of a band, 1e-31 in float32: smaller numbers have fewer digits.
 
-    A matrix that vanishes is held there, where it still has a condition number: in a layer that learns
-    nothing weight decay alone takes S to zero.
+    It keeps the condition number of a vanishing matrix defined. In a layer that learns nothing, weight decay
+    takes S to zero.
     """
     return _fast.least_square(torch.finfo(dtype))
 
@@ -56,8 +56,8 @@ def project(S: Tensor, tau: float, kind: str = "rms") -> tuple[Tensor, Tensor]:
     and cond(S) <= 1 + tau; for tau = 0 it is s P Q^T, s times the polar factor of S.
 
     Args:
-        S: (..., r, r), floating. For a singular S the directions of its null space are those that
-            LAPACK returns. A centre below `least` is taken to be that.
+        S: (..., r, r), floating. For a singular S the directions of its null space are LAPACK's. A centre
+            below `least` is replaced by `least`.
         tau: conditioning tolerance >= 0.
         kind: the centre of the band, see `centre`.
 
@@ -73,7 +73,7 @@ class Triplet(NamedTuple):
     """A matrix as left right^T, with left^T left = diag(sigma^2) and right^T right = I.
 
     Attributes:
-        left: (r, r), with columns of the length of the singular values.
+        left: (r, r); its columns have the singular values as lengths.
         sigma: (r,), in any order.
         right: (r, r).
     """
@@ -88,32 +88,31 @@ class Triplet(NamedTuple):
         return self.left @ self.right.mT
 
     def gram_inverses(self) -> tuple[Tensor, Tensor]:
-        """(S S^T)^{-1} and (S^T S)^{-1}, both (r, r), of an S that can be inverted.
+        """(S S^T)^{-1} and (S^T S)^{-1}, both (r, r), of an invertible S.
 
-        In float32 to 5e-6 of an S in a narrow band: they are those of a matrix as near to S as that to the
-        projected one.
+        For an S in a narrow band the error is 5e-6 in float32.
         """
         P, Q = self.left / self.sigma.square(), self.right / self.sigma
         return P @ P.mT, Q @ Q.mT
 
 
 def fast_project(S: Tensor, tau: float, kind: str = "rms") -> Triplet | None:
-    """`project` from S^T S = Q diag(sigma^2) Q^T: the fast form for one matrix.
+    """The fast form of `project` for one matrix, from S^T S = Q diag(sigma^2) Q^T.
 
-    The columns of S Q are orthogonal, their lengths are the singular values, and the projected matrix
-    is S Q diag(clip(sigma) / sigma) Q^T. A matrix that was in a band a step ago is conditioned well enough
-    to be squared.
+    The columns of S Q are orthogonal, their lengths are the singular values, and the projected matrix is
+    S Q diag(clip(sigma) / sigma) Q^T. A matrix that was in a band a step ago is well enough conditioned for
+    its Gram matrix.
 
     Args:
         S: (r, r), floating.
         tau, kind: as for `project`.
 
     Returns:
-        The projected matrix, to 2e-6 of |S| in float32; None for an S that is to be left to `project`.
+        The projected matrix, with an error of 2e-6 of |S| in float32; None for an S that needs `project`.
     """
     one_of("centre", kind, CENTRES)
     eigenvalues, Q = eigh(_fast.gram(S))
-    squares = eigenvalues.tolist()  # a number costs less than a tensor of one
+    squares = eigenvalues.tolist()  # Python numbers are faster than tensors here
     if not _fast.are_well_conditioned(squares, S.dtype):
         return None
     rotated = S @ Q
@@ -124,15 +123,15 @@ def fast_project(S: Tensor, tau: float, kind: str = "rms") -> Triplet | None:
 
 
 def products_project(S: Tensor, tau: float, kind: str = "rms") -> Tensor:
-    r"""`project` by matrix products alone, the form for a GPU, without the singular values.
+    r"""The form of `project` for a GPU: only matrix products, without the singular values.
 
     With the polar factor Q of S and H = Q^T S = (S^T S)^{1/2}, the projected matrix is Q clip(H), and
 
     .. math::
         clip_{[a,b]}(H) = ((a + b) I + |H - a I| - |H - b I|) / 2, \quad |X| = X sign(X),
 
-    by the polynomial iterations of `condlr.manifolds._fast`. A matrix whose polar factor they do not find
-    (cond(S) > 10), or one far above a band around 1, is left to `project`.
+    by the polynomial iterations of `condlr.manifolds._fast`. If these do not find the polar factor
+    (cond(S) > 10), or S is far above a band around 1, `project` is called.
     """
     one_of("centre", kind, CENTRES)
     Q = _fast.polar_factor(S)
@@ -148,13 +147,13 @@ def products_project(S: Tensor, tau: float, kind: str = "rms") -> Tensor:
         below, above = _fast.absolute(torch.stack([H - low * identity, H - high * identity]))
         fast = Q @ (((low + high) * identity + below - above) / 2)
     good = _fast.is_orthonormal(Q)
-    if kind == "one":  # far above the band |H - a I| and |H - b I| have no digits in which to differ
+    if kind == "one":  # far above the band, |H - a I| - |H - b I| cancels completely
         good = good & (rms(S) <= _FAR)
     return _fast.fall_back(good, fast, lambda: project(S, tau, kind)[0])
 
 
 def clip(S: Tensor, tau: float, kind: str = "rms") -> Tensor:
-    """`project`, without the singular values, in the form that is fastest where S lies."""
+    """`project`, without the singular values, in the form that is fastest on S's device."""
     if S.is_cuda:
         return products_project(S, tau, kind)
     found = fast_project(S, tau, kind) if S.ndim == 2 else None
@@ -162,14 +161,14 @@ def clip(S: Tensor, tau: float, kind: str = "rms") -> Tensor:
 
 
 def scaled_orthogonal(S: Tensor, kind: str = "rms") -> Tensor:
-    """The matrix s Q, with S = Q R and diag(R) > 0: the shortcut for tau = 0, without an SVD.
+    """The matrix s Q, with S = Q R and diag(R) > 0: a projection for tau = 0 without an SVD.
 
-    Algorithm 1 allows any projection on the multiples of orthogonal matrices; `project` takes the
-    nearest one. For an invertible S. Without singular values s is their root mean square,
-    sqrt(tr(S S^T) / r), also where `kind` is `mean`; `one` fixes it to 1.
+    Algorithm 1 allows any projection onto the multiples of orthogonal matrices; `project` takes the nearest
+    one. s is 1 for the centre `one`, else the root mean square sqrt(tr(S S^T) / r), also for `mean`, which
+    would need singular values.
 
     Args:
-        S: (..., r, r).
+        S: (..., r, r), invertible.
         kind: the centre, see `centre`.
     """
     one_of("centre", kind, CENTRES)
@@ -188,9 +187,9 @@ def rms(S: Tensor) -> Tensor:
 
 
 def rms_solve(S: Tensor, G: Tensor | None) -> Tensor | None:
-    """G / s^2 with the s of `rms`, the inverse of both Gram matrices of a multiple of an orthogonal S.
+    """G / s^2 with the s of `rms`; for a multiple of an orthogonal S these are both solves of `gram_solve`.
 
-    One s after the other: 1 / s^2 may overflow. An S that has vanished is taken by its pseudo-inverse.
+    Divided twice by s, since 1 / s^2 may overflow. For an S that vanishes, the pseudo-inverse is used.
     """
     if G is None:
         return None
@@ -204,7 +203,7 @@ def _clip(sigma: Tensor, s: Tensor, tau: float) -> Tensor:
 
 
 def _rms(A: Tensor) -> Tensor:
-    """Root mean square of each matrix's entries, shape (..., 1); squares neither overflow nor vanish."""
+    """Root mean square of each matrix's entries, (..., 1), without overflow or underflow of squares."""
     largest = A.abs().amax((-2, -1), keepdim=True)
     scale = torch.where(largest > 0, largest, 1.0)
     return (A / scale).square().mean((-2, -1)).sqrt().unsqueeze(-1) * scale.squeeze(-1)
@@ -215,15 +214,15 @@ def gram_solve(
 ) -> tuple[Tensor | None, Tensor | None]:
     """G (S S^T)^{-1} and H (S^T S)^{-1}, the preconditioned gradients of equation (5).
 
-    From one Cholesky factor of S^T S, which has the square of the condition number of S. Where that is too
-    much G is multiplied by S^{-T} and then by S^{-1}: with grad_U = grad_W V S^T the first product gives
-    back grad_W V. An S that cannot be inverted is taken by its pseudo-inverse.
+    Computed from one Cholesky factor of S^T S, whose condition number is that of S squared. If that is too
+    large, G is multiplied by S^{-T} and then by S^{-1}: with grad_U = grad_W V S^T, the first product is
+    grad_W V. For a singular S the pseudo-inverse is used.
 
     Args:
         S: (..., r, r).
         G: (..., n, r), or None.
         H: (..., m, r), or None.
-        inverses: (S S^T)^{-1} and (S^T S)^{-1} where they are known, see `Triplet.gram_inverses`.
+        inverses: (S S^T)^{-1} and (S^T S)^{-1} if they are known, see `Triplet.gram_inverses`.
     """
     left, right, good = _fast.gram_inverses(S) if inverses is None else (*inverses, True)
     return (

@@ -1,10 +1,10 @@
 """The Stiefel manifold St(n, r) = {X in R^{n x r} : X^T X = I}, n >= r.
 
-Retractions come in two forms: by LAPACK (`qr`, `polar`), right for every matrix, and a fast one that takes
-what is near the manifold and leaves the rest to LAPACK.
+Retractions have two forms: by LAPACK (`qr`, `polar`), which is right for every matrix, and a fast one for
+matrices near the manifold, which leaves others to LAPACK.
 
-The maps of Cayley SGD follow Li, Fuxin and Todorovic (ICLR 2020, arXiv 2002.01113). There an n x n
-skew-symmetric matrix moves X; here it is always kept as W = A X^T - X A^T with an n x r matrix A.
+The maps of Cayley SGD follow Li, Fuxin and Todorovic (ICLR 2020, arXiv 2002.01113). Their skew-symmetric
+n x n matrix is stored as W = A X^T - X A^T with an n x r matrix A.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,9 @@ RETRACTIONS = ("qr", "polar")
 def qr(Y: Tensor) -> Tensor:
     """Sign-fixed QR retraction: Y = Q R with diag(R) > 0; returns Q.
 
-    The projection of Algorithm 1, lines 3 and 5 (CondLR, arXiv 2306.01485). A thin QR with positive
-    diagonal is unique, so the result is a smooth function of a full-rank Y; where LAPACK leaves a
-    zero on the diagonal (a rank-deficient Y) its column is kept as it comes, so that the columns
-    are orthonormal for every finite Y.
+    The projection of Algorithm 1, lines 3 and 5 (CondLR, arXiv 2306.01485). A thin QR with positive diagonal
+    is unique, so the result is a smooth function of a full-rank Y. If Y is rank-deficient, columns with a
+    zero on R's diagonal keep LAPACK's sign, so the columns are orthonormal for every finite Y.
 
     Args:
         Y: (..., n, r) with n >= r, floating.
@@ -40,10 +39,10 @@ def qr(Y: Tensor) -> Tensor:
 
 
 def polar(Y: Tensor) -> Tensor:
-    """Polar retraction Y (Y^T Y)^{-1/2}: the orthonormal matrix nearest to Y.
+    """Polar retraction Y (Y^T Y)^{-1/2}: the nearest matrix with orthonormal columns.
 
-    With the thin SVD Y = P diag(s) Q^T it is P Q^T (Absil and Malick, 2012). After a horizontal step
-    it differs from `qr` by a rotation of second order in the step.
+    With the thin SVD Y = P diag(s) Q^T it is P Q^T (Absil and Malick, 2012). After a horizontal step it
+    differs from `qr` by a rotation of second order in the step.
 
     Args:
         Y: (..., n, r) with n >= r, floating.
@@ -56,27 +55,26 @@ def polar(Y: Tensor) -> Tensor:
 
 
 def cholesky_qr(Y: Tensor) -> Tensor:
-    """`qr` as Q = Y L^{-T}, with Y^T Y = L L^T: the fast form, from matrix products and r x r matrices.
+    """The fast form of `qr`: Q = Y L^{-T} with Y^T Y = L L^T, from matrix products and r x r matrices.
 
-    A QR factor with positive diagonal is unique, so this is the same Q: to 2e-6 in float32 where
-    cond(Y)^2 stays below a small bound, and by `qr` itself where it does not. After a horizontal step
-    eta Xi from orthonormal columns Y^T Y = I + eta^2 Xi^T Xi, and one pass is enough
-    (Yamamoto et al., ETNA 44, 2015).
+    A QR factor with positive diagonal is unique, so this is the same Q, to 2e-6 in float32 if cond(Y)^2 is
+    below a small bound; otherwise `qr` is called. After a horizontal step eta Xi from orthonormal columns,
+    Y^T Y = I + eta^2 Xi^T Xi, and one pass is enough (Yamamoto et al., ETNA 44, 2015).
 
     Args:
         Y: (..., n, r) with n >= r, float32 or float64.
 
     Returns:
-        As `qr`, laid out in memory as Y is.
+        As `qr`, in Y's memory layout.
     """
     return retract([Y], "qr")[0]
 
 
 def fast_polar(Y: Tensor) -> Tensor:
-    """`polar` from the r x r matrix Y^T Y: the fast form.
+    """The fast form of `polar`, from the r x r matrix Y^T Y.
 
-    On a CPU Y P diag(lambda)^{-1/2} P^T with Y^T Y = P diag(lambda) P^T; on a GPU by matrix products alone.
-    Where cond(Y) is too large, and the result would not be `polar` to 2e-6 in float32, by `polar` itself.
+    On a CPU it is Y P diag(lambda)^{-1/2} P^T with Y^T Y = P diag(lambda) P^T; on a GPU only matrix products
+    are used. The error is 2e-6 in float32. If cond(Y) is too large for that, `polar` is called.
 
     Args:
         Y: (..., n, r) with n >= r, float32 or float64.
@@ -95,10 +93,10 @@ def fast_polar(Y: Tensor) -> Tensor:
 
 
 def retract(Ys: Sequence[Tensor], kind: str = "qr") -> list[Tensor]:
-    """Each Y back on the manifold, by `cholesky_qr` or by `fast_polar`.
+    """Retract each Y to the manifold by `cholesky_qr` or `fast_polar`.
 
     Args:
-        Ys: (..., n, r), of any n but one r and one batch: what is r x r is computed together.
+        Ys: (..., n, r) with the same r and batch dimensions, and any n: r x r matrices are stacked.
         kind: `qr` or `polar`.
     """
     one_of("retraction", kind, RETRACTIONS)
@@ -111,7 +109,7 @@ def retract(Ys: Sequence[Tensor], kind: str = "qr") -> list[Tensor]:
 def horizontal(X: Tensor, G: Tensor, scale: float = 1.0) -> Tensor:
     """`scale` (I - X X^T) G, the part of G orthogonal to the span of X (equation (5), arXiv 2306.01485).
 
-    Computed as G - X (X^T G): 4 n r^2 operations; the n x n projector is never formed.
+    Computed as G - X (X^T G), with 4 n r^2 operations and without the n x n projector.
 
     Args:
         X: (..., n, r) with orthonormal columns.
@@ -119,7 +117,7 @@ def horizontal(X: Tensor, G: Tensor, scale: float = 1.0) -> Tensor:
         scale: of the result.
 
     Returns:
-        (..., n, r), laid out in memory as X is.
+        (..., n, r), in X's memory layout.
     """
     return _fast.minus_times(G, X, X.mT @ G, scale)
 
@@ -132,7 +130,7 @@ def orthonormality_error(X: Tensor) -> Tensor:
 
 
 class Skew(NamedTuple):
-    """The skew-symmetric W = A X^T - X A^T that belongs to a point X and a direction M, see `skew`.
+    """The skew-symmetric W = A X^T - X A^T of a point X and a direction M, see `skew`.
 
     Attributes:
         X, A: (..., n, r).
@@ -151,9 +149,8 @@ class Skew(NamedTuple):
 def skew(X: Tensor, M: Tensor) -> Skew:
     """W = What - What^T with What = M X^T - X (X^T M X^T) / 2 (Li et al., Algorithm 1), as a `Skew`.
 
-    Written out, A = M - X (X^T M) / 2; a symmetric B in A - X B cancels in W, and B = sym(X^T M) / 2 is
-    taken off so that nothing large is left to cancel in rounding. Of order n r^2; nothing of
-    size n x n is formed.
+    By definition A = M - X (X^T M) / 2. A symmetric B in A - X B cancels in W; B = sym(X^T M) / 2 is
+    subtracted here, so that no large terms cancel in rounding. The cost is of order n r^2.
 
     Args:
         X: (..., n, r).
@@ -166,20 +163,20 @@ def skew(X: Tensor, M: Tensor) -> Skew:
 
 
 def tangent(W: Skew) -> Tensor:
-    """W X, (..., n, r): for orthonormal X the projection of M on the tangent space, M - X sym(X^T M).
+    """W X, (..., n, r); for orthonormal X the projection of M onto the tangent space, M - X sym(X^T M).
 
-    The Riemannian gradient of the embedded metric (Absil and Malick, 2012), if M is the gradient.
+    If M is the gradient, this is the Riemannian gradient of the embedded metric (Absil and Malick, 2012).
     """
     return W.A @ W.XX - W.X @ W.XA.mT
 
 
 def skew_norm(W: Skew, kind: str) -> Tensor:
-    """A norm of W that is no less than its spectral norm; shape (...).
+    """A norm of W, which bounds its spectral norm; shape (...).
 
     Args:
         W: see `skew`.
-        kind: `frobenius`, from r x r matrices; `one`, the largest column sum of |W| as the code of
-            Li et al. has it, from n x n entries, r columns of which are formed at a time.
+        kind: `frobenius`, from r x r matrices; `one`, the largest column sum of |W|, as in the code of Li et
+            al., from n x n entries, of which r columns are formed at a time.
     """
     one_of("norm", kind, ("frobenius", "one"))
     X, A = W.X, W.A
@@ -196,9 +193,9 @@ def skew_norm(W: Skew, kind: str) -> Tensor:
 def cayley(W: Skew, step: Tensor | float) -> Tensor:
     """The Cayley transform (I + step/2 W)^{-1} (I - step/2 W) X: a descent from X along W X.
 
-    step W = P Q^T with P = [step A, X] and Q = [X, -step A], so by the Woodbury identity it is
-    X - P (I + Q^T P / 2)^{-1} Q^T X, a system of 2 r equations (Wen and Yin, Math. Program. 2013).
-    An orthogonal matrix times X: X^T X is what it was, up to rounding, which grows with step |W|.
+    step W = P Q^T with P = [step A, X] and Q = [X, -step A], so by the Woodbury identity the result is
+    X - P (I + Q^T P / 2)^{-1} Q^T X, a system of 2 r equations (Wen and Yin, Math. Program. 2013). It is an
+    orthogonal matrix times X, so X^T X does not change, up to rounding that grows with step |W|.
 
     Args:
         W: see `skew`.
@@ -216,8 +213,8 @@ def cayley(W: Skew, step: Tensor | float) -> Tensor:
 def cayley_iterate(W: Skew, step: Tensor | float, iterations: int, first: str = "tangent") -> Tensor:
     """The fixed-point iteration Y <- X - step/2 W (X + Y) of Li et al. for `cayley`.
 
-    Every iterate is X + X C + A D, and r x r matrices C and D are all that is iterated. With z = step |W|
-    in the spectral norm, s iterations from the tangent err by at most 2 (z/2)^{s+2} / (1 - z/2); the
+    Every iterate is X + X C + A D, so only the r x r matrices C and D are iterated. With z = step |W| in the
+    spectral norm, the error of s iterations from the tangent is at most 2 (z/2)^{s+2} / (1 - z/2); the
     squared norms of columns shrink by z^4 / 4 + O(z^6) for s = 2.
 
     Args:
@@ -233,18 +230,18 @@ def cayley_iterate(W: Skew, step: Tensor | float, iterations: int, first: str = 
     else:
         C, D = -step * W.T, -step * identity
     for _ in range(iterations):
-        C = 2 * identity + C  # of X + Y, to which W is applied
+        C = 2 * identity + C  # W is applied to X + Y
         C, D = step / 2 * (W.XA.mT @ C + W.AA @ D), -step / 2 * (W.XX @ C + W.XA @ D)
     return W.X + (W.X @ C + W.A @ D)
 
 
 def newton_schulz(X: Tensor) -> Tensor:
-    """X (3 I - X^T X) / 2: one step towards the polar factor, squaring a small error of X^T X = I."""
+    """X (3 I - X^T X) / 2: a step towards the polar factor, which squares a small error of X^T X = I."""
     return (3 * X - X @ (X.mT @ X)) / 2
 
 
 def _column(step: Tensor | float, X: Tensor) -> Tensor | float:
-    """A step for each matrix of a batch, ready to be multiplied with the matrices."""
+    """The step of each matrix of a batch, in a shape that multiplies with the matrices."""
     if not isinstance(step, Tensor):
-        return step  # a CUDA graph can hold a number, but not fetch one
+        return step  # a CUDA graph can record a number, but not copy it from the host
     return step.to(X)[..., None, None]

@@ -1,1 +1,1 @@
-"""The methods: one file per row of the tables. See `condlr.methods.base.Method` for what one is."""
+"""The methods, one file per row of the tables. See `condlr.methods.base.Method`."""

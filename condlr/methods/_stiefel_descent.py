@@ -1,4 +1,4 @@
-"""What Cayley SGD and projected SGD share: dense weights with orthonormal rows or columns."""
+"""The base of Cayley SGD and projected SGD: dense weights with orthonormal rows or columns."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -22,26 +22,26 @@ _STEPS = "stiefel_steps"
 class StiefelDescent(Baseline, ABC):
     """SGD on the Stiefel manifold: each step follows a curve through X along a tangent direction.
 
-    Every weight of two or more dimensions is seen as an out x (in kh kw) matrix and held with
-    orthonormal rows, X = W^T, where it has no more rows than columns. With g the gradient at X and b
-    the momentum buffer,
+    Every weight of two or more dimensions is viewed as an out x (in kh kw) matrix. Its rows are kept
+    orthonormal, X = W^T, if it has no more rows than columns. With the gradient g at X and the momentum
+    buffer b,
 
         m = mu b + g,    b <- W(m) X,    X <- curve(W(m), step),
 
-    where W(m) X is the projection of m on the tangent space at X (`condlr.manifolds.stiefel.skew`): the
-    Riemannian gradient of the embedded metric, G - X sym(X^T G), and the old buffer carried along
-    by projection. The two methods differ in their curve alone.
+    where W(m) X is the projection of m onto the tangent space at X (`condlr.manifolds.stiefel.skew`). For the
+    gradient this gives the Riemannian gradient of the embedded metric, G - X sym(X^T G); for the old buffer
+    it is a transport by projection. The two methods differ only in their curve.
 
     Attributes:
-        momentum: `active` as above; `inactive`: mu = 0 for these weights, as in the code of Li et al. and
-            of the CondLR authors, whose buffer is always zero.
-        tall: a matrix with more rows than columns gets orthonormal columns (`transpose`), or no
-            constraint (`free`, as in the released code).
+        momentum: `active` as above; `inactive`: mu = 0 for these weights, as in the code of Li et al. and of
+            the CondLR authors, whose buffer is always zero.
+        tall: a matrix with more rows than columns gets orthonormal columns (`transpose`), or no constraint
+            (`free`, as in the released code).
         cap: step = min(lr, 1 / |W|) in this norm, `frobenius` or `one` (released code), or lr (`none`).
         start: `orthonormal`, by QR of the initial weights, or `as_is`.
         unit_rows: scale the columns of X to unit length before each step, as the released code does.
-        qr_period: orthonormalise X by QR every so many steps, before the step; 0: never. The released code
-            does so at random, with probability 1/101 in each step.
+        qr_period: steps between orthonormalisations of X by QR; 0 for none. The released code does one at
+            random, with probability 1/101 in each step.
     """
 
     momentum: str = "active"
@@ -61,13 +61,13 @@ class StiefelDescent(Baseline, ABC):
     @property
     @override
     def capturable(self) -> bool:
-        return self.qr_period == 0  # a count that a graph would not see
+        return self.qr_period == 0  # a graph would not see the count of steps
 
     @override
     def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
         held = [*self.held(model).values()]
         if not held:
-            raise ValueError("this network has no weight that can be held on the Stiefel manifold")
+            raise ValueError("this network has no weight that can be kept on the Stiefel manifold")
         others = [p for p in model.parameters() if not any(p is weight for weight in held)]
         if self.start == "orthonormal":
             for weight in held:
@@ -86,7 +86,7 @@ class StiefelDescent(Baseline, ABC):
         return optimizer
 
     def held(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The weights of `model` that are held on the manifold, by name; frozen ones are left alone."""
+        """The weights of `model` that are kept on the manifold, by name, without frozen ones."""
         transposes = {layer.Vt for layer in low_rank_layers(model).values()}
         matrices = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
         tall = {name for name, p in matrices.items() if _is_tall(p.mT if p in transposes else p)}
@@ -94,11 +94,11 @@ class StiefelDescent(Baseline, ABC):
 
     @abstractmethod
     def curve(self, W: stiefel.Skew, step: Tensor | float) -> Tensor:
-        """Where a step from X along -W X leads, (n, r)."""
+        """The point that a step from X along -W X leads to, (n, r)."""
 
     @property
     def exact(self) -> bool:
-        """Whether the method promises X^T X = I after every step."""
+        """Whether X^T X = I is guaranteed after every step."""
         return self.start == "orthonormal" and not self.unit_rows
 
     @override
@@ -116,8 +116,6 @@ class StiefelDescent(Baseline, ABC):
 
 
 class _Hooks:
-    """What is done before and after the steps of one optimiser."""
-
     def __init__(self, method: StiefelDescent, held: list[nn.Parameter]):
         self.method, self.held = method, held
         self.moving: dict[nn.Parameter, stiefel.Skew] = {}
@@ -134,7 +132,7 @@ class _Hooks:
                     self._direct(optimizer, weight, orthonormalize)
 
     def _direct(self, optimizer: torch.optim.Optimizer, weight: nn.Parameter, orthonormalize: bool) -> None:
-        """Give SGD the gradient that makes its buffer tangent, and keep where it leads."""
+        """Replace the gradient so that SGD's buffer becomes tangent; keep W for `after_step`."""
         assert weight.grad is not None
         X = _matrix(weight, weight)
         if self.method.unit_rows:
@@ -145,7 +143,7 @@ class _Hooks:
         mu = optimizer.param_groups[0]["momentum"]
         kept = 0.0 if buffer is None else mu * _matrix(weight, buffer)
         M = kept + _matrix(weight, weight.grad)
-        # SGD computes buffer <- mu buffer + grad: give it the grad that makes it W(M) X.
+        # SGD computes buffer <- mu buffer + grad: this grad makes the buffer W(M) X.
         self.moving[weight] = W = stiefel.skew(X, M)
         _write(weight, weight.grad, stiefel.tangent(W) - kept)
 
@@ -167,12 +165,12 @@ def _is_tall(weight: Tensor) -> bool:
 
 
 def _matrix(weight: Tensor, value: Tensor) -> Tensor:
-    """`value`, of the shape of `weight`, as the matrix that has orthonormal columns if it is the weight."""
+    """`value`, of the shape of `weight`, as a matrix; that of the weight itself has orthonormal columns."""
     matrix = value.detach().flatten(1)
     return matrix.clone() if _is_tall(weight) else matrix.mT.clone()
 
 
 @torch.no_grad()
 def _write(weight: Tensor, target: Tensor, matrix: Tensor) -> None:
-    """The inverse of `_matrix`, into `target`."""
+    """Write a matrix into `target`; the inverse of `_matrix`."""
     target.copy_((matrix if _is_tall(weight) else matrix.mT).reshape(weight.shape))

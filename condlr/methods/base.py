@@ -1,4 +1,4 @@
-"""What a method is: all that makes two rows of a table differ."""
+"""The contract of a method: everything in which two rows of a table differ."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ Term = Callable[[nn.Module], Tensor]
 
 @dataclass
 class Method:
-    """A way to train a network. The engine calls it and never asks which one it is.
+    """A way to train a network. The engine treats all methods alike.
 
-    A subclass is a dataclass in a file of its name; its fields are its options, the keys of
-    `conf/method/<name>.yaml`. They are plain numbers and strings, checked in `__post_init__`.
+    A subclass is a dataclass in a file of its name. Its fields are its options, the keys of
+    `conf/method/<name>.yaml`: plain numbers and strings, checked in `__post_init__`.
 
     Attributes:
-        title: what tables call it; without one, the name of its file.
-        order: its place in tables; those of one place stand by their names.
-        colours: of its rows in figures, by label; others get a spare one.
+        title: its name in tables; by default the name of its file.
+        order: its place in tables; methods of the same place are sorted by name.
+        colours: of its rows in figures, by label; other labels get a spare colour.
     """
 
     title: ClassVar[str] = ""
@@ -32,63 +32,60 @@ class Method:
 
     @property
     def compresses(self) -> bool:
-        """Whether the key `compression` means anything to this method."""
+        """Whether the method uses the key `compression`."""
         return True
 
     def label(self) -> str:
-        """How run names and tables call it: the name, and the options that define its rows."""
+        """The name in run ids and tables: the file's name, and the options that define the method's rows."""
         return type(self).__module__.rpartition(".")[-1]
 
     @classmethod
     def title_of(cls, label: str) -> str:
-        """How tables print a row of this label."""
+        """The title of a row with this label in tables."""
         name, *options = label.split("-")
         return " ".join([cls.title or name, *options])
 
     @property
     def in_label(self) -> tuple[str, ...]:
-        """The options that `label` states; any other is added to it where it is unusual."""
+        """The options in `label`; other options are added to a run's label where they are unusual."""
         return ()
 
     @property
     def passes(self) -> int:
-        """How many forward and backward passes a step takes."""
+        """Forward and backward passes in a step."""
         return 1
 
     @property
     def capturable(self) -> bool:
-        """Whether `step` can be recorded as a CUDA graph: it reads nothing back and counts nothing in Python.
-
-        Only a method that says so is; here: no, to be on the safe side.
-        """
+        """Whether `step` can be recorded as a CUDA graph, without reading back or counting in Python."""
         return False
 
     def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
-        """The network this method trains, made from the dense one. Here: U S V^T layers."""
+        """The network to train, made from the dense one. Default: with U S V^T layers."""
         return self.factored(model, scheme)
 
     def factored(self, model: nn.Module, scheme: Scheme, core: str = "full") -> nn.Module:
-        """`model` with low-rank layers as `scheme` says; `model` itself if it asks for none."""
+        """`model` with the low-rank layers of `scheme`; `model` itself if there are none."""
         ranks = scheme.ranks(model)
         if not ranks:
             return model
         return factorize(model, ranks=ranks, init=scheme.init, decay=scheme.decay, core=core)
 
     def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
-        """A plain optimiser; constraints hang on it as step hooks. Here: SGD with momentum."""
+        """A plain optimiser, with constraints as step hooks. Default: SGD with momentum."""
         return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, foreach=True)
 
     def begin_epoch(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, epochs: int
     ) -> None:
-        """Called before the first batch of an epoch (counted from 0, of `epochs`), and where one is resumed.
+        """Called before the first batch of an epoch (counted from 0, of `epochs`), and when one is resumed.
 
-        What a method does once belongs into the optimiser's parameter groups as a flag, which a
-        checkpoint brings back. Here: nothing.
+        A method that does something once keeps a flag in the optimiser's parameter groups, which a checkpoint
+        restores. Default: nothing.
         """
 
     def penalty(self, model: nn.Module) -> Tensor | float:
-        """The term that belongs to the method. Here: none."""
+        """The method's own term of the loss. Default: none."""
         return 0.0
 
     def step(
@@ -99,7 +96,7 @@ class Method:
         labels: Tensor,
         added: Term | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One optimiser step on a batch; returns the loss (see there) and the logits."""
+        """One optimiser step on a batch; returns the loss (see `loss`) and the logits."""
         optimizer.zero_grad()
         loss, logits = self.loss(model, images, labels, added)
         loss.backward()
@@ -109,14 +106,14 @@ class Method:
     def loss(
         self, model: nn.Module, images: Tensor, labels: Tensor, added: Term | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy + the method's own penalty + the term `added`, if any; and the logits."""
+        """Mean cross-entropy + the method's own term + the term `added`, if any; and the logits."""
         logits = model(images)
         loss = F.cross_entropy(logits, labels) + self.penalty(model)
         return (loss if added is None else loss + added(model)), logits
 
     def audit(self, model: nn.Module) -> dict[str, float]:
-        """What the method promises of its weights, measured in float64 at an epoch's end.
+        """Measure, in float64 at an epoch's end, what the method guarantees for its weights.
 
-        The figures go into the history; a broken promise raises `ConstraintBreach`.
+        The figures go into the history. A broken guarantee raises `ConstraintBreach`.
         """
         return {}

@@ -1,4 +1,4 @@
-"""The dense network, as it comes."""
+"""The dense network."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from condlr.methods.base import Method
 
 @dataclass
 class Baseline(Method):
-    """Dense weights and plain SGD: the row the others are measured against.
+    """Dense weights and plain SGD: the row that other rows are compared with.
 
-    With `classifier=full_rank` its last layer is a product of three unconstrained factors, as in
-    the authors' code.
+    With `classifier=full_rank` its last layer is a product of three unconstrained factors, as in the
+    authors' code.
     """
 
     title: ClassVar[str] = "Baseline"
@@ -35,5 +35,5 @@ class Baseline(Method):
 
     @override
     def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
-        assert scheme.compression is None, "a method that does not compress is given no compression"
+        assert scheme.compression is None, "this method does not compress"
         return self.factored(model, scheme)

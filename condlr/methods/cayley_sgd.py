@@ -20,12 +20,11 @@ class CayleySgd(StiefelDescent):
 
     Attributes:
         transform: `iterative`: `inner_iterations` of Y <- X - step/2 W (X + Y); `exact`: the transform
-            itself, from a system of 2 r equations, and a correction of rounding errors: a Newton-Schulz
-            step, or QR where the step has no cap and they have no bound.
-        inner_iterations: 2 in the paper, 5 in its code, 4 in that of the CondLR authors. The weights
-            drift from orthonormality by what the iteration leaves out, see the column
-            `audit_orthonormality_error` of history.csv.
-        first: the iteration starts at Y = X - step W X (`tangent`, the paper) or at X - step m, m not
+            itself, from a system of 2 r equations. Its rounding errors are corrected by a Newton-Schulz
+            step, or by QR if the step has no cap, because the errors then have no bound.
+        inner_iterations: 2 in the paper, 5 in its code, 4 in the CondLR authors' code. The weights drift from
+            orthonormality, see the column `audit_orthonormality_error` of history.csv.
+        first: the iteration starts at Y = X - step W X (`tangent`, the paper), or at X - step m with m not
             projected (`momentum`, both released codes).
     """
 

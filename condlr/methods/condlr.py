@@ -14,7 +14,7 @@ from condlr.methods.base import Method
 
 @dataclass
 class CondLR(Method):
-    """The rows CondLR of the tables, and with tau = 0 and `centre=one` the row "mean". See `constrain`."""
+    """The rows CondLR of the tables; with tau = 0 and `centre=one`, the row "mean". See `constrain`."""
 
     title: ClassVar[str] = "CondLR"
     order: ClassVar[int] = 3
@@ -65,9 +65,9 @@ class CondLR(Method):
     @override
     def capturable(self) -> bool:
         by_qr = self.tau == 0 and self.projection == "qr"
-        if self.preconditioner == "released_code":  # whose scalars live in Python
+        if self.preconditioner == "released_code":  # its scalars are Python numbers
             return False
-        # A wide band lets S become too ill-conditioned for what a graph can do with it.
+        # In a wide band S may become too ill-conditioned for the fast maps, which a graph cannot leave.
         return not by_qr and (self.tau <= 1 or self.preconditioner == "scalar")
 
     @override

@@ -31,20 +31,21 @@ class Dlrt(Method):
         L_1 = V_0 S_0^T - lr G(W_0)^T U_0,      V_1 = orth L_1,    N = V_1^T V_0,
         S_1 = M S_0 N^T - lr U_1^T G(U_1 M S_0 N^T V_1^T) V_1.
 
-    Adaptive, the new bases are orth [K_1 | U_0] and orth [L_1 | V_0], S is 2 r x 2 r, and is truncated
-    after its step to the smallest rank whose discarded singular values have a norm of at most
-    theta ||sigma||, at least 2, at most half of min(n, m), never 0. It starts at the rank of the
-    compression, or at half. A classifier of full rank keeps it.
+    With an adaptive rank, the new bases are orth [K_1 | U_0] and orth [L_1 | V_0], and S is 2 r x 2 r. After
+    its step S is truncated to the smallest rank whose discarded singular values have a norm of at most
+    theta ||sigma||; the rank is at least 2 (1 for tiny layers) and at most half of min(n, m). It starts at
+    the rank of the compression, or at half of min(n, m) if that is smaller. A classifier at full rank keeps
+    its rank.
 
-    Biases, normalisation and dense layers take part in the S-step. With momentum the K- and L-steps use
-    the buffers of U and V, and every buffer is re-expressed in the new bases as S is.
+    Biases, normalisation and dense layers are updated in the S-step. With momentum, the K- and L-steps use
+    the buffers of U and V, and every buffer is re-expressed in the new bases, like S.
 
-    K and L have their gradients at one point, W_0: one pass with the layers' matrices written as
-    K V_0^T + U_0 Z^T, Z = 0, gives both, so that a batch costs two passes and not three (and
-    batch normalisation updates its statistics twice).
+    The gradients of K and L are taken at the same point W_0. One pass with the layers' matrices written as
+    K V_0^T + U_0 Z^T, Z = 0, gives both, so a batch takes two passes instead of three. Batch normalisation
+    updates its statistics twice.
 
     Attributes:
-        theta: 0 keeps the rank fixed; above, the relative tolerance of the truncation.
+        theta: 0 for a fixed rank; > 0 is the relative tolerance of the truncation.
     """
 
     title: ClassVar[str] = "DLRT"
@@ -124,13 +125,13 @@ class Dlrt(Method):
         return {"orthonormality_error": worst} | ranks
 
     def _adapts(self, layer: LowRank) -> bool:
-        """A layer of full rank, as the classifier may be, keeps it; `apply` gives others half at most."""
+        """Whether the rank adapts; a full-rank layer, which only the classifier can be, keeps its rank."""
         return self.theta > 0 and layer.rank < min(layer.shape)
 
     def _rebase(
         self, layer: LowRank, optimizer: torch.optim.Optimizer, U0: Tensor, S0: Tensor, V0: Tensor
     ) -> None:
-        """From K_1 and L_1, which stand in for U and V, to new bases and S in them."""
+        """Compute the new bases from K_1 and L_1, which are stored in U and V, and S in these bases."""
         K, L = layer.U, layer.V
         if self._adapts(layer):
             K, L = torch.cat([K, U0], 1), torch.cat([L, V0], 1)
@@ -143,7 +144,7 @@ class Dlrt(Method):
     def _truncate(self, layer: LowRank, optimizer: torch.optim.Optimizer) -> None:
         assert layer.S is not None
         P, sigma, Qh = spectrum.svd(layer.S.double())
-        # tails[r] is the norm of what the rank r discards; the smallest r that discards little enough
+        # tails[r] is the norm of the singular values that rank r discards
         tails = sigma.square().flip(0).cumsum(0).flip(0).sqrt()
         rank = int((tails > self.theta * tails[0]).sum())
         rank = max(min(max(rank, 2), min(layer.shape) // 2), 1)
@@ -154,7 +155,7 @@ class Dlrt(Method):
 
 
 class _Objective(nn.Module):
-    """The loss and the logits of a network, as a module: for weights put in its place."""
+    """The loss and the logits of a network, as a module for `functional_call`."""
 
     def __init__(self, network: nn.Module, loss: Callable[[nn.Module], tuple[Tensor, Tensor]]):
         super().__init__()
@@ -180,7 +181,7 @@ def _basis_gradients(
         factors = {"U": torch.cat([K, U], 1), "S": identity, "Vt": torch.cat([V, Z], 1).mT}
         place = f"network.{name}" if name else "network"
         substitutes |= {f"{place}.{factor}": value for factor, value in factors.items()}
-    # A layer that stands in several places is swapped in all of them by its first name alone.
+    # A layer that appears several times is replaced everywhere by its first name.
     loss, logits = functional_call(objective, substitutes, (), tie_weights=False)
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
     pairs = zip(layers, zip(gradients[::2], gradients[1::2], strict=True), strict=True)
@@ -189,7 +190,7 @@ def _basis_gradients(
 
 
 def _is_free(layer: LowRank) -> bool:
-    """Whether all its factors are trained: a layer with a frozen one is left to the S-step."""
+    """Whether all factors are trained; a layer with a frozen factor takes part in the S-step only."""
     return all(factor is not None and factor.requires_grad for factor in (layer.U, layer.S, layer.Vt))
 
 

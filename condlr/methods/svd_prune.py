@@ -20,25 +20,25 @@ _PRUNED = "svd_prune_pruned"
 
 @dataclass
 class SvdPrune(Method):
-    r"""W = U diag(s) V^T, softly orthogonal U and V and a sparse s (their equations (2) to (6)).
+    r"""W = U diag(s) V^T with softly orthogonal U and V and a sparse s (their equations (2) to (6)).
 
-    The loss is L = CE + orthogonality sum (||U^T U - I||_F^2 + ||V^T V - I||_F^2) / r^2 + sparsity_weight
-    sum R(s) over the factored layers, with R one of
+    The loss is CE + orthogonality sum (||U^T U - I||_F^2 + ||V^T V - I||_F^2) / r^2 + sparsity_weight
+    sum R(s) over the low-rank layers, where R is one of
 
         hoyer: ||s||_1 / ||s||_2 - 1,    hoyer_square: ||s||_1^2 / ||s||_2^2 - 1,    l1: ||s||_1.
 
     Attributes:
-        pipeline: `fixed_rank`: all factors are trained jointly at the rank of the compression from the
-            start, as CondLR's tables have it (arXiv 2306.01485, section 5; its lambdas are not stated).
-            `full`: the method's own way: full rank and no R for the first of `phases`; R in the second;
-            then singular values are pruned and the rest is fine-tuned without R. The compression
-            then follows from `energy`, and the key `compression` has no meaning.
+        pipeline: `fixed_rank`: all factors are trained at the rank of the compression from the start, as in
+            CondLR's tables (arXiv 2306.01485, section 5, which does not state the lambdas). `full`: the
+            original pipeline: first full rank without R, then with R, then singular values are pruned and
+            the rest is fine-tuned without R. The compression then results from `energy`; the key
+            `compression` is not used.
         orthogonality: lambda_o; 1 in the original.
         sparsity: R.
         sparsity_weight: lambda_s.
-        energy: e: pruning keeps of each layer the fewest singular values with sum s^2 >= (1 - e) of all.
-        phases: fractions of the epochs at which sparsifying and fine-tuning begin, the latter with the
-            last epoch at the latest.
+        energy: e; pruning keeps the fewest singular values of a layer with sum s^2 >= (1 - e) of the total.
+        phases: fractions of the epochs at which sparsifying and fine-tuning begin; fine-tuning takes at least
+            the last epoch.
     """
 
     title: ClassVar[str] = "SVD prune"

@@ -1,4 +1,4 @@
-"""Low-rank layers without a constraint: W = U V^T."""
+"""Low-rank layers W = U V^T without a constraint."""
 
 import math
 from collections.abc import Mapping
@@ -16,20 +16,20 @@ from condlr.methods.base import Method, Term
 
 @dataclass
 class Vanilla(Method):
-    """W = U V^T, both factors free (Pufferfish; Khodak et al., ICLR 2021).
+    """W = U V^T without a constraint on the factors (Pufferfish; Khodak et al., ICLR 2021).
 
-    The rank is that of the triple U S V^T under the same compression, so that rows of one table
-    have layers of one rank; the measured compression is then a little higher.
+    The rank is that of U S V^T under the same compression, so that the rows of a table have layers of the
+    same rank. The measured compression is then a little higher.
 
     Attributes:
-        update: `joint`: one gradient step on all weights at once, as the works cited do; `alternating`,
-            as CondLR's text says (arXiv 2306.01485, section 5): a step on U, then, with the gradient
-            at the new U on the same batch, a step on V and all other weights. Twice the cost.
-        init: `spectral`: U sqrt(Sigma), V sqrt(Sigma) from the truncated SVD of the dense initial
-            weight; `gaussian`: entries of U and V ~ N(0, s / sqrt(r)), with s^2 the mean square of the
-            dense initial weight, which the entries of U V^T then have as their variance.
-        frobenius_decay: lambda of the penalty lambda / 2 sum ||U V^T||_F^2 over the layers, the weight
-            decay of W and not of its factors (Khodak et al., section 3.2): grad_U += lambda U (V^T V).
+        update: `joint`: one gradient step on all weights, as in the cited works; `alternating`, as in
+            CondLR's text (arXiv 2306.01485, section 5): a step on U, then, with the gradient at the new U on
+            the same batch, a step on V and all other weights, at twice the cost.
+        init: `spectral`: U sqrt(Sigma), V sqrt(Sigma) from the truncated SVD of the dense initial weight;
+            `gaussian`: entries of U and V with mean 0 and variance s / sqrt(r), where s^2 is the mean square
+            of the dense initial weight. The entries of U V^T then have variance s^2.
+        frobenius_decay: lambda of the penalty lambda / 2 sum ||U V^T||_F^2 over the layers, a weight decay of
+            W instead of its factors (Khodak et al., section 3.2): grad_U += lambda U (V^T V).
     """
 
     title: ClassVar[str] = "Vanilla"
@@ -55,7 +55,7 @@ class Vanilla(Method):
         factored = self.factored(model, scheme, core="none")
         if self.init == "gaussian":
             if scheme.decay is not None:
-                raise ValueError("decay is of singular values: method.init=gaussian draws none")
+                raise ValueError("decay sets singular values, which method.init=gaussian does not draw")
             for name, layer in low_rank_layers(factored).items():
                 dense = model.get_parameter(f"{name}.weight")
                 variance = dense.detach().square().mean().div(layer.rank).sqrt().item()
@@ -93,7 +93,7 @@ class Vanilla(Method):
 def step_along(
     model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, moving: set[nn.Parameter]
 ) -> None:
-    """A step of `optimizer` on the parameters in `moving` alone: the others have no gradient."""
+    """Take a step of `optimizer` on the parameters in `moving` only."""
     inputs = [p for p in model.parameters() if p in moving and p.requires_grad]
     if inputs:
         optimizer.zero_grad()

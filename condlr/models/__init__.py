@@ -1,1 +1,1 @@
-"""The networks of the tables: plain dense modules that know nothing of low rank."""
+"""The networks of the tables, as plain dense modules."""

@@ -22,8 +22,8 @@ _SIZE = 32
 class Vgg(nn.Module):
     """3 x 3 convolutions with batch norm and LeakyReLU in five stages, then 512 and `classes` units.
 
-    A convolution is followed by batch normalisation and has no bias of its own. At the end of a stage
-    pooling comes before LeakyReLU: they commute, and the activation then has a quarter of the work.
+    Convolutions have no bias, since batch normalisation follows. At the end of a stage pooling comes before
+    LeakyReLU: they commute, and the activation then has a quarter of the work.
     The convolutions are `conv1`, `conv2`, ..., the linear layers `fc1` and `fc2`.
 
     Args:

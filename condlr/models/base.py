@@ -1,4 +1,4 @@
-"""What the networks of the tables have in common."""
+"""The contract of a network: how it is built from its options."""
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -11,9 +11,9 @@ from typing_extensions import override
 
 
 class Standardize(nn.Module):
-    """(x - mean) / deviation for each channel: the first layer of a network whose images are in [0, 1].
+    """(x - mean) / deviation for each channel, for images in [0, 1].
 
-    Inside the network, so that attacks see images in [0, 1] and their eps is in pixels.
+    It is the network's first layer, so that attacks see images in [0, 1] and eps is in units of pixels.
     """
 
     mean: Tensor
@@ -32,7 +32,7 @@ class Standardize(nn.Module):
 def standardized(
     network: nn.Module, standard: tuple[tuple[float, ...], tuple[float, ...]] | None
 ) -> nn.Module:
-    """`network` behind a `Standardize` of this mean and deviation; itself for None."""
+    """`network` behind a `Standardize` layer with this mean and deviation; unchanged for None."""
     if standard is None:
         return network
     return nn.Sequential(OrderedDict(standardize=Standardize(*standard), network=network))
@@ -40,10 +40,10 @@ def standardized(
 
 @dataclass
 class Architecture(ABC):
-    """A network's options, the keys of `conf/model/<name>.yaml`, and how it is built from them.
+    """A network's options, the keys of `conf/model/<name>.yaml`.
 
     Attributes:
-        title: what tables call it; without one, the name of its file.
+        title: its name in tables; by default the name of its file.
     """
 
     title: ClassVar[str] = ""
@@ -53,4 +53,4 @@ class Architecture(ABC):
 
     @abstractmethod
     def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
-        """The network for images of a `shape` that it can take, in PyTorch's default init."""
+        """The network for images of `shape`, with PyTorch's default initialisation."""

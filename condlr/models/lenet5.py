@@ -1,4 +1,4 @@
-"""LeNet5 in the 20-50-500-10 form that the low-rank literature uses."""
+"""LeNet5 in the 20-50-500-10 form of the low-rank literature."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,8 +14,8 @@ from condlr.models.base import Architecture
 class LeNet5(nn.Module):
     """Two 5 x 5 convolutions with 20 and 50 filters, then 500 and `classes` units: 430 500 weights.
 
-    Each convolution is followed by 2 x 2 max pooling and LeakyReLU, in this order: they commute,
-    and the activation then has a quarter of the work.
+    Each convolution is followed by 2 x 2 max pooling, then LeakyReLU: they commute, and in this order the
+    activation has a quarter of the work.
 
     Args:
         classes: number of classes.

@@ -1,1 +1,1 @@
-"""The penalties: one file each. See `condlr.penalties.base.Penalty` for what one is."""
+"""The penalties, one file each. See `condlr.penalties.base.Penalty`."""

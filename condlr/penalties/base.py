@@ -1,4 +1,4 @@
-"""What a penalty is: a term added to the loss, whatever the method that trains."""
+"""The contract of a penalty: a term added to the loss of any method."""
 
 import math
 from abc import ABC, abstractmethod
@@ -18,22 +18,22 @@ Layer = nn.Linear | nn.Conv2d | LowRank
 
 @dataclass
 class Penalty(ABC):
-    """weight * the sum, or mean, of `term(layer)` over the layers it names, added to the loss.
+    """weight * the sum or mean of `term(layer)` over the named layers, added to the loss.
 
-    A subclass is a dataclass in a file of its name; its fields are its options, the keys of
-    `conf/penalty/<name>.yaml`. It says what a layer's term is, and no more.
+    A subclass is a dataclass in a file of its name. It defines `term`; its fields are its options, the keys
+    of `conf/penalty/<name>.yaml`.
 
     Attributes:
-        title: what tables call it.
-        takes: the kinds of layers that it is for; others of a matching name are left alone.
+        title: its name in tables.
+        takes: the kinds of layers it can penalise; it skips all others.
         weight: lambda.
-        layers: names of the layers that are penalised, as shell patterns: linear and convolution layers,
-            dense or low-rank.
-        acts_on: `weight`, the layer's whole weight, or `V`, the factor V^T of low-rank layers, which of a
-            convolution is one onto r channels. Dense layers are then left alone.
+        layers: names of linear and convolution layers, dense or low-rank, as shell patterns.
+        acts_on: `weight`, the whole weight of a layer, or `V`, the factor V^T of a low-rank layer. In a
+            convolution V^T is itself a convolution onto r channels. `V` skips dense layers.
         over_layers: `sum` or `mean`.
         every: j; every j-th step has the term, at j times the weight.
-        milestones, factors: from epoch m on (counted from 0) the weight is `weight` times the factor of m.
+        milestones, factors: from each milestone (an epoch, counted from 0) on, the weight is `weight` times
+            its factor.
 
     Example:
         >>> from condlr.penalties.so import So
@@ -69,7 +69,7 @@ class Penalty(ABC):
 
     @abstractmethod
     def term(self, layer: Layer) -> Tensor:
-        """What is penalised of one layer, a number on its device."""
+        """The penalised quantity of one layer, a scalar on its device."""
 
     def matrix(self, layer: Layer) -> Tensor:
         """`kernel` as a matrix, out x (in kh kw)."""
@@ -83,16 +83,16 @@ class Penalty(ABC):
         else:
             W = layer.weight
             assert isinstance(W, Tensor)
-            W = W.as_subclass(Tensor)  # of a low-rank layer it is a product that refuses to be written to
+            W = W.as_subclass(Tensor)  # a low-rank layer gives a read-only `Product`
         return W if W.ndim == 4 else W[:, :, None, None]
 
     def __call__(self, model: nn.Module) -> Tensor:
-        """The term to add to the loss, at the weight of the epoch that `begin_epoch` named last."""
+        """The term to add to the loss, with the weight that `begin_epoch` set."""
         weight = self.every * self.weight if self._scheduled is None else self._scheduled
         return weight * self.quantity(model)
 
     def quantity(self, model: nn.Module) -> Tensor:
-        """What is penalised, before the weight: the sum or mean over the layers; in strict float32.
+        """The sum or mean over the layers without the weight, in strict float32.
 
         Raises:
             ValueError: there is no such layer.
@@ -132,8 +132,7 @@ class Penalty(ABC):
     def begin_epoch(self, model: nn.Module, epoch: int) -> None:
         """Set the weight of an epoch, before its first batch.
 
-        The weight is a tensor on the network's device, the same one in all epochs: a step that was recorded
-        as a CUDA graph sees it change.
+        The weight is one tensor on the network's device, so that a CUDA graph sees it change.
         """
         device = next(model.parameters()).device
         if self._scheduled is None or self._scheduled.device != device:

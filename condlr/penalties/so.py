@@ -13,15 +13,15 @@ from condlr.penalties.base import Layer, Penalty
 
 @dataclass
 class So(Penalty):
-    r"""||W W^T - I||_F^2, or ||W^T W - I||_F^2 where W has more rows than columns: the smaller Gram matrix.
+    r"""||W W^T - I||_F^2, or ||W^T W - I||_F^2 if W has more rows than columns: the smaller Gram matrix.
 
-    W is the layer's n x m matrix, a kernel seen as out x (in kh kw). The smaller side, as in the authors'
-    training of Wide ResNets: on the other one no W reaches 0, and every one with singular values up to
+    W is the layer's n x m matrix; a kernel is viewed as out x (in kh kw). The smaller side is that of the
+    authors' training of Wide ResNets. On the other side no W reaches 0, and any W with singular values up to
     sqrt(2) can be a minimiser (Massart, 2022).
 
-    A low-rank layer has W = L R with L = U S, n x r, and R = V^T, r x m, which need not be formed: W W^T
-    has the eigenvalues of the r x r matrix P = L^T L R R^T, and zeros. So the term is
-    tr((P - I)^2) + min(n, m) - r, the last being what rank r costs whatever its singular values are.
+    For a low-rank layer W = L R, with L = U S, n x r, and R = V^T, r x m, W is not formed: W W^T has the
+    eigenvalues of the r x r matrix P = L^T L R R^T, and zeros. So the term is
+    tr((P - I)^2) + min(n, m) - r; the constant min(n, m) - r is due to the rank.
     """
 
     title: ClassVar[str] = "SO"

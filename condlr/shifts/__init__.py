@@ -1,1 +1,1 @@
-"""The shifts: one file each. See `condlr.shifts.base.Shift` for what one is."""
+"""The shifts, one file each. See `condlr.shifts.base.Shift`."""

@@ -1,4 +1,4 @@
-"""What a shift is: labelled images that a network was not trained on."""
+"""The contract of a shift: labelled images that a network was not trained on."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,12 +12,12 @@ from condlr.data.base import Images
 
 
 class ShiftedSet(NamedTuple):
-    """Which of a shift's sets of images.
+    """One of a shift's sets of images.
 
     Attributes:
-        name: what was done to the images, or where they are from: `jpeg`.
-        severity: how much of it, from 1 (little) to 5; None where there are no degrees.
-        n: how many images it has.
+        name: the change or the origin of the images, such as `jpeg`.
+        severity: from 1 (little) to 5, or None.
+        n: the number of images.
     """
 
     name: str
@@ -30,10 +30,10 @@ class Shift(ABC):
     """Sets of labelled images; a subclass's fields are its options.
 
     Attributes:
-        title: what tables call it.
-        legend: what it does, in a sentence or two, for those who read the table.
-        images: only the first so many test images; None is all.
-        seed: of what is drawn at random.
+        title: its name in tables.
+        legend: one or two sentences that explain it to readers of the table.
+        images: only the first N test images; None for all.
+        seed: of random draws.
     """
 
     title: ClassVar[str]
@@ -49,11 +49,11 @@ class Shift(ABC):
 
     @abstractmethod
     def sets(self, test_images: int, root: Path) -> Sequence[ShiftedSet]:
-        """What sets there are, in the order of a table; no image is made or read for it.
+        """The sets, in the order of a table; no image is made or read.
 
         Args:
-            test_images: how many there are of the dataset that the network was trained on.
-            root: where datasets lie, for a shift that reads files of its own.
+            test_images: the number of test images of the dataset that the network was trained on.
+            root: the data root, for a shift that reads files of its own.
 
         Raises:
             ValueError: a setting does not fit the images.
@@ -62,7 +62,7 @@ class Shift(ABC):
 
     @abstractmethod
     def make(self, which: ShiftedSet, test: Images, root: Path) -> Images:
-        """The images of one of these sets, and their labels; the same at every call.
+        """The images and labels of one of these sets; the same at every call.
 
         Args:
             which: one of `sets`.
@@ -71,14 +71,14 @@ class Shift(ABC):
             root: see `sets`.
 
         Raises:
-            UserError: a file is missing, damaged or another than it should be.
+            UserError: a file is missing, damaged or not the expected one.
         """
 
     def count(self, test_images: int) -> int:
-        """How many of so many test images are asked for.
+        """The number of test images to use.
 
         Raises:
-            ValueError: more than there are.
+            ValueError: there are fewer.
         """
         if self.images is not None and self.images > test_images:
             raise ValueError(f"images={self.images}, but there are only {test_images}")

@@ -14,7 +14,7 @@ from condlr._support.seeds import derive_seed
 from condlr.data.base import Images
 from condlr.shifts.base import Shift, ShiftedSet
 
-# What each severity from 1 to 5 means: a parameter of the function of that name below.
+# The parameter of the function below for severities 1 to 5.
 PARAMETERS = {
     "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),
     "gaussian_blur": (0.4, 0.6, 0.7, 0.8, 1.0),
@@ -28,14 +28,14 @@ PARAMETERS = {
 class Corruptions(Shift):
     """The test images after corruptions in the manner of Hendrycks and Dietterich (ICLR 2019).
 
-    They are computed in memory by torchvision's transforms, and are neither the images nor the numbers of
-    CIFAR-10-C. The parameters of noise (standard deviation of a pixel), blur (standard deviation in pixels),
-    contrast (factor of the distance to the image's mean grey) and JPEG (quality) are those that
-    CIFAR-10-C was made with; brightness is a factor of each pixel here.
+    They are computed in memory by torchvision's transforms. The images differ from those of CIFAR-10-C, and
+    results are not comparable. The parameters of noise (standard deviation of a pixel), blur (standard
+    deviation in pixels), contrast (factor of the distance to the image's mean grey) and JPEG (quality) are
+    those of CIFAR-10-C; brightness is a factor of each pixel here.
 
     Attributes:
-        kinds: which corruptions, of `PARAMETERS`.
-        severities: how strong, from 1 to 5.
+        kinds: corruptions, from `PARAMETERS`.
+        severities: from 1 to 5.
     """
 
     title: ClassVar[str] = "Corruptions"

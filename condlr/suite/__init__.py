@@ -1,1 +1,1 @@
-"""The suite: what carries out a study."""
+"""The suite: runs and studies."""

@@ -1,10 +1,10 @@
 """The finished runs of a study in one small file, without weights and checkpoints, and back.
 
-One rule merges a run that both sides hold: the record that ended later wins (on a tie the one on disk), and
-where both are of the same network, tables are united row by row, and of other files the longer one stays.
+One rule merges a run that both sides have. The record that ended later wins, on a tie the one on disk. If
+both come from the same training, tables are merged row by row, and of other files the longer one is kept.
 
-The file is a tar archive, <study>/<run id>/<file>, whose bytes depend on its content alone. It is read whole
-and checked before anything is written, and no name in it becomes a path unless it is one that a run has.
+The file is a tar archive, <study>/<run id>/<file>; the same runs give the same bytes. It is read completely
+and checked before anything is written, and a name in it becomes a path only if a run has such a file.
 """
 
 import gzip
@@ -29,22 +29,22 @@ from condlr.suite.runs import Run, by_key, examined, record
 from condlr.suite.sweeps.plan import PLAN
 
 NAME = "runs.tar.gz"
-# What of a run is archived: its record, its config, its tables, and what was said while it was at work.
+# The files of a run that are archived: its record, config, tables and log.
 _FILE = re.compile(r"run\.json|config\.yaml|train\.log|[a-z0-9_]+\.csv")
 _NEEDED = ("run.json", "config.yaml")
 _DIRECTORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _FINISHED = ("done", "diverged")
-LARGEST = 2**29  # bytes of an archive, unpacked, which is held in memory; 2,000 runs are half of that
+LARGEST = 2**29  # bytes of an unpacked archive, which is held in memory; 2,000 runs take half of that
 _STAGE = ".restore"
 
-# The files of a run by name, those of a study's runs by run id.
+# The files of a run by name, and of a study's runs by run id.
 Files = dict[str, bytes]
 Runs = dict[str, Files]
 
 
 @dataclass
 class Summary:
-    """What became of the runs: new, updated, replaced by those of another training, unchanged, left alone."""
+    """How many runs were new, updated, replaced by another training, unchanged, or left alone."""
 
     size: int = 0
     counts: Counter[str] = field(default_factory=Counter)
@@ -60,7 +60,7 @@ class Summary:
 
 
 def archive(study: Path, path: Path) -> Summary:
-    """Add the finished runs of a study's directory to an archive, by the rule above."""
+    """Add the finished runs of a study's directory to an archive."""
     here, summary, unfinished = {}, Summary(), []
     for found in sorted(study.glob("*/run.json")):
         run = Run(found.parent)
@@ -84,23 +84,23 @@ def archive(study: Path, path: Path) -> Summary:
         if (merged, planned) != (runs, plan):
             write(path, _packed(merged, planned, study.name))
     if unfinished:
-        summary.notes.append(f"left out, for they are not finished: {', '.join(unfinished)}")
+        summary.notes.append(f"left out, because they are not finished: {', '.join(unfinished)}")
     summary.size = path.stat().st_size
     return summary
 
 
 def restore(path: Path, study: Path) -> Summary:
-    """Add the runs of an archive to a study's directory, by the rule above, each whole or not at all.
+    """Add the runs of an archive to a study's directory.
 
-    Weights and checkpoints stay as they are; so does a run that is at work, or whose weights here are of
-    another training than the archive's record.
+    Weights and checkpoints stay unchanged. So does a run that a process is working on, or whose weights on
+    disk come from another training than the archived record.
     """
     if not path.exists():
         raise UserError(f"there is no {path}: make archive writes it where the runs are")
     runs, plan = _unpacked(path, study.name)
     summary = Summary(path.stat().st_size)
     with Lock(study, "restore", wait=True):
-        shutil.rmtree(study / _STAGE, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(study / _STAGE, ignore_errors=True)  # left by a process that was killed
         (study / _STAGE).mkdir()
         try:
             for name, files in sorted(runs.items()):
@@ -111,7 +111,7 @@ def restore(path: Path, study: Path) -> Summary:
                     summary.notes.append(f"left alone: {error}")
                 if state == "kept":
                     state = "left alone"
-                    why = "is newer, or has its weights, and is of another training than the archive's run"
+                    why = "comes from another training than the archived run, and is newer or has weights"
                     summary.notes.append(f"left alone: {study / name} {why}")
                 summary.counts[state] += 1
         finally:
@@ -124,11 +124,11 @@ def restore(path: Path, study: Path) -> Summary:
 
 
 def _restore(archived: Files, run: Run, stage: Path) -> str:
-    """Bring one run up to date; its files are written aside, then moved, which takes no room on the disk."""
+    """Update one run. Files are written to `stage`, then moved, so that a full disk changes nothing."""
     try:
         with Lock(run.directory), Lock(run.directory, "rows", wait=True):
             here = _files(run.directory)
-            # Seen from the disk: what it lacks is new, and what it has wins where all is equal
+            # The disk is `here`, so its files win a tie
             merged, _ = _merged(here, archived, run.directory)
             if merged == here:
                 return "unchanged" if _same_network(here, archived, run.directory) else "kept"
@@ -139,18 +139,18 @@ def _restore(archived: Files, run: Run, stage: Path) -> str:
             changed = [name for name in merged if merged[name] != here.get(name)]
             for name in changed:
                 write(stage / name, merged[name])
-            for name in sorted(changed, key=lambda name: name == "run.json"):  # last: with it a run is one
+            for name in sorted(changed, key=lambda name: name == "run.json"):  # run.json last: it makes a run
                 os.replace(stage / name, run.directory / name)
             for name in here.keys() - merged.keys():
                 (run.directory / name).unlink()
             return ("replaced" if replaced else "updated") if "run.json" in here else "new"
     finally:
-        with suppress(OSError):  # a new one that was not to be: else it is not empty
+        with suppress(OSError):  # fails unless the directory is empty, after an error with a new run
             run.directory.rmdir()
 
 
 def _merged(here: Files, there: Files, directory: Path) -> tuple[Files, str]:
-    """A run's files by the rule above, and what became of `there` by that."""
+    """A run's merged files, and the state of `there` that results (see `Summary`)."""
     if "run.json" not in here or "run.json" not in there:
         return (here, "new") if "run.json" in here else (there, "unchanged")
     first, second = (here, there)
@@ -161,14 +161,14 @@ def _merged(here: Files, there: Files, directory: Path) -> tuple[Files, str]:
     files = second | first
     for name in sorted(first.keys() & second.keys()):
         if name in examined():
-            files[name] = _united(first[name], second[name], directory / name)
+            files[name] = _merged_rows(first[name], second[name], directory / name)
         elif name not in _NEEDED:
             files[name] = max(first[name], second[name], key=len)
     return files, "unchanged" if files == there else "updated"
 
 
-def _united(first: bytes, second: bytes, path: Path) -> bytes:
-    """The rows of both; of two with one key the first one's."""
+def _merged_rows(first: bytes, second: bytes, path: Path) -> bytes:
+    """The rows of both tables; of two rows with the same key, the first table's."""
     if first == second:
         return first
     ours, theirs = (by_key(csv_rows(content, path), path) for content in (first, second))
@@ -176,7 +176,7 @@ def _united(first: bytes, second: bytes, path: Path) -> bytes:
 
 
 def _planned(here: bytes, there: bytes, path: Path) -> bytes:
-    """The lines of both lists of planned runs, one for each run."""
+    """The lines of two lists of planned runs, one line for each run."""
     if not (here and there) or here == there:
         return here or there
     ours, theirs = (
@@ -190,14 +190,14 @@ def _planned(here: bytes, there: bytes, path: Path) -> bytes:
 
 
 def _same_network(here: Files, there: Files, directory: Path) -> bool:
-    """Whether two records are of one training: by the weights, or when it ended where there are none."""
+    """Whether two records come from one training: by the weights' digest, or by the end time without one."""
     ours, theirs = (_record(files, directory) for files in (here, there))
     key = "model_sha256" if "model_sha256" in theirs else "ended"
     return ours.get(key) == theirs.get(key) is not None
 
 
 def _moment(files: Files, directory: Path) -> datetime:
-    """When a run ended, or began where it has not."""
+    """When a run ended; when it started, if it has not ended."""
     info = _record(files, directory)
     try:
         return datetime.fromisoformat(info.get("ended") or info["started"]).astimezone(UTC)
@@ -210,7 +210,6 @@ def _record(files: Files, directory: Path) -> dict[str, Any]:
 
 
 def _files(directory: Path) -> Files:
-    """What of a run on disk is archived."""
     return {
         path.name: path.read_bytes() for path in sorted(directory.iterdir()) if _FILE.fullmatch(path.name)
     }
@@ -221,7 +220,7 @@ def _content(path: Path) -> bytes:
 
 
 def _check(name: str, files: Files, where: Path) -> None:
-    """Raise `UserError` unless these are the files of the finished run of this name."""
+    """Raise `UserError` unless these are the files of the finished run `name`."""
     if absent := [needed for needed in _NEEDED if needed not in files]:
         raise UserError(f"{where}: {name} has no {absent[0]}")
     info = _record(files, where / name)
@@ -230,7 +229,7 @@ def _check(name: str, files: Files, where: Path) -> None:
             f"{where}: {name} holds the run {info.get('run_id')}: a copy would count twice, move it away"
         )
     if info.get("status") not in _FINISHED:
-        raise UserError(f"{where}: {name} is no finished run")
+        raise UserError(f"{where}: {name} is not a finished run")
 
 
 def _packed(runs: Mapping[str, Files], plan: bytes, study: str) -> bytes:
@@ -240,7 +239,7 @@ def _packed(runs: Mapping[str, Files], plan: bytes, study: str) -> bytes:
     tar_bytes = io.BytesIO()
     with tarfile.open(fileobj=tar_bytes, mode="w") as tar:
         for name in sorted(content):
-            member = tarfile.TarInfo(name)  # of nobody, of the year 1970
+            member = tarfile.TarInfo(name)  # without an owner, dated 1970
             member.size = len(content[name])
             tar.addfile(member, io.BytesIO(content[name]))
     if tar_bytes.tell() > LARGEST:
@@ -252,17 +251,17 @@ def _unpacked(path: Path, study: str) -> tuple[Runs, bytes]:
     """The runs of an archive and its planned.csv, checked.
 
     Raises:
-        UserError: it is damaged, of another study, or holds what no archive of ours does.
+        UserError: it is damaged, belongs to another study, or holds other files than runs have.
     """
     try:
         with gzip.open(path) as file:
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:
-            raise UserError(f"{path} is no archive of runs: it unpacks to more than {LARGEST >> 20} MiB")
+            raise UserError(f"{path} is not an archive of runs: it unpacks to more than {LARGEST >> 20} MiB")
         runs, plan = _members(content, path, study)
     except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError, ValueError, OverflowError) as error:
         advice = "bring it back, or remove it and archive again where the runs are"
-        raise UserError(f"{path} is damaged or no archive ({error}): {advice}") from error
+        raise UserError(f"{path} is damaged or not an archive ({error}): {advice}") from error
     for name, files in runs.items():
         _check(name, files, path)
     return runs, plan
@@ -276,14 +275,14 @@ def _members(content: bytes, path: Path, study: str) -> tuple[Runs, bytes]:
             parts = member.name.split("/")
             if parts[0] != study and _DIRECTORY.fullmatch(parts[0]):
                 home = path.parent.parent / parts[0]
-                raise UserError(f"{path} is of the study {parts[0]}, not of {study}: move it to {home}")
+                raise UserError(f"{path} belongs to the study {parts[0]}, not to {study}: move it to {home}")
             is_plan = parts == [study, PLAN]
             is_run = len(parts) == 3 and _DIRECTORY.fullmatch(parts[1]) and _FILE.fullmatch(parts[2])
-            # Links, devices and holes; nothing is extracted by name, so a file's bytes are all that counts
+            # Refuse links, devices and sparse files. Nothing is extracted by name; only bytes are read.
             file = tar.extractfile(member) if member.isfile() and not member.issparse() else None
             if not (is_plan or is_run) or file is None:
                 raise UserError(
-                    f"{path} holds {member.name!r}, which is no file of a run: nothing was changed"
+                    f"{path} holds {member.name!r}, which is not a file of a run: nothing was changed"
                 )
             if is_plan:
                 plan = file.read()

@@ -1,7 +1,7 @@
-"""What a training step costs: dense, low-rank, constrained, and as the first public program constrains it.
+"""The cost of a training step: dense, low-rank, constrained, and constrained as in the first public program.
 
-All forms run in one process and take turns, so that their ratios mean something on a machine that is not
-alone; what is reported is the median of the turns.
+All forms take turns in one process, so that their ratios hold on a machine with other work. The median of
+the turns is reported.
 """
 
 import math
@@ -44,31 +44,31 @@ NETWORKS: dict[str, tuple[type[Architecture], tuple[int, int, int]]] = {
     "lenet5": (LeNet5Options, (1, 28, 28)),
     "vgg16": (Vgg16, (3, 32, 32)),
 }
-# Where the naive form is what the first program did, ours is the same arithmetic, by other means.
+# With these options our form does the same arithmetic as the first public program.
 OPTIONS: dict[str, dict[str, Any]] = {
     "params": {},
     "released_code": {"centre": "mean", "preconditioner": "released_code", "momentum": "before_projection"},
 }
 PARTS = ("forward_backward", "constraint", "step")
 
-# A turn is so many seconds of steps of one form, after one that is not counted where a step is short.
+# Seconds of steps of one form in a turn.
 _TURN = 0.1
 _PRODUCT = 2048
-# Epochs in the papers' tables, and so lines in a run's history.
+# Epochs in the papers' tables.
 _LONG = 120
 
 
 @dataclass
 class Program:
-    """One way to train one network, with a clock in its step.
+    """One way to train one network, with timed steps.
 
     Attributes:
         row: network, rank_rule, compression, tau and form, for the table.
-        constrained: whether hooks of its optimiser constrain it.
+        constrained: whether its optimiser has hooks that constrain it.
         capturable: whether its step can be recorded as a CUDA graph.
         seconds: measured, by part.
         flops: of products and convolutions in a step; factorisations are not counted.
-        peak_mb: weights, buffers, momenta and the most that a step holds besides, in 1e6 bytes.
+        peak_mb: weights, buffers, momenta and the peak of a step's temporary memory, in 1e6 bytes.
     """
 
     row: dict[str, Any]
@@ -84,11 +84,11 @@ class Program:
     peak_mb: float = math.nan
 
     def __post_init__(self) -> None:
-        self.ticks: list[float] | None = None  # None while nothing is timed: a graph must not wait
+        self.ticks: list[float] | None = None  # None outside timed steps: a graph must not synchronise
         self.graph = GraphedStep(self._plain_step) if self.images.is_cuda and self.capturable else None
 
     def tick(self, *_: object) -> None:
-        """Note the time."""
+        """Record the time."""
         if self.ticks is None:
             return
         if self.images.is_cuda:
@@ -104,14 +104,14 @@ class Program:
         self.optimizer.step()
 
     def turn(self) -> None:
-        """Take steps for a while and note how long their parts took."""
+        """Take steps for `_TURN` seconds and record the times of their parts."""
         known = self.seconds["forward_backward"]
-        if not known or known[-1] < _TURN:  # what a step finds in the caches is its own from the second on
+        if not known or known[-1] < _TURN:  # the first step finds another form's data in the caches
             self._timed_step(count=False)
         started = time.perf_counter()
         while time.perf_counter() - started < _TURN:
             self._timed_step(count=True)
-        if self.graph:  # in parts a device waits for Python; whole, it does not
+        if self.graph:  # timed as a whole: when parts are timed, the device waits for Python
             steps = 20
             with training(self.model, self.precision, self.images.device):
                 for number in range(-5, steps):
@@ -153,7 +153,7 @@ class Program:
             self.peak_mb = peak_bytes(step, held, self.images.device) / 1e6
 
     def rows(self, peak: float) -> Iterator[dict[str, Any]]:
-        """A line of the CSV for each part, `peak` being the machine's operations per second."""
+        """A row of the CSV for each part; `peak` is the machine's operations per second."""
         for part in PARTS:
             if not self.seconds[part]:
                 continue
@@ -169,7 +169,7 @@ class Program:
 
 
 def programs(asked: Benchmark, network: str, device: torch.device) -> list[Program]:
-    """All forms of a network that are asked for, ready to step on a batch of random images."""
+    """All requested forms of a network, with a batch of random images."""
     kind, shape = NETWORKS[network]
     torch.manual_seed(0)
     pixels = torch.randint(256, (asked.batch_size, *shape), dtype=torch.uint8)
@@ -192,7 +192,7 @@ def programs(asked: Benchmark, network: str, device: torch.device) -> list[Progr
             "tau": tau,
             "form": form,
         }
-        # The steps are small, so that hundreds of them on one batch change nothing about the work.
+        # Small steps: hundreds of them on one batch must not change the amount of work.
         optimizer = Method.optimizer(method, model, lr=1e-3, momentum=0.3)
         released = scheme.rank_rule == "released_code" and form == "condlr"
         program = Program(
@@ -222,7 +222,7 @@ def programs(asked: Benchmark, network: str, device: torch.device) -> list[Progr
 
 
 def product_rate(device: torch.device, precision: str) -> float:
-    """Operations per second of one product of large matrices in a precision."""
+    """Operations per second in a product of large matrices."""
     A = torch.randn(_PRODUCT, _PRODUCT, device=device)
     A = A.bfloat16() if precision == "bf16" else A
     seconds = []
@@ -239,8 +239,8 @@ def product_rate(device: torch.device, precision: str) -> float:
 def epoch_against_steps(data: Data, device: torch.device, precision: str, scratch: Path) -> dict[str, float]:
     """Seconds of an epoch of LeNet5 on the real MNIST (CondLR, 80 %), and of as many steps on one batch.
 
-    What an epoch takes beyond its steps is shuffling, gathering and converting images, and the history.
-    The run store's part of it is measured by itself, with files in `scratch`.
+    The difference is the time to shuffle, gather and convert images, and to make the history. The time of
+    the run store is measured separately, with files in `scratch`.
     """
     data = data.to(device)
     protocol = Protocol(
@@ -279,7 +279,7 @@ def epoch_against_steps(data: Data, device: torch.device, precision: str, scratc
 
 
 def _store_seconds(trainer: Trainer, run: Run) -> dict[str, float]:
-    """What is kept of a run: at each epoch's end its history and checkpoint, once its layers' spectra."""
+    """Seconds to write a run's history and checkpoint (once an epoch), and its spectra (once a run)."""
     run.directory.mkdir(parents=True)
 
     def history() -> None:
@@ -307,7 +307,7 @@ def _median_seconds(work: Callable[[], None], repeats: int = 9) -> float:
 
 
 def collect_many(count: int, study: Path) -> dict[str, float]:
-    """Seconds to collect `count` runs of LeNet5 from a store made up in `study`, of the usual size."""
+    """Seconds to collect `count` artificial runs of LeNet5 of the usual size, written to `study`."""
     row = {"label": "condlr", "compression": 0.8, "compresses": True, "seed": 0, "row_id": "0"}
     layers = {"conv1": 20, "conv2": 50, "fc1": 500, "fc2": 10}
     conditions = {f"cond_{name}": 1.1 for name in layers}
@@ -335,22 +335,22 @@ def collect_many(count: int, study: Path) -> dict[str, float]:
 
 
 def file_name(device: torch.device) -> str:
-    """The device, as a name for files: `amd-epyc-family-26-model-2-2-threads`, `nvidia-h200`."""
+    """The device as a file name: `amd-epyc-family-26-model-2-2-threads`, `nvidia-h200`."""
     return re.sub(r"[^a-z0-9]+", "-", machine.name(device).lower()).strip("-")
 
 
 def measure(
     asked: Benchmark, device: torch.device, progress: Any
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Run everything that is asked for.
+    """Run a benchmark.
 
     Args:
         asked: see `conf/benchmark.yaml`.
         device: to run on.
-        progress: called with a text and the number of turns done and to do.
+        progress: called with the network, the turns done and all turns.
 
     Returns:
-        The lines of the CSV; and the facts that belong to them.
+        The rows of the CSV, and facts about the benchmark.
     """
     keep_freed_memory()
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""What the scripts share: Hydra's entry point, and mistakes that end in one line."""
+"""The entry point of all scripts: Hydra's program, with a user's mistakes in one line."""
 
 import atexit
 import errno
@@ -31,14 +31,14 @@ from condlr.suite.sweeps.sweep import PlanSweeper, register
 
 log = logging.getLogger(__name__)
 
-# The launchers of Hydra's plugins, and what brings them.
+# Launchers from Hydra plugins, and the extra that installs each.
 _EXTRAS = {"joblib": "several", "submitit_slurm": "slurm", "ray": "ray"}
 
-# What a notebook or a user has set for figures of their own is no affair of ours, nor could it be imported
-# everywhere: ours have a style and go to files.
+# Our figures have their own style and go to files. A user's or notebook's settings must not change them, and
+# a backend that they name may not be importable here.
 _STYLE = Path(__file__).parents[1] / "report" / "condlr.mplstyle"
 _FIGURES = {"MPLBACKEND": "agg", "MATPLOTLIBRC": str(_STYLE)}
-# Who makes a config out of a command line.
+# The packages that turn a command line into a config.
 _CONFIGURE = ("hydra", "omegaconf")
 
 Task = Callable[[DictConfig], None]
@@ -47,7 +47,7 @@ OmegaConf.register_new_resolver("condlr.run_id", lambda *, _root_: check(_root_)
 register()
 OmegaConf.register_new_resolver("condlr.path", expanded, replace=True)
 OmegaConf.register_new_resolver("condlr.paper", published, replace=True)
-# A variable that is set to nothing counts as not set
+# An empty variable counts as not set.
 OmegaConf.register_new_resolver(
     "condlr.data_root", lambda: os.environ.get("CONDLR_DATA", "").strip() or "data", replace=True
 )
@@ -55,19 +55,19 @@ OmegaConf.register_new_resolver("condlr.scratch", lambda: _scratch(), replace=Tr
 
 
 class _Failed(UserError):
-    """A job failed and was told of; its arguments are the message."""
+    """A job failed, and its error was printed already; the message is the job's arguments."""
 
 
 def command(
-    config_name: str, told: Callable[..., None] = lambda *_: None
+    config_name: str, on_sweep: Callable[..., None] = lambda *_: None
 ) -> Callable[[Task], Callable[[], NoReturn]]:
     """Make `task` a program that is configured by `conf/<config_name>.yaml` and the command line.
 
-    `told` is called with what a sweep of ours found: the runs of its plan, or what came of each and the
-    studies they belong to (`condlr.suite.sweeps.sweep`).
+    `on_sweep` is called with the result of a sweep (`condlr.suite.sweeps.sweep`): the runs of its plan, or
+    the outcome of each run and the names of their studies.
 
-    A user's mistake ends in one line on stderr and exit status 1; under `-m` after the other jobs, but
-    for a config that cannot be. A signal ends in 128 + its number. HYDRA_FULL_ERROR=1 shows tracebacks.
+    A user's mistake ends in one line on stderr and exit status 1. Under `-m` the other jobs run first,
+    unless a config is invalid. A signal ends in 128 + its number. HYDRA_FULL_ERROR=1 shows tracebacks.
     """
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
     failed: list[str] = []
@@ -75,29 +75,29 @@ def command(
     def decorate(task: Task) -> Callable[[], NoReturn]:
         def guarded(config: DictConfig) -> None:
             multirun = HydraConfig.get().mode == RunMode.MULTIRUN
-            tolerate()  # a launcher may have put us into a process of its own
-            logging.raiseExceptions = verbose  # a log on a full disk is no reason for a stack trace
-            os.chdir(HydraConfig.get().runtime.cwd)  # paths are relative to where the command was given
+            tolerate()  # a launcher may have started a new process for this
+            logging.raiseExceptions = verbose  # a full disk must not print a stack trace for each log line
+            os.chdir(HydraConfig.get().runtime.cwd)  # paths are relative to where the user called us
             try:
                 task(config)
             except Interrupted as stop:
-                _say_interrupted()
+                _print_interrupted()
                 sys.exit(128 + stop.signum)
             except Exception as error:
                 line = explain(error)
                 if verbose or line is None:
                     log.error("the run failed", exc_info=True)
                 elif multirun:
-                    log.error("error: %s", line)  # also in the run's own log, which the sweep's summary names
+                    log.error("error: %s", line)  # also in the run's own log, where the sweep reads it
                 else:
                     print(f"error: {line}", file=sys.stderr)
                 if not multirun:
                     sys.exit(1)
                 choices = HydraConfig.get().runtime.choices
-                if choices.get("hydra/sweeper") == "study":  # which sums up itself
+                if choices.get("hydra/sweeper") == "study":  # it prints its own summary
                     return
                 failed.append(" ".join(HydraConfig.get().overrides.task))
-                if choices.get("hydra/launcher") != "basic":  # who started this process must hear of it
+                if choices.get("hydra/launcher") != "basic":  # the parent process must learn of the failure
                     raise _Failed(failed[-1]) from None
 
         guarded.__name__, guarded.__doc__, guarded.__module__ = task.__name__, task.__doc__, task.__module__
@@ -106,23 +106,23 @@ def command(
         def program() -> NoReturn:
             tolerate()
             os.environ |= _FIGURES
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to us
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on to us
             try:
                 _refuse_home_directories(sys.argv)
-                PlanSweeper.told = told
+                PlanSweeper.report = on_sweep
                 main()
                 if failed:
                     raise _Failed
             except Interrupted as stop:
-                _say_interrupted()
+                _print_interrupted()
                 sys.exit(128 + stop.signum)
-            except KeyboardInterrupt:  # before, or again while we were stopping
+            except KeyboardInterrupt:  # before the handler was set, or a second one
                 print("interrupted", file=sys.stderr)
                 sys.exit(128 + signal.SIGINT)
-            except BrokenPipeError:  # the reader of a pipe had enough
+            except BrokenPipeError:  # the reader of a pipe closed it
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             except _Failed as error:
-                names = failed or [str(error)]  # empty where jobs are other processes
+                names = failed or [str(error)]  # `failed` is empty where jobs are other processes
                 which = f"{len(failed) or 'some'} of the jobs failed ({'; '.join(names[:3])})"
                 print(f"error: see above: {which}", file=sys.stderr)
                 sys.exit(1)
@@ -143,7 +143,7 @@ def command(
 
 
 def _refuse_home_directories(arguments: list[str]) -> None:
-    """Hydra makes its own directories, before we are asked, and would call one `~`."""
+    """Refuse `~` in Hydra's directories: Hydra does not expand it, and creates them before our code runs."""
     for argument in arguments:
         if re.match(r"\W*hydra\.(run|sweep)\.(sub)?dir=\W*~", argument):
             raise UserError(f"{argument}: Hydra does not expand ~ here: write the whole path")
@@ -151,23 +151,23 @@ def _refuse_home_directories(arguments: list[str]) -> None:
 
 @cache
 def _scratch() -> str:
-    """A directory of this process alone, until it ends."""
+    """A temporary directory of this process, removed when it ends."""
     directory = tempfile.mkdtemp(prefix="condlr-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory
 
 
-def _say_interrupted() -> None:
-    print("interrupted: the same command takes it up again", file=sys.stderr)
+def _print_interrupted() -> None:
+    print("interrupted: the same command continues it", file=sys.stderr)
 
 
 def explain(error: BaseException) -> str | None:
-    """The one line that tells a user what went wrong, or None if it is not the user's affair."""
+    """The one line that tells a user what went wrong; None for a bug, which keeps its traceback."""
     chain = list(_causes(error))
     for link in chain:
         if isinstance(link, UserError):
             return " ".join(str(link).split())
-    # Not of an import that failed on the way to another error: many a library tries one and does without
+    # Only the error itself, not its causes: libraries often try an import and go on without it.
     if isinstance(error, ModuleNotFoundError) and (missing := not_installed(error)):
         return f"this needs {missing}"
     for link in chain:
@@ -176,41 +176,41 @@ def explain(error: BaseException) -> str | None:
             full = link.errno in (errno.ENOSPC, errno.EDQUOT)
             advice = "; make room, then give the same command again" if full else ""
             return f"{link.strerror or link}{where}{advice}"
-    if any(map(_no_memory, chain)):
+    if any(map(_is_out_of_memory, chain)):
         return "there is not enough memory for this: a smaller batch needs less"
-    if isinstance(error, InterpolationResolutionError) and not _of_hydra(error):
-        return None  # a bug of ours in a resolver
+    if isinstance(error, InterpolationResolutionError) and not _is_hydras(error):
+        return None  # a bug in one of our resolvers
     if isinstance(error, HydraException | OmegaConfBaseException):
         line = one_line(error)
         if isinstance(error, OverrideParseException):
-            quoted = _quoted(error.override)
-            return f"the argument {error.override!r} is no key=value that Hydra can read ({line}){quoted}"
-        lacking = re.search(r"Could not (?:load|find) 'hydra/launcher/(\w+)'", line)
-        if lacking and lacking[1] in _EXTRAS:
-            return f"this launcher is an extra: pip install 'condlr[{_EXTRAS[lacking[1]]}]'"
+            quoted = _quoting_advice(error.override)
+            return f"the argument {error.override!r} is not a key=value that Hydra can read ({line}){quoted}"
+        missing = re.search(r"Could not (?:load|find) 'hydra/launcher/(\w+)'", line)
+        if missing and missing[1] in _EXTRAS:
+            return f"this launcher is an extra: pip install 'condlr[{_EXTRAS[missing[1]]}]'"
         return line
-    if _of_hydra(error):  # which trips over `method=null` or `method=[1]`
+    if _is_hydras(error):  # for example `method=null` or `method=[1]`
         return f"the command line makes no config ({type(error).__name__}: {one_line(error)}); see --help"
     return None
 
 
-def _no_memory(error: BaseException) -> bool:
-    """Whether memory was refused, which PyTorch says in words."""
-    words = str(error)
-    said = "allocate memory" in words or "out of memory" in words
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; PyTorch says so only in the message of a RuntimeError."""
+    text = str(error)
+    matches = "allocate memory" in text or "out of memory" in text
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and matches)
 
 
-def _of_hydra(error: BaseException) -> bool:
-    """Whether Hydra or OmegaConf raised the error, or what they called that is not ours."""
+def _is_hydras(error: BaseException) -> bool:
+    """Whether Hydra or OmegaConf raised the error, or a library that they called."""
     frames = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
     packages = [name.partition(".")[0] for name in frames]
     last = next((name for name in reversed(packages) if name in (*_CONFIGURE, "condlr", "__main__")), "")
     return last in _CONFIGURE
 
 
-def _quoted(argument: str | None) -> str:
-    """How an argument is written whose value has characters of Hydra's grammar, if that makes it readable."""
+def _quoting_advice(argument: str | None) -> str:
+    """Advice to quote an argument's value, where quoting makes it readable to Hydra; else nothing."""
     key, _, value = (argument or "").partition("=")
     quoted = f'{key}="{value.replace(chr(34), chr(92) + chr(34))}"'
     try:

@@ -9,23 +9,23 @@ from typing import Any
 
 from condlr._support.errors import UserError
 from condlr.suite.registry import analyses
-from condlr.suite.runs import Run, examined, mended
+from condlr.suite.runs import Run, examined, repair
 
-# What to do about runs of which tables have nothing to show, by status.
+# Advice on runs that tables cannot show, by status.
 _REMEDIES = {
     "diverged": "a smaller protocol.lr may help",
     "failed": "the same command tries again",
-    "interrupted": "the same command goes on",
+    "interrupted": "the same command continues them",
     "running": "wait",
     "done": "but not evaluated: condlr evaluate attacks",
 }
-# What run.json says of how a run went.
+# The facts of run.json about how a run went.
 _OUTCOME = ("status", "reason", "started", "ended", "attempts", "train_seconds", "record_seconds")
 
 
 @contextmanager
 def _no_garbage() -> Iterator[None]:
-    """The collector is off in the body: to search millions of new lines takes as long as to make them."""
+    """Turn the garbage collector off: searching millions of new rows takes as long as making them."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -40,12 +40,11 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
     """Tidy tables of the runs in a study's directory, by name.
 
     Returns:
-        `cells`: a line for each run and attack strength (and one without an attack for a run that
-        did not get so far), with what tables show of the run. `history`: a line for each run and
-        epoch. In both, `cond` is the largest condition number of the layers the run has factored
-        (of all layers for a method that does not compress), `cond_all` the largest of all layers.
-        `runs`: a line for each run, how it went. `steps`, `audit` and the other files of `examined`:
-        the lines of those files of all runs.
+        `cells`: a row for each run and attack strength; a run that was not attacked yet has one row without
+        an attack. `history`: a row for each run and epoch. In both, `cond` is the largest condition number
+        of the run's low-rank layers (of all layers for a method that does not compress), `cond_all` the
+        largest of all layers. `runs`: a row for each run. `steps`, `audit` and the other files of
+        `examined`: the rows of these files of all runs.
     """
     cells: list[dict[str, Any]] = []
     histories: list[dict[str, Any]] = []
@@ -59,12 +58,14 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
         info = run.info
         about = info.get("row")
         if not {"run_id", "status"} <= info.keys() or not isinstance(about, dict):
-            raise UserError(f"{path} is not a whole record of a run: {mended(path.name)}")
+            raise UserError(f"{path} is an incomplete record of a run: {repair(path.name)}")
         if info["run_id"] != path.parent.name:
-            raise UserError(f"{path} is of the run {info['run_id']}: a copy would count twice, move it away")
+            raise UserError(
+                f"{path} belongs to the run {info['run_id']}: a copy would count twice, move it away"
+            )
         who = {"study": study.name, "run_id": info["run_id"]} | about
         for name, lines in others.items():
-            # Of the long ones a line says whose it is, and no more
+            # Rows of long tables repeat only the keys of their run, to keep the files small
             short = {key: who.get(key) for key in ("run_id", "row_id", "seed")}
             start = short if name in long else who
             lines += [start | line for line in run.read_table(f"{name}.csv")]
@@ -74,9 +75,9 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
         try:
             history = [who | row | _largest(row, factored) for row in run.read_table(table.name)]
         except (TypeError, ValueError) as error:
-            raise UserError(f"{table} is damaged ({error}): {mended(table.name)}") from error
+            raise UserError(f"{table} is damaged ({error}): {repair(table.name)}") from error
         if info["status"] == "done" and not history:
-            raise UserError(f"{table} is lost or empty: {mended(table.name)}")
+            raise UserError(f"{table} is missing or empty: {repair(table.name)}")
         weights = info.get("weights", {})
         facts = {
             "status": info["status"],
@@ -105,7 +106,7 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def nothing_to_show(statuses: Iterable[str]) -> str:
-    """The line on a study of which no run is done and evaluated: how many are what, and what to do.
+    """The message for a study without an evaluated run: the runs by status, and what to do.
 
     Args:
         statuses: of each run.
@@ -119,7 +120,7 @@ def nothing_to_show(statuses: Iterable[str]) -> str:
 
 
 def _largest(row: Mapping[str, str], factored: Sequence[str]) -> dict[str, float | None]:
-    """The largest condition number in a row of history.csv, of the layers named and of all."""
+    """The largest condition numbers in a row of history.csv: of the `factored` columns, and of all."""
     values = {key: float(row[key]) for key in row if key[:5] == "cond_" and row[key]}
     chosen = [values[key] for key in factored if key in values] or list(values.values())
     return {"cond": max(chosen, default=None), "cond_all": max(values.values(), default=None)}

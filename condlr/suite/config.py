@@ -1,7 +1,7 @@
 """The typed schema of `conf/`, and every check of what a user asks for.
 
-A config names its things; `condlr.suite.registry` finds their classes, whose fields are the options. What
-needs no torch is checked before torch is imported.
+A config names classes, which `condlr.suite.registry` finds; their fields are the options. Checks that need
+no torch come before torch is imported.
 """
 
 import hashlib
@@ -40,13 +40,13 @@ PRECISIONS = ("float32", "tf32", "bf16")
 FORMS = ("measured", "factored", "chained", "multiplied")
 AUGMENTATIONS = ("none", "crop_flip")
 
-# What does not make a run another run: where things lie, what it runs on and how, and how it is attacked.
+# Keys that are not part of a run's identity: paths, the device, what is recorded, and the attack.
 _NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "forms", "record_every", "attack")
-# Keys whose null is a part of what a run is; they are older than the rule in `_identity`.
+# Keys whose null is part of a run's identity; they are older than the rule in `_identity`.
 _NULL_COUNTS = ("compression", "train_images", "test_images")
-# Keys that name a file or directory: `~` in them is the home directory, which no shell expands behind `key=`.
+# Keys that name a file or directory. No shell expands `~` behind `key=`, so we do.
 _PATHS = ("run", "runs_dir", "data_root", "results_dir", "paper")
-# Keys of a protocol that act only where another group refers to them, and count there.
+# Keys of a protocol that act only where another group refers to them; they are part of its identity there.
 _REFERRED = ("batch_norm_momentum", "clamp", "methods")
 
 T = TypeVar("T")
@@ -60,17 +60,14 @@ class Protocol:
         name: `paper`, `released_code`, `demo` or a user's own.
         epochs, batch_size: as usual; the last, smaller batch of an epoch is used.
         lr, momentum: of SGD.
-        lr_milestones, lr_factor: from epoch m on (counted from 0) lr is multiplied by the factor,
-            for each m of the milestones.
+        lr_milestones, lr_factor: at each milestone (an epoch, counted from 0) lr is multiplied by the
+            factor.
         held_out: fraction of the training images kept for validation.
         rank_rule, classifier, init, decay: see `condlr.factorization.Scheme`.
         augmentation: of training images, `none` or `crop_flip` (`condlr.data._augmentation`).
-        batch_norm_momentum: of running statistics, as PyTorch counts it; for models that have them.
-        clamp: whether adversarial images are clamped to [0, 1].
-        methods: for a method, by name, the options that differ between protocols.
-
-    clamp, batch_norm_momentum and methods are what other groups refer to: `conf/attack`, `conf/model`,
-    `conf/method`.
+        batch_norm_momentum: of running statistics, in PyTorch's convention; `conf/model` refers to it.
+        clamp: whether adversarial images are clamped to [0, 1]; `conf/attack` refers to it.
+        methods: by method name, the options that differ between protocols; `conf/method` refers to it.
     """
 
     name: str
@@ -138,7 +135,7 @@ class Evaluation:
 
     @property
     def analyses(self) -> "dict[str, Analysis]":
-        """Those that are asked for, by name."""
+        """The requested analyses, by name."""
         from condlr.analysis.base import Analysis
 
         chosen = {name: (keys or {}) | {"name": name} for name, keys in self.analysis.items()}
@@ -148,7 +145,7 @@ class Evaluation:
 
     @property
     def shifts(self) -> "dict[str, Shift]":
-        """The one that is asked for, by name; or none."""
+        """The requested shift, by name; empty without one."""
         from condlr.shifts.base import Shift
 
         return (
@@ -171,10 +168,10 @@ class Theorem1:
 
     @property
     def settings(self) -> "Settings":
-        """How the flows are followed."""
+        """The settings of the gradient flows."""
         from condlr.analysis.theory.flows import Settings
 
-        return _made(Settings, _typed(Settings, self.flow, "flow"), "flow")
+        return _construct(Settings, _typed(Settings, self.flow, "flow"), "flow")
 
 
 @dataclass
@@ -194,7 +191,7 @@ class Watch:
     """Keys of `scripts/status.py`.
 
     Attributes:
-        watch: whether to look again and again, or how many seconds apart.
+        watch: whether to look repeatedly; a number is the seconds between two looks.
     """
 
     study: str
@@ -210,12 +207,12 @@ class Watch:
 
     @property
     def directory(self) -> Path:
-        """Where the study's runs lie."""
+        """The directory of the study's runs."""
         return Path(self.runs_dir) / self.study
 
     @property
     def every(self) -> float | None:
-        """Seconds from one look to the next; None for one look."""
+        """Seconds between two looks; None for a single look."""
         return 2.0 if self.watch is True else self.watch or None
 
 
@@ -233,7 +230,7 @@ class Report:
 
     @property
     def directory(self) -> Path:
-        """Where the study's results lie."""
+        """The directory of the study's results."""
         return Path(self.results_dir) / self.study
 
 
@@ -283,14 +280,13 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A run's config, checked, with its things found.
+    """A run's config, checked, with the objects that it names.
 
     Attributes:
-        identity: what makes this run the run it is, as plain values: all that its result depends on.
-        label: the method's, with every option that is not the usual one under the protocol; and after a +
-            the penalty's, if there is one: `condlr-tau0.1+so`.
-        attack: evaluated at the end, and not part of the identity: a finished run that is asked for
-            with another attack is only attacked, not trained again.
+        identity: everything that the run's result depends on, as plain values.
+        label: the method's label with its unusual options, and the penalty's after a +: `condlr-tau0.1+so`.
+        attack: evaluated at the end. It is not part of the identity: asking for another attack on a
+            finished run attacks it, and does not train it again.
     """
 
     identity: dict[str, Any]
@@ -313,13 +309,13 @@ class RunConfig:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the identity: 8 hexadecimal digits."""
+        """Hash of the identity."""
         return fingerprint(self.identity)
 
     @property
     def run_id(self) -> str:
         """For example `lenet5-mnist-condlr-tau0.1-c0.5-s0-3fa9c1d2`."""
-        # So that `run=<its directory>` needs no quotes
+        # Only characters with which `run=<its directory>` needs no quotes
         parts = self.label.split("+") if self.penalty else [self.label]
         label = "+".join(re.sub(r"[^A-Za-z0-9._-]+", "_", part) for part in parts)
         names = [self.identity["model"]["name"], self.identity["dataset"]["name"], label]
@@ -329,7 +325,7 @@ class RunConfig:
 
     @property
     def row(self) -> dict[str, Any]:
-        """What tables say of this run; runs that differ in their seed alone have one `row_id`."""
+        """The facts that tables show; runs that differ only in their seed share a `row_id`."""
         options, penalty = self.identity["model"] | self.identity["method"], self.identity.get("penalty", {})
         options |= {f"penalty.{key}": value for key, value in penalty.items() if key != "name"}
         return {
@@ -351,7 +347,7 @@ class RunConfig:
 
     @property
     def _differing(self) -> dict[str, Any]:
-        """What else the runs of one table share, where it is not as usual: precision, part of the data."""
+        """Unusual settings that are not the protocol's: the precision, the dataset's options."""
         usual = {field.name: field.default for field in fields(self.dataset)}
         keys = self.identity["dataset"].items()
         unusual = {key: value for key, value in keys if key != "name" and value != usual.get(key)}
@@ -359,12 +355,12 @@ class RunConfig:
 
     @property
     def directory(self) -> Path:
-        """Where the run lives."""
+        """The run's directory."""
         return self.runs_dir / self.study / self.run_id
 
     @property
     def baseline(self) -> "RunConfig":
-        """The run of the dense network that differs from this one in its method, and has no penalty."""
+        """The same run with the method `baseline`, which is dense, and without a penalty."""
         from condlr.methods.base import Method
 
         method, keys = choose("method", "methods", {"name": "baseline"}, Method)
@@ -380,23 +376,23 @@ class RunConfig:
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
-    """Eight hexadecimal digits that differ where two identities do."""
+    """Hash of an identity: 8 hexadecimal digits."""
     text = json.dumps(identity, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
-    """Check a composed config of `scripts/train.py` and find its things.
+    """Check a composed config of `scripts/train.py`, and find the classes that it names.
 
     Raises:
-        UserError: names the key, what is wrong with it and what it may be.
+        UserError: names the key, the mistake and the valid values.
     """
     given = resolved(config)
-    if given.get("flow", ...) is None:  # a key that config.yaml had until 0.1, null in every run of a network
+    if given.get("flow", ...) is None:  # config.yaml had this key until 0.1, null in every run of a network
         del given["flow"]
     plain = _typed(_Schema, given)
     values = {field.name: plain[field.name] for field in fields(_Schema)}
-    protocol = _made(Protocol, values["protocol"], "protocol")
+    protocol = _construct(Protocol, values["protocol"], "protocol")
     try:
         in_range("compression", values["compression"], 0, 1, half_open=True)
         in_range("seed", values["seed"], 0, 2**32, half_open=True)
@@ -425,7 +421,7 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         if name == method_keys["name"] and (unknown := [key for key in keys if key not in method_keys]):
             raise UserError(f"protocol.methods.{name}.{unknown[0]}: the method {name} has no such key")
     model, model_keys = choose("model", "models", values["model"], Architecture)
-    # Strengths are what attacks refer to, and count there
+    # `conf/attack` refers to a dataset's strengths; they are part of the attack
     of_images = {key: value for key, value in values["dataset"].items() if key != "strengths"}
     dataset, dataset_keys = choose("dataset", "data", of_images, Dataset)
     if dataset.shape is not None:
@@ -468,12 +464,10 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
 
 
 def _identity(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a run the run it is, of its checked config: all that its result depends on, and no more.
+    """The part of a checked config that the run's result depends on.
 
-    A key that is null is no part of it, in any group: a key that is added later and defaults to null
-    renames no run. `_NULL_COUNTS` are the exceptions. Nor are keys that name places, devices and attacks
-    (`_NOT_IDENTITY`), a dataset's `download`, and what a protocol has for other groups (`_REFERRED`), which
-    counts there.
+    Left out are: `_NOT_IDENTITY`, a dataset's `download`, a protocol's `_REFERRED` keys, and every key that
+    is null, except `_NULL_COUNTS`. So a new key that defaults to null renames no run.
     """
     elsewhere = {"protocol": _REFERRED, "dataset": ("download",)}
 
@@ -504,7 +498,7 @@ def _check_forms(forms: Any) -> None:
 
 
 def _label(method: "Method", keys: Mapping[str, Any], protocol: Protocol) -> str:
-    """`condlr-tau0.1`; an option that is not the protocol's or the default is added: `-retraction=polar`."""
+    """`condlr-tau0.1-retraction=polar`: the method's label, and options that are not as usual."""
     unusual = _unusual(method, keys, protocol.methods.get(keys["name"], {}), method.in_label)
     return "-".join([method.label(), *unusual])
 
@@ -512,7 +506,7 @@ def _label(method: "Method", keys: Mapping[str, Any], protocol: Protocol) -> str
 def _unusual(
     thing: Any, keys: Mapping[str, Any], usual: Mapping[str, Any] = {}, without: Sequence[str] = ()
 ) -> list[str]:
-    """`retraction=polar`: the keys that are neither at the default of the thing made of them nor `usual`."""
+    """The keys whose value is neither the default of their class nor the `usual` one: `retraction=polar`."""
     default: dict[str, Any] = {"name": keys["name"]}
     for option in fields(thing):
         made = option.default_factory
@@ -523,34 +517,33 @@ def _unusual(
 
 def typed(schema: type[T], config: DictConfig) -> T:
     """A script's config as an instance of its schema."""
-    return _made(schema, _typed(schema, resolved(config)))
+    return _construct(schema, _typed(schema, resolved(config)))
 
 
 def choose(group: str, room: str, keys: Mapping[str, Any], base: type[T]) -> tuple[T, dict[str, Any]]:
-    """The thing that a group of a config names, made from its other keys; and all its keys, complete."""
+    """The instance that a config group describes, and all its keys with defaults filled in."""
     options = dict(keys)
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise UserError(f"{group}.name is missing: it names a file of condlr/{room}/")
     kind = find(room, name, base)
     complete = _typed(kind, options, group)
-    return _made(kind, complete, group), {"name": name} | complete
+    return _construct(kind, complete, group), {"name": name} | complete
 
 
 def resolved(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """A composed config as plain values, without Hydra's own part: what config.yaml holds."""
+    """A composed config as plain values, without Hydra's own part, as config.yaml holds it."""
     if not isinstance(config, DictConfig):
-        return _at_home(config)
+        return _with_home(config)
     ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:
         plain: Any = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(one_line(error)) from error
-    return _at_home(plain)
+    return _with_home(plain)
 
 
-def _at_home(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with `~` expanded in those that are paths."""
+def _with_home(values: Mapping[str, Any]) -> dict[str, Any]:
     paths = {key: expanded(values[key]) for key in _PATHS if key in values}
     attack = values.get("attack")
     if isinstance(attack, dict) and "source" in attack:
@@ -559,16 +552,16 @@ def _at_home(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def published(results_dir: str) -> str:
-    """The default of `paper`: the published numbers beside one's results, else those of the code."""
+    """The default of `paper`: <results_dir>/paper if it exists, else the numbers that come with condlr."""
     own = Path(expanded(results_dir)) / "paper"
     return str(own if own.is_dir() else folder("paper", "results/paper"))
 
 
 def expanded(path: T) -> T | str:
-    """A path with `~` or `~somebody` in front as the home directory; what is no text stays as it is.
+    """A path with a leading `~` or `~user` expanded; a value that is not a string is returned unchanged.
 
     Raises:
-        UserError: nobody has such a home; a directory called `~` would be made otherwise.
+        UserError: there is no such home directory.
     """
     if not isinstance(path, str) or not path.startswith("~"):
         return path
@@ -579,7 +572,7 @@ def expanded(path: T) -> T | str:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error of Hydra's or OmegaConf's, without the parts that help nobody."""
+    """The message of a Hydra or OmegaConf error in one line, without the parts that do not help a user."""
     text = str(error).split("Config search path")[0]
     text = re.sub(r"To append to your config use \S+", "There is no such key, see --help.", text)
     lines = [line.strip() for line in text.splitlines()]
@@ -590,13 +583,13 @@ def one_line(error: BaseException) -> str:
 
 
 def _as_text(keys: Mapping[str, Any], without: tuple[str, ...]) -> str:
-    """`lr=0.1 lr_milestones=[70,100]`: keys as they are written on the command line."""
+    """Keys as on the command line: `lr=0.1 lr_milestones=[70,100]`."""
     parts = ((key, json.dumps(value, separators=(",", ":"))) for key, value in keys.items())
     return " ".join(f"{key}={value.strip(chr(34))}" for key, value in parts if key not in without)
 
 
 def _typed(schema: type, values: Mapping[str, Any], group: str = "") -> dict[str, Any]:
-    """`values` converted to the types of a dataclass's fields, defaults filled in, no other key."""
+    """`values` converted to the types of a dataclass's fields, with defaults filled in."""
     prefix = f"{group}." if group else ""
     known = [field.name for field in fields(schema)]
     if unknown := [key for key in values if key not in known]:
@@ -614,7 +607,7 @@ def _typed(schema: type, values: Mapping[str, Any], group: str = "") -> dict[str
 
 
 def _missing(values: Mapping[Any, Any], prefix: str = "") -> list[str]:
-    """The keys, nested ones with dots, that have no value yet."""
+    """The keys without a value; nested keys are written with dots."""
     found = [f"{prefix}{key}" for key, value in values.items() if value == "???"]
     for key, value in values.items():
         if isinstance(value, dict):
@@ -622,7 +615,7 @@ def _missing(values: Mapping[Any, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def _made(kind: type[T], values: Mapping[str, Any], group: str = "") -> T:
+def _construct(kind: type[T], values: Mapping[str, Any], group: str = "") -> T:
     try:
         return kind(**values)
     except ValueError as error:

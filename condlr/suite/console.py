@@ -1,4 +1,4 @@
-"""The program `condlr`: `condlr train ...` is `python scripts/train.py ...`, also without a checkout."""
+"""The program `condlr`: `condlr train ...` runs scripts/train.py, also from an installed wheel."""
 
 import ast
 import runpy
@@ -14,12 +14,12 @@ PROGRAMS = folder("programs", "scripts")
 
 
 def programs() -> dict[str, Path]:
-    """The programs by name: the files of one folder."""
+    """The scripts, by name."""
     return {path.stem: path for path in sorted(PROGRAMS.glob("*.py"))}
 
 
 def main() -> NoReturn:
-    """Run the program that the first argument names, with the others; list all where it names none."""
+    """Run the program that the first argument names, with the other arguments; without any, list all."""
     name, *arguments = sys.argv[1:] or ["--help"]
     known = programs()
     if name in ("-h", "--help"):
@@ -42,5 +42,4 @@ def main() -> NoReturn:
 
 
 def _line(path: Path) -> str:
-    """What a program says it does: the first line of its docstring."""
     return (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]

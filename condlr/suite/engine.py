@@ -1,4 +1,4 @@
-"""One step, one epoch, one run of training, the same for every method."""
+"""The training loop, the same for every method."""
 
 import copy
 import logging
@@ -35,7 +35,7 @@ HistoryRow = dict[str, float | int | None]
 
 @dataclass
 class EpochTotals:
-    """Sums over the batches of the epoch under way; loss and correct stay on the device."""
+    """Sums over the batches of the current epoch; loss and correct stay on the device."""
 
     loss: Tensor
     correct: Tensor
@@ -61,24 +61,24 @@ class EpochTotals:
 
 @dataclass
 class Trainer:
-    """A network in training, at a definite batch of a definite epoch.
+    """A network in training, at one batch of one epoch.
 
-    Everything random in an epoch is drawn from (seed, epoch), so a state that is saved at any batch and
-    loaded elsewhere goes on as if it had not been interrupted; on the CPU bit for bit.
+    All randomness of an epoch is drawn from (seed, epoch). So a state that is saved at any batch and loaded
+    elsewhere continues as if it had not been interrupted; on the CPU bit for bit.
 
     Attributes:
-        model: what `method.apply` returned, on its device.
+        model: the network that `method.apply` returned, on its device.
         data: on the same device.
         precision: of forward and backward passes, see `_support.precision.training`; factors, constraints and
-            the optimiser are float32 in any case.
-        epoch: epochs completed.
-        batch: batches completed of the epoch under way.
+            the optimiser are always float32.
+        epoch: completed epochs.
+        batch: completed batches of the current epoch.
         step: optimiser steps taken.
-        history: a row for each epoch completed, row 0 the initial network.
-        record_every: steps from one row of `records` to the next; 0: none.
-        records: like history, but within epochs: loss and accuracy over the batches of the epoch since
-            the row before, the layers' condition numbers, and the seconds it took to find these.
-        penalty: added to the loss, whatever the method; None is none.
+        history: a row for the initial network and for each completed epoch.
+        record_every: steps between two rows of `records`; 0 for no records.
+        records: rows within epochs: loss and accuracy over the batches since the row before, the layers'
+            condition numbers, and the seconds that computing these took.
+        penalty: added to the loss of every method, or None.
     """
 
     model: nn.Module
@@ -100,7 +100,7 @@ class Trainer:
         self.device = self.data.train.pixels.device
         require(self.precision, self.device)
         if self.penalty:
-            self.penalty.quantity(self.model)  # which layers it names shows at once
+            self.penalty.quantity(self.model)  # raises now if no layer fits
         self.totals = EpochTotals.zero(self.device)
         self._recorded = (0.0, 0.0, 0)
         graphed = self.device.type == "cuda" and self.method.capturable
@@ -114,7 +114,7 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the epoch under way."""
+        """The learning rate of the current epoch."""
         passed = sum(self.epoch >= milestone for milestone in self.protocol.lr_milestones)
         return self.protocol.lr * self.protocol.lr_factor**passed
 
@@ -127,7 +127,7 @@ class Trainer:
 
         Args:
             on_batch: called after every batch; may raise to stop there.
-            on_epoch: called after every epoch, when its row is in the history.
+            on_epoch: called after every epoch, with its row in the history.
 
         Raises:
             Diverged: the loss or a weight is not finite.
@@ -142,10 +142,10 @@ class Trainer:
             on_epoch(self)
 
     def _finish_epoch(self, on_batch: Callable[["Trainer"], None]) -> None:
-        """Take the batches that are left of the epoch, and add its row to the history.
+        """Train on the remaining batches of the epoch, and add its row to the history.
 
-        A graph cannot fall back from its fast maps where they do not hold, and leaves NaN: then the
-        epoch is taken again, step by step.
+        A CUDA graph cannot branch to the slow maps where the fast ones fail, and leaves NaN. Then the epoch
+        is repeated without a graph.
         """
         start = copy.deepcopy(self.state_dict()) if self._graphs else None
         try:
@@ -153,7 +153,7 @@ class Trainer:
         except Diverged as error:
             if start is None:
                 raise
-            log.info("%s; epoch %d is taken again without a CUDA graph", error, self.epoch + 1)
+            log.info("%s; epoch %d is repeated without a CUDA graph", error, self.epoch + 1)
             self.load_state_dict(start)
             self._take_batches(on_batch, self._steps())
         row = self._row(self.totals)
@@ -177,13 +177,13 @@ class Trainer:
                 now = time.perf_counter()
                 self.totals.seconds, clock = self.totals.seconds + now - clock, now
                 if self.device.type == "cpu" and not self.totals.loss.isfinite():
-                    self.require_finite()  # elsewhere looking at the loss would stall the device
+                    self.require_finite()  # on a GPU, reading the loss would stall the device
                 if self.record_every and self.step % self.record_every == 0:
                     self.records.append(self._record())
                 on_batch(self)
                 clock = time.perf_counter()
         self.require_finite()
-        self.totals.seconds += time.perf_counter() - clock  # until a device has done what it was given
+        self.totals.seconds += time.perf_counter() - clock  # require_finite waited for the device
 
     def _steps(self) -> dict[bool, Callable[[Tensor, Tensor], None]]:
         """`_take_step` with and without the penalty."""
@@ -193,7 +193,7 @@ class Trainer:
         return {penalised: GraphedStep(step) for penalised, step in self._steps().items()}
 
     def _take_step(self, images: Tensor, labels: Tensor, penalised: bool = True) -> None:
-        """A step of the method, its loss and hits added to the totals on the device."""
+        """Take a step of the method; add its loss and correct predictions to the totals."""
         added = self.penalty if penalised else None
         loss, logits = self.method.step(self.model, self.optimizer, images, labels, added)
         self.totals.loss.add_(loss * len(labels))
@@ -216,7 +216,7 @@ class Trainer:
         return torch.randperm(len(self.data.train), generator=generator, device=self.device)
 
     def _augmentation(self) -> Callable[[Tensor, int], Tensor] | None:
-        """The change of each batch, drawn from (seed, epoch, batch): the same for every method."""
+        """The augmentation of each batch, drawn from (seed, epoch, batch)."""
         augment = AUGMENTATIONS[self.protocol.augmentation]
         if augment is None:
             return None
@@ -238,7 +238,6 @@ class Trainer:
             )
 
     def _row(self, totals: EpochTotals | None) -> HistoryRow:
-        """The history's row for the network as it is."""
         row: HistoryRow = {"epoch": self.epoch, "step": self.step, "lr": self.lr}
         n = totals.images if totals else 0
         row["train_loss"] = totals.loss.item() / n if totals else None
@@ -258,7 +257,6 @@ class Trainer:
         return row
 
     def _record(self) -> HistoryRow:
-        """The records' row for the network as it is."""
         clock = time.perf_counter()
         before, self._recorded = self._recorded, self.totals.so_far
         loss, correct, images = (now - then for now, then in zip(self._recorded, before, strict=True))
@@ -269,7 +267,7 @@ class Trainer:
         return row | {"seconds": time.perf_counter() - clock}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on, as tensors and plain values."""
+        """Everything needed to continue, as tensors and plain values."""
         cuda = self.device.type == "cuda"
         return {
             "model": self.model.state_dict(),
@@ -286,10 +284,11 @@ class Trainer:
             "random_cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
 
-    def _as_saved_now(self, state: dict[str, Any]) -> dict[str, Any]:
-        """What is saved in another way since V^T is a layer's parameter, and S may have a product of its own.
+    def _converted(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The entries of an old checkpoint that are saved differently now.
 
-        Then V was the parameter, and a linear layer decided by the rows of each batch.
+        The parameter of a layer was V, now it is V^T. A linear layer chose between the forms factored and
+        chained by the rows of each batch; now its form says which.
         """
         layers = low_rank_layers(self.model)
         old = {name: layer for name, layer in layers.items() if f"{name}.V".lstrip(".") in state["model"]}
@@ -301,10 +300,10 @@ class Trainer:
             if isinstance(layer, LowRankLinear) and layer.core == "full"
             if state["forms"][name] == "factored" and self.protocol.batch_size < layer.shape[0]
         }
-        turned = {layer.Vt for layer in old.values()}
+        transposed = {layer.Vt for layer in old.values()}
         moments = dict(state["optimizer"]["state"])
         for place, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
-            if p in turned and place in moments:
+            if p in transposed and place in moments:
                 found = moments[place].items()
                 moments[place] = {
                     key: value.mT.contiguous() if isinstance(value, Tensor) and value.ndim == 2 else value
@@ -316,8 +315,8 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` was called."""
-        state = state | self._as_saved_now(state)
+        """Continue from where `state_dict` was called."""
+        state = state | self._converted(state)
         self.model.load_state_dict(state["model"])
         set_forms(self.model, state["forms"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -326,10 +325,10 @@ class Trainer:
         self.totals.loss, self.totals.correct = (
             tensor.to(self.device) for tensor in (self.totals.loss, self.totals.correct)
         )
-        if self._graphs:  # what was recorded knows the tensors from before
+        if self._graphs:  # recorded graphs refer to the old tensors
             self._graphs = self._recorded_steps()
         self.history = state["history"]
-        # Checkpoints of condlr before it kept records have none
+        # Older checkpoints have no records
         self.records, self._recorded = state.get("records", []), tuple(state.get("recorded", (0.0, 0.0, 0)))
         torch.set_rng_state(state["random"].cpu())
         if self.device.type == "cuda" and state["random_cuda"] is not None:

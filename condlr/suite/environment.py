@@ -1,4 +1,4 @@
-"""What a run was made with: versions, machine, commit."""
+"""Versions, machine and commit of a run."""
 
 import os
 import platform
@@ -25,18 +25,18 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree, with + where it was changed since; None outside of its own repository.
+    """The commit of the source tree, with + if the tree was changed since; None outside its own repository.
 
-    Source that was unpacked or installed inside somebody else's is no part of that one's commits.
+    Source that was unpacked or installed inside another repository is not part of that one's commits.
     """
     source = Path(__file__).resolve()
-    # Where git sends its hooks to another repository, it sends what they start there, too
-    elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
-    surroundings = {name: value for name, value in os.environ.items() if name not in elsewhere}
+    # A git hook that starts us sets these variables, and would send our git calls to its repository.
+    of_hooks = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+    variables = {name: value for name, value in os.environ.items() if name not in of_hooks}
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
-            ["git", *arguments], cwd=source.parents[2], env=surroundings,
+            ["git", *arguments], cwd=source.parents[2], env=variables,
             capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True,
         )  # fmt: skip
         return done.stdout.strip()

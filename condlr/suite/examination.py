@@ -1,4 +1,4 @@
-"""What is found out of a run's network once it is trained: attacks, analyses, shifts, kept in the run."""
+"""Attacks, analyses and shifts of a trained run; their results are kept in the run."""
 
 import logging
 import re
@@ -23,18 +23,18 @@ log = logging.getLogger(__name__)
 
 
 def attack_once(here: Opened, again: bool = False) -> None:
-    """Attack the run's network, at the strengths of which it lacks a row; at all if `again`."""
+    """Attack the run's network at the strengths without a row, or at all if `again`, and log the result."""
     run, config = here.run, here.config
     if again or missing_strengths(run, config):
         attack(here, again)
         log.info("%s: %s", run.directory, summary(attack_rows(run, config)))
     else:
-        there = summary(attack_rows(run, config))
-        log.info("%s was evaluated already (again=true does it once more): %s", run.directory, there)
+        found = summary(attack_rows(run, config))
+        log.info("%s was evaluated already (again=true repeats it): %s", run.directory, found)
 
 
 def attack(here: Opened, again: bool = True) -> None:
-    """Evaluate at the strengths that are missing, or at all; each is kept as soon as it is known."""
+    """Evaluate at the missing strengths, or at all; each result is saved as soon as it is known."""
     config, source = here.config, here.source
     wanted = config.attack.eps if again else missing_strengths(here.run, config)
     parts = [[eps] for eps in wanted] if isinstance(config.attack, StrengthByStrength) else [wanted]
@@ -47,7 +47,7 @@ def attack(here: Opened, again: bool = True) -> None:
 
 
 def require(here: Opened, analyses: Mapping[str, Analysis], shifts: Iterable[Shift]) -> None:
-    """Raise `UserError` where one of these can't be made of the run, before anything is computed."""
+    """Raise `UserError` if one of these cannot be computed for the run; nothing is computed here."""
     for shift in shifts:
         _sets(here, shift)
     for name, analysis in analyses.items():
@@ -61,12 +61,12 @@ def require(here: Opened, analyses: Mapping[str, Analysis], shifts: Iterable[Shi
 
 
 def analyse(here: Opened, name: str, analysis: Analysis, again: bool = False) -> Sequence[Mapping[str, Any]]:
-    """The rows that an analysis has of the run, made where they are not there, or `again`, and kept."""
+    """The rows of an analysis; computed and saved if they are missing, or if `again`."""
     table = f"{name}.csv"
-    there = [*here.run.rows(table).values()]
-    if not again and not analysis.lacks(there, here):
-        log.info("%s has its %s already (again=true does it once more)", here.run.directory, table)
-        return there
+    found = [*here.run.rows(table).values()]
+    if not again and not analysis.lacks(found, here):
+        log.info("%s already has its %s (again=true repeats it)", here.run.directory, table)
+        return found
     with Steps(f"{name} of {here.config.row['label']}") as steps:
         here.on_progress = steps.at
         rows = [*analysis.rows(here)]
@@ -75,7 +75,7 @@ def analyse(here: Opened, name: str, analysis: Analysis, again: bool = False) ->
 
 
 def try_shift(here: Opened, name: str, shift: Shift, again: bool = False) -> list[Mapping[str, Any]]:
-    """The run's accuracy on each set of a shift; each is kept as soon as it is known."""
+    """The run's accuracy on each set of a shift; each is saved as soon as it is known."""
     table, root = "shift.csv", here.config.data_root
     known = {} if again else here.run.rows(table)
     sets = {
@@ -84,7 +84,7 @@ def try_shift(here: Opened, name: str, shift: Shift, again: bool = False) -> lis
     }
     missing = [key for key in sets if key not in known]
     if not missing:
-        log.info("%s has its %s already (again=true does it once more)", here.run.directory, table)
+        log.info("%s already has its %s (again=true repeats it)", here.run.directory, table)
     with Steps(f"{here.config.row['label']} on {name}") as steps:
         for number, key in enumerate(missing, start=1):
             which, row = sets[key]
@@ -102,12 +102,12 @@ def _sets(here: Opened, shift: Shift) -> Sequence[ShiftedSet]:
 
 
 def analyses_of_every_run() -> dict[str, Analysis]:
-    """Those that are made at the end of every training, by name."""
+    """The analyses that are made at the end of every training, by name."""
     return {name: kind() for name, kind in every_analysis().items() if kind.always}
 
 
 def finished(run: Run, config: RunConfig) -> bool:
-    """Whether nothing is left to do of a run: it is done, analysed, and evaluated as its config asks."""
+    """Whether a run is done, analysed, and evaluated as its config asks."""
     return (
         run.status == "done"
         and all(run.read_table(f"{name}.csv") for name in analyses_of_every_run())
@@ -116,26 +116,26 @@ def finished(run: Run, config: RunConfig) -> bool:
 
 
 def missing_strengths(run: Run, config: RunConfig) -> list[float]:
-    """The strengths of the config's attack of which the run lacks a row."""
+    """The strengths of the config's attack for which the run has no row."""
     rows = run.rows("evaluation.csv")
     lacking = {key[-1] for key in _cells(run, config) if key not in rows}
     return [eps for eps in config.attack.eps if as_printed(eps) in lacking]
 
 
 def attack_rows(run: Run, config: RunConfig) -> list[Mapping[str, Any]]:
-    """The rows of the config's attack that the run has already."""
+    """The rows that the run has of the config's attack."""
     rows = run.rows("evaluation.csv")
     return [rows[key] for key in _cells(run, config) if key in rows]
 
 
 def _cells(run: Run, config: RunConfig) -> list[tuple[str, str, int, float]]:
-    """The keys of the rows that the config's attack makes, as `Run.rows` has them."""
+    """The keys, as in `Run.rows`, of the rows that the config's attack makes."""
     attack, n = config.attack, config.attack.images or run.info.get("images", {}).get("test", 0)
     return [(label, attack.norm, n, as_printed(eps)) for label, eps in attack.cells()]
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """`fgsm 0 99.00%, fgsm 0.06 94.00%`; what is no number stands as it is."""
+    """`fgsm 0 99.00%, fgsm 0.06 94.00%`; values that are not numbers are shown unchanged."""
 
     def shown(value: Any, form: str) -> str:
         return format(float(value), form) if re.fullmatch(r"[-+.\de]+", str(value)) else str(value)

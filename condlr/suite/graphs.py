@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: recorded once, then replayed without a word from Python."""
+"""A training step as one CUDA graph: recorded once, then replayed without Python."""
 
 import logging
 from collections.abc import Callable, Hashable
@@ -10,20 +10,20 @@ log = logging.getLogger(__name__)
 
 Step = Callable[[Tensor, Tensor], None]
 
-# Steps that are taken before one is recorded: they allocate what lives longer than a step (momentum), let
-# libraries choose their algorithms, and bring what starts cold to where the fast maps hold.
+# Steps before the recording. They allocate what lives longer than a step (momentum), let libraries choose
+# their algorithms, and bring cold starts to where the fast maps hold.
 _WARM_UP = 3
 
 
 class GraphedStep:
-    """`step(images, labels)`, replayed as a CUDA graph where that can be done.
+    """`step(images, labels)`, replayed as a CUDA graph where possible.
 
-    Steps of another batch size get a graph of their own. A step that cannot be recorded is taken as it is,
-    for good, and the reason logged.
+    Each batch size gets a graph of its own. A step that cannot be recorded always runs without a graph, and
+    the reason is logged.
 
     Args:
-        step: changes tensors in place only, reads nothing back from the device, and does the same at each
-            call with images of one shape, until `renew` says otherwise.
+        step: changes tensors only in place, reads nothing back from the device, and does the same at each
+            call with images of one shape, until `renew` is called.
     """
 
     def __init__(self, step: Step):
@@ -35,14 +35,14 @@ class GraphedStep:
         self._stream: torch.cuda.Stream | None = None
 
     def renew(self, made_for: Hashable) -> None:
-        """Forget what was recorded unless it was for the same settings: graphs hold them as constants."""
+        """Drop recorded graphs unless the settings are the same: graphs hold settings as constants."""
         if made_for != self._made_for:
             self._graphs.clear()
             self._taken.clear()
             self._made_for = made_for
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
-        """Take the step, in whatever way."""
+        """Take the step, by a graph if there is one."""
         shape = images.shape
         if self._works and shape not in self._graphs and self._taken.get(shape, 0) >= _WARM_UP:
             self._record(images, labels)
@@ -58,7 +58,7 @@ class GraphedStep:
             self._aside(images, labels)
 
     def _aside(self, images: Tensor, labels: Tensor) -> None:
-        """Take the step on another stream, as PyTorch wants it before a recording."""
+        """Take the step on another stream, as PyTorch requires before a recording."""
         stream = self._stream = self._stream or torch.cuda.Stream(images.device)
         stream.wait_stream(torch.cuda.current_stream(images.device))
         with torch.cuda.stream(stream):

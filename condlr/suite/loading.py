@@ -16,7 +16,7 @@ from condlr.suite.runs import Run
 
 
 def build(config: RunConfig, data: Data) -> nn.Module:
-    """The network that the run trains, at its start: drawn from the run's seed alone."""
+    """The initial network of a run, drawn from its seed alone."""
     torch.manual_seed(derive_seed(config.seed, "init"))
     try:
         dense = standardized(config.model.build(data.shape, data.classes), data.standard)
@@ -24,24 +24,24 @@ def build(config: RunConfig, data: Data) -> nn.Module:
     except ValueError as error:
         raise UserError(str(error)) from error
     if config.scheme.decay is not None and not low_rank_layers(model):
-        raise UserError("protocol.decay is of layers that are factored, and this method factors none")
+        raise UserError("protocol.decay acts on low-rank layers, and this method makes none")
     return model
 
 
 def load_network(run: Run, config: RunConfig, data: Data) -> nn.Module:
-    """The network that the run trained, on the device of `data`, in eval mode."""
+    """The trained network of a run, on the device of `data`, in eval mode."""
     model, weights = build(config, data), run.load_model()
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{run.directory}: model.safetensors does not fit config.yaml: {error}") from error
-    with suppress(ValueError):  # of a run.json that somebody changed; the result is the same but for rounding
+    with suppress(ValueError):  # run.json was edited; a form changes the result only by rounding
         set_forms(model, run.info.get("forms", {}))
     return model.to(data.test.pixels.device).eval()
 
 
 def load_data(config: RunConfig, device: torch.device) -> Data:
-    """The run's dataset on the device, with its part held out."""
+    """The run's dataset on the device, with the held-out images split off."""
     data = config.dataset.load(config.data_root)
     data = data.shortened(config.dataset.train_images, config.dataset.test_images)
     data = data.hold_out(config.protocol.held_out, derive_seed(config.seed, "held_out"))

@@ -1,6 +1,6 @@
-"""CondLR as its first public program computes it: what the benchmark compares with, and nothing else.
+"""CondLR as its first public program computes it, for the benchmark to compare with.
 
-Written from the description of that program: convolutions by unfolding, three products for a layer, dense
+Written from a description of that program: convolutions by unfolding, three products for a layer, dense
 n x n projectors, `torch.linalg.qr`, an SVD whose singular values are clamped one by one.
 """
 
@@ -16,7 +16,7 @@ from condlr.manifolds._lapack import svd
 
 
 class NaiveLayer(nn.Module):
-    """A U S V^T layer that forms x V, then S^T, then U^T; a convolution on unfolded images."""
+    """A layer that computes x V S^T U^T from left to right; a convolution does so on unfolded images."""
 
     def __init__(self, layer: LowRank):
         super().__init__()
@@ -44,7 +44,7 @@ class NaiveLayer(nn.Module):
 
 
 def naive(model: nn.Module) -> nn.Module:
-    """`model`, changed in place: its low-rank layers are naive ones."""
+    """Replace the low-rank layers of `model` by naive ones, in place; return `model`."""
     for name, layer in low_rank_layers(model).items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, NaiveLayer(layer))
@@ -52,9 +52,9 @@ def naive(model: nn.Module) -> nn.Module:
 
 
 def constrain_naively(optimizer: torch.optim.Optimizer, model: nn.Module, tau: float) -> None:
-    """Attach the constraint as step hooks of an SGD: `condlr.constrain` with the public program's options.
+    """Attach the constraint to an SGD, as `condlr.constrain` does with the public program's options.
 
-    Those are centre=mean, preconditioner=released_code, momentum=before_projection, for tau > 0.
+    These are centre=mean, preconditioner=released_code, momentum=before_projection, for tau > 0.
     """
     layers = [module for module in model.modules() if isinstance(module, NaiveLayer)]
     scales = dict.fromkeys(layers, 1.0)
@@ -75,7 +75,7 @@ def constrain_naively(optimizer: torch.optim.Optimizer, model: nn.Module, tau: f
             for X in (layer.U, layer.V):
                 Q, R = torch.linalg.qr(X)
                 X.copy_(Q * R.diagonal().sign())
-            P, sigma, Qh = svd(layer.S)  # torch.linalg.svd, and again in float64 where it finds none
+            P, sigma, Qh = svd(layer.S)  # torch.linalg.svd, repeated in float64 where it fails
             low, high = (edge.item() for edge in spectrum.band(sigma.mean(), tau))
             for i in range(len(sigma)):
                 sigma[i] = sigma[i].clamp(low, high)

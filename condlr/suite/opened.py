@@ -1,4 +1,4 @@
-"""A finished run, opened once, however many attacks, analyses and shifts look at it."""
+"""A finished run, opened once for all its attacks, analyses and shifts."""
 
 import logging
 from collections.abc import Callable
@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Opened:
-    """What attacks, analyses (see `condlr.analysis.base.Trained`) and shifts see of a run that is trained.
+    """A trained run, as attacks, analyses (`condlr.analysis.base.Trained`) and shifts see it.
 
-    Data and networks are loaded when they are first asked for, and kept.
+    Data and networks are loaded at their first use, and kept.
 
     Attributes:
         run: its directory.
-        config: its config, with the attack that is asked for.
-        on_progress: is told how many of how many parts are done of what is at work.
+        config: its config, with the requested attack.
+        on_progress: called with the number of parts done and of all parts of the current work.
     """
 
     run: Run
@@ -38,8 +38,8 @@ class Opened:
 
     @cached_property
     def data(self) -> Data:
-        """The data the run was trained on, which weights that are missing make useless."""
-        self.run.require_weights()
+        """The data that the run was trained on."""
+        self.run.require_weights()  # without weights there is no use for the data
         data = load_data(self.config, pick_device(self.config.device))
         if data.digest != self.run.info.get("images", {}).get("digest"):
             raise UserError(f"{self.config.data_root} holds other images than the run was trained on")
@@ -52,27 +52,27 @@ class Opened:
 
     @cached_property
     def test_images(self) -> int:
-        """How many test images there are."""
+        """The number of test images."""
         return self.run.info.get("images", {}).get("test", 0)
 
     @property
     def attack(self) -> Attack:
-        """The attack that is asked for."""
+        """The requested attack."""
         return self.config.attack
 
     @property
     def batch_size(self) -> int:
-        """Of training."""
+        """The batch size of training."""
         return self.config.protocol.batch_size
 
     @property
     def start(self) -> Start:
-        """Where the run's training started."""
+        """The start of the run's training."""
         return self._start(self.config)
 
     @property
     def dense_start(self) -> Start:
-        """Where the training of the dense network started that differs in its method alone."""
+        """The start of training of the baseline, see `RunConfig.baseline`."""
         return self._start(self.config.baseline)
 
     def _start(self, config: RunConfig) -> Start:
@@ -85,7 +85,7 @@ class Opened:
 
     @property
     def has_dense(self) -> bool:
-        """Whether that dense network is trained, and another one than this."""
+        """Whether the baseline is trained, and is not this run itself."""
         other = self._dense_run
         return (
             other.directory.name != self.run.directory.name and other.status == "done" and other.has_weights
@@ -93,19 +93,19 @@ class Opened:
 
     @cached_property
     def dense(self) -> nn.Module | None:
-        """The trained dense network; None without it."""
+        """The trained baseline, or None."""
         return load_network(self._dense_run, self.config.baseline, self.data) if self.has_dense else None
 
     @cached_property
     def source(self) -> nn.Module | None:
-        """The network that the attack's images are made on, if it is not the attacked one."""
+        """The network that the attack's images are made on; None if it is the attacked one."""
         name = self.attack.source
         check_images(self.config, self.data)
         if name is None:
             return None
         if name == "baseline":
             origin, other = self.config.baseline, self._dense_run
-            advice = "train it first, with method=baseline and all else as it is here"
+            advice = "train it first, with method=baseline and everything else as here"
         else:
             other = Run(Path(name))
             try:
@@ -122,10 +122,10 @@ class Opened:
 
 
 def opened(run: Run, config: RunConfig) -> Opened:
-    """A run that is done; nothing is loaded yet.
+    """A finished run; nothing is loaded yet.
 
     Raises:
-        UserError: it is not done, or its config is another run's.
+        UserError: it is not done, or its config belongs to another run.
     """
     if run.status != "done":
         raise UserError(
@@ -133,14 +133,14 @@ def opened(run: Run, config: RunConfig) -> Opened:
         )
     own = run.info.get("run_id")
     if own is None:
-        raise UserError(f"{run.directory / 'run.json'} is no whole record: remove it to start the run again")
+        raise UserError(f"{run.directory / 'run.json'} is incomplete: remove it to start the run again")
     if config.run_id != own:
-        raise UserError(f"{run.directory / 'config.yaml'} was changed: it is of the run {config.run_id}")
+        raise UserError(f"{run.directory / 'config.yaml'} was changed: it describes the run {config.run_id}")
     return Opened(run, without_transfer_to_itself(run, config))
 
 
 def without_transfer_to_itself(run: Run, config: RunConfig) -> RunConfig:
-    """The config, in which an attack that would be transferred from the run to itself is a plain one."""
+    """The config; an attack that would be transferred from the run to itself becomes a plain one."""
     if config.attack.source == "baseline" and config.run_id == config.baseline.run_id:
         log.info("%s is the dense network itself: attacked with its own images", run.directory)
         return replace(config, attack=replace(config.attack, source=None))
@@ -148,7 +148,7 @@ def without_transfer_to_itself(run: Run, config: RunConfig) -> RunConfig:
 
 
 def check_images(config: RunConfig, data: Data) -> None:
-    """Raise `UserError` where the attack asks for more images than there are."""
+    """Raise `UserError` if the attack asks for more images than there are."""
     try:
         first(data.test, config.attack.images)
     except ValueError as error:

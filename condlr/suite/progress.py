@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: one live line in a terminal, a few lines in a log file."""
+"""Progress of a run: one live line in a terminal, a few lines in a log file."""
 
 import logging
 import time
@@ -14,7 +14,7 @@ from condlr.suite.engine import Trainer
 
 log = logging.getLogger(__name__)
 
-_REFRESH = 0.25  # seconds: reading the loss waits for the device, so it is not done every batch
+_REFRESH = 0.25  # seconds; reading the loss waits for the device, so not at every batch
 _LOG_LINES = 4
 
 
@@ -23,7 +23,7 @@ class _Bar:
 
     def __init__(self, title: str, *columns: ProgressColumn, expand: bool = False, **fields: Any):
         self._console = Console(stderr=True)
-        # Runs that share a terminal would draw over each other
+        # Parallel runs in one terminal would draw over each other.
         self._live = self._console.is_terminal and current_process().name == "MainProcess"
         self._bar = Progress(
             TextColumn("{task.description}"), *columns,
@@ -74,7 +74,7 @@ class LiveLine(_Bar):
         )  # fmt: skip
 
     def epoch(self, trainer: Trainer) -> None:
-        """In a log file: a line for every quarter of the epochs."""
+        """In a log file, write a line for every quarter of the epochs."""
         epochs = trainer.protocol.epochs
         if self._live or trainer.epoch * _LOG_LINES // epochs == (trainer.epoch - 1) * _LOG_LINES // epochs:
             return
@@ -84,13 +84,13 @@ class LiveLine(_Bar):
 
 
 class Steps(_Bar):
-    """A bar for work of known length that is not training."""
+    """A bar for other work of known length."""
 
     def __init__(self, title: str):
         super().__init__(title, BarColumn(), TimeRemainingColumn())
 
     def at(self, done: int, total: int) -> None:
-        """So much is done."""
+        """Show how much is done."""
         self._bar.update(self._task, completed=done, total=total)
 
 

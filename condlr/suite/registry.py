@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def available(room: str) -> list[str]:
-    """The names that `condlr/<room>/` offers: its modules, but `base` and those that begin with `_`."""
+    """The names in `condlr/<room>/`: its modules, without `base` and those that begin with `_`."""
     package = import_module(f"condlr.{room}")
     names = (module.name for module in iter_modules(package.__path__) if not module.ispkg)
     return sorted(name for name in names if name != "base" and not name.startswith("_"))
@@ -34,7 +34,7 @@ def find(room: str, name: str, base: type[T]) -> type[T]:
 
 
 def analyses() -> "dict[str, type[Analysis]]":
-    """Every analysis by its name, in the order of a report."""
+    """Every analysis by name, in the order of the report."""
     from condlr.analysis.base import Analysis
 
     found = {name: find("analysis", name, Analysis) for name in available("analysis")}

@@ -1,4 +1,4 @@
-"""The run store: what touches the disk of a run, and nothing else does."""
+"""The run store: the only code that reads and writes the files of a run."""
 
 import hashlib
 import io
@@ -16,29 +16,29 @@ from condlr._support.locks import Lock, Owner, owners
 from condlr._support.strengths import as_printed
 from condlr.suite.registry import available, find
 
-# The columns that tell the rows of these files apart; those of an analysis are on its class.
+# Key columns of these files; an analysis has its own on its class.
 _KEYS = {
     "evaluation.csv": ("attack", "norm", "n", "eps"),
     "shift.csv": ("shift", "name", "severity", "n", "shift_seed"),
 }
-# What the rest of condlr takes for granted of run.json, where it says it.
+# Types of the facts in run.json that the rest of condlr relies on.
 _FACTS = {
     "status": str, "run_id": str, "attempts": int, "images": dict, "ranks": dict, "weights": dict,
     "versions": dict,
 }  # fmt: skip
-# How a run comes by its weights again.
-_FROM_CHECKPOINT = "remove run.json beside it and start the run again, which goes on from its checkpoint"
+# Advice for lost weights.
+_FROM_CHECKPOINT = "remove run.json beside it and start the run again, which continues from its checkpoint"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's directory. Every file in it is written whole or not at all."""
+    """A run's directory. Every file in it is written atomically."""
 
     directory: Path
 
     @property
     def info(self) -> dict[str, Any]:
-        """What run.json says; empty where there is no run yet."""
+        """The content of run.json; empty where there is no run yet."""
         path = self.directory / "run.json"
         try:
             return record(path.read_bytes(), path)
@@ -49,7 +49,7 @@ class Run:
 
     @property
     def status(self) -> str | None:
-        """running, done, diverged, failed, interrupted; None where there is no run yet."""
+        """running, done, diverged, failed or interrupted; None if there is no run yet."""
         return self.info.get("status")
 
     def note(self, **facts: Any) -> None:
@@ -58,9 +58,9 @@ class Run:
 
     @contextmanager
     def recording(self, **facts: Any) -> Iterator[None]:
-        """Keep run.json true while the body trains: running, and then how it ended.
+        """Keep the status in run.json up to date: running during the body, then how it ended.
 
-        What an earlier attempt left half written is removed.
+        Partly written files of an earlier attempt are removed.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         forget_partial(self.directory)
@@ -71,7 +71,7 @@ class Run:
         try:
             yield
         except Lost:
-            raise  # run.json is another process's now
+            raise  # another process owns run.json now
         except BaseException as error:
             status = {Diverged: "diverged", Interrupted: "interrupted", KeyboardInterrupt: "interrupted"}
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -80,11 +80,11 @@ class Run:
         self._note_end("done", None)
 
     def note_death(self, reason: str, status: str = "failed", silent: Collection[Owner] = ()) -> None:
-        """Say of a run whose process is dead, and could not say so itself, how it ended.
+        """Record how a run ended whose process died without recording it.
 
         Args:
             reason, status: for run.json.
-            silent: processes of other machines that gave no sign of life for long enough.
+            silent: processes on other machines that count as dead.
         """
         holders = owners(self.directory)
         if self.status != "running" or any(not owner.dead and owner not in silent for owner in holders):
@@ -97,11 +97,11 @@ class Run:
         try:
             self.note(status=status, ended=_now(), reason=reason)
         except OSError:
-            if status == "done":  # otherwise the first error, on its way, says more
+            if status == "done":  # otherwise an error is already on its way, and says more
                 raise
 
     def save_checkpoint(self, state: Mapping[str, Any], fingerprint: str) -> None:
-        """Write checkpoint.pt; the one before stays until the new one is whole."""
+        """Write checkpoint.pt."""
         import torch
 
         buffer = io.BytesIO()
@@ -110,7 +110,7 @@ class Run:
         write(self.directory / "checkpoint.pt", buffer.getbuffer())
 
     def load_checkpoint(self, fingerprint: str) -> dict[str, Any] | None:
-        """What `save_checkpoint` saved, or None.
+        """The state that `save_checkpoint` saved, or None.
 
         Raises:
             UserError: the file is damaged, or belongs to another configuration.
@@ -122,17 +122,17 @@ class Run:
             return None
         advice = "remove it to train this run from its start"
         if (archive := _unsealed(path.read_bytes())) is None:
-            raise UserError(f"{path} is damaged or no checkpoint (its digest is not its content's): {advice}")
+            raise UserError(f"{path} is damaged or not a checkpoint (its digest does not match): {advice}")
         try:
             content = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
             own, state = content["fingerprint"], content["state"]
-        except Exception as error:  # torch raises what it likes for what is not its own
+        except Exception as error:  # torch raises all kinds of errors for a file of another format
             raise UserError(
-                f"{path} is damaged or no checkpoint ({type(error).__name__}): {advice}"
+                f"{path} is damaged or not a checkpoint ({type(error).__name__}): {advice}"
             ) from error
         if own != fingerprint:
             raise UserError(
-                f"{path} is of another configuration ({own}; this run is {fingerprint}): {advice}"
+                f"{path} belongs to another configuration ({own}; this run is {fingerprint}): {advice}"
             )
         return state
 
@@ -148,11 +148,11 @@ class Run:
 
     @property
     def has_weights(self) -> bool:
-        """Whether model.safetensors is there. A run that is done counts as done without it."""
+        """Whether model.safetensors exists. A run can be done without it."""
         return (self.directory / "model.safetensors").exists()
 
     def require_weights(self) -> None:
-        """Raise `NoWeights`, with what to do, where model.safetensors is missing."""
+        """Raise `NoWeights`, with advice, if model.safetensors is missing."""
         if self.has_weights:
             return
         path, advice = self.directory / "model.safetensors", _FROM_CHECKPOINT
@@ -161,18 +161,18 @@ class Run:
         raise NoWeights(f"{path} is missing: {advice}")
 
     def load_model(self) -> dict[str, Any]:
-        """The weights in model.safetensors, which must be the file that `save_model` wrote."""
+        """The weights in model.safetensors, checked against the digest in run.json."""
         from safetensors.torch import load
 
         self.require_weights()
         path = self.directory / "model.safetensors"
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != self.info.get("model_sha256"):
-            raise UserError(f"{path} is damaged or of another run: {_FROM_CHECKPOINT}")
+            raise UserError(f"{path} is damaged or belongs to another run: {_FROM_CHECKPOINT}")
         return load(content)
 
     def forget_results(self) -> None:
-        """Remove what an earlier training left, before one that starts afresh."""
+        """Remove the results of an earlier training, before the run is trained from its start."""
         for name in ("model.safetensors", "history.csv", "steps.csv", *examined()):
             (self.directory / name).unlink(missing_ok=True)
 
@@ -183,7 +183,7 @@ class Run:
         write_text(self.directory / "config.yaml", OmegaConf.to_yaml(dict(config)))
 
     def read_config(self) -> dict[str, Any]:
-        """The resolved config of the run."""
+        """The resolved config in config.yaml."""
         from omegaconf import OmegaConf
 
         path = self.directory / "config.yaml"
@@ -198,27 +198,27 @@ class Run:
         return config  # type: ignore[return-value]
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write history.csv or another table; None is an empty field."""
+        """Write a table such as history.csv; None is an empty field."""
         write_csv(self.directory / name, rows)
 
     def read_table(self, name: str) -> list[dict[str, str]]:
-        """The rows of history.csv or another table as text; none where there is no file."""
-        return read_csv(self.directory / name, f": {mended(name)}")
+        """The rows of a table as text; empty where there is no file."""
+        return read_csv(self.directory / name, f": {repair(name)}")
 
     def add_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows to evaluation.csv or another file of `examined`, in place of those of the same key."""
+        """Add rows to a file of `examined`; they replace rows of the same key."""
         with Lock(self.directory, "rows", wait=True):
             columns = keys(name)
             added = {_key(row, columns): row for row in rows}
             self.write_table(name, [*(self.rows(name) | added).values()])
 
     def rows(self, name: str) -> dict[tuple[str | float, ...], Mapping[str, Any]]:
-        """The rows of evaluation.csv or another file of `examined`, by their key."""
+        """The rows of a file of `examined`, by their key."""
         return by_key(self.read_table(name), self.directory / name)
 
 
 def record(content: bytes, path: Path) -> dict[str, Any]:
-    """What a run.json of this content says."""
+    """Parse the content of a run.json; `path` is for messages."""
     try:
         info = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -231,26 +231,26 @@ def record(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def by_key(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[tuple[str | float, ...], Mapping[str, Any]]:
-    """The rows of a file of one of the names in `examined`, by their key."""
+    """The rows of a file of `examined`, by their key."""
     columns = keys(path.name)
     try:
         return {_key(row, columns): row for row in rows}
     except KeyError as error:
-        raise UserError(f"{path} is damaged (no column {error}): {mended(path.name)}") from error
+        raise UserError(f"{path} is damaged (no column {error}): {repair(path.name)}") from error
 
 
-def mended(name: str) -> str:
-    """How a run comes by a sound file of this name again."""
+def repair(name: str) -> str:
+    """Advice on a damaged file of this name."""
     return "remove it and evaluate again" if name in examined() else "remove this run, or train it again"
 
 
 def examined() -> list[str]:
-    """The files that attacks, shifts and analyses leave in a run."""
+    """The files that attacks, shifts and analyses write into a run."""
     return [*_KEYS, *(f"{name}.csv" for name in available("analysis"))]
 
 
 def keys(name: str) -> tuple[str, ...]:
-    """The columns that tell the rows of such a file apart."""
+    """The key columns of a file of `examined`."""
     if name in _KEYS:
         return _KEYS[name]
     from condlr.analysis.base import Analysis
@@ -259,11 +259,7 @@ def keys(name: str) -> tuple[str, ...]:
 
 
 def key_of(row: Mapping[str, Any], name: str) -> tuple[str | float, ...]:
-    """What tells a row of such a file from its others.
-
-    Numbers are equal however they are written, and strengths if they print alike, see
-    `condlr._support.strengths.as_printed`.
-    """
+    """The key of a row: its key columns, numbers as floats, strengths as in tables (`as_printed`)."""
     return _key(row, keys(name))
 
 
@@ -284,14 +280,14 @@ def _number(text: Any) -> str | float:
 
 
 def _seal(archive: io.BytesIO) -> None:
-    """Make the SHA-256 of a ZIP archive, which torch.save writes, its comment: any change of a bit shows."""
+    """Append the SHA-256 of a ZIP archive, which is what torch.save writes, as the archive's comment."""
     digest = hashlib.sha256(archive.getbuffer()).hexdigest().encode()
-    archive.seek(-2, io.SEEK_END)  # the length of the comment, none until now
+    archive.seek(-2, io.SEEK_END)  # the length of the comment, 0 until now
     archive.write(len(digest).to_bytes(2, "little") + digest)
 
 
 def _unsealed(content: bytes) -> bytes | None:
-    """The archive that was sealed, or None if it is not what it was."""
+    """The archive without its seal, or None if its digest does not match."""
     digest = content[-64:]
     archive = content[:-66] + bytes(2)
     intact = content[-66:-64] == (64).to_bytes(2, "little")

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as an exception that comes when it may."""
+"""SIGINT and SIGTERM as an exception, which a body of code can defer."""
 
 import logging
 import signal
@@ -13,24 +13,24 @@ log = logging.getLogger(__name__)
 class Signals:
     """Turns the first SIGINT or SIGTERM into `Interrupted`.
 
-    A second SIGINT acts as without us; a second SIGTERM does nothing, since schedulers send it more than
-    once, and to a process and to its parent who passes it on.
+    A second SIGINT has its usual effect. A second SIGTERM does nothing: schedulers send it several times,
+    and to a parent that passes it on as well as to the process itself.
 
     Args:
-        first: what to do before `Interrupted` is raised.
+        before_raising: called before `Interrupted` is raised.
 
     Attributes:
-        received: the signal, if one came.
+        received: the signal's number; 0 while there is none.
     """
 
-    def __init__(self, first: Callable[[], None] = lambda: None) -> None:
-        self._first = first
+    def __init__(self, before_raising: Callable[[], None] = lambda: None) -> None:
+        self._before_raising = before_raising
         self.received = 0
         self._deferring = False
         self._before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def __enter__(self) -> "Signals":
-        with suppress(ValueError):  # not the main thread: whoever runs us handles signals
+        with suppress(ValueError):  # not the main thread: its owner handles signals
             for signum in self._before:
                 signal.signal(signum, self._handle)
         return self
@@ -45,13 +45,13 @@ class Signals:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.received = signum
         if not self._deferring:
-            self._first()
+            self._before_raising()
             raise Interrupted(signum)
         log.warning("%s: stopping after this batch", signal.Signals(signum).name)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let the body finish what it is at; a signal that it did not see is raised at its end."""
+        """Defer signals until the end of the body, which may look at `received` itself."""
         self._deferring = True
         try:
             yield
@@ -60,6 +60,6 @@ class Signals:
         self.check()
 
     def check(self) -> None:
-        """Raise `Interrupted` if a signal came, whatever became of the exception then."""
+        """Raise `Interrupted` if a signal was received, even if it was raised and caught before."""
         if self.received:
             raise Interrupted(self.received)

@@ -1,4 +1,4 @@
-"""A run from its config to its evaluation: the straight line through all the rooms."""
+"""One run from its config to its evaluation."""
 
 import logging
 from typing import Any
@@ -32,20 +32,20 @@ from condlr.suite.signals import Signals
 
 log = logging.getLogger(__name__)
 
-# Seconds in which a process that was told to stop, or whose parent died, has mostly written its checkpoint.
+# Seconds in which a process that was told to stop, or whose parent died, has usually written its checkpoint.
 _PATIENCE = 5.0
 
 
 def carry_out(values: dict[str, Any]) -> None:
-    """Do what is missing of a run.
+    """Train and evaluate a run, or what is missing of that.
 
     Args:
         values: its resolved config.
 
     Raises:
-        UserError: and its subclasses, with the run's status and reason noted in run.json.
-        Held: another process is at work on it.
-        Interrupted: after SIGINT or SIGTERM, with a checkpoint written.
+        UserError: and its subclasses, with the run's status and reason recorded in run.json.
+        Held: another process is working on it.
+        Interrupted: after SIGINT or SIGTERM; a checkpoint was written.
     """
     config = check(values)
     run = Run(config.directory)
@@ -54,7 +54,7 @@ def carry_out(values: dict[str, Any]) -> None:
         _say_done(run, config)
         return
     with Signals() as signals, Lock(run.directory, patience=_PATIENCE) as lock:
-        info = run.info  # as whoever had the lock before has left it
+        info = run.info  # read under the lock: another process may have changed it
         if info.get("status") == "diverged":
             again = f"remove {run.directory} to train it again"
             raise Diverged(f"{config.run_id} has {info.get('reason')} ({again})")
@@ -62,7 +62,7 @@ def carry_out(values: dict[str, Any]) -> None:
             _say_done(run, config)
             here = opened(run, config)
             for name, analysis in analyses_of_every_run().items():
-                if not run.read_table(f"{name}.csv"):  # of a version that did not keep it
+                if not run.read_table(f"{name}.csv"):  # the run is older than this analysis
                     analyse(here, name, analysis)
             attack_once(here)
         else:
@@ -78,7 +78,7 @@ def _say_done(run: Run, config: RunConfig) -> None:
 
 
 def _train(run: Run, config: RunConfig, written: dict[str, Any], signals: Signals, lock: Lock) -> None:
-    """Train a run, or go on from its checkpoint, and attack it."""
+    """Train a run, from its checkpoint if there is one, then analyse and attack it."""
     facts = {"run_id": config.run_id, "study": config.study, "row": config.row}
     with run.recording(**facts, **environment()):
         device = pick_device(config.device)
@@ -87,7 +87,7 @@ def _train(run: Run, config: RunConfig, written: dict[str, Any], signals: Signal
         data = load_data(config, device)
         here = Opened(run, config)
         here.data = data
-        here.source  # noqa: B018 (what is wrong with it shows before the training)
+        here.source  # noqa: B018 (checked here, before the training)
         model = here.model = build(config, data).to(device)
         run.note(**_sizes(model), images=_images(data))
         trainer = _trained(run, config, model, data, signals, lock)
@@ -108,14 +108,14 @@ def _train(run: Run, config: RunConfig, written: dict[str, Any], signals: Signal
 def _trained(
     run: Run, config: RunConfig, model: nn.Module, data: Data, signals: Signals, lock: Lock
 ) -> Trainer:
-    """Train to the end, from the checkpoint if there is one, keeping the run's files up to date."""
+    """Train to the end, from the checkpoint if there is one; keep the run's files up to date."""
     trainer = trainer_for(config, model, data)
     fingerprint = f"{config.fingerprint}-{data.digest}"
     if state := run.load_checkpoint(fingerprint):
         trainer.load_state_dict(state)
         log.info("%s goes on from epoch %d, batch %d", run.directory, trainer.epoch, trainer.batch)
         if config.record_every and not trainer.records:
-            log.warning("%s began without record_every: its steps.csv begins here", run.directory)
+            log.warning("%s started without record_every: its steps.csv starts here", run.directory)
     else:
         run.forget_results()
         choose_run_forms(trainer, config)
@@ -142,12 +142,12 @@ def _trained(
             line.epoch(trainer)
 
         trainer.fit(on_batch, on_epoch)
-    _write_progress(run, trainer)  # a kill may have come between checkpoint and history
+    _write_progress(run, trainer)  # an earlier attempt may have been killed between checkpoint and history
     return trainer
 
 
 def _progress(trainer: Trainer) -> dict[str, Any]:
-    """How far a run is, for who looks at its lock."""
+    """How far a run is; its lock shows this to other processes."""
     return {
         "epoch": trainer.epoch, "epochs": trainer.protocol.epochs,
         "batch": trainer.batch, "batches": trainer.batches, "seconds": round(trainer.totals.seconds, 2),
@@ -172,7 +172,7 @@ def trainer_for(config: RunConfig, model: nn.Module, data: Data) -> Trainer:
 
 
 def choose_run_forms(trainer: Trainer, config: RunConfig) -> None:
-    """Give each low-rank layer, if there are any, the form that the config says, or the faster one."""
+    """Give each low-rank layer the form in the config, or the measured faster one."""
     if not low_rank_layers(trainer.model):
         return
     if config.forms == "measured":
@@ -187,19 +187,17 @@ def choose_run_forms(trainer: Trainer, config: RunConfig) -> None:
 
 
 def _sizes(model: nn.Module) -> dict[str, Any]:
-    """The ranks and the measured compression of a network."""
     ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
     return {"ranks": ranks, "weights": measure(model).as_dict()}
 
 
 def _images(data: Data) -> dict[str, Any]:
-    """What run.json says of the data."""
     counts = {"train": len(data.train), "held_out": len(data.held_out or ()), "test": len(data.test)}
     return counts | {"digest": data.digest, "official": data.official}
 
 
 def describe(device: torch.device) -> str:
-    """The device in words, for run.json."""
+    """The device's name, for run.json."""
     return (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"

@@ -258,7 +258,7 @@ def test_frozen_weights_cost_no_gradient():
     counted = cost(model, (30,), 4)
     assert counted.train_flops == 2 * 600 + 2 * 2 * 200
     assert counted.train_state_bytes == 4 * (620 + 3 * 210)
-    with pytest.raises(ValueError, match="no parameter that is trained"):
+    with pytest.raises(ValueError, match="no trainable parameter"):
         cost(model.requires_grad_(False), (30,), 4)
 
 

@@ -291,9 +291,9 @@ MOVED = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: "
 @pytest.mark.parametrize(
     ("answer", "why"),
     [
-        (OK + b"Content-Length: 5\r\n\r\n<p>hi", "a log-in page, or a part of it"),
-        (OK + b"Content-Length: 0\r\n\r\n", "a log-in page, or a part of it"),
-        (OK + b"Content-Length: 999999\r\n\r\n\x1f\x8b" + bytes(3000), "a log-in page, or a part of it"),
+        (OK + b"Content-Length: 5\r\n\r\n<p>hi", "a log-in page, or only a part of it"),
+        (OK + b"Content-Length: 0\r\n\r\n", "a log-in page, or only a part of it"),
+        (OK + b"Content-Length: 999999\r\n\r\n\x1f\x8b" + bytes(3000), "a log-in page, or only a part of it"),
         (OK + b"Content-Length: many\r\n\r\nx", "a log-in page"),
         (OK + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", "IncompleteRead"),
         (OK + b"".join(b"A%d: b\r\n" % n for n in range(200)) + b"\r\n", "HTTPException: got more than 100"),
@@ -471,27 +471,27 @@ def test_no_code_of_a_pickle_runs(cifar, monkeypatch):
     for protocol in range(6):
         (root / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps({"data": Trap()}, protocol))
         with pytest.raises(
-            UserError, match="data_batch_3 is damaged, or no batch.*mkdir, which no data needs"
+            UserError, match="data_batch_3 is damaged, or not a batch.*mkdir, which no data needs"
         ):
             Cifar10().load(root)
     assert not (root / "trapped").exists()
-    with pytest.raises(ValueError, match="something else than integers"):
+    with pytest.raises(ValueError, match="an array that is not of integers"):
         _plain_pickle.load(pickle.dumps({"data": np.array([1.5])}))
 
 
 @pytest.mark.parametrize(
     ("change", "pattern"),
     [
-        (lambda batch: batch.pop("data"), "no batch of CIFAR-10 .'data'.*expected data of"),
-        (lambda batch: batch.pop("labels"), "no batch of CIFAR-10"),
+        (lambda batch: batch.pop("data"), "not a batch of CIFAR-10 .'data'.*expected data of"),
+        (lambda batch: batch.pop("labels"), "not a batch of CIFAR-10"),
         (lambda batch: batch["labels"].pop(), r"its data are \(12, 3072\) uint8, its labels 11"),
         (lambda batch: batch["labels"].__setitem__(0, 10), "has a label 10; expected 0 to 9"),
-        (lambda batch: batch["labels"].__setitem__(0, -1), "labels are no classes"),
-        (lambda batch: batch["labels"].__setitem__(0, "cat"), "no batch of CIFAR-10"),
+        (lambda batch: batch["labels"].__setitem__(0, -1), "labels are not classes"),
+        (lambda batch: batch["labels"].__setitem__(0, "cat"), "not a batch of CIFAR-10"),
         (lambda batch: batch.update(data=batch["data"].astype("i4")), "its data are"),
         (lambda batch: batch.update(data=[1, 2]), "its data are"),
         (lambda batch: batch.update(labels=[[1, 2]] * 12), r"its labels are \(12, 2\)"),
-        (lambda batch: batch["labels"].append(batch["labels"]), "is damaged, or no batch.*recursion"),
+        (lambda batch: batch["labels"].append(batch["labels"]), "is damaged, or not a batch.*recursion"),
     ],
 )
 def test_python_batches_that_are_wrong_are_named(cifar, change, pattern):
@@ -518,7 +518,7 @@ def test_truncated_batches_are_named(cifar):
     whole = path.read_bytes()
     for end in range(0, len(whole), 997):
         path.write_bytes(whole[:end])
-        with pytest.raises(UserError, match="test_batch is damaged, or no batch of CIFAR-10"):
+        with pytest.raises(UserError, match="test_batch is damaged, or not a batch of CIFAR-10"):
             Cifar10().load(root)
 
 
@@ -533,7 +533,7 @@ def test_the_line_on_a_cut_batch_says_what_to_remove(cifar, kept):
     assert len(Cifar10().load(root).train) == 60
     other = root / "cifar-10-batches-py" / "test_batch"
     other.write_bytes(other.read_bytes()[:kept])
-    with pytest.raises(UserError, match="damaged, or no batch .*; remove it, and it is fetched again$"):
+    with pytest.raises(UserError, match="damaged, or not a batch .*; remove it, and it is fetched again$"):
         Cifar10().load(root)
 
 

@@ -418,7 +418,7 @@ def test_a_run_that_fails_costs_no_other(stage):
     end = "\n".join(out.splitlines()[-20:])
     for name, state in states.items():
         assert name in end or state == "done", "the summary names it"
-    assert "take a smaller decay" in end
+    assert "use a smaller decay" in end
     assert "diverged in epoch 1" in end
     assert not left_over(directory)
 

@@ -69,7 +69,7 @@ def test_finished_runs_without_weights_in_the_same_bytes_each_time(study, kept):
     write_csv(study / "planned.csv", [{"run_id": "failed", "label": "x"}])
     said = str(archive(study, kept))
     assert "2 runs: 2 new (archive of 0." in said
-    assert "left out, for they are not finished: failed" in said
+    assert "left out, because they are not finished: failed" in said
     with tarfile.open(kept) as tar:
         files = ("config.yaml", "evaluation.csv", "history.csv", "run.json", "train.log")
         expected = [f"s/{run}/{file}" for run in ("diverged", "done") for file in files]
@@ -222,23 +222,23 @@ WHOLE = [("s/x/run.json", RECORD), ("s/x/config.yaml", b"{}")]
 @pytest.mark.parametrize(
     ("members", "pattern"),
     [
-        ([*WHOLE, ("/etc/passwd", b"x")], "'/etc/passwd', which is no file of a run"),
-        ([*WHOLE, ("s/../../evil.csv", b"x")], "no file of a run"),
-        ([*WHOLE, ("s/../run.json", b"x")], "no file of a run"),
-        ([*WHOLE, ("s/x/../../evil.csv", b"x")], "no file of a run"),
-        ([*WHOLE, ("s/x/model.safetensors", b"x")], "model.safetensors', which is no file of a run"),
-        ([*WHOLE, ("s/x/checkpoint.pt", b"x")], "no file of a run"),
-        ([*WHOLE, ("s/x/lock-vm-1-2-3", b"")], "no file of a run"),
-        ([*WHOLE, (special("s/x/cost.csv", tarfile.SYMTYPE, "/etc/passwd"), b"")], "no file of a run"),
-        ([*WHOLE, (special("s/x/cost.csv", tarfile.LNKTYPE, "s/x/run.json"), b"")], "no file of a run"),
-        ([*WHOLE, (special("s/x/cost.csv", tarfile.CHRTYPE), b"")], "no file of a run"),
-        ([*WHOLE, (special("s/x/cost.csv", tarfile.DIRTYPE), b"")], "no file of a run"),
+        ([*WHOLE, ("/etc/passwd", b"x")], "'/etc/passwd', which is not a file of a run"),
+        ([*WHOLE, ("s/../../evil.csv", b"x")], "not a file of a run"),
+        ([*WHOLE, ("s/../run.json", b"x")], "not a file of a run"),
+        ([*WHOLE, ("s/x/../../evil.csv", b"x")], "not a file of a run"),
+        ([*WHOLE, ("s/x/model.safetensors", b"x")], "model.safetensors', which is not a file of a run"),
+        ([*WHOLE, ("s/x/checkpoint.pt", b"x")], "not a file of a run"),
+        ([*WHOLE, ("s/x/lock-vm-1-2-3", b"")], "not a file of a run"),
+        ([*WHOLE, (special("s/x/cost.csv", tarfile.SYMTYPE, "/etc/passwd"), b"")], "not a file of a run"),
+        ([*WHOLE, (special("s/x/cost.csv", tarfile.LNKTYPE, "s/x/run.json"), b"")], "not a file of a run"),
+        ([*WHOLE, (special("s/x/cost.csv", tarfile.CHRTYPE), b"")], "not a file of a run"),
+        ([*WHOLE, (special("s/x/cost.csv", tarfile.DIRTYPE), b"")], "not a file of a run"),
         ([*WHOLE, WHOLE[0]], "'s/x/run.json' twice"),
-        ([("t/x/run.json", RECORD)], "is of the study t, not of s: move it to .*results/t"),
+        ([("t/x/run.json", RECORD)], "belongs to the study t, not to s: move it to .*results/t"),
         ([("s/y/run.json", RECORD), ("s/y/config.yaml", b"")], "y holds the run x: a copy would count twice"),
         ([WHOLE[0]], "x has no config.yaml"),
         ([WHOLE[1]], "x has no run.json"),
-        ([("s/x/run.json", b'{"run_id": "x", "status": "failed"}'), WHOLE[1]], "x is no finished run"),
+        ([("s/x/run.json", b'{"run_id": "x", "status": "failed"}'), WHOLE[1]], "x is not a finished run"),
         ([("s/x/run.json", b"{"), WHOLE[1]], "run.json cannot be read"),
         ([("s/x/run.json", b"[" * 10**5), WHOLE[1]], "run.json cannot be read"),
         ([("s/x/run.json", b"7"), WHOLE[1]], "run.json is not a run's record"),
@@ -266,7 +266,7 @@ def test_a_damaged_archive_changes_nothing(study, kept):
     missing = contents(study)
     for damaged in (b"", sound[:5], sound[: len(sound) // 2], sound[:-3], b"no archive", gzip.compress(b"")):
         kept.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"runs\.tar\.gz is damaged or no archive"):
+        with pytest.raises(UserError, match=r"runs\.tar\.gz is damaged or not an archive"):
             restore(kept, study)
         assert contents(study) == missing
     for place in range(0, len(sound), 7):
@@ -298,7 +298,7 @@ def test_a_huge_archive_is_refused(study, kept, monkeypatch):
         {"GNU.sparse.major": "0", "GNU.sparse.size": str(2**60), "GNU.sparse.map": "0,1"},
     )
     pack(kept, *WHOLE, (hole, b"x"))
-    with pytest.raises(UserError, match="no file of a run|damaged"):
+    with pytest.raises(UserError, match="not a file of a run|damaged"):
         restore(kept, study)
 
 

@@ -108,7 +108,7 @@ def run(small_run, tmp_path):
         (["model=vgg16", "model.dropout=1"], "model.dropout must be in"),
         (
             ["dataset=cifar10", "model=vgg16", "dataset.download=false"],
-            "CIFAR10 is not at hand.*data_batch_1",
+            "CIFAR10 is missing.*data_batch_1",
         ),
         (["dataset.train_images=0"], "dataset.train_images must be in"),
         (["protocol.augmentation=mirror"], "protocol.augmentation must be one of none, crop_flip"),
@@ -142,7 +142,7 @@ def run(small_run, tmp_path):
         (["study=../elsewhere"], "study must be a plain name"),
         (["device=tpu"], "device must be one of auto, cpu, cuda"),
         (["runs_dir=file/runs"], "Not a directory: .*file"),
-        (["dataset=mnist", "dataset.download=false"], "MNIST is not at hand.*put train-images-idx3-ubyte"),
+        (["dataset=mnist", "dataset.download=false"], "MNIST is missing.*put train-images-idx3-ubyte"),
         (["dataset=fashion_mnist", "dataset.download=false"], "put .* into data/FashionMNIST/raw"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -222,7 +222,7 @@ def damage_missing(raw):
         (damage_empty, "t10k-labels-idx1-ubyte is truncated: 0 bytes, expected an IDX file of labels"),
         (damage_swap, "train-images-idx3-ubyte holds labels .*expected images"),
         (damage_counts, "t10k has 100 images.* 7 labels"),
-        (damage_labels, "a label beside t10k-images-idx3-ubyte is 11; expected 0 to 9"),
+        (damage_labels, "a label for t10k-images-idx3-ubyte is 11; expected 0 to 9"),
         (damage_size, "images of 32 x 32; expected 28 x 28"),
         (damage_gzip, "train-images-idx3-ubyte.gz is damaged or truncated"),
         (damage_missing, "put t10k-images-idx3-ubyte .plain or .gz. into"),
@@ -456,9 +456,13 @@ def undone(run):
 @pytest.mark.parametrize(
     ("name", "damage", "pattern"),
     [
-        ("checkpoint.pt", truncate, "checkpoint.pt is damaged or no checkpoint.*remove it"),
+        ("checkpoint.pt", truncate, "checkpoint.pt is damaged or not a checkpoint.*remove it"),
         ("checkpoint.pt", flip, "checkpoint.pt is damaged .*remove it"),
-        ("checkpoint.pt", lambda path: path.write_text("hello"), "checkpoint.pt is damaged or no checkpoint"),
+        (
+            "checkpoint.pt",
+            lambda path: path.write_text("hello"),
+            "checkpoint.pt is damaged or not a checkpoint",
+        ),
         ("run.json", truncate, "run.json cannot be read"),
         ("run.json", lambda path: path.write_text("[]"), "run.json is not a run's record"),
     ],
@@ -482,10 +486,10 @@ def test_a_checkpoint_that_runs_code_is_refused(script, run):
     archive = io.BytesIO()
     torch.save({"fingerprint": "x", "state": Evil()}, archive)
     (run / "checkpoint.pt").write_bytes(archive.getvalue())
-    complains(script("train", *SMALL), "checkpoint.pt is damaged or no checkpoint .*digest")
+    complains(script("train", *SMALL), "checkpoint.pt is damaged or not a checkpoint .*digest")
     _seal(archive)
     (run / "checkpoint.pt").write_bytes(archive.getvalue())
-    complains(script("train", *SMALL), "checkpoint.pt is damaged or no checkpoint .*UnpicklingError")
+    complains(script("train", *SMALL), "checkpoint.pt is damaged or not a checkpoint .*UnpicklingError")
     assert not Path("pwned").exists()
 
 
@@ -517,7 +521,7 @@ def test_a_checkpoint_of_another_config_is_refused(script, run, tmp_path):
     two = run_of(tmp_path, "two")
     (two / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes())
     undone(two)
-    complains(script("train", *SMALL, "study=two", "seed=1"), "checkpoint.pt is of another config")
+    complains(script("train", *SMALL, "study=two", "seed=1"), "checkpoint.pt belongs to another config")
 
 
 def test_a_finished_run_without_its_history_is_named(script, run):
@@ -526,7 +530,7 @@ def test_a_finished_run_without_its_history_is_named(script, run):
         damage(history)
         complains(
             script("collect", "study=default"),
-            r"history.csv is lost or empty: remove this run, or train it again",
+            r"history.csv is missing or empty: remove this run, or train it again",
         )
 
 
@@ -564,7 +568,7 @@ def test_memory_that_is_refused_is_one_line():
 @pytest.mark.slow
 def test_evaluate_says_what_it_cannot_evaluate(script, run, tmp_path):
     complains(script("evaluate", "run=nowhere"), "nowhere is not a run: it has no config.yaml")
-    complains(script("evaluate", "run=nowhere/*"), r"run=nowhere/\*: there is nothing of such a name")
+    complains(script("evaluate", "run=nowhere/*"), r"run=nowhere/\*: nothing matches this pattern")
     complains(script("evaluate"), "run")
     complains(script("evaluate", f"run={run}", "attack.eps=[7]"), "attack.eps must be in")
     complains(script("evaluate", "run=null"), "run: ")
@@ -577,7 +581,7 @@ def test_evaluate_says_what_it_cannot_evaluate(script, run, tmp_path):
         intact = weights.read_bytes()
         damage(weights)
         evaluated = script("evaluate", f"run={run}", "again=true")
-        complains(evaluated, "model.safetensors is damaged or of another run")
+        complains(evaluated, "model.safetensors is damaged or belongs to another run")
         weights.write_bytes(intact)
     weights.unlink()
     complains(script("evaluate", f"run={run}", "again=true"), "model.safetensors is missing: remove run.json")
@@ -623,7 +627,7 @@ def test_rows_with_unusual_options_have_names_of_their_own(script, tmp_path):
 
 def test_collect_refuses_what_would_count_twice_or_cannot_be_read(script, run):
     shutil.copytree(run, run.parent / "backup")
-    complains(script("collect", "study=default"), "backup/run.json is of the run .* count twice")
+    complains(script("collect", "study=default"), "backup/run.json belongs to the run .* count twice")
     shutil.rmtree(run.parent / "backup")
     for name, text in (("history.csv", "epoch,cond_a\n1,2,3\n"), ("history.csv", "epoch,cond_a\n1,x\n")):
         intact = (run / name).read_bytes()
@@ -710,7 +714,7 @@ def test_an_ill_conditioned_start_through_the_command_line(script, tmp_path):
         "record_every=5",
     ]
     complains(script("train", *start, "protocol.decay=0.5"), r"protocol.decay must be in \[1, inf")
-    complains(script("train", *start, "method=baseline", "study=lost"), "this method factors none")
+    complains(script("train", *start, "method=baseline", "study=lost"), "this method makes none")
     complains(script("train", *start, "record_every=-1"), r"record_every must be in \[0, inf")
     complains(
         script("train", *start, "protocol.decay=10", "study=lost"),

@@ -165,7 +165,7 @@ def test_a_run_of_a_pattern_that_is_not_done_stops_no_other(script, runs):
     dense = runs["baseline"] / "run.json"
     dense.write_text(dense.read_text().replace('"status": "done"', '"status": "failed"'))
     result = script("evaluate", f"run={runs['condlr'].parent}/*", *FEW)
-    complains(result, "not evaluated, for they are not done: lenet5-digits-baseline")
+    complains(result, "not evaluated, because they are not done: lenet5-digits-baseline")
     assert "20" in {row["n"] for row in rows(runs["condlr"], "evaluation.csv")}
     complains(
         script("evaluate", f"run={runs['condlr'].parent}"), r"is not a run: give a run in it, or run='.*/\*'"
@@ -192,7 +192,8 @@ def test_runs_whose_weights_were_left_elsewhere_stop_no_other(script, runs):
     complains(script("evaluate", *alone, "analysis=crosscheck", "analysis.crosscheck.images=5"), missing)
     both = [f"run={runs['condlr'].parent}/*", "attack.images=40", "attack.eps=[0,0.1]"]
     complains(
-        script("evaluate", *both), f"error: not evaluated, for want of weights: lenet5-.* \\(.*{missing}"
+        script("evaluate", *both),
+        f"not evaluated, because their weights are missing: lenet5-.* \\(.*{missing}",
     )
     assert "40" in {row["n"] for row in rows(runs["condlr"], "evaluation.csv")}
     assert before == {path: path.read_bytes() for path in runs["baseline"].iterdir() if path.is_file()}

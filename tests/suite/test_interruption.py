@@ -82,7 +82,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(script, undisturbed, tmp_path):
 def test_a_stopped_run_writes_a_checkpoint_and_ends_the_same(script, undisturbed, tmp_path, number):
     out, status = kill_in_the_middle(tmp_path, number)
     assert status == 128 + number, out
-    assert "interrupted: the same command takes it up again" in out
+    assert "interrupted: the same command continues it" in out
     assert "Traceback" not in out
     assert info(tmp_path)["status"] == "interrupted"
     status, out, _ = script("train", *ARGUMENTS)

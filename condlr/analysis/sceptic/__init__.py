@@ -1,1 +1,1 @@
-"""Whether an accuracy under attack is to be believed."""
+"""Audits of accuracies under attack."""

@@ -1,4 +1,4 @@
-"""What an audit finds: one check each."""
+"""The findings of an audit."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor
 
 Status = Literal["pass", "note", "warning", "not done"]
 
-# Fewer images than this are chance.
+# Fewer images than this count as chance.
 _FEW = 3
 
 
@@ -18,9 +18,9 @@ class Check:
 
     Attributes:
         name: of the check.
-        status: `pass`; `warning`, where an accuracy is shown to be too high; `note`, where weaker attacks
-            than ours would be misled; or `not done`.
-        value, limit: what was measured and what it was held against; `found` says in which sense.
+        status: `pass`; `warning` if an accuracy is shown to be too high; `note` if weaker attacks than ours
+            would be misled; or `not done`.
+        value, limit: the measured value and its limit; `found` explains them.
         found: the figures, in words.
         meaning: what a warning or a note means.
     """
@@ -36,8 +36,8 @@ class Check:
 def at_most(
     name: str, value: float, limit: float, n: int, found: str, meaning: str, above: Status = "warning"
 ) -> Check:
-    """A check that passes unless `value` is above `limit`, by at least a few of n images, or is no number."""
-    # Shares are counts / n: what is equal but for rounding is equal.
+    """A check that passes unless `value` is NaN, or above `limit` and at least a few of n images."""
+    # Shares are counts / n, so differences by rounding count as equal.
     status: Status = "pass" if value <= limit + 1e-9 or value * n < _FEW - 1e-6 else above
     return Check(name, status, value, limit, found, meaning)
 
@@ -48,5 +48,5 @@ def not_done(name: str, why: str, meaning: str) -> Check:
 
 
 def share_of(which: Tensor) -> float:
-    """The part of (n,) bool that is true."""
+    """The fraction of (n,) bool that is true."""
     return which.double().mean().item()

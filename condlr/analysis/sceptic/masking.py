@@ -1,7 +1,7 @@
-"""Can a robust accuracy be believed? The checks of Carlini et al. (arXiv 1902.06705), and an active test.
+"""Checks of a robust accuracy, after Carlini et al. (arXiv 1902.06705), and an active test.
 
-A gradient attack that fails shows a robust network, or an attack without a gradient to follow. Each check
-here passes where the second is excluded in one way, or warns and says what that means.
+If a gradient attack fails, either the network is robust, or the attack has no gradient to follow. Each check
+excludes one form of the second case, or warns and says what that means.
 """
 
 import copy
@@ -36,25 +36,25 @@ CHECKS = (
     "FGSM overstates", "monotone in eps", "anything allowed", "random noise", "active test",
 )  # fmt: skip
 
-# From this margin on 1 - p_y is 0 in float32, and the cross-entropy's gradient has lost its first term.
+# From this margin on 1 - p_y is 0 in float32, and the cross-entropy's gradient loses the true class's term.
 _SATURATED = 18.0
-# What attacks add to a norm they divide by; a gradient below it moves nothing.
+# Some attacks add this to a norm by which they divide; a smaller gradient then has no effect.
 _TINY = 1e-10
-# What the median standard deviation of an image's logits is brought to, to see whether FGSM does better.
+# Median standard deviations of an image's logits at which FGSM is tried.
 _DEVIATIONS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 @dataclass
 class Audit:
-    """How a network's accuracy under attack was put to the test.
+    """The settings of an audit of a network's accuracy under attack.
 
     Attributes:
-        eps, norm: the strength at which.
-        steps: of PGD; restarts is 1.
+        eps, norm: the strength.
+        steps: of PGD, with one start.
         queries: of the Square attack.
         active: images of the active test.
-        seed: of all that is drawn.
+        seed: of all random draws.
     """
 
     eps: float
@@ -67,7 +67,7 @@ class Audit:
     def __post_init__(self) -> None:
         if not self.eps > 0:
             raise ValueError(f"an audit needs an attack: eps must be larger than 0; got {self.eps:g}")
-        self.fgsm = Fgsm([self.eps], norm=self.norm)  # refuses what norm and eps may not be
+        self.fgsm = Fgsm([self.eps], norm=self.norm)  # also checks norm and eps
 
     def checks(
         self,
@@ -80,9 +80,9 @@ class Audit:
 
         Args:
             model: the network.
-            images: a thousand are enough: one is then 0.1 %.
+            images: a thousand are enough: one image is then 0.1 %.
             dense: another network for the transfer attack; None leaves that check out.
-            on_progress: called with how many of how many parts are done.
+            on_progress: called with the number of parts done and of all parts.
         """
         found: list[Check] = []
         with evaluating(model), evaluating(dense or model):
@@ -99,11 +99,11 @@ class Audit:
         return found
 
     def pgd(self, loss: str, eps: float | None = None, steps: int | None = None) -> Pgd:
-        """The audit's attack, or one of another strength."""
+        """The audit's PGD, or one of another strength or length."""
         return Pgd([self.eps if eps is None else eps], norm=self.norm, steps=steps or self.steps, loss=loss)
 
     def _smooth(self, of: "_Subject") -> Iterator[Check]:
-        """Is the network a function, and are its gradients those of that function?"""
+        """Is the network deterministic, and are its gradients right?"""
         with torch.no_grad():
             again = of.model(of.pixels)
         same = torch.isclose(again, of.logits, rtol=1e-4, atol=1e-6, equal_nan=True).all(1)
@@ -117,7 +117,7 @@ class Audit:
         )
         try:
             off = of.in_float64.disagreements(self.fgsm)
-        except RuntimeError:  # of types that do not fit: the network converts what it is given
+        except RuntimeError:  # dtypes do not fit, because the network converts its input
             yield not_done("gradients against differences", "the network does not run in float64", meaning)
             return
         yield at_most(
@@ -127,7 +127,7 @@ class Audit:
         )  # fmt: skip
 
     def _gradients(self, of: "_Subject") -> Iterator[Check]:
-        """Of the cross-entropy, as FGSM takes it."""
+        """Are there gradients of the cross-entropy for FGSM?"""
         gradient = cross_entropy_gradient(of.model, of.pixels, of.labels)
         sizes = torch.where(without_direction(gradient), 0, lengths(gradient.nan_to_num(0, 0, 0)).flatten())
         zero, tiny = share_of(sizes == 0), share_of(sizes < _TINY)
@@ -144,7 +144,7 @@ class Audit:
         )  # fmt: skip
 
     def _scale(self, of: "_Subject") -> Iterator[Check]:
-        """Of the logits: how far they are apart, and whether FGSM would do better with others."""
+        """How far apart are the logits, and is FGSM stronger on rescaled ones?"""
         margins = (-margin(of.logits, of.labels)).double()
         low, middle, high = margins.quantile(torch.tensor([0.05, 0.5, 0.95]).to(margins)).tolist()
         share = share_of(margins > _SATURATED)
@@ -195,7 +195,7 @@ class Audit:
         )  # fmt: skip
 
     def _black_box(self, of: "_Subject", dense: nn.Module | None) -> Iterator[Check]:
-        """What falls to attacks that see less, and not to those that see all; and what survives both."""
+        """Do attacks with less information fool images that white-box attacks do not?"""
         white = [of.survivors(a) for a in (self.fgsm, self.pgd("ce"), self.pgd("margin"))]
         alive = white = torch.stack([of.hits, *white]).all(0)
         meaning = "an attack that sees less finds more: the white-box attacks are not doing their work"
@@ -231,7 +231,7 @@ class Audit:
         )  # fmt: skip
 
     def _strengths(self, of: "_Subject") -> Iterator[Check]:
-        """Small to large, and one that may do anything."""
+        """Does the accuracy fall with eps, and to chance when any image is allowed?"""
         everything = {
             "linf": 1.0,
             "l2": math.sqrt(of.pixels[0].numel()),
@@ -258,7 +258,7 @@ class Audit:
         found = f"of {clean:.1%}, noise of the same size leaves {noise:.1%}, FGSM {once:.1%}"
         meaning = "the gradient is hardly better than a random direction"
         if once <= 1 / of.logits.shape[1] or (clean - share_of(of.alive)) * of.n < 10:
-            # The ball is so large that noise destroys the images, or so small that no attack finds anything.
+            # The ball is so large that FGSM leaves only chance, or so small that attacks find almost nothing.
             yield not_done("random noise", found, meaning)
             return
         lost = (clean - noise) / (clean - once) if clean > once else 1.0
@@ -266,7 +266,7 @@ class Audit:
 
 
 class Scaled(nn.Module):
-    """A network with its logits times a positive number: the same predictions."""
+    """A network with its logits multiplied by a positive number, which keeps the predictions."""
 
     def __init__(self, network: nn.Module, scale: float):
         super().__init__()
@@ -278,12 +278,12 @@ class Scaled(nn.Module):
 
 
 class _Subject:
-    """A network and images, and which of them attacks leave; attacks on the network itself are made once.
+    """A network and images, with the survivors of attacks; attacks on the network itself run once.
 
     Attributes:
-        logits: of the images as they are.
-        hits: (n,) bool, which are classified correctly.
-        alive: (n,) bool, which are so under all attacks of one strength, once those were made.
+        logits: of the clean images.
+        hits: (n,) bool, the images that are classified correctly.
+        alive: (n,) bool, those that are so under all attacks of the audit, once these were made.
     """
 
     def __init__(self, model: nn.Module, pixels: Tensor, labels: Tensor, seed: int):
@@ -296,15 +296,16 @@ class _Subject:
 
     @cached_property
     def in_float64(self) -> "_Subject":
-        """The same, in double precision."""
+        """The same in float64."""
         return _Subject(copy.deepcopy(self.model).double(), self.pixels.double(), self.labels, self.seed)
 
     def disagreements(self, attack: Attack, step: float = 1e-6) -> Tensor:
-        """(n,) bool: where the margin's directional derivatives are not its central differences.
+        """(n,) bool: where the margin's directional derivatives differ from its central differences.
 
-        Along the gradient, where the derivative is ||g||_2, and along a random direction; at a random point a
-        hundredth of the attack's radius away, for at the images themselves equal pixels may be ties of a
-        max pooling, where there is no derivative. A kink within the step is met by few.
+        They are compared along the gradient, where the derivative is ||g||_2, and along a random direction.
+        The point is random, at most a hundredth of the attack's radius away from the image: at the image
+        itself, equal pixels may be ties of a max pooling, without a derivative. Few images have a kink within
+        the step.
         """
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "directions"))
         size = 0.01 * radius(attack.norm, attack.eps[0], self.pixels)
@@ -324,7 +325,7 @@ class _Subject:
         return off
 
     def survivors(self, attack: Attack, made_on: nn.Module | None = None) -> Tensor:
-        """(n,) bool: which images are classified correctly after an attack of one strength."""
+        """(n,) bool: the images that are classified correctly after an attack of one strength."""
         if made_on is None and (known := self._known.get(repr(attack))) is not None:
             return known
         seed = derive_seed(self.seed, "audit")

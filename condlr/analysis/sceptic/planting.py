@@ -1,4 +1,4 @@
-"""An active test of attacks: an adversarial example is planted, and they must find it."""
+"""An active test of attacks: they must find an adversarial example that was planted."""
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +12,21 @@ from condlr.layers import LowRankLinear
 
 
 def active_test(model: nn.Module, pixels: Tensor, attack: Attack, seed: int = 0, points: int = 400) -> Check:
-    """Plant an adversarial example for each image, and see whether the attack finds one.
+    """Plant an adversarial example for each image, and check whether the attack finds one.
 
-    After the binarisation test of Zimmermann et al. (NeurIPS 2022): the last linear layer is replaced by
-    one of two classes, separating the features of a point x_h on the surface of the ball from those of
-    `points` points within; so x_h is adversarial, and random search does not find it. What hides gradients
-    after that layer is not seen. With features phi, of
-    mean m and covariance C over the points within (and a ridge of a tenth of its mean eigenvalue), the new
-    layer is w = C^-1 (phi(x_h) - m), its threshold half way between phi(x_h) and the nearest of the others,
-    its logits scaled to the network's margin at x.
+    After the binarisation test of Zimmermann et al. (NeurIPS 2022). The last linear layer is replaced by one
+    with two classes, which separates the features of a point x_h on the surface of the ball from those of
+    `points` points inside. So x_h is adversarial, and random search does not find it. Operations after that
+    layer are not tested. With features phi, and their mean m and covariance C over the points inside (plus a
+    ridge of a tenth of C's mean eigenvalue), the new layer is w = C^-1 (phi(x_h) - m). Its threshold is half
+    way between phi(x_h) and the nearest other point, and its logits are scaled to the network's margin at x.
 
     Args:
         model: in eval mode.
         pixels: (n, ...), the images.
-        attack: of one strength, which must find x_h or another point of its class.
-        seed: of what is drawn.
-        points: drawn in each ball, and once more to see what random search finds.
+        attack: of one strength; it must find x_h or another point of its class.
+        seed: of random draws.
+        points: drawn in each ball, and again for a random search.
     """
     features = _Features(model)
     generator = torch.Generator().manual_seed(derive_seed(seed, "active"))
@@ -57,7 +56,7 @@ def active_test(model: nn.Module, pixels: Tensor, attack: Attack, seed: int = 0,
 def _plant(
     features: "_Features", x: Tensor, attack: Attack, points: int, generator: torch.Generator
 ) -> "_Planted | None":
-    """The network with the new last layer; None where the point on the surface is not separable."""
+    """The network with the new last layer; None if the point on the surface cannot be separated."""
     with torch.no_grad():
         size = radius(attack.norm, attack.eps[0], x)
         hidden = (x + size * _surface(attack.norm, x, generator)).clamp(0, 1)
@@ -66,9 +65,9 @@ def _plant(
         mean = inner.mean(0)
         centred = inner - mean
         covariance = centred.T @ centred / points
-        # Without a ridge the layer would read what varies least: kinks, which no gradient shows.
+        # Without a ridge the layer would use the features that vary least, such as kinks without a gradient.
         ridge = 0.1 * covariance.diagonal().mean() * torch.eye(len(mean)).to(covariance)
-        if not ridge.any():  # the features do not see the ball at all
+        if not ridge.any():  # the features are constant in the ball
             return None
         weight = torch.linalg.solve(covariance + ridge, own - mean)
         highest, target = (centred @ weight).max(), (own - mean) @ weight
@@ -80,22 +79,21 @@ def _plant(
 
 
 def _draw(x: Tensor, attack: Attack, points: int, generator: torch.Generator) -> Tensor:
-    """Points uniform in the ball around one image."""
     many = x.expand(points, *x.shape[1:])
     return (many + radius(attack.norm, attack.eps[0], x) * inside(attack.norm, many, generator)).clamp(0, 1)
 
 
 def _surface(norm: str, x: Tensor, generator: torch.Generator) -> Tensor:
-    """A corner of the cube, or a point of the sphere."""
+    """A random corner of the cube, or a random point of the sphere."""
     direction = on_sphere(x, generator)
     return direction.sign() if norm == "linf" else direction
 
 
 class _Features(nn.Module):
-    """What a network hands to its last linear layer; its logits, if it has none.
+    """The input of a network's last linear layer; its logits, if it has none.
 
     Attributes:
-        margin: by how much the largest logit of the first image leads, at the last call.
+        margin: the largest minus the second logit of the first image, at the last call.
     """
 
     def __init__(self, network: nn.Module):
@@ -119,13 +117,13 @@ class _Features(nn.Module):
         self._taken = inputs[0]
 
     def remove(self) -> None:
-        """Leave the network as it was."""
+        """Remove the hooks from the network."""
         for handle in self._handles:
             handle.remove()
 
 
 class _Planted(nn.Module):
-    """Two classes: 1 where weight . features > threshold."""
+    """A network with two classes: class 1 if weight . features > threshold."""
 
     def __init__(self, features: _Features, weight: Tensor, threshold: Tensor):
         super().__init__()

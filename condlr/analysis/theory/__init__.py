@@ -1,1 +1,1 @@
-"""What the papers prove, put to the test."""
+"""Tests of the papers' theorems."""

@@ -1,15 +1,15 @@
-"""Condition numbers of elementwise activations: what the paper prints, and what is true.
+"""Condition numbers of elementwise activations: as printed in the paper, and corrected.
 
-For a number x, cond(sigma; x) = sup over nu in the Clarke gradient of |nu| |x| / |sigma(x)|; the paper
-(arXiv 2306.01485, section 3 and appendix B) takes the condition number of an elementwise sigma on vectors
-to be its supremum. In the Euclidean norm it is not: in ||J|| ||z|| / ||sigma(z)|| the entry that has the
-steepest slope need not be the one that carries the length of z. For entries in an interval the constant is
+For a number x, cond(sigma; x) = sup over nu in the Clarke gradient of |nu| |x| / |sigma(x)|. The paper
+(arXiv 2306.01485, section 3 and appendix B) uses its supremum as the condition number of an elementwise sigma
+on vectors. In the Euclidean norm this is wrong: in ||J|| ||z|| / ||sigma(z)||, the entry with the steepest
+slope need not be the one that dominates the length of z. For entries in an interval the constant is
 
     cond(sigma) = sup |sigma'(t)| * sup |t / sigma(t)|,
 
-each over the interval on its own: an upper bound because ||J|| = max |sigma'(z_i)| and ||z|| <=
-sup |t / sigma(t)| ||sigma(z)||, and the least one that holds in every dimension, because many entries at the
-second supremum and one at the first come as near as one likes.
+with independent suprema over the interval. It is an upper bound because ||J|| = max |sigma'(z_i)| and
+||z|| <= sup |t / sigma(t)| ||sigma(z)||. It is the least bound for all dimensions, because vectors with one
+entry at the first supremum and many at the second come arbitrarily close.
 """
 
 import math
@@ -29,16 +29,16 @@ class Activation:
     """An activation sigma and its constants.
 
     Attributes:
-        name: how reports call it.
+        name: in reports.
         function: sigma, on tensors.
-        paper: its condition number as the paper's appendix B prints it.
+        paper: its condition number as printed in the paper's appendix B.
         scalar: the least upper bound of cond(sigma; x) for numbers x in `domain`.
         domain: where both hold.
-        derivation: where `scalar` comes from, in a line.
-        slope: t -> the largest |nu| in the Clarke gradient at t, infinities included.
-        stretch: t -> |t / sigma(t)|; 0 at t = 0 where sigma(0) = 0 without a derivative, as an entry 0
-            has no part in either norm.
-        turns: points where `slope` may have a maximum inside an interval; `stretch` has it at the ends.
+        derivation: the derivation of `scalar`, in a line.
+        slope: t -> the largest |nu| in the Clarke gradient at t, also for infinite t.
+        stretch: t -> |t / sigma(t)|; 0 at t = 0 if sigma(0) = 0 without a derivative, because an entry 0
+            contributes to neither norm.
+        turns: points where `slope` may have a maximum inside an interval; that of `stretch` is at an end.
     """
 
     name: str
@@ -59,8 +59,7 @@ class Activation:
     def vector(self, low: float = -math.inf, high: float = math.inf) -> float:
         """The condition number for vectors with entries in [low, high], in the Euclidean norm.
 
-        sup |sigma'| sup |t / sigma(t)|, as the head of this module derives it; infinite where it is
-        unbounded.
+        sup |sigma'| sup |t / sigma(t)|, see the module's docstring; infinite if it is unbounded.
 
         Raises:
             ValueError: not an interval.
@@ -71,7 +70,7 @@ class Activation:
 
 
 def leaky_relu(slope: float) -> Activation:
-    """LeakyReLU with a slope a >= 0 of negative entries; 0 is ReLU, whose constants are infinite.
+    """LeakyReLU with a slope a >= 0 for negative entries; 0 is ReLU, whose constants are infinite.
 
     Raises:
         ValueError: a negative slope.

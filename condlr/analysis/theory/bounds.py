@@ -1,8 +1,7 @@
-"""What a chain's Lipschitz constant guarantees: certified radii, and a bound on the condition number.
+"""Guarantees from a chain's Lipschitz constant: certified radii, and a bound on the condition number.
 
-Products over the layers of a network are guarantees, and as such weak ones: what they say of a network is
-true, and what they do not say may be true as well. Up to the rounding of float64; a network that is run in
-float32 has rounding of its own.
+Products over the layers of a network are valid bounds, but weak ones. They hold up to the rounding of
+float64; a network that runs in float32 has additional rounding.
 """
 
 import copy
@@ -29,7 +28,7 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Factor:
-    """What one operation contributes to a Lipschitz constant: name and kind as its `Op` has them."""
+    """The factor of one operation in a Lipschitz constant, with the name and kind of its `Op`."""
 
     name: str
     kind: str
@@ -38,40 +37,40 @@ class Factor:
 
 @dataclass(frozen=True)
 class Lipschitz:
-    """An upper bound on the Lipschitz constant of a chain, in the Euclidean norm, as a product.
+    """An upper bound on the Lipschitz constant of a chain, in the Euclidean norm.
 
     Attributes:
-        factors: of the operations, in order.
+        factors: of the operations, in order; the bound is their product.
     """
 
     factors: tuple[Factor, ...]
 
     @property
     def constant(self) -> float:
-        """Of the whole chain."""
+        """The bound of the whole chain."""
         return math.prod(factor.value for factor in self.factors)
 
     @property
     def before_last(self) -> float:
-        """Of all operations but the last."""
+        """The bound of all operations but the last."""
         return math.prod(factor.value for factor in self.factors[:-1])
 
 
 @torch.no_grad()
 def lipschitz(model: nn.Module, shape: Sequence[int]) -> Lipschitz:
-    """An upper bound L, ||f(x) - f(y)|| <= L ||x - y||, on the eval-mode network, operation by operation.
+    """An upper bound L of the network in eval mode, ||f(x) - f(y)|| <= L ||x - y||, by operation.
 
-    ||W|| of a linear layer; `padded_bound` of a convolution; max |gamma| / sqrt(var + eps) of batch
-    normalisation; 1 / min deviation of `Standardize`; 1 of max pooling that does not overlap, whose
-    outputs are different inputs; of average pooling the norm of the convolution it is; sup |sigma'| of an
-    activation; 1 of flattening and dropout.
+    The factors are ||W|| for a linear layer; `padded_bound` for a convolution; max |gamma| / sqrt(var + eps)
+    for batch normalisation; 1 / min deviation for `Standardize`; 1 for max pooling without overlap, whose
+    outputs are distinct inputs; the norm of the equivalent convolution for average pooling; sup |sigma'| for
+    an activation; 1 for flattening and dropout.
 
     Args:
-        model: a network that `condlr.analysis.theory.chain.chain` understands.
+        model: a chain, see `condlr.analysis.theory.chain.chain`.
         shape: of one input, (channels, height, width) for images.
 
     Raises:
-        ValueError: no chain, or an operation that is not understood.
+        ValueError: not a chain, or an operation that is not supported.
     """
     z = blank(model, shape)
     factors = []
@@ -93,28 +92,28 @@ def certified_radii(
 ) -> Tensor:
     """For each image, a radius within which no perturbation changes the network's answer.
 
-    The last operation is linear, z = W h(x) + b, so that z_y - z_j has the Lipschitz constant
-    ||w_y - w_j|| L_h, and the radius is
+    The last operation is linear, z = W h(x) + b, so z_y - z_j has the Lipschitz constant ||w_y - w_j|| L_h,
+    and the radius is
 
         max(0, min over j != y of (z_y - z_j) / (||w_y - w_j|| L_h))
 
-    in the Euclidean norm (Tsuzuku, Sato, Sugiyama, NeurIPS 2018); never smaller than margin / (sqrt(2) L),
-    L = ||W|| L_h. A perturbation of maximum norm eps has a Euclidean norm of at most eps sqrt(d),
-    d the number of pixels. The perturbation is strictly shorter than the radius, and need not keep
-    pixels in [0, 1].
+    in the Euclidean norm (Tsuzuku, Sato, Sugiyama, NeurIPS 2018). It is at least margin / (sqrt(2) L) with
+    L = ||W|| L_h. A perturbation of maximum norm eps has a Euclidean norm of at most eps sqrt(d), where d is
+    the number of pixels. Perturbations strictly shorter than the radius are covered, even those that leave
+    [0, 1].
 
     Args:
         model: a chain, see `lipschitz`, that ends in a linear layer.
         images: (n, ...), computed in float64.
-        labels: (n,), the true ones.
+        labels: (n,), the true labels.
         norm: `l2` or `linf`.
-        bound: `lipschitz(model, images.shape[1:])`, if that is known.
+        bound: `lipschitz(model, images.shape[1:])`, if known.
 
     Returns:
-        (n,), float64; 0 for what the network gets wrong.
+        (n,), float64; 0 for misclassified images.
 
     Raises:
-        ValueError: no such chain, another norm, or not as many labels as images.
+        ValueError: not such a chain, another norm, or not as many labels as images.
     """
     one_of("norm", norm, NORMS)
     if labels.shape != (len(images),):
@@ -128,13 +127,13 @@ def certified_radii(
     true = labels.to(logits.device)[:, None]
     margins = logits.gather(1, true) - logits
     apart = (rows[:, None] - rows).norm(dim=2)[true[:, 0]] * bound.before_last
-    # Classes with equal rows keep their distance, whatever the image: inf, or 0 where it is not positive.
+    # Classes with equal rows have a constant margin: the radius is inf, or 0 if it is not positive.
     radii = torch.where(margins > 0, margins / apart, 0.0).scatter(1, true, math.inf).amin(1)
     return radii if norm == "l2" else radii / math.sqrt(images[0].numel())
 
 
 def share_certified(radii: Tensor, eps: float) -> float:
-    """Of all images, the share whose answer is right and stays so under perturbations of size eps.
+    """The share of images whose answer is right, and stays right under perturbations of size eps.
 
     Args:
         radii: (n,), from `certified_radii`.
@@ -151,7 +150,7 @@ def share_certified(radii: Tensor, eps: float) -> float:
 
 @torch.no_grad()
 def pointwise_bound(model: nn.Module, images: Tensor, bound: Lipschitz | None = None) -> Tensor:
-    """L ||x|| / ||f(x)|| for each image: an upper bound on cond(f; x), biases or not.
+    """L ||x|| / ||f(x)|| for each image: an upper bound on cond(f; x), with or without biases.
 
     Lemma 2 of arXiv 2306.01485 at the point x, cond(g o h; x) <= cond(g; h(x)) cond(h; x), telescopes over a
     chain: all norms but the first and the last cancel.
@@ -159,13 +158,13 @@ def pointwise_bound(model: nn.Module, images: Tensor, bound: Lipschitz | None = 
     Args:
         model: a chain, see `lipschitz`.
         images: (n, ...), computed in float64.
-        bound: `lipschitz(model, images.shape[1:])`, if that is known.
+        bound: `lipschitz(model, images.shape[1:])`, if known.
 
     Returns:
         (n,), float64.
 
     Raises:
-        ValueError: no chain, or an operation that is not understood.
+        ValueError: not a chain, or an operation that is not supported.
     """
     bound = bound or lipschitz(model, images.shape[1:])
     outputs = _logits(model, images)
@@ -174,7 +173,7 @@ def pointwise_bound(model: nn.Module, images: Tensor, bound: Lipschitz | None = 
 
 
 def in_double(model: nn.Module) -> nn.Module:
-    """A copy of a network in float64 and eval mode, whose weights need no gradient."""
+    """A copy of a network in float64 and eval mode, without gradients of weights."""
     return copy.deepcopy(model).double().eval().requires_grad_(False)
 
 
@@ -185,7 +184,6 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    """The matrix of a linear layer in float64."""
     if isinstance(layer, LowRank):
         return in_double(layer).matrix  # type: ignore[return-value]
     assert isinstance(layer, nn.Linear)
@@ -193,7 +191,7 @@ def _weight(layer: nn.Module) -> Tensor:
 
 
 def _factor(op: Op, z: Tensor) -> float:
-    """The Lipschitz constant of one operation, at inputs of the shape of z."""
+    """A bound on the Lipschitz constant of one operation, for inputs of the shape of z."""
     module = op.module
     if op.activation is not None:
         return op.activation.lipschitz()
@@ -209,7 +207,7 @@ def _factor(op: Op, z: Tensor) -> float:
 
 
 def gains(module: nn.BatchNorm1d | nn.BatchNorm2d | Standardize) -> Tensor:
-    """By what each channel is multiplied, without its sign: (channels,), float64."""
+    """The absolute factor of each channel: (channels,), float64."""
     if isinstance(module, Standardize):
         return 1 / module.deviation.double().abs().flatten()
     assert module.running_var is not None
@@ -225,7 +223,7 @@ def _convolution(name: str, layer: nn.Conv2d | LowRankConv2d, z: Tensor) -> floa
 
 
 def _pooling(name: str, module: nn.Module, z: Tensor) -> float:
-    """Of average pooling, a convolution of each channel; of adaptive pooling, if its windows are equal."""
+    """The factor of pooling: average pooling is a convolution; adaptive pooling must have equal windows."""
     size = _both(z.shape[-2:])
     padding = 0, 0
     if isinstance(module, nn.AvgPool2d):
@@ -243,5 +241,4 @@ def _pooling(name: str, module: nn.Module, z: Tensor) -> float:
 
 
 def _both(value: Any) -> tuple[int, int]:
-    """One number for rows and columns, or two."""
     return (value[0], value[1]) if isinstance(value, Sequence) else (value, value)

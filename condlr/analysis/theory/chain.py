@@ -2,8 +2,8 @@
 
     chain(model)        # [Op(name="conv1", kind="conv", ...), Op("max_pool2d", "max_pool", ...), ...]
 
-Bounds that are products over layers hold for chains alone, so what is not one is refused, in a line that
-says where.
+Bounds that are products over layers hold only for chains. Other networks are refused, with the place where
+they are not a chain.
 """
 
 import operator
@@ -49,7 +49,7 @@ KINDS: Mapping[type[nn.Module], str] = {
     nn.Identity: "identity",
 }
 
-# Functions and methods, the module that does the same, and the names of its arguments in order.
+# For functions and methods, the equivalent module, and the names of its arguments in order.
 _POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _AVERAGE = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 _FUNCTIONS: dict[Any, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
@@ -82,10 +82,9 @@ class Op:
     """One operation of a chain.
 
     Attributes:
-        name: of the module in the network, or what the tracer calls the function.
+        name: the module's name in the network, or the tracer's name of the function.
         kind: one of the values of `KINDS`.
-        module: the network's own module, or one with the arguments of the function; calling the `Op`
-            calls it.
+        module: the network's own module, or one equivalent to the function; calling the `Op` calls it.
         activation: its constants, for the kind `activation`.
     """
 
@@ -95,22 +94,22 @@ class Op:
     activation: Activation | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Do it, in the mode the module is in."""
+        """Apply the module, in its present mode."""
         return self.module(x)
 
 
 def chain(model: nn.Module) -> list[Op]:
     """The operations of a network in eval mode, in order: y = op_k(... op_1(x)).
 
-    Understood are linear layers and convolutions, dense or low-rank, batch normalisation, `Standardize`,
-    pooling, the activations of `analysis.theory.activations`, flattening all but the batch, and dropout, as
-    modules or functions. `torch.fx` traces the forward pass; the model is not changed.
+    Supported are linear layers and convolutions, dense or low-rank, batch normalisation, `Standardize`,
+    pooling, the activations of `analysis.theory.activations`, flattening of all dimensions but the batch, and
+    dropout, as modules or functions. `torch.fx` traces the forward pass; the model does not change.
 
     Raises:
-        ValueError: the network cannot be traced, is no chain (a residual sum, two inputs), or has an
-            operation that is not understood.
+        ValueError: the network cannot be traced, is not a chain (a residual sum, two inputs), or has an
+            operation that is not supported.
     """
-    if type(model) in KINDS:  # the tracer looks into the module it starts from, however small
+    if type(model) in KINDS:  # the tracer always looks inside its root module
         model = nn.Sequential(model)
     with in_eval_mode(model):
         try:
@@ -131,7 +130,7 @@ class _Tracer(fx.Tracer):
 
 
 def _is_shape(node: fx.Node) -> bool:
-    """Whether a node computes with the shape of a tensor only: x.size(0), x.shape, x.shape[0]."""
+    """Whether a node uses only the shape of a tensor: x.size(0), x.shape, x.shape[0]."""
     if node.op == "call_method":
         return node.target == "size"
     if node.op != "call_function":
@@ -172,7 +171,6 @@ def _op(model: nn.Module, node: fx.Node) -> Op:
 
 
 def _module(node: fx.Node) -> nn.Module:
-    """The module that does what a function or method does."""
     arguments = [a for a in node.args[1:] if not isinstance(a, fx.Node)]
     if node.op == "call_method" and node.target in ("view", "reshape"):
         if len(node.args) == 3 and _is_batch(node.args[1]) and node.args[2] == -1:
@@ -195,7 +193,7 @@ def _module(node: fx.Node) -> nn.Module:
 
 
 def _check(name: str, module: nn.Module) -> None:
-    """Refuse arguments that would break what the analysis takes for granted."""
+    """Refuse arguments that violate the assumptions of the analysis."""
     if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1):
         raise ValueError(f"{name}: flattens dimensions {module.start_dim} to {module.end_dim}, not 1 to -1")
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_var is None:

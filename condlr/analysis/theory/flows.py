@@ -1,6 +1,6 @@
-"""Matrix flows W(t) = Wt(t) + E(t) that are known in closed form, Wt(t) of rank r: what Theorem 1 speaks of.
+"""Matrix flows W(t) = Wt(t) + E(t) in closed form, with Wt(t) of rank r, for tests of Theorem 1.
 
-Each is the gradient flow of a loss L, and meets what the theorem asks for as closely as its settings say.
+Each is the gradient flow of a loss L. The settings say how well it satisfies the theorem's assumptions.
 """
 
 import math
@@ -20,18 +20,18 @@ FLOWS = ("rotation", "descent")
 
 @dataclass
 class Settings:
-    """The flows, and how they are followed.
+    """The settings of the flows and of their integration.
 
     Attributes:
         n, m, rank: of W; the bases turn into spaces orthogonal to them, so 2 rank <= min(n, m).
-        tau: of the band, which the singular values of Wt fill; Algorithm 1 has the same.
-        flows: of `FLOWS`.
-        etas: |E'|; each a flow.
-        steps: of equal length that divide [0, horizon]: learning rates are horizon / steps.
+        tau: of the band, which the singular values of Wt fill; Algorithm 1 uses the same.
+        flows: from `FLOWS`.
+        etas: values of |E'|, a flow for each.
+        steps: numbers of equal steps in [0, horizon]; learning rates are horizon / steps.
         horizon: T.
         speed: of rotation, in radians per unit of time; of descent, the curvature of L.
-        weak: what the smallest singular value of Wt falls to half-way, out of the band: a second sweep, of
-            rotation alone.
+        weak: values to which the smallest singular value of Wt falls half-way, out of the band; a second
+            sweep, only of rotation.
         weak_steps: the number of steps of the second sweep.
         seed: of the bases and of E's direction.
     """
@@ -98,7 +98,7 @@ class Flow(Protocol):
 
 @dataclass(frozen=True)
 class _Draw:
-    """Bases U, V; P, Q of their shapes and orthogonal to them; N of unit norm in no special position."""
+    """Bases U and V; P and Q, of the same shapes and orthogonal to them; a random N of unit norm."""
 
     U: Tensor
     P: Tensor
@@ -121,14 +121,14 @@ class _Draw:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Wt(t) = A(t) D(t) B(t)^T with A(t) = U cos(w t) + P sin(w t), B alike, and E(t) = eta t N.
+    """Wt(t) = A(t) D(t) B(t)^T with A(t) = U cos(w t) + P sin(w t), B likewise, and E(t) = eta t N.
 
-    A(t) = expm(t Omega) U for the skew Omega = w (P U^T - U P^T). The squares of D's entries are
-    1 + a cos(w t + 2 pi j / r): their mean is 1, and with a = 1 - (1 - eps)^2 they stay in the band and
-    touch its lower edge. L(t, W) = -<W'(t), W>: its gradient is -W'(t) everywhere.
+    A(t) = expm(t Omega) U for the skew-symmetric Omega = w (P U^T - U P^T). The squares of D's entries are
+    1 + a cos(w t + 2 pi j / r). Their mean is 1, and with a = 1 - (1 - eps)^2 the entries stay in the band
+    and touch its lower edge. The gradient of L(t, W) = -<W'(t), W> is -W'(t) everywhere.
 
-    With a `weakest` entry d, D = diag(1, ..., 1, sqrt(d^2 + (1 - d^2) cos(pi t / T)^2)): the last falls
-    to d at T/2, where the tangent space turns at once, and is back in the band at T.
+    With a `weakest` entry d, D = diag(1, ..., 1, sqrt(d^2 + (1 - d^2) cos(pi t / T)^2)). The last entry falls
+    to d at T/2, where the tangent space turns fast, and is back in the band at T.
     """
 
     settings: Settings
@@ -152,7 +152,7 @@ class Rotation:
         return self.eta * self._draw.N
 
     def gradient(self, t: float, W: Tensor) -> Tensor:
-        """-W'(t), whatever W."""
+        """-W'(t), for any W."""
         A, dA, B, dB = self._bases(t)
         D, dD = self._diagonal(t)
         return -(dA * D @ B.mT + A * dD @ B.mT + A * D @ dB.mT + self.rest_velocity(t))
@@ -183,12 +183,12 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Descent:
-    """The gradient flow of L(W) = <W, K W + W M>/2 - eta <N, W>, convex, from W(0) = Wt(0).
+    """The gradient flow of the convex L(W) = <W, K W + W M>/2 - eta <N, W> from W(0) = Wt(0).
 
-    W' = -(K W + W M) + eta N has Wt(t) = exp(-t K) Wt(0) exp(-t M), of rank r throughout, and E(t), from
-    E(0) = 0, by components in the eigenbases of K and M. K = w (I + P U^T + U P^T) and M alike are positive
-    semidefinite, and turn the bases while all singular values shrink at one rate: in a band that
-    moves with their s. |E'(t)| = eta |exp(-t K) N exp(-t M)| <= eta.
+    W' = -(K W + W M) + eta N has the part Wt(t) = exp(-t K) Wt(0) exp(-t M), always of rank r, and E(t) with
+    E(0) = 0, known by components in the eigenbases of K and M. K = w (I + P U^T + U P^T), and M likewise, are
+    positive semidefinite. They turn the bases while all singular values shrink at the same rate, so these
+    stay in the band around their s. |E'(t)| = eta |exp(-t K) N exp(-t M)| <= eta.
     """
 
     settings: Settings
@@ -212,7 +212,7 @@ class Descent:
 
     def rest(self, t: float) -> Tensor:
         """E(t)."""
-        # (1 - exp(-t x)) / x, which is t at x = 0
+        # (1 - exp(-t x)) / x, with the value t at x = 0
         return self.eta * self._scaled(
             self._draw.N, lambda x: torch.where(x.abs() < 1e-12, t, -torch.expm1(-t * x) / x)
         )
@@ -222,7 +222,7 @@ class Descent:
         return self.eta * self._scaled(self._draw.N, lambda rates: (-t * rates).exp())
 
     def gradient(self, t: float, W: Tensor) -> Tensor:
-        """K W + W M - eta N, whatever t."""
+        """K W + W M - eta N, for any t."""
         K, M = self._operators
         return K @ W + W @ M - self.eta * self._draw.N
 
@@ -251,7 +251,7 @@ def matrix(flow: Flow, t: float) -> Tensor:
 
 
 def _spread(settings: Settings, angle: float) -> tuple[Tensor, Tensor]:
-    """Singular values of root mean square 1 in the band, and their phases."""
+    """Singular values in the band with root mean square 1, and their phases."""
     phase = angle + 2 * math.pi * torch.arange(settings.rank, dtype=torch.float64) / settings.rank
     return (1 + _swing(settings) * phase.cos()).sqrt(), phase
 

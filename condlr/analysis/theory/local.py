@@ -1,4 +1,4 @@
-"""The condition number of a function at a point, and where it is large.
+"""The condition number of a function at a point, and its maximisation.
 
 For a differentiable f, cond(f; x) = ||J_f(x)||_2 ||x|| / ||f(x)|| (arXiv 2306.01485, section 3): the largest
 relative change of f(x) per relative change of x, for small changes of x.
@@ -16,7 +16,7 @@ from condlr.manifolds.convolution import largest_singular_values
 
 
 class Worst(NamedTuple):
-    """The largest condition number found from each start, (B,), and the points, (B, ...), where it is."""
+    """The largest condition number found from each start, (B,), and its points, (B, ...)."""
 
     condition: Tensor
     points: Tensor
@@ -38,17 +38,17 @@ class _At(NamedTuple):
 def local_condition(f: nn.Module | Callable[[Tensor], Tensor], x: Tensor, tolerance: float = 1e-8) -> Tensor:
     """||J_f(x)||_2 ||x|| / ||f(x)|| at each point of a batch.
 
-    The norm of J by Lanczos on J^T J, or J J^T if that is smaller, see
-    `condlr.manifolds.convolution.largest_singular_values`; J itself is never made.
+    The norm of J is computed without forming J, by Lanczos on J^T J, or J J^T if that is smaller, see
+    `condlr.manifolds.convolution.largest_singular_values`.
 
     Args:
-        f: (B, ...) -> (B, ...), each point on its own, from what PyTorch can differentiate twice. A module is
-            copied, in float64 and eval mode.
+        f: (B, ...) -> (B, ...), which treats points independently; PyTorch must be able to differentiate it
+            twice. A module is copied, in float64 and eval mode.
         x: (B, ...), computed in float64.
         tolerance: of the residual, relative to ||J||^2.
 
     Returns:
-        (B,), float64; infinite where f(x) = 0, NaN if x is 0 too.
+        (B,), float64; infinite where f(x) = 0, NaN if x is 0, too.
 
     Raises:
         ValueError: f does not map a batch to a batch.
@@ -64,19 +64,19 @@ def worst_condition(
     step: float = 0.1,
     tolerance: float = 1e-6,
 ) -> Worst:
-    """The largest cond(f; x) that gradient ascent on x meets, from each start on its own.
+    """The largest cond(f; x) found by gradient ascent on x, independently from each start.
 
-    With u, v the leading singular vectors of J, the gradient of log cond is that of
+    With the leading singular vectors u, v of J, the gradient of log cond is that of
 
         log <u, J(x) v> + log ||x|| - log ||f(x)||
 
-    at fixed u and v (where the largest singular value is simple). A step that does not increase cond is not
-    taken, and the next one is half as long. What is found is a lower bound on sup over x of cond(f; x).
+    at fixed u and v (if the largest singular value is simple). A step that does not increase cond is undone,
+    and the next one is half as long. The result is a lower bound on sup over x of cond(f; x).
 
     Args:
         f, x, tolerance: as for `local_condition`.
-        steps: how many.
-        step: the length of the first one, relative to ||x||.
+        steps: their number.
+        step: the length of the first step, relative to ||x||.
 
     Raises:
         ValueError: f does not map a batch to a batch, or a bad number of steps.
@@ -102,7 +102,7 @@ def _at(f: Callable[[Tensor], Tensor], x: Tensor, tolerance: float) -> _At:
     y, pull = _transpose(f, x)
     if y.ndim < 1 or len(y) != len(x):
         raise ValueError(f"f must map a batch to a batch; it maps {tuple(x.shape)} to {tuple(y.shape)}")
-    # u -> J^T u is linear, so that its own transpose is v -> J v.
+    # u -> J^T u is linear, so its transpose is v -> J v.
     _, push = _transpose(lambda u: pull(u)[0], torch.zeros_like(y))
     on_inputs = x[0].numel() <= y[0].numel()
     domain = x if on_inputs else y
@@ -122,7 +122,7 @@ def _at(f: Callable[[Tensor], Tensor], x: Tensor, tolerance: float) -> _At:
 
 
 def _ascent(f: Callable[[Tensor], Tensor], x: Tensor, at: _At) -> Tensor:
-    """The direction, of length 1, in which log cond(f; x) grows fastest; 0 where it does not grow."""
+    """The direction of length 1 in which log cond(f; x) grows fastest; 0 if the gradient is 0."""
 
     def log_condition(x: Tensor) -> Tensor:
         y, pull = _transpose(f, x)
@@ -143,10 +143,9 @@ def _double(f: nn.Module | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Ten
 
 
 def _norm(x: Tensor) -> Tensor:
-    """The Euclidean norm of each point: (B,)."""
     return x.flatten(1).norm(dim=1)
 
 
 def _each(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ..., 1), to go with `like`."""
+    """(B,) -> (B, 1, ..., 1), which broadcasts with `like`."""
     return values.view(-1, *[1] * (like.ndim - 1))

@@ -1,12 +1,12 @@
-"""Proposition 1 of arXiv 2306.01485: cond(f) <= prod cond(sigma_i) prod cond(W_i), and what it needs.
+"""Proposition 1 of arXiv 2306.01485, cond(f) <= prod cond(sigma_i) prod cond(W_i), and its assumptions.
 
-It is proved for z_{i+1} = sigma_i(W_i z_i), by cond(g o h; x) <= cond(g; h(x)) cond(h; x) (Lemma 2). Read
-closely it needs more than it says:
+It is proved for z_{i+1} = sigma_i(W_i z_i), by cond(g o h; x) <= cond(g; h(x)) cond(h; x) (Lemma 2). The
+proof needs more than the statement says:
 
 - no biases: ||W z + b|| may vanish where z does not;
-- injective W_i: sup over z of ||W|| ||z|| / ||W z|| is ||W|| ||W^+|| for such W alone, and infinite for one
-  with a null space, as every W with more inputs than rank has;
-- for vectors, another constant of the activations than the paper's: see `condlr.analysis.theory.activations`.
+- injective W_i: sup over z of ||W|| ||z|| / ||W z|| is ||W|| ||W^+|| only for such W, and infinite for a W
+  with a null space, that is, with more inputs than its rank;
+- for vectors, other constants of activations than the paper's: see `condlr.analysis.theory.activations`.
 """
 
 import math
@@ -31,15 +31,15 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Proposition:
-    """What Proposition 1 says of one network.
+    """Proposition 1 for one network.
 
     Attributes:
         paper_bound: prod cond(W_i), kernels reshaped, cond(W) = ||W|| ||W^+||, times the constants of the
-            activations as the paper prints them. Not a bound, unless `holds` and the constants agree.
-        bound: the same product with the operators of convolutions, with the activations' constants for
-            vectors: an upper bound on cond(f); infinite unless `holds`.
-        holds: whether all hypotheses do.
-        why_not: those that fail, a line each.
+            activations as printed in the paper. It is a bound only if `holds` and the constants agree.
+        bound: the same product with convolutions as operators and the activations' constants for vectors: an
+            upper bound on cond(f); infinite unless `holds`.
+        holds: whether all assumptions hold.
+        why_not: the assumptions that fail, a line each.
     """
 
     paper_bound: float
@@ -50,7 +50,7 @@ class Proposition:
 
 @dataclass(frozen=True)
 class _Part:
-    """The constants of one operation, and what speaks against it."""
+    """The constants of one operation, and the assumptions that it violates."""
 
     paper: float = 1.0
     true: float = 1.0
@@ -64,18 +64,17 @@ def proposition_1(
     intervals: Sequence[Interval] | None = None,
     dense_limit: int = DENSE_LIMIT,
 ) -> Proposition:
-    """Proposition 1 for a network: the paper's product, the bound that is true, and whether there is one.
+    """Proposition 1 for a network: the paper's product, and the correct bound, if it holds.
 
     Args:
-        network: a chain, see `analysis.theory.chain`, or matrices W (n, m) and activations in the order
-            in which they act.
+        network: a chain, see `analysis.theory.chain`, or matrices W (n, m) and activations in the order in
+            which they act.
         shape: of one input; needed for a network with convolutions.
-        intervals: (low, high) of the entries that each activation is given, one for each activation;
-            all numbers, if there are none.
+        intervals: (low, high) of the input entries of each activation; None for all numbers.
         dense_limit: the largest side of a convolution whose condition number is computed.
 
     Raises:
-        ValueError: no chain, matrices that do not fit, or not as many intervals as activations.
+        ValueError: not a chain, matrices that do not fit, or not as many intervals as activations.
     """
     if isinstance(network, nn.Module):
         operations = chain(network)
@@ -161,7 +160,7 @@ def _activation(name: str, activation: Activation, interval: Interval) -> _Part:
 
 
 def _matrix(name: str, sigma: Tensor, inputs: int) -> _Part:
-    """A matrix with these singular values, of a low-rank layer its r, and so many columns."""
+    """A matrix with these singular values (r for a low-rank layer) and this number of columns."""
     rank = int((sigma > inputs * torch.finfo(torch.float64).eps * sigma[0]).sum())
     paper = (sigma[0] / sigma[-1]).item() if rank == len(sigma) else math.inf
     if rank == inputs:
@@ -190,7 +189,7 @@ def _convolution(name: str, layer: nn.Conv2d | LowRankConv2d, z: Tensor | None, 
 def _operator(
     layer: nn.Conv2d | LowRankConv2d, z: Tensor | None, dense_limit: int
 ) -> tuple[float, str | None]:
-    """The conditioning of a convolution on images like z, or infinity and why."""
+    """The condition number of a convolution on images like z, or infinity and the reason."""
     if z is None:
         return math.inf, "the conditioning of a convolution needs the shape of an input"
     if reason := obstacle(layer):

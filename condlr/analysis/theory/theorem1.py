@@ -1,20 +1,21 @@
-"""Theorem 1 of arXiv 2306.01485 put to the test: ||U_k S_k V_k^T - W(k lambda)|| <= 3 lambda eta.
+"""A test of Theorem 1 of arXiv 2306.01485: ||U_k S_k V_k^T - W(k lambda)|| <= 3 lambda eta.
 
-W' = -grad L(W) is the gradient flow of a full matrix, and W(t) = Wt(t) + E(t) with Wt(t) of rank r and
-its singular values in the band [s - eps, s + eps], E(0) = 0, |E'| <= eta, |grad L(W(t))| <= mu. The
-low-rank start is Wt(0), and lambda <= (s - eps) / (4 sqrt(2 mu eta)). Read closely, the proof (appendix C)
-has less than the statement:
+W' = -grad L(W) is the gradient flow of a full matrix, and W(t) = Wt(t) + E(t), where Wt(t) has rank r and
+its singular values are in the band [s - eps, s + eps], E(0) = 0, |E'| <= eta, |grad L(W(t))| <= mu. The
+low-rank start is Wt(0), and lambda <= (s - eps) / (4 sqrt(2 mu eta)). The proof (appendix C) shows less than
+the statement:
 
-- it bounds the *exact* solution Y of the flow (5), Y' = P(Y) W' with P(Y) the projection on the tangent
-  space, by |Y(t) - W(t)| <= 2 t eta + |E(t)| for t <= lambda: of an explicit Euler step of Algorithm 1,
-  whose own error is of the order of lambda^2, it says nothing ("no numerical error");
-- t runs over one interval [0, lambda]: for k steps it gives 3 (k lambda) eta, and that only while
-  k lambda, not lambda, is below the limit;
-- it projects W' = -grad L(W(t)), where (5) has grad L(Y); the two are one where the gradient does not
-  depend on W, as in `Rotation`, and not in `Descent`;
-- its mu is a bound of |Wt'|, which may be as large as |grad L(W(t))| + eta.
+- It bounds the *exact* solution Y of the flow (5), Y' = P(Y) W' with the projection P(Y) onto the tangent
+  space, by |Y(t) - W(t)| <= 2 t eta + |E(t)| for t <= lambda. It does not cover an explicit Euler step of
+  Algorithm 1, whose own error is of order lambda^2 ("no numerical error").
+- t is in one interval [0, lambda]. For k steps this gives 3 (k lambda) eta, and only while k lambda, not
+  lambda, is below the limit.
+- It projects W' = -grad L(W(t)), but (5) has grad L(Y). The two agree if the gradient does not depend on W,
+  as in `Rotation`; in `Descent` they differ.
+- Its mu is a bound of |Wt'|, which may be as large as |grad L(W(t))| + eta.
 
-Here W, Wt and E are known in closed form, and all else is measured. Norms are Frobenius's, as in the proof.
+Here W, Wt and E are known in closed form, and everything else is measured, in the Frobenius norm as in the
+proof.
 """
 
 import math
@@ -33,20 +34,20 @@ from condlr.manifolds import spectrum
 
 INTEGRATORS = ("exact", "condlr", "unbanded", "vanilla")
 
-# Substeps of `exact` turn the bases by about this angle: its error, measured in the tests, is below 1e-7.
+# Substeps of `exact` turn the bases by about this angle; its error, measured in the tests, is below 1e-7.
 _ANGLE = 0.02
-# Where mu, eta and the band are measured on [0, T].
+# Points of [0, T] at which mu, eta and the band are measured.
 _POINTS = 201
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What Theorem 1 asks of a flow, measured on [0, T].
+    """The assumptions of Theorem 1 on a flow, measured on [0, T].
 
     Attributes:
         mu: the largest |grad L(W(t))|.
         eta: the largest |E'(t)|.
-        sigma_min: the smallest singular value of Wt, what the proof needs; at least s - eps in the band.
+        sigma_min: the smallest singular value of Wt, which the proof uses; at least s - eps in the band.
         in_band: whether the singular values of Wt are in the band around their root mean square.
     """
 
@@ -84,7 +85,7 @@ def exact(flow: Flow, times: Sequence[float]) -> Iterator[Tensor]:
             U, S, V = factors
             speed = flow.gradient(t, U @ S @ V.mT).norm()
             h = _ANGLE * (torch.linalg.svdvals(S)[-1] / speed).item()
-            # A last sliver would be lost in t's rounding
+            # Merge a last tiny step into this one: it would be lost in t's rounding
             h = end - t if t + 1.001 * h >= end else h
             factors = _runge_kutta(flow, t, factors, h)
             t = end if h == end - t else t + h
@@ -93,13 +94,13 @@ def exact(flow: Flow, times: Sequence[float]) -> Iterator[Tensor]:
 
 
 def descend(flow: Flow, settings: Settings, integrator: str, steps: int) -> Iterator[Tensor]:
-    """W after each of so many steps over [0, T] of what trains networks: plain SGD on a layer's factors.
+    """W after each step over [0, T] of the training of a layer's factors by plain SGD.
 
     Args:
         flow: the gradient at W after k steps is the flow's at time k lambda.
         settings: of the flow.
         integrator: `condlr` is Algorithm 1, `unbanded` the same with a free S, `vanilla` descent for U V^T.
-        steps: lambda = T / steps.
+        steps: their number; lambda = T / steps.
     """
     one_of("integrator", integrator, INTEGRATORS[1:])
     rate = settings.horizon / steps
@@ -124,14 +125,14 @@ def errors(
 
     Args:
         settings: of all flows.
-        on_progress: called with how many of how many flows are done.
+        on_progress: called with the number of flows done and of all flows.
 
     Returns:
-        rows of: sweep (`rate`, or `weak` for flows that leave the band), flow, eta, integrator,
+        rows with: sweep (`rate`, or `weak` for flows that leave the band), flow, eta, integrator,
         learning_rate, steps, time; error and error_spectral, the norms of U_k S_k V_k^T - W(k lambda);
         bound_one = 3 lambda eta and bound_all = 3 k lambda eta; eta_measured, mu, sigma_min, in_band and
-        lambda_limit, see `Assumptions`; within, whether Theorem 1 as it is printed applies, and within_all,
-        whether its proof on [0, k lambda] does.
+        lambda_limit, see `Assumptions`; within, whether Theorem 1 as printed applies, and within_all, whether
+        its proof on [0, k lambda] does.
     """
     cases = [("rate", name, eta, None) for name in settings.flows for eta in settings.etas]
     if "rotation" in settings.flows:
@@ -149,7 +150,7 @@ def errors(
 
 
 def _ends(flow: Flow, settings: Settings, every: Sequence[int]) -> Iterator[tuple[str, float, int, Tensor]]:
-    """Integrator, learning rate, k and U_k S_k V_k^T, for k = 1 and at T."""
+    """Integrator, learning rate, k and U_k S_k V_k^T, after one step and at T."""
     times = sorted({settings.horizon / k for k in (1, *every)})
     solution = dict(zip(times, exact(flow, times), strict=True))
     for steps in sorted({*every}):

@@ -1,1 +1,1 @@
-"""What is asked of many runs."""
+"""Many runs: plan, sweep, estimate and status."""

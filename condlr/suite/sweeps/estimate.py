@@ -1,4 +1,4 @@
-"""How long the runs of a sweep will take, from a few steps of one run of each row."""
+"""The duration of a sweep, estimated from a few steps of one run of each row."""
 
 import statistics
 import time
@@ -18,15 +18,15 @@ from condlr.suite.opened import check_images
 from condlr.suite.runs import Run
 from condlr.suite.workflow import choose_run_forms, describe, trainer_for
 
-# What is tried of each row: so many batches unmeasured, then until so many or so many seconds.
+# Of each row, WARM_UP batches run unmeasured, then batches are timed up to number BATCHES, or for SECONDS.
 WARM_UP, BATCHES, SECONDS = 3, 40, 3.0
-# Its attack is tried on so many images, and so often where that is quick: the first time is slower.
+# The attack is timed on IMAGES images, up to TRIES times if it is quick: the first time is slower.
 IMAGES, TRIES = 64, 3
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What a row costs here, in seconds."""
+    """Seconds for an epoch and for the attack of a row on this machine."""
 
     epoch: float
     attack: float
@@ -34,7 +34,7 @@ class Pace:
 
 @dataclass
 class Row:
-    """The runs of a row: how many are asked for, and what is left to do of them."""
+    """The runs of a row: how many are wanted, and the epochs and attacks that are left to do."""
 
     label: str
     compression: float
@@ -48,13 +48,13 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """Until all of them are done, one after the other."""
+        """The time until all runs are done, one after the other."""
         return self.epochs * self.pace.epoch + self.attacks * self.pace.attack if self.pace else 0.0
 
 
 @dataclass
 class Estimate:
-    """The rows of a sweep, by `row_id`; `add` its runs one by one."""
+    """The rows of a sweep, by `row_id`; `add` takes its runs one by one."""
 
     rows: dict[str, Row] = field(default_factory=dict)
     studies: dict[str, None] = field(default_factory=dict)
@@ -63,10 +63,7 @@ class Estimate:
     _counted: set[Path] = field(default_factory=set)
 
     def add(self, config: RunConfig) -> None:
-        """Count a run; the first of its row that is not done is tried for a few seconds.
-
-        A method that does not compress is one run for all compressions of a sweep.
-        """
+        """Count a run, once; the first run of a row that is not done is timed for a few seconds."""
         if config.directory in self._counted:
             return
         self._counted.add(config.directory)
@@ -78,18 +75,18 @@ class Estimate:
         if run.status == "diverged":
             row.diverged += 1
         elif finished(run, config) or (run.status == "done" and not run.has_weights):
-            row.done += 1  # without its weights a run is neither trained again nor attacked
+            row.done += 1  # a done run without weights is neither trained again nor attacked
         else:
             if run.status != "done":
                 row.epochs += config.protocol.epochs - _epochs(run)
             row.attacks += 1
             if row.pace is None and not row.hopeless:
                 try:
-                    row.pace = self._try(config)
+                    row.pace = self._measure(config)
                 except Diverged:
                     row.hopeless = True
 
-    def _try(self, config: RunConfig) -> Pace:
+    def _measure(self, config: RunConfig) -> Pace:
         data = self._load(config)
         check_images(config, data)
         trainer = trainer_for(config, build(config, data).to(data.train.pixels.device), data)
@@ -106,7 +103,7 @@ class Estimate:
         return Pace(epoch, min(seconds) * (config.attack.images or len(data.test)) / len(images))
 
     def _load(self, config: RunConfig) -> Data:
-        """The run's data, read once for runs that differ in nothing that matters to it."""
+        """The run's data; read once for successive runs with the same data."""
         key = (config.identity["dataset"], config.protocol.held_out, config.seed)
         if self._data is None or self._data[0] != key:
             self._data = key, load_data(config, pick_device(config.device))
@@ -118,13 +115,13 @@ class _Enough(Exception):
 
 
 def _epoch_seconds(trainer: Trainer) -> float:
-    """What an epoch takes, with what is measured at its end."""
+    """Seconds of an epoch, including the evaluation at its end."""
     start = time.perf_counter()
     times: list[float] = []
 
     def stop(trainer: Trainer) -> None:
         if trainer.device.type == "cuda":
-            trainer.totals.loss.item()  # wait for what the device was given
+            trainer.totals.loss.item()  # wait for the device
         times.append(time.perf_counter())
         warm = min(WARM_UP, trainer.batches - 1)
         if len(times) > warm and (
@@ -135,13 +132,13 @@ def _epoch_seconds(trainer: Trainer) -> float:
     with suppress(_Enough):
         trainer.fit(stop)
     measured = [after - before for before, after in pairwise(times[min(WARM_UP, len(times) - 1) :])]
-    # The median: where other work takes a core for a moment, a batch can take a hundred times as long
+    # The median: a batch can take a hundred times as long while other work has the core.
     batch = statistics.median(measured) if measured else times[0] - start
-    at_end = max(times[0] - start - batch, 0.0)  # before the first batch as after the last
+    at_end = max(times[0] - start - batch, 0.0)  # the evaluation before the first batch is the same work
     return trainer.batches * batch + at_end
 
 
 def _epochs(run: Run) -> int:
-    """How many epochs of an unfinished run its checkpoint holds."""
+    """The number of epochs in the checkpoint of an unfinished run."""
     rows = run.read_table("history.csv") if (run.directory / "checkpoint.pt").exists() else []
     return max((int(row["epoch"]) for row in rows if row.get("epoch", "").isdigit()), default=0)

@@ -1,4 +1,4 @@
-"""The runs that a sweep asks for: what the run store says is left to do of them, and what came of them."""
+"""The runs of a sweep: what is left to do for each, and its outcome, according to the run store."""
 
 import logging
 import os
@@ -16,25 +16,25 @@ from condlr.suite.runs import Run
 
 log = logging.getLogger(__name__)
 
-# How runs end, in the words of a summary. The first three leave a sweep nothing to do.
+# The outcomes of runs in a summary. After the first three a sweep has nothing to do.
 STATES = (
     "done", "skipped", "elsewhere", "without weights", "diverged", "failed", "interrupted", "not started",
 )  # fmt: skip
-_CONTENT = STATES[:3]
-# Seconds until an owner elsewhere gives its next sign of life, and one here that was to stop has stopped.
+_SATISFIED = STATES[:3]
+# Seconds to wait for a sign of life of an owner on another machine, and for an owner on this one to stop.
 _SIGN, _PATIENCE = 3 * BEAT, 5.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run of a sweep, with the arguments that make it."""
+    """A run of a sweep, with its command-line arguments."""
 
     overrides: list[str]
     config: RunConfig
 
     @property
     def run(self) -> Run:
-        """Its directory."""
+        """The run in the run store."""
         return Run(self.config.directory)
 
     @property
@@ -44,12 +44,12 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What was said of it while it was at work."""
+        """The run's log."""
         return self.config.directory / "train.log"
 
     @property
     def source(self) -> Path | None:
-        """The directory of the run that its attack needs, if that is another one."""
+        """The directory of another run that the attack needs, or None."""
         if self.config.attack.source is None:
             return None
         name = self.config.attack.source
@@ -58,7 +58,7 @@ class Job:
 
     @property
     def closed(self) -> bool:
-        """Whether there is nothing to launch it for; one whose record can't be read says so when it runs."""
+        """Whether nothing is left to do. An unreadable record is not closed: the run itself reports it."""
         from condlr.suite.examination import finished
 
         try:
@@ -68,7 +68,7 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        """Whether it came to an end of its own, be it a bad one."""
+        """Whether the run ended by itself, even if it failed."""
         try:
             return self.closed or self.run.status == "failed"
         except (OSError, UserError):
@@ -76,7 +76,7 @@ class Job:
 
     @property
     def attempts(self) -> int:
-        """How often the run was begun."""
+        """How often the run was started."""
         try:
             return self.run.info.get("attempts", 0)
         except (OSError, UserError):
@@ -84,22 +84,22 @@ class Job:
 
     @property
     def lacks_weights(self) -> str:
-        """Why a run that is done can't be evaluated as asked, where its weights were left elsewhere."""
+        """Why a done run without weights cannot be evaluated as asked; empty if it can."""
         try:
             if self.run.status == "done":
                 self.run.require_weights()
         except NoWeights as error:
-            return f"done, but what is asked for now needs its weights: {error}"
-        except (OSError, UserError):  # is told when it runs
+            return f"done, but the evaluation that is left needs its weights: {error}"
+        except (OSError, UserError):  # the run itself reports it
             pass
         return ""
 
     @property
     def obstacle(self) -> str:
-        """Why the run can't be begun, which no launcher would tell: something in the way of its files."""
+        """What prevents the run from writing its files; empty if nothing does. No launcher reports this."""
         directory, hydra = self.config.directory, self.config.directory / ".hydra"
         if os.path.lexists(directory) and not os.path.isdir(directory):  # noqa: PTH112 (Path's may raise)
-            return f"{directory} is no directory: move it away"
+            return f"{directory} is not a directory: move it away"
         files = self.log, *(hydra / f"{name}.yaml" for name in ("config", "hydra", "overrides"))
         for path in (directory, hydra, *files):
             is_directory = os.path.isdir(path)  # noqa: PTH112
@@ -111,30 +111,30 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a job: `state` is one of `STATES`."""
+    """The outcome of a job; `state` is one of `STATES`."""
 
     job: Job
     state: str
     reason: str = ""
 
     @property
-    def content(self) -> bool:
-        """Whether there is nothing to do, or nobody to blame."""
-        return self.state in _CONTENT
+    def satisfied(self) -> bool:
+        """Whether the run is done, or another process is working on it."""
+        return self.state in _SATISFIED
 
 
 def waves(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Jobs that can be at work at once: none on another's run, none that needs another's run first."""
+    """Groups of jobs that can run in parallel: no two for one run, none that needs a run of its own group."""
     while jobs:
-        to_come = {job.config.directory for job in jobs}
+        pending = {job.config.directory for job in jobs}
         wave: dict[Path, Job] = {}
         later = []
         for job in jobs:
-            if job.config.directory in wave or job.source in to_come:
+            if job.config.directory in wave or job.source in pending:
                 later.append(job)
             else:
                 wave[job.config.directory] = job
-        if not wave:  # each waits for another
+        if not wave:  # a cycle
             yield later
             return
         yield [*wave.values()]
@@ -142,47 +142,47 @@ def waves(jobs: Sequence[Job]) -> Iterator[list[Job]]:
 
 
 def living(jobs: Iterable[Job]) -> dict[Path, Owner]:
-    """Who is at work on the runs of jobs, by their directory, and does not just stop."""
+    """The processes that work on the runs of jobs and are not about to stop, by the run's directory."""
     return _watch(jobs, _SIGN)[0]
 
 
 def watch(jobs: Iterable[Job]) -> tuple[dict[Path, Owner], list[Owner]]:
-    """`living`, and who gave no sign of life for so long that it counts as dead."""
+    """`living`, and the owners that are silent for so long that they count as dead."""
     return _watch(jobs, SILENCE)
 
 
 def _watch(jobs: Iterable[Job], seconds: float) -> tuple[dict[Path, Owner], list[Owner]]:
-    """Who is heard of, and who is not for so many seconds.
+    """The owners that give a sign of life within so many seconds, and those that do not.
 
-    Of owners on this machine it is known whether they live. Those elsewhere are waited for until they give a
-    sign of life: when the last one was, no clock of ours can say.
+    An owner on this machine lives if its process does. For one elsewhere this waits for its next sign of
+    life: clocks of two machines differ, so the time of its last sign tells nothing.
     """
     found = [(job, owner) for job in jobs for owner in owners(job.run.directory) if not owner.dead]
     heard: dict[Path, Owner] = {}
     start, beats = time.monotonic(), {owner: owner.beat for _, owner in found}
-    told: set[Owner] = set()
+    logged: set[Owner] = set()
     while found and (waited := time.monotonic() - start) < seconds:
         for job, owner in found:
             beat = owner.beat
             if waited > _PATIENCE if owner.here else beat not in (None, beats[owner]):
                 heard[job.config.directory] = owner
-            elif waited > 2 * BEAT and owner not in told:
+            elif waited > 2 * BEAT and owner not in logged:
                 log.info("%s: waiting for a sign of life from %s", job.run.directory, owner)
-                told.add(owner)
+                logged.add(owner)
         found = [(job, o) for job, o in found if job.config.directory not in heard and o.beat and not o.dead]
         time.sleep(0.1)
     return heard, [owner for _, owner in found]
 
 
 class Start(NamedTuple):
-    """What was known of a job when it was launched: how often it had begun, the length of its log."""
+    """The state of a job when it is launched: how often it was started, and the length of its log."""
 
     attempts: int
     logged: int
 
     @classmethod
     def of(cls, job: Job) -> "Start":
-        """Now."""
+        """The present state."""
         return cls(job.attempts, len(_log(job)))
 
 
@@ -192,11 +192,11 @@ def outcomes(
     at_work: Mapping[Path, Owner],
     silent: Collection[Owner] = (),
 ) -> list[Outcome]:
-    """What came of each run, the worst where several jobs were its.
+    """The outcome of each run; of several jobs for one run, the worst.
 
     Args:
         jobs: of the whole sweep.
-        launched: by `id`, those of them that were not done before, and had nothing in their way.
+        launched: by `id`, the jobs that were launched.
         at_work, silent: see `watch`.
     """
     worst: dict[Path, Outcome] = {}
@@ -229,14 +229,14 @@ def _outcome(job: Job, start: Start | None, owner: Owner | None, silent: Collect
         if info.get("status") == "running":
             reason = "its process died without a word: the same command goes on from its last checkpoint"
             job.run.note_death(reason, silent=silent)
-            if job.run.status == "running":  # somebody else's by now
-                return Outcome(job, "elsewhere", "another process has begun it")
+            if job.run.status == "running":  # another process took it meanwhile
+                return Outcome(job, "elsewhere", "another process has started it")
             return Outcome(job, "failed", job.run.info.get("reason") or reason)
     except (OSError, UserError) as error:
         return Outcome(job, "failed", str(error))
     if not info:
         return Outcome(job, "not started", said)
-    if start and job.attempts == start.attempts and said:  # run.json tells of an earlier start
+    if start and job.attempts == start.attempts and said:  # run.json describes an earlier attempt
         return Outcome(job, "failed", said)
     return Outcome(job, info.get("status", "failed"), info.get("reason") or "")
 
@@ -248,6 +248,5 @@ def _log(job: Job) -> str:
 
 
 def _last_error(log: str) -> str:
-    """The last error that a log tells of."""
     errors = [line.partition("error: ")[2] for line in log.splitlines() if "error: " in line]
     return errors[-1] if errors else ""

@@ -1,12 +1,11 @@
-"""The one plan of a study: its runs as checked configs, for all who ask which runs there are.
+"""The one plan of a study: its runs as checked configs.
 
-A sweep, an estimate, the status of a study and the provenance of its results ask here, so that they cannot
-disagree. A plan is composed by Hydra from an experiment and the arguments of a command line.
+Sweep, estimate, status and provenance all ask here which runs there are, so that they cannot disagree. Hydra
+composes a plan from an experiment and the arguments of a command line.
 
-A study's directory also has `planned.csv`, which each sweep writes from its plan: the arguments of a command
-line are known nowhere else. Where a study has both, `planned.csv` wins: it names runs that somebody asked
-for, by their ids. An experiment then adds only the rows and seeds that none of those runs covers, whatever
-protocol they were asked for with.
+Each sweep also writes its plan to `planned.csv` in the study's directory, since the command line is recorded
+nowhere else. `planned.csv` has priority over an experiment: it names requested runs by their ids. The
+experiment then adds only the rows and seeds that none of those runs covers, under any protocol.
 """
 
 import re
@@ -36,13 +35,13 @@ from condlr.suite.config import CONF, check, one_line
 from condlr.suite.sweeps.jobs import Job
 
 PLAN = "planned.csv"
-# As Hydra writes it again, escaped
+# As Hydra prints it, escaped
 _JOB_NUMBER = re.compile(r"\$\\?\{hydra\\?:job\.(num|id)\\?\}")
 
 
 @dataclass(frozen=True)
 class Line:
-    """A run of a plan, as `planned.csv` keeps it; `seed` is None where any would do."""
+    """A run of a plan, as in `planned.csv`; `seed` is None where any seed will do."""
 
     run_id: str
     label: str
@@ -53,41 +52,40 @@ class Line:
 
     @classmethod
     def of(cls, job: Job) -> "Line":
-        """The line of a run."""
+        """The line for a run."""
         facts = {key: job.config.row[key] for key in ("label", "compression", "seed", "epochs")}
         return cls(run_id=job.config.run_id, **facts, overrides=" ".join(job.overrides))
 
     @classmethod
     def read(cls, text: dict[str, str]) -> "Line":
-        """A line of the file."""
+        """The line from the file's text."""
         return cls(
             text["run_id"], text["label"], float(text["compression"]), int(text["seed"]),
             int(text["epochs"]), text["overrides"],
         )  # fmt: skip
 
     def text(self) -> dict[str, str]:
-        """The line as it is written."""
+        """The line as text for the file."""
         return {key: str(value) for key, value in asdict(self).items()}
 
 
 def compose(loader: ConfigLoader, config: DictConfig, arguments: list[str]) -> list[Job]:
-    """The plan of a command line: its runs, each once for each attack that it is asked for with.
+    """The plan of a command line: its runs, each once for each requested attack.
 
     Args:
-        loader, config: Hydra's, for the command line as a whole; the config names what its experiment
-            sweeps over.
+        loader, config: Hydra's, for the whole command line; the config says what its experiment sweeps over.
         arguments: of the command line.
 
     Raises:
-        UserError: a config can't be; the message names its arguments.
-        HydraException, OmegaConfBaseException: a config can't be composed.
+        UserError: a config is invalid; the message names its arguments.
+        HydraException, OmegaConfBaseException: a config cannot be composed.
     """
     combinations = _combinations(loader, config, arguments)
     composer = _Composer(loader, config)
     jobs: dict[tuple[Path, str], Job] = {}
     with _hydra_kept():
         for number, numbered in enumerate(combinations):
-            # What is done is not launched, so that a launcher would give the others other numbers
+            # Numbered here: done runs are not launched, so a launcher would number the others differently
             combination = [_JOB_NUMBER.sub(str(number), argument) for argument in numbered]
             composed = composer.compose(combination)
             HydraConfig.instance().set_config(composed)  # for ${hydra:...}
@@ -111,28 +109,28 @@ def of_experiment(name: str, *arguments: str) -> Sequence[Job]:
 
 
 def of_experiments(names: Iterable[str]) -> tuple[list[Job], list[str]]:
-    """The runs of several experiments, and why some of those can't be composed."""
+    """The runs of several experiments, and the errors of those that cannot be composed."""
     found: list[Job] = []
     troubles = []
     for name in names:
         try:
             found += of_experiment(name)
         except (UserError, HydraException, OmegaConfBaseException) as error:
-            troubles.append(f"experiment={name} can't be composed, and is not counted: {one_line(error)}")
+            troubles.append(f"experiment={name} cannot be composed, and is not counted: {one_line(error)}")
     return [*{job.config.directory: job for job in found}.values()], troubles
 
 
 def experiments_of(study: str, folder: Path = CONF / "experiment") -> list[str]:
-    """The names of the experiments whose runs are a study: their files say so themselves.
+    """The names of the experiments whose file sets this study.
 
-    One that takes another as its default and leaves the study at that is a part of the other.
+    An experiment that only inherits its study from another one is a part of that one, and is not listed.
     """
     found = [path.stem for path in sorted(folder.glob("*.yaml")) if _study(path) == study]
     return sorted(found, key=lambda name: name != study)
 
 
 def note(jobs: Sequence[Job]) -> None:
-    """Note in each study what runs are wanted, beside those of earlier sweeps: a missing one shows."""
+    """Add the runs to `planned.csv` of their studies, so that missing runs show."""
     for study in {job.study for job in jobs}:
         wanted = {job.config.run_id: Line.of(job).text() for job in jobs if job.study == study}
         study.mkdir(parents=True, exist_ok=True)
@@ -144,20 +142,20 @@ def note(jobs: Sequence[Job]) -> None:
 
 
 def names_seed(job: Job) -> bool:
-    """Whether the arguments of a run name its seed, and do not leave it to the user."""
+    """Whether the arguments of a run name its seed."""
     return any(part.startswith("seed=") for part in job.overrides)
 
 
 def wanted(jobs: Iterable[Job]) -> list[Line]:
-    """What experiments ask for; where they name no seed, any will do."""
+    """The lines that experiments ask for; where they name no seed, any seed will do."""
     return [Line.of(job) if names_seed(job) else replace(Line.of(job), seed=None) for job in jobs]
 
 
 def noted(study: Path) -> Iterator[Line]:
-    """A line for each run that a sweep of the study ever asked for.
+    """A line for each run that any sweep of the study asked for.
 
     Raises:
-        UserError: the file is damaged from here on.
+        UserError: the file is damaged after the last line.
     """
     try:
         yield from map(Line.read, _read(study))
@@ -176,10 +174,10 @@ def _read(study: Path) -> list[dict[str, str]]:
 
 
 class _Composer:
-    """Composes the configs of a plan, those that differ in their seed alone only once.
+    """Composes the configs of a plan; configs that differ only in their seed are composed once.
 
-    Composing takes a tenth of a second. A value on the command line is set once all files are merged, so
-    that the config of another seed differs in that value alone, unless it asks Hydra for its arguments.
+    Composing takes 0.1 s. The config of another seed differs only in that value, since Hydra sets values of
+    the command line after it merged all files. Configs that refer to `${hydra:...}` are excepted.
     """
 
     def __init__(self, loader: ConfigLoader, config: DictConfig) -> None:
@@ -187,7 +185,7 @@ class _Composer:
         self._rows: dict[tuple[str, ...], DictConfig] = {}
 
     def compose(self, combination: list[str]) -> DictConfig:
-        """The config of some arguments; valid until the next one is composed."""
+        """The config of these arguments; valid until the next call."""
         seeds = [part[len("seed=") :] for part in combination if re.fullmatch(r"seed=\d+", part)]
         row = tuple(part for part in combination if not part.startswith("seed="))
         if seeds and row in self._rows:
@@ -203,7 +201,7 @@ class _Composer:
 
 
 def _combinations(loader: ConfigLoader, config: DictConfig, arguments: list[str]) -> list[list[str]]:
-    """The arguments of each run; of several experiments each is swept over its own values."""
+    """The arguments of each run; each of several experiments is swept over its own values."""
     parse = OverridesParser.create(loader).parse_overrides
     asked = parse(arguments)
     experiments = [override for override in asked if override.key_or_group == "experiment"]
@@ -218,13 +216,12 @@ def _combinations(loader: ConfigLoader, config: DictConfig, arguments: list[str]
 
 
 def _swept(config: DictConfig) -> list[str]:
-    """What an experiment sweeps over, as arguments."""
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     return [f"{key}={values}" for key, values in params.items()]
 
 
 def _product(overrides: Iterable[Override]) -> list[list[str]]:
-    """All combinations of the values of each key; the last one of a key counts, at the place of the first."""
+    """All combinations of values. Of a key given twice the last value counts, at the place of the first."""
     values: dict[str, list[str]] = {}
     for override in overrides:
         key = override.get_key_element()
@@ -240,9 +237,9 @@ def _product(overrides: Iterable[Override]) -> list[list[str]]:
 
 @contextmanager
 def _hydra_kept() -> Iterator[None]:
-    """Leave Hydra, and `${hydra:...}`, as they were: who asks may be a program that Hydra runs."""
+    """Restore Hydra's global state after the body: the caller may be a program that Hydra runs."""
     program, config = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
-    GlobalHydra.instance().clear()  # or Hydra refuses to begin again
+    GlobalHydra.instance().clear()  # else Hydra refuses to start again
     try:
         yield
     finally:

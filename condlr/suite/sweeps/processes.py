@@ -1,4 +1,4 @@
-"""A run of a sweep in a process of its own: its crash costs no other run, whatever launched it."""
+"""A run of a sweep in a process of its own, so that its crash costs no other run, under any launcher."""
 
 import multiprocessing
 import multiprocessing.util
@@ -19,54 +19,54 @@ from typing import Any
 from condlr._support.errors import Interrupted, UserError
 from condlr.suite.signals import Signals
 
-# A server process imports torch once, and each run is forked off it. On Linux alone: the system libraries of
-# others do not survive a fork.
+# A server process imports torch once, and forks each run. Only on Linux: system libraries of other platforms
+# do not survive a fork.
 _START = "forkserver" if sys.platform == "linux" else "spawn"
-# What runs import, some of it late: the optimisers' own imports. A run of a joblib worker begins by choosing
-# joblib's way to start processes, which its import makes known; without joblib there is no such worker.
+# Imported by the server once for all runs. torch._dynamo is imported late, by optimisers. A joblib worker's
+# child sets joblib's start method first, which exists only after joblib's import.
 _PRELOAD = ["condlr.suite.workflow", "torch._dynamo", "joblib"]
-# Bytes of a temporary directory's name that leave room for a socket in it: the kernel takes 107 in all.
+# The longest name of a temporary directory that leaves room for a socket; a socket's path has <= 107 bytes.
 _LONGEST = 107 - len("/pymp-abcdefgh/listener-abcdefgh")
 _AT_WORK = threading.Lock()
 
 
 class Killed(UserError):
-    """The process ended without a word: killed, out of memory, or crashed in native code."""
+    """The process ended without an exception: killed, out of memory, or crashed in native code."""
 
 
-class _Elsewhere(Exception):
-    """What a traceback of another process looked like; the cause of an error that came from there."""
+class _RemoteTraceback(Exception):
+    """The text of another process's traceback, as the cause of an error from there."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
 
 
 def call_apart(function: Callable[..., None], *arguments: Any) -> None:
-    """`function(*arguments)` in a process of its own.
+    """Call `function(*arguments)` in a process of its own.
 
-    The process is asked to stop (SIGTERM), and waited for, when this one is; and stops by itself when this
-    one dies.
+    When this process is asked to stop, it sends the other one SIGTERM and waits for it. When this process
+    dies, the other one stops by itself.
 
     Args:
-        function: one that can be imported, with arguments that can be pickled.
+        function: can be imported; its arguments can be pickled.
 
     Raises:
         Killed: the process was killed or crashed.
-        UserError: it was asked to stop, and not by us.
+        UserError: it was asked to stop, but not by us.
         Interrupted: we were asked to stop.
-        Exception: what the function raised there.
+        Exception: the error that the function raised.
     """
     context: Any = multiprocessing.get_context(_START)
     if _START == "forkserver":
         context.set_forkserver_preload(_PRELOAD)
     receiver, sender = context.Pipe(duplex=False)
-    name = multiprocessing.current_process().name  # by which progress bars know whether they are alone
+    name = multiprocessing.current_process().name  # progress bars read it to know whether they are alone
     process = context.Process(target=_work, args=(sender, function, arguments), name=name)
     _watch_parent()
-    # Deferred, lest a SIGTERM breaks off another's handler: submitit's, which has a preempted job requeued
+    # Deferred, so that SIGTERM does not interrupt submitit's handler, which requeues a preempted job
     with _AT_WORK, Signals() as signals, signals.deferred():
         try:
-            if _orphaned():  # and this is what was queued
+            if _orphaned():  # this job was still queued when the parent died
                 raise Interrupted(signal.SIGTERM)
             _start(process)
             sender.close()
@@ -89,10 +89,10 @@ def call_apart(function: Callable[..., None], *arguments: Any) -> None:
 
 @contextmanager
 def _blocked() -> Iterator[None]:
-    """Let processes that are started meanwhile get none of a scheduler's signals.
+    """Block a scheduler's signals in processes that are started in the body.
 
-    A scheduler sends them to all processes of a job. The server must live to tell how the run's process
-    ended, and that one is told by its parent what a USR1 or USR2 means; see `_work` for SIGTERM.
+    A scheduler signals all processes of a job. The server must survive to report how the run's process
+    ended. The parent handles USR1 and USR2 for the run's process, which unblocks SIGTERM in `_work`.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
     try:
@@ -112,14 +112,14 @@ def _start(process: Any) -> None:
 
 @cache
 def _make_room_for_sockets() -> None:
-    """Have the server's socket in a directory of a short name, where a scheduler's TMPDIR has a long one."""
+    """Put the server's socket into a directory with a short name if TMPDIR, as of a scheduler, is long."""
     usual = tempfile.gettempdir()
     if len(os.fsencode(usual)) <= _LONGEST:
         return
     try:
         for tempfile.tempdir in ("/tmp", "/var/tmp", "/dev/shm"):
             with suppress(OSError):
-                multiprocessing.util.get_temp_dir()  # made now, and used from now on
+                multiprocessing.util.get_temp_dir()  # creates the directory; later calls return it
                 return
     finally:
         tempfile.tempdir = usual
@@ -127,7 +127,7 @@ def _make_room_for_sockets() -> None:
 
 
 def _result(process: Any, receiver: Connection, signals: Signals) -> Exception | Interrupted | None:
-    """Wait for the process to end; the error it ended with, if it could say."""
+    """Wait for the process to end; return the error that it sent, if any."""
     error = None
     waiting: list[Any] = [receiver, process.sentinel]
     while waiting:
@@ -135,11 +135,11 @@ def _result(process: Any, receiver: Connection, signals: Signals) -> Exception |
         for ready in wait(waiting, timeout=0.2):
             waiting.remove(ready)
             if ready is receiver:
-                with suppress(EOFError, OSError):  # it has ended, or was killed in the middle of a word
+                with suppress(EOFError, OSError):  # it ended without an error, or was killed while sending
                     error, trace = receiver.recv()
-                    error.__cause__ = _Elsewhere(trace)
+                    error.__cause__ = _RemoteTraceback(trace)
             elif receiver in waiting and not receiver.poll():
-                # It lives: the server that it was forked off has died, and nobody will tell when it ends
+                # It lives, but its server died, so nothing will report its end: stop it
                 with suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGTERM)
     process.join()
@@ -147,8 +147,7 @@ def _result(process: Any, receiver: Connection, signals: Signals) -> Exception |
 
 
 def _work(sender: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """What the process does."""
-    os.setpgid(0, 0)  # Ctrl-C in a terminal goes to all processes of a group: this one is told by its parent
+    os.setpgid(0, 0)  # Ctrl-C signals a terminal's whole process group; this process hears from its parent
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=_stop_when_orphaned, daemon=True).start()
     try:
@@ -159,18 +158,18 @@ def _work(sender: Connection, function: Callable[..., None], arguments: tuple[An
             pickle.loads(pickle.dumps(error))
         except Exception:
             error = RuntimeError(f"{type(error).__name__}: {error}")
-        with suppress(BrokenPipeError):  # who would be told is dead
+        with suppress(BrokenPipeError):  # the parent is dead
             sender.send((error, trace))
         sys.exit(128 + error.signum if isinstance(error, Interrupted) else 1)
 
 
 @cache
 def _watch_parent() -> None:
-    """From now on this process, if it is a pool's worker, ends when the pool dies, also where it is idle."""
+    """If this process is a worker of a pool, end it when the pool dies, even if it is idle."""
 
     def watch() -> None:
         _stop_when_orphaned()
-        with _AT_WORK:  # its run has been told, and may take its time
+        with _AT_WORK:  # wait until the run, which was signalled too, has stopped
             os._exit(128 + signal.SIGTERM)
 
     if multiprocessing.parent_process() is not None:
@@ -184,7 +183,7 @@ def _stop_when_orphaned() -> None:
 
 
 def _orphaned(wait_for: float = 0.0) -> bool:
-    """Whether the process that started this one is dead, or dies within so many seconds."""
+    """Whether the parent process is dead, or dies within so many seconds."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return False

@@ -1,7 +1,7 @@
-"""How far the runs of a study are, by the run store alone; nothing is written there, no lock taken.
+"""The status of a study's runs, read from the run store; nothing is written and no lock is taken.
 
-A run's record says how it ended, its lock whether somebody is at work on it and how far, its history how
-long an epoch takes. Any of them can be damaged, or vanish while it is looked at: that is told of the run.
+A run's record says how it ended. Its lock says whether a process is working on it, and how far it is. Its
+history says how long an epoch takes. Each can be damaged, or vanish meanwhile; the status then says so.
 """
 
 import math
@@ -21,23 +21,23 @@ from condlr._support.locks import Owner, owners
 from condlr.suite.runs import Run
 from condlr.suite.sweeps.plan import Line, noted
 
-# Best first. What is `LEFT` the same sweep would do, go on with or try again.
+# Best first. The same sweep would start, continue or retry the runs in a state of `LEFT`.
 STATES = ("done", "running", "stalled", "interrupted", "failed", "diverged", "damaged", "missing")
 LEFT = ("running", "stalled", "interrupted", "failed", "missing")
 _ENDED = ("done", "diverged", "failed", "interrupted")
-_RECENT = 5  # epochs that say how long an epoch takes now
+_RECENT = 5  # epochs whose median is the present pace
 _TRACES = ("config.yaml", "train.log", "checkpoint.pt", "history.csv")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is in its training.
+    """How far the training of a run is.
 
     Attributes:
-        epoch: epochs completed.
-        epochs: of the whole run; None where nobody says.
-        batch, batches: of the epoch under way; 0 where nobody says.
-        pace: seconds for an epoch at present; None while nothing is known of it.
+        epoch: completed epochs.
+        epochs: of the whole run; None if unknown.
+        batch, batches: of the current epoch; 0 if unknown.
+        pace: seconds for an epoch at present; None if unknown.
     """
 
     epoch: int = 0
@@ -48,18 +48,18 @@ class Progress:
 
     @property
     def trained(self) -> bool:
-        """Whether the epochs are through, and only the attacks are left."""
+        """Whether all epochs are completed, and only attacks are left."""
         return self.epochs is not None and self.epoch >= self.epochs
 
     @property
     def epochs_left(self) -> float | None:
-        """Epochs and a part of one."""
+        """Epochs left, with the fraction of the current one."""
         part = min(self.batch / self.batches, 1.0) if self.batches else 0.0
         return None if self.epochs is None else max(self.epochs - self.epoch - part, 0.0)
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the epochs are through."""
+        """Seconds until all epochs are completed."""
         if self.epochs_left is None or self.pace is None:
             return None
         return self.epochs_left * self.pace
@@ -67,19 +67,19 @@ class Progress:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What the store says of a run.
+    """The status of a run.
 
     Attributes:
-        name: its directory's; empty for one that only an experiment asks for.
+        name: its directory's name; empty for a run that only an experiment asks for.
         state: one of `STATES`.
-        label, compression, epochs, seed: of its row; the label is empty where nothing is known of it.
-        seconds: a done run took.
-        progress: of one that is not done.
-        owner: who is at work on it; of a stalled run, who was.
+        label, compression, epochs, seed: of its row; the label is empty if unknown.
+        seconds: the duration of a done run.
+        progress: of a run that is not done.
+        owner: the process that works on it; of a stalled run, the one that did.
         silence: seconds since the owner's last sign of life.
         reason: why it is in this state, in one line.
-        damage: which of its files can't be read, and why.
-        log: what was said while it was at work, if that was kept.
+        damage: which of its files cannot be read, and why.
+        log: its log, if there is one.
     """
 
     name: str
@@ -98,18 +98,18 @@ class RunStatus:
 
     @property
     def row(self) -> tuple[str, float, int | None]:
-        """What the runs of one row share."""
+        """The key that the runs of one row share."""
         return self.label, self.compression, self.epochs
 
 
 @dataclass(frozen=True)
 class TimeLeft:
-    """How long a study will take.
+    """The estimated time until a study is done.
 
     Attributes:
-        seconds: until all runs counted are done, so many at once as run now, or one after the other.
-        at_once: how many run now.
-        counted, uncounted: runs that are left, with and without a basis for saying how long they take.
+        seconds: until all counted runs are done, if as many run in parallel as now, or one if none runs.
+        at_once: the number of runs at present.
+        counted, uncounted: runs that are left, with and without an estimate.
     """
 
     seconds: float
@@ -120,7 +120,7 @@ class TimeLeft:
 
 @dataclass(frozen=True)
 class Study:
-    """The runs of a study, those that are missing last, and what of its files could not be read."""
+    """The runs of a study, missing ones last; the notes say which of its files could not be read."""
 
     directory: Path
     runs: Sequence[RunStatus]
@@ -128,7 +128,7 @@ class Study:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many runs are in each state, in the order of `STATES`."""
+        """The number of runs in each state, in the order of `STATES`."""
         counts = Counter(run.state for run in self.runs)
         return {state: counts[state] for state in STATES if counts[state]}
 
@@ -139,28 +139,28 @@ class Study:
 
     @property
     def time_left(self) -> TimeLeft | None:
-        """By the runs at work and the done runs of the rows; None where nothing is left, or known."""
+        """Estimated from running and done runs; None if nothing is left, or nothing is known."""
         left = [run for run in self.runs if run.state in LEFT]
         usual = _usual_seconds(self.runs)
         known = [seconds for run in left if (seconds := _seconds_left(run, usual)) is not None]
         if not known:
             return None
         at_once = sum(run.state == "running" for run in left)
-        seconds = max(sum(known) / max(at_once, 1), *known)  # no run is done by two
+        seconds = max(sum(known) / max(at_once, 1), *known)  # one run cannot be split
         return TimeLeft(seconds, at_once, len(known), len(left) - len(known))
 
 
 def survey(study: Path, asked: Iterable[Line] = (), notes: Sequence[str] = ()) -> Study:
-    """Look at a study's directory.
+    """Read the status of a study.
 
     Args:
-        study: its directory, which need not be there.
-        asked: what its experiments ask for; what of that no run covers is missing.
-        notes: what went wrong before, to be told with what goes wrong here.
+        study: its directory, which need not exist.
+        asked: the runs of its experiments; those that no run covers are missing.
+        notes: earlier problems, to be listed with those found here.
     """
     plan, trouble = _planned(study)
     names = _directories(study)
-    found = [run for name in names if (run := _look(study / name, plan.get(name))) is not None]
+    found = [run for name in names if (run := _read_run(study / name, plan.get(name))) is not None]
     seen = {run.name for run in found}
     found += [run for name, run in plan.items() if name not in seen]
     return Study(study, [*found, *_uncovered(asked, found)], [*notes, *trouble])
@@ -181,7 +181,7 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
 
 
 def _planned(study: Path) -> tuple[dict[str, RunStatus], list[str]]:
-    """The runs that sweeps asked for, each as if it were missing; and what is wrong with the list."""
+    """The runs that sweeps asked for, each as a missing run, and the errors of the list."""
     plan: dict[str, RunStatus] = {}
     try:
         plan.update((line.run_id, _missing(line, line.run_id)) for line in noted(study))
@@ -194,8 +194,8 @@ def _missing(line: Line, name: str = "") -> RunStatus:
     return RunStatus(name, "missing", line.label, line.compression, line.epochs, line.seed)
 
 
-def _look(directory: Path, plan: RunStatus | None) -> RunStatus | None:
-    """The run in a directory; None where there is none, and nobody asked for one."""
+def _read_run(directory: Path, plan: RunStatus | None) -> RunStatus | None:
+    """The run in a directory; None if there is none and no sweep asked for it."""
     run = Run(directory)
     known = plan or RunStatus(directory.name, "missing")
     log = directory / "train.log"
@@ -204,7 +204,7 @@ def _look(directory: Path, plan: RunStatus | None) -> RunStatus | None:
         holders = [] if info.get("status") in ("done", "diverged") else _holders(directory)
         living = next((owner for owner in holders if owner.at_work), None)
         if info.get("status") == "running" and living is None:
-            info = run.info  # it may have ended, and let go, since its record was read
+            info = run.info  # it may have ended, and released its lock, after the first reading
         if not info and living is None:
             return _without_record(directory, plan)
         known = _of_record(known, info) if info else known
@@ -225,12 +225,12 @@ def _look(directory: Path, plan: RunStatus | None) -> RunStatus | None:
     except (OSError, UserError) as error:
         return replace(known, state="damaged", damage=str(error))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        damage = f"{directory / 'run.json'} is not a whole record ({type(error).__name__}: {error})"
+        damage = f"{directory / 'run.json'} is an incomplete record ({type(error).__name__}: {error})"
         return replace(known, state="damaged", damage=damage)
 
 
 def _without_record(directory: Path, plan: RunStatus | None) -> RunStatus | None:
-    """A directory that has no run.json: planned, the remains of a run, or none of ours."""
+    """A directory without run.json: a planned run, the remains of a run, or no run."""
     log = directory / "train.log"
     log = log if log.exists() else None
     if plan is not None:
@@ -242,7 +242,6 @@ def _without_record(directory: Path, plan: RunStatus | None) -> RunStatus | None
 
 
 def _of_record(known: RunStatus, info: dict[str, Any]) -> RunStatus:
-    """The row that a record names."""
     row = info["row"]
     return replace(
         known, label=str(row["label"]), compression=float(row["compression"]),
@@ -261,7 +260,7 @@ def _why_stalled(owner: Owner | None) -> str:
 
 
 def _unfinished(known: RunStatus, run: Run) -> RunStatus:
-    """With how far it is, by its lock if somebody is at work on it, and by its history."""
+    """The status with the progress, from the lock of a process at work and from the history."""
     try:
         seconds = _epoch_seconds(run)
         own = _of_this_attempt(run, seconds)
@@ -275,15 +274,14 @@ def _unfinished(known: RunStatus, run: Run) -> RunStatus:
 
 
 def _epoch_seconds(run: Run) -> list[float]:
-    """What each epoch took, the first one first."""
     return [float(line["seconds"]) for line in run.read_table("history.csv") if int(line["epoch"]) > 0]
 
 
 def _of_this_attempt(run: Run, seconds: Sequence[float]) -> list[float]:
-    """The epochs since the run was taken up last, maybe on another machine than before.
+    """The durations of the present attempt's epochs; earlier attempts may have run on another machine.
 
-    An attempt begins with writing config.yaml, and the history is written after each epoch: between the
-    two lie this attempt's epochs.
+    An attempt first writes config.yaml, and writes the history after each epoch. Its epochs lie between
+    these two times.
     """
     begun, written = (_modified(run.directory / name) for name in ("config.yaml", "history.csv"))
     if begun is None or written is None:
@@ -306,7 +304,7 @@ def _modified(path: Path) -> float | None:
 def _progress(
     epochs: int | None, seconds: Sequence[float], own: Sequence[float], said: dict[str, Any]
 ) -> Progress:
-    """By what an owner said of itself, which may be older than the history, or newer."""
+    """The progress from the history and the owner's own report, either of which may be newer."""
     epoch, batch, batches = (_whole(said.get(key)) for key in ("epoch", "batch", "batches"))
     spent = said.get("seconds")
     pace = None
@@ -314,7 +312,7 @@ def _progress(
         pace = median(own[-_RECENT:])
     elif batch and isinstance(spent, int | float):
         pace = spent / batch * batches
-    elif seconds:  # of an earlier attempt: better than nothing
+    elif seconds:  # of an earlier attempt
         pace = median(seconds[-_RECENT:])
     if epoch < len(seconds):
         epoch, batch = len(seconds), 0
@@ -326,7 +324,7 @@ def _whole(figure: Any) -> int:
 
 
 def _seconds(info: dict[str, Any]) -> float | None:
-    """What a done run took: by the clock, attacks included, if it was never interrupted."""
+    """The duration of a done run: wall time with attacks if it was never interrupted, else of training."""
     trained = info.get("train_seconds")
     seconds = None if trained is None else float(trained) + float(info.get("record_seconds") or 0)
     if info.get("attempts") == 1 and info.get("started") and info.get("ended"):
@@ -336,19 +334,19 @@ def _seconds(info: dict[str, Any]) -> float | None:
 
 
 def _usual_seconds(runs: Sequence[RunStatus]) -> Callable[[RunStatus], float | None]:
-    """What a run takes by the done runs of its row; else by those of another length, epoch for epoch."""
+    """A run's duration, estimated from done runs of its row, else from its row's runs of other lengths."""
     done = [run for run in runs if run.state == "done" and run.seconds is not None]
-    alike: dict[tuple[str, float, int | None], list[float]] = {}
+    by_row: dict[tuple[str, float, int | None], list[float]] = {}
     per_epoch: dict[tuple[str, float], list[float]] = {}
     for run in done:
         assert run.seconds is not None
-        alike.setdefault(run.row, []).append(run.seconds)
+        by_row.setdefault(run.row, []).append(run.seconds)
         if run.epochs:
             per_epoch.setdefault(run.row[:2], []).append(run.seconds / run.epochs)
 
     def usual(run: RunStatus) -> float | None:
-        if run.row in alike:
-            return median(alike[run.row])
+        if run.row in by_row:
+            return median(by_row[run.row])
         if run.epochs and run.row[:2] in per_epoch:
             return median(per_epoch[run.row[:2]]) * run.epochs
         return None
@@ -357,7 +355,7 @@ def _usual_seconds(runs: Sequence[RunStatus]) -> Callable[[RunStatus], float | N
 
 
 def _seconds_left(run: RunStatus, usual: Callable[[RunStatus], float | None]) -> float | None:
-    """Of a run at work what it will take at its own pace, of another what its row takes, for what is left."""
+    """A run's remaining time: at its own pace if it is running, else at the pace of its row."""
     progress = run.progress or Progress()
     if run.state == "running" and progress.seconds_left is not None:
         return progress.seconds_left
@@ -368,9 +366,9 @@ def _seconds_left(run: RunStatus, usual: Callable[[RunStatus], float | None]) ->
 
 
 def _uncovered(asked: Iterable[Line], runs: Sequence[RunStatus]) -> list[RunStatus]:
-    """What experiments ask for and no run covers, whatever its protocol; each run covers one.
+    """The requested runs that no run covers, under any protocol; each run covers one request.
 
-    Runs of the same number of epochs are matched first: a study may have rows in two lengths.
+    Runs with the same number of epochs are matched first: a study may have rows of two lengths.
     """
     rows = {(run.label, run.compression) for run in runs}
     left = [want for want in asked if want.seed is not None or (want.label, want.compression) not in rows]

@@ -1,7 +1,7 @@
-"""Sweeps: what is asked for, what is left to do of it, and what came of it, under every launcher.
+"""Sweeps under every launcher: find what is left to do, launch it, and report the outcomes.
 
-Launchers know nothing of runs that are done, that another process is at, or whose process died. The run
-store does: a sweep launches only what it says is left to do, and at the end asks it what came of that.
+Launchers do not know which runs are done, taken by another process, or dead. The run store does. So a sweep
+launches only the runs that the store lists as left, and reads their outcomes from the store.
 """
 
 import logging
@@ -38,45 +38,45 @@ from condlr.suite.sweeps.processes import Killed, call_apart
 
 log = logging.getLogger(__name__)
 
-# How often a sweep begins a run whose process a launcher loses.
+# How often a sweep starts a run whose process a launcher loses.
 _TRIES = 3
-# Seconds that runs are given to write their checkpoint when a sweep is stopped.
+# Seconds that runs get to write their checkpoint when a sweep is stopped.
 _STOPPING = 60.0
-# The name that this module has for Hydra.
+# The name of this module for Hydra.
 _PLUGIN = "hydra_plugins.condlr"
 
 
 @dataclass
 class SweeperConf:
-    """The keys of hydra.sweeper: `params` are values to sweep over, by key, as an experiment names them."""
+    """The keys of hydra.sweeper; `params` are the values that an experiment sweeps over, by key."""
 
     _target_: str
     params: dict[str, str] | None = None
 
 
 class PlanSweeper(Sweeper):
-    """A sweep that launches nothing: the script is told which runs it would have.
+    """A sweep that launches nothing, and only reports its runs to the script.
 
     Attributes:
-        told: what the script does with what a sweep found. Hydra makes the sweeper, so that a script can't
-            hand it over in any other way.
+        report: the script's callback for the result of the sweep. It is on the class, since Hydra makes the
+            instance.
     """
 
-    told: ClassVar[Callable[..., None]]
+    report: ClassVar[Callable[..., None]]
 
     def __init__(self, params: Mapping[str, str] | None) -> None:
-        """Made by Hydra; the plan reads `params` from the config."""
+        """Called by Hydra; the plan itself reads `params` from the config."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what Hydra gives each sweeper."""
+        """Keep the config and its loader."""
         self._config, self._loader = config, hydra_context.config_loader
 
     def sweep(self, arguments: list[str]) -> None:
-        """Tell of the plan."""
-        type(self).told(self.plan(arguments))
+        """Report the plan."""
+        type(self).report(self.plan(arguments))
 
     def plan(self, arguments: list[str]) -> list[Job]:
-        """All runs; every config is checked before the first run starts."""
+        """All runs of the sweep, checked."""
         jobs = compose(self._loader, self._config, arguments)
         if not jobs:
             raise UserError(f"these values make no run: {' '.join(arguments)}")
@@ -84,24 +84,28 @@ class PlanSweeper(Sweeper):
 
 
 class StudySweeper(PlanSweeper):
-    """A sweep over all combinations, like Hydra's own, which knows the run store.
+    """A sweep over all combinations, like Hydra's own, that knows the run store.
 
-    All configs are checked before the first run starts, a run that several arguments make is one run, and
-    what is done, or at work elsewhere, is not launched.
+    All configs are checked before the first run starts. Arguments that describe the same run make one run.
+    Runs that are done, or that another process is working on, are not launched.
     """
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what Hydra gives each sweeper, and make the launcher."""
+        """Keep the config and its loader, and make the launcher."""
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         self._launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Launch what is left to do, and tell what came of all; exit status 1 if not all are content."""
+        """Launch the runs that are left, and report all outcomes.
+
+        Raises:
+            UserError: some run is not done, and no other process is working on it.
+        """
         jobs = self.plan(arguments)
         note(jobs)
-        with read_write(self._config):  # a launcher makes this directory: not one that no run is for
+        with read_write(self._config):  # launchers create this directory, so it must be the runs' study
             self._config.hydra.sweep.dir = str(jobs[0].study)
         open_ = [job for job in jobs if not (job.closed or job.obstacle or job.lacks_weights)]
         elsewhere = living(open_)
@@ -110,29 +114,29 @@ class StudySweeper(PlanSweeper):
         studies = ", ".join(dict.fromkeys(str(job.study) for job in jobs))
         log.info("%s: %d run%s, %d to do", studies, len(jobs), "s" if len(jobs) > 1 else "", len(left))
         try:
-            with Signals(first=lambda: _stop(left)) as signals:
+            with Signals(before_raising=lambda: _stop(left)) as signals:
                 trouble = " ".join(filter(None, (self._launch(wave, signals) for wave in waves(left))))
         except (KeyboardInterrupt, SystemExit):
-            for job in left:  # a pool kills its workers without more ado
+            for job in left:  # a pool kills its workers at once, so they cannot record their end
                 with suppress(OSError, UserError):
                     job.run.note_death("its sweep was interrupted", "interrupted")
             raise
         heard, silent = watch(job for job in left if not job.ended)
         found = outcomes(jobs, starts, elsewhere | heard, silent)
-        type(self).told(found, studies)
+        type(self).report(found, studies)
         if trouble:
             print(f"error: the launcher failed ({trouble})", file=sys.stderr)
-        # What is at work after a launcher has died may be what it left, and about to stop
-        bad = sum(not o.content or (o.state == "elsewhere" and trouble != "") for o in found)
+        # After a launcher died, a run that is still at work may be one of its own that is about to stop
+        bad = sum(not o.satisfied or (o.state == "elsewhere" and trouble != "") for o in found)
         if bad:
             again = "the same command tries those again that did not diverge"
             raise UserError(f"{bad} of {len(found)} runs are not done; {again}")
 
     def _launch(self, jobs: list[Job], signals: Signals) -> str:
-        """Launch jobs until none is left that a launcher gave up, as some do when they lose a worker.
+        """Launch jobs, and launch those again that the launcher gave up when it lost a worker.
 
         Returns:
-            What a launcher said that did nothing but give up.
+            The error of a launcher that failed to start or finish jobs; empty without one.
         """
         tries: Counter[Path] = Counter()
         stuck, lost = 0, ""
@@ -142,7 +146,7 @@ class StudySweeper(PlanSweeper):
                 with _patience(self._launcher):
                     self._launcher.launch([job.overrides for job in jobs], initial_job_idx=0)
             except KeyboardInterrupt:
-                signals.check()  # Ray makes another of ours
+                signals.check()  # Ray turns Interrupted into KeyboardInterrupt
                 raise
             except Exception as error:
                 signals.check()
@@ -155,7 +159,7 @@ class StudySweeper(PlanSweeper):
             stuck = 0 if begun else stuck + 1
             if stuck == _TRIES:
                 return trouble
-            if not begun:  # the first of them stands in the way of the others, or no launcher is to be had
+            if not begun:  # the first job may block the others, or the launcher does not work at all
                 jobs, lost = jobs[1:], trouble
                 continue
             tries.update(job.config.directory for job in begun)
@@ -169,7 +173,7 @@ class StudySweeper(PlanSweeper):
 
 @contextmanager
 def _patience(launcher: Launcher) -> Iterator[None]:
-    """Have submitit's launcher wait for all its jobs; it leaves the others at the first that was killed."""
+    """Make submitit's launcher wait for all its jobs; it would stop waiting at the first killed one."""
     if "submitit" not in type(launcher).__module__:
         yield
         return
@@ -192,11 +196,11 @@ def _patience(launcher: Launcher) -> Iterator[None]:
 
 
 def register() -> None:
-    """Make the sweepers known to Hydra, as hydra/sweeper=study and hydra/sweeper=plan."""
-    # Hydra makes a plugin only of a class whose module is in the package hydra_plugins, which it leaves to
-    # everybody (`Plugins._instantiate`). A file there would be imported by every program that uses Hydra, so
-    # this module goes by a second name instead. Processes of a launcher find the classes by that name too:
-    # they import condlr.suite.cli, which calls this, before they read what Hydra sends them.
+    """Register the sweepers with Hydra, as hydra/sweeper=study and hydra/sweeper=plan."""
+    # Hydra accepts only plugins whose module is in the shared package hydra_plugins (`Plugins._instantiate`).
+    # Every program that uses Hydra would import a file there, so this module gets a second name instead.
+    # Processes of a launcher find the classes by it too: they import condlr.suite.cli, which calls this,
+    # before they unpickle what Hydra sends them.
     sys.modules[_PLUGIN] = sys.modules[__name__]
     for name, sweeper in (("study", StudySweeper), ("plan", PlanSweeper)):
         sweeper.__module__ = _PLUGIN
@@ -206,11 +210,7 @@ def register() -> None:
 
 
 def carry_out(values: dict[str, Any]) -> None:
-    """Do a run in a process of its own, with what Hydra has set up for its log.
-
-    Args:
-        values: see `condlr.suite.workflow.carry_out`, which does it.
-    """
+    """Call `condlr.suite.workflow.carry_out(values)` in a process of its own, with Hydra's logging."""
     hydra = HydraConfig.get()
     logs = OmegaConf.to_container(hydra.job_logging, resolve=True)
     try:
@@ -224,13 +224,13 @@ def _carry_out(values: dict[str, Any], logs: dict[str, Any], verbose: Any) -> No
     from condlr.suite.workflow import carry_out
 
     tolerate()
-    logging.raiseExceptions = bool(verbose)  # a log on a full disk is no reason for a stack trace
+    logging.raiseExceptions = bool(verbose)  # a full disk must not print a stack trace for each log line
     configure_log(OmegaConf.create(logs), verbose)
     carry_out(values)
 
 
 def _stop(jobs: Sequence[Job]) -> None:
-    """Have the runs that we started stop with a checkpoint; those of a scheduler go on."""
+    """Stop the runs that we started, with a checkpoint; runs of a scheduler continue."""
     at_work = [owner for job in jobs for owner in owners(job.run.directory) if owner.ours]
     for owner in at_work:
         with suppress(ProcessLookupError):

@@ -61,7 +61,7 @@ def ask(script, tmp_path, monkeypatch):
         script("train", "-m", *command)
         ids = [plan.check(values).run_id for values in made]
         monkeypatch.setattr(
-            "condlr.suite.sweeps.estimate.Estimate._try", lambda _, c: tried.append(c) or Pace(1, 1)
+            "condlr.suite.sweeps.estimate.Estimate._measure", lambda _, c: tried.append(c) or Pace(1, 1)
         )
         status, out, err = script("estimate", "-m", *command)
         assert status == 0, err

@@ -396,7 +396,7 @@ def test_an_experiment_that_cannot_be_composed_is_a_note(tmp_path):
     assert asked == []
     make(tmp_path, "baseline")
     out = printed(survey(tmp_path, asked, [note]), 300)
-    assert "experiment=no_such_experiment can't be composed" in out
+    assert "experiment=no_such_experiment cannot be composed" in out
     assert "1 run: 1 done" in out
 
 
@@ -447,9 +447,9 @@ def damage_removed(run):
         (damage_not_text, "run.json cannot be read"),
         (damage_a_list, "run.json is not a run's record"),
         (damage_a_directory, "run.json cannot be read"),
-        (damage_no_row, "run.json is not a whole record .KeyError: 'row'"),
-        (damage_odd_row, "run.json is not a whole record .TypeError"),
-        (damage_odd_times, "run.json is not a whole record .ValueError"),
+        (damage_no_row, "run.json is an incomplete record .KeyError: 'row'"),
+        (damage_odd_row, "run.json is an incomplete record .TypeError"),
+        (damage_odd_times, "run.json is an incomplete record .ValueError"),
         (damage_odd_status, "run.json has the status 'asleep'"),
         (damage_removed, "run.json is missing"),
     ],
@@ -468,7 +468,7 @@ def test_a_damaged_record_ends_no_table(tmp_path, damage, said):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("epoch,seconds\n1,10.0\n2", "lines have not as many fields"),
+        ("epoch,seconds\n1,10.0\n2", "a line has more or fewer fields"),
         ("epoch,seconds\n1,10.0\n2,x\n", "ValueError"),
         ("epoch\n1\n", "KeyError: 'seconds'"),
         ("epoch,seconds\n1,\xff\n", "is damaged .'utf-8'"),

@@ -143,7 +143,7 @@ def test_a_pool_that_is_stopped_has_its_runs_write_their_checkpoints(tmp_path, n
     sweep.send_signal(number)
     status, out, err = finish(sweep)
     assert status == 128 + number
-    assert err.count("interrupted: the same command takes it up again") == 1
+    assert err.count("interrupted: the same command continues it") == 1
     assert {Run(run).status for run in runs} <= {"interrupted", "done"}
     assert not list((tmp_path / "runs").rglob("lock-*"))
     assert out.count("stopping after this batch") >= 1
@@ -168,7 +168,7 @@ def test_what_is_in_the_way_of_a_run_costs_no_other(script, tmp_path):
     assert status == 1
     assert "3 runs: 1 done, 2 failed" in out
     assert f"{names[1]}/train.log can't be written" in out
-    assert f"{names[2]} is no directory: move it away" in out
+    assert f"{names[2]} is not a directory: move it away" in out
     assert "Traceback" not in out + err
 
 
@@ -187,12 +187,12 @@ def _interrupt_and_link(run, name):
 
 
 DAMAGES = [
-    (_link, "is no directory: move it away"),
+    (_link, "is not a directory: move it away"),
     (lambda run: _interrupt_and_link(run, "train.log"), "train.log can't be written"),
     (lambda run: _interrupt_and_link(run, ".hydra/config.yaml"), "config.yaml can't be written"),
     (lambda run: _corrupt(run / "run.json", "images", None), "is not a run's record: remove it"),
     (lambda run: _corrupt(run / "run.json", "attempts", "x"), "is not a run's record: remove it"),
-    (lambda run: (run / "run.json").write_text('{"status": "done"}'), "is no whole record: remove it"),
+    (lambda run: (run / "run.json").write_text('{"status": "done"}'), "is incomplete: remove it"),
     (lambda run: [(run / "evaluation.csv").unlink(), (run / "evaluation.csv").mkdir()], "cannot be read"),
 ]
 
@@ -562,7 +562,7 @@ def test_experiments_that_are_swept_are_run_whole(script, tmp_path, experiments,
     }  # fmt: skip
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"rows", "seeds"}, "and no default"
     assert len(read_csv(tmp_path / "runs" / "seeds" / "planned.csv")) == 3
-    monkeypatch.setattr("condlr.suite.sweeps.estimate.Estimate._try", lambda *_: Pace(1, 1))
+    monkeypatch.setattr("condlr.suite.sweeps.estimate.Estimate._measure", lambda *_: Pace(1, 1))
     status, out, err = script("estimate", *experiments, f"experiment={chosen}")
     assert status == 0, err
     assert re.search(r"(seeds, rows|rows, seeds): 5 runs, 0 done, 5 to do", out)
