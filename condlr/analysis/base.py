@@ -90,7 +90,7 @@ class Analysis(ABC):
         caption: above the table; the title if it is empty.
         layout: see `Layout`. In `runs` the first column is the key, the second a run's value, and the others
             are of the first run.
-        place: in the order of a report; analyses of the same place are sorted by name.
+        order: its place in a report; analyses of the same order are sorted by name.
         packages: additional packages that must be installed.
         always: whether it is made at the end of every training.
         long: whether it has so many rows that collected ones repeat only the keys of their run.
@@ -102,7 +102,7 @@ class Analysis(ABC):
     columns: ClassVar[Mapping[str, str]]
     caption: ClassVar[str] = ""
     layout: ClassVar[Layout] = "rows"
-    place: ClassVar[int] = 100
+    order: ClassVar[int] = 100
     packages: ClassVar[tuple[str, ...]] = ()
     always: ClassVar[bool] = False
     long: ClassVar[bool] = False

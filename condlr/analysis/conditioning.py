@@ -43,7 +43,7 @@ class Conditioning(Analysis):
         "cond circular": "{cond_circular}", "norm padded": "{norm_padded}", "norm bound": "{norm_bound}",
         "cond padded": "{cond_padded}",
     }  # fmt: skip
-    place: ClassVar[int] = 10
+    order: ClassVar[int] = 10
 
     @override
     def rows(self, trained: Trained) -> list[dict[str, Any]]:

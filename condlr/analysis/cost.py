@@ -38,7 +38,7 @@ class CountedCost(Analysis):
         "exported: FLOPs an image": "{deploy_flops} ({deploy_flops_ratio:.2f})",
         "exported: peak, bytes": "{deploy_peak_bytes} ({deploy_peak_bytes_ratio:.2f})",
     }
-    place: ClassVar[int] = 30
+    order: ClassVar[int] = 30
 
     @override
     def rows(self, trained: Trained) -> list[Mapping[str, Any]]:

@@ -36,7 +36,7 @@ class Guarantees(Analysis):
     keys: ClassVar[tuple[str, ...]] = ("quantity",)
     columns: ClassVar[Mapping[str, str]] = {"quantity": "{quantity}", "value": "{value}", "note": "{note}"}
     layout: ClassVar[Layout] = "runs"
-    place: ClassVar[int] = 20
+    order: ClassVar[int] = 20
 
     @override
     def lacks(self, there: Sequence[Mapping[str, Any]], trained: Trained) -> bool:

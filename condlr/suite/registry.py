@@ -38,4 +38,4 @@ def analyses() -> "dict[str, type[Analysis]]":
     from condlr.analysis.base import Analysis
 
     found = {name: find("analysis", name, Analysis) for name in available("analysis")}
-    return dict(sorted(found.items(), key=lambda item: (item[1].place, item[0])))
+    return dict(sorted(found.items(), key=lambda item: (item[1].order, item[0])))
