@@ -14,7 +14,7 @@ from condlr.penalties.so import So
 from condlr.suite.config import choose
 from condlr.suite.engine import Trainer
 from condlr.suite.runs import Run
-from tests.suite.test_engine import METHODS, data, protocol  # noqa: F401  (a fixture)
+from tests.training import METHODS, protocol
 
 # Their steps stay on the Stiefel manifold: nothing is to be gained.
 HELD = ("cayley_sgd", "cayley_exact", "cayley_released", "projected_sgd")
@@ -94,7 +94,7 @@ def test_a_config_names_it():
     assert keys == {"name": "so", "weight": 1.0, "layers": ["*"], "milestones": [], "factors": []}
 
 
-def trainer(name, data, penalty, **changes):  # noqa: F811
+def trainer(name, data, penalty, **changes):
     torch.manual_seed(5)
     method = METHODS[name]
     scheme = Scheme(0.5 if method.compresses else None, classifier="dense")
@@ -114,7 +114,7 @@ def distance(model):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_is_penalised_falls_under_every_method(name, data):  # noqa: F811
+def test_what_is_penalised_falls_under_every_method(name, data):
     ends = {}
     for weight in (0, 0.02):
         run = trainer(name, data, So(weight=weight), lr=0.01 if name == "released" else 0.05)
@@ -179,7 +179,7 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("name", ["baseline", "condlr", "dlrt", "alternating", "svd_prune"])
 @pytest.mark.parametrize("stop_at", [2, 7])
-def test_an_interrupted_run_ends_with_the_same_bits(name, stop_at, data, tmp_path):  # noqa: F811
+def test_an_interrupted_run_ends_with_the_same_bits(name, stop_at, data, tmp_path):
     whole, first, second = (trainer(name, data, So(**SCHEDULED)) for _ in range(3))
     whole.fit()
 
@@ -200,7 +200,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(name, stop_at, data, tmp_pat
     assert values[0] == values[1]
 
 
-def test_a_recorded_step_sees_the_schedule(data):  # noqa: F811
+def test_a_recorded_step_sees_the_schedule(data):
     """A graph knows where the weight lies: one tensor for all epochs, written before the first batch."""
     so, seen = So(**SCHEDULED), []
     run = trainer("baseline", data, so)
@@ -214,7 +214,7 @@ def test_a_recorded_step_sees_the_schedule(data):  # noqa: F811
     assert {(epoch, round(weight, 6)) for epoch, _, weight in seen} == {(0, 0.05), (1, 0.005), (2, 0.0)}
 
 
-def test_a_penalty_of_weight_zero_leaves_the_bits_alone(data):  # noqa: F811
+def test_a_penalty_of_weight_zero_leaves_the_bits_alone(data):
     runs = [trainer("condlr", data, penalty) for penalty in (None, So(weight=0.0))]
     for run in runs:
         run.fit()
@@ -225,7 +225,7 @@ def test_a_penalty_of_weight_zero_leaves_the_bits_alone(data):  # noqa: F811
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["baseline", "condlr"])
-def test_a_graph_trains_with_a_penalty_as_single_steps_do(name, data):  # noqa: F811
+def test_a_graph_trains_with_a_penalty_as_single_steps_do(name, data):
     device, runs = torch.device("cuda"), []
     for graphed in (True, False):
         torch.manual_seed(5)

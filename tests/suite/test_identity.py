@@ -120,7 +120,5 @@ def test_a_config_without_the_keys_that_came_later_is_the_same_run():
     (config,) = planned(["dataset=digits"])
     with initialize_config_dir(str(CONF), version_base="1.3"):
         plain = OmegaConf.to_container(compose("train", overrides=["dataset=digits"]), resolve=True)
-    for key in ("flow", "record_every"):
-        del plain[key]
-    del plain["protocol"]["decay"]
+    del plain["record_every"], plain["protocol"]["decay"]
     assert check(plain).run_id == config.run_id
