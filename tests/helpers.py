@@ -67,7 +67,7 @@ class Program:
         context.set_forkserver_preload(processes._PRELOAD)
         with processes._blocked():
             server.ensure_running()
-            where = str(directory), self._folder.name, server._forkserver_address
+            where = str(directory), self._folder.name, server._forkserver_address, {**os.environ}
             self._process = context.Process(target=_program, args=(*where, name, arguments))
             self._process.start()
         self.pid = self._process.pid
@@ -87,8 +87,10 @@ class Program:
         return status, *((Path(self._folder.name) / name).read_text() for name in ("out", "err"))
 
 
-def _program(directory, folder, address, name, arguments):
+def _program(directory, folder, address, environment, name, arguments):
     os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)  # not that of the server, which began in the midst of a script
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
     for number, stream in enumerate(("out", "err"), 1):
         os.dup2(os.open(f"{folder}/{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)

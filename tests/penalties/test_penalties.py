@@ -14,7 +14,7 @@ from condlr.penalties.so import So
 from condlr.suite.config import choose
 from condlr.suite.engine import Trainer
 from condlr.suite.runs import Run
-from tests.training import METHODS, protocol
+from tests.training import METHODS, Noisy, protocol
 
 # Their steps stay on the Stiefel manifold: nothing is to be gained.
 HELD = ("cayley_sgd", "cayley_exact", "cayley_released", "projected_sgd")
@@ -98,7 +98,7 @@ def trainer(name, data, penalty, **changes):
     torch.manual_seed(5)
     method = METHODS[name]
     scheme = Scheme(0.5 if method.compresses else None, classifier="dense")
-    model = method.apply(LeNet5(), scheme)
+    model = method.apply(Noisy(), scheme)
     return Trainer(model, method, data, protocol(**changes), seed=0, penalty=penalty)
 
 
@@ -113,6 +113,7 @@ def distance(model):
     return (torch.cat(found).square() - 1).square().mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_penalised_falls_under_every_method(name, data):
     ends = {}
@@ -177,6 +178,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["baseline", "condlr", "dlrt", "alternating", "svd_prune"])
 @pytest.mark.parametrize("stop_at", [2, 7])
 def test_an_interrupted_run_ends_with_the_same_bits(name, stop_at, data, tmp_path):

@@ -28,6 +28,9 @@ from condlr.suite.collecting import collect
 from tests.helpers import ROOT, SMALL, run_script
 from tests.report.browser import CHROMIUM, Browser
 
+# All but a few look at runs that are trained for them, or with a browser
+pytestmark = pytest.mark.slow
+
 PAPER = ROOT / "results" / "paper"
 VOID = {"meta", "link", "img", "br"}
 
@@ -116,7 +119,6 @@ def change(study, name, **columns):
     pd.read_csv(path).assign(**columns).to_csv(path, index=False)
 
 
-@pytest.mark.slow
 def test_both_formats_have_the_same_sections_rows_and_figures(trained, content):
     parsed, text = Parsed(page.render(content)), report_markdown.render(content)
     headings = [section.heading for section in content.sections]
@@ -305,7 +307,6 @@ def test_durations():
     ]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_the_script_writes_both_files_and_refuses_what_is_not_there(script, study, monkeypatch):
     base = study.parent.parent
     monkeypatch.chdir(base)
