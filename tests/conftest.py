@@ -15,7 +15,7 @@ import condlr.suite.cli  # noqa: F401  (what makes the sweeper of our configs kn
 from condlr.data.base import Data
 from condlr.data.digits import Digits
 from condlr.suite.sweeps import processes
-from tests.helpers import Streams, run_script, work_with
+from tests.helpers import Streams, made_once, run_script, work_with
 
 torch.set_num_threads(1)
 
@@ -47,6 +47,12 @@ def script(tmp_path, monkeypatch, capfd):
     # joblib's workers outlive a sweep but not a command: they have this test's directory, stdout and stderr
     if reusable_executor._executor is not None:
         reusable_executor._executor.shutdown(wait=True, kill_workers=True)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """`once(name, make)` is a directory with what `make(directory)` leaves there; all workers share it."""
+    return partial(made_once, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

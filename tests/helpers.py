@@ -1,12 +1,19 @@
-"""What several test files use: where the project is, small runs, a wait that ends."""
+"""What several test files use: where the project is, small runs and programs, a wait that ends."""
 
+import fcntl
+import multiprocessing
 import os
 import re
 import runpy
+import shutil
+import signal
 import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 
@@ -16,7 +23,11 @@ import pytest
 from condlr.suite.sweeps import processes
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["dataset=digits", "protocol=demo", "protocol.epochs=1", "attack.eps=[0,0.1]"]
+# A run of a second: three steps, and no form is timed.
+SMALL = [
+    "dataset=digits", "dataset.train_images=400", "protocol=demo", "protocol.epochs=1", "attack.eps=[0,0.1]",
+    "forms=factored",
+]  # fmt: skip
 
 
 def run_script(name, *arguments):
@@ -42,6 +53,69 @@ def _take(*streams):
 def work_with(streams, *arguments):
     """What a run's process does, with the streams that it took as it was told what to do."""
     processes._work(*arguments)
+
+
+class Program:
+    """A script in a process and a session of its own, forked off the server that runs are forked off.
+
+    It has imported torch before it begins, which one that Python is started for does in seconds.
+    """
+
+    def __init__(self, directory, name, *arguments):
+        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        context, server = multiprocessing.get_context("forkserver"), forkserver._forkserver
+        context.set_forkserver_preload(processes._PRELOAD)
+        with processes._blocked():
+            server.ensure_running()
+            where = str(directory), self._folder.name, server._forkserver_address, {**os.environ}
+            self._process = context.Process(target=_program, args=(*where, name, arguments))
+            self._process.start()
+        self.pid = self._process.pid
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self, timeout=240):
+        """Its exit status, as `subprocess.Popen` has it."""
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, "it goes on for ever"
+        return self._process.exitcode
+
+    def finish(self):
+        """Exit status, stdout, stderr."""
+        status = self.wait()
+        return status, *((Path(self._folder.name) / name).read_text() for name in ("out", "err"))
+
+
+def _program(directory, folder, address, environment, name, arguments):
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)  # not that of the server, which began in the midst of a script
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    for number, stream in enumerate(("out", "err"), 1):
+        os.dup2(os.open(f"{folder}/{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.chdir(directory)
+    # Its runs come off the same server
+    forkserver._forkserver._forkserver_address = address
+    forkserver._forkserver.ensure_running = lambda: None
+    multiprocessing.current_process().name = "MainProcess"
+    processes._work = partial(work_with, Streams())
+    sys.exit(run_script(name, *arguments))
+
+
+def made_once(factory, name, make):
+    """A directory with what `make(directory)` leaves there, made by the first worker of a session to ask."""
+    base = factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    directory, done = shared / f"once-{name}", shared / f"once-{name}.done"
+    with (shared / f"once-{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            make(directory)
+            done.touch()
+    return directory
 
 
 def write_idx(path, array):

@@ -128,10 +128,8 @@ for line in sys.stdin:
 """
 
 
-@pytest.fixture(scope="module")
-def extended(tmp_path_factory):
+def extend(copy):
     """A copy of the checkout with every example of docs/extending.md in its place; how its commands ended."""
-    copy = tmp_path_factory.mktemp("extended")
     for folder in ("condlr", "conf", "scripts", "results/paper"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     commands = []
@@ -148,7 +146,13 @@ def extended(tmp_path_factory):
         env=os.environ | {"PYTHONPATH": str(copy)},
     )  # fmt: skip
     ended = dict(json.loads(line) for line in done.stderr.splitlines() if line.startswith("["))
-    return copy, ended, done.stdout + done.stderr
+    (copy / "ended.json").write_text(json.dumps([ended, done.stdout + done.stderr]))
+
+
+@pytest.fixture(scope="session")
+def extended(once):
+    copy = once("extended", extend)
+    return copy, *json.loads((copy / "ended.json").read_text())
 
 
 @pytest.mark.slow

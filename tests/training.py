@@ -57,11 +57,11 @@ class Noisy(LeNet5):
         return super().forward(torch.nn.functional.dropout(images, 0.1, self.training))
 
 
-def trainer(method, data, **changes):
+def trainer(method, data, record_every=3, **changes):
     torch.manual_seed(5)
     scheme = Scheme(0.5 if method.compresses else None, classifier="dense")
     model = method.apply(Noisy(), scheme)
-    return Trainer(model, method, data, protocol(**changes), seed=0, record_every=3)
+    return Trainer(model, method, data, protocol(**changes), seed=0, record_every=record_every)
 
 
 class Stop(Exception):

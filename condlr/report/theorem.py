@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 
-from condlr.report._style import WIDTH, saved, style
 from condlr.report.results import pipe
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Algorithm 1 with and without its band coincide often: a thin line on a broad one.
 _STYLES = {
@@ -48,6 +49,11 @@ def figure(frame: pd.DataFrame, out: Path) -> Iterator[Path]:
         frame: the rows of `analysis.theory.theorem1.errors`.
         out: where `theorem1.png` and `.pdf` go; a number follows the name for a second flow.
     """
+    # The table of the same rows is written without matplotlib
+    from matplotlib import pyplot as plt
+
+    from condlr.report._style import WIDTH, saved, style
+
     etas = sorted(frame["eta"].unique())
     drawn = frame[frame["eta"].eq(etas[len(etas) // 2])]
     for number, (flow, part) in enumerate(drawn.groupby("flow", sort=False), start=1):
@@ -154,7 +160,7 @@ def _at_horizon(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.loc[rows["time"].eq(rows["time"].max())]
 
 
-def _rates(axes: Axes, rows: pd.DataFrame) -> None:
+def _rates(axes: "Axes", rows: pd.DataFrame) -> None:
     _lines(axes, rows, "learning_rate")
     at = rows.drop_duplicates("learning_rate").sort_values("learning_rate")
     limit, low, high = at["lambda_limit"].iloc[0], at["learning_rate"].min(), at["learning_rate"].max()
@@ -168,7 +174,7 @@ def _rates(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_xlabel("learning rate λ")
 
 
-def _weak(axes: Axes, rows: pd.DataFrame) -> None:
+def _weak(axes: "Axes", rows: pd.DataFrame) -> None:
     _lines(axes, rows, "sigma_min")
     low, high = rows["sigma_min"].min() / 1.3, rows["sigma_min"].max() * 1.3
     axes.set_xlim(low, high)
@@ -181,7 +187,7 @@ def _weak(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_xlabel("smallest singular value σᵣ on the way")
 
 
-def _lines(axes: Axes, rows: pd.DataFrame, x: str) -> None:
+def _lines(axes: "Axes", rows: pd.DataFrame, x: str) -> None:
     for name, (text, look) in _STYLES.items():
         line = rows[rows["integrator"].eq(name)].sort_values(x)
         axes.plot(line[x], line["error"], label=text, **look)

@@ -470,7 +470,8 @@ NETWORKS = {
     "factorised": (lambda: condlr.factorize(LeNet5(), 0.5), (1, 28, 28)),
     "exported": (lambda: condlr.export(condlr.factorize(LeNet5(), 0.8), form="factored"), (1, 28, 28)),
     "vgg16": (lambda: condlr.factorize(standardized(
-        Vgg16().build((3, 32, 32), 10), ((0.1, 0.2, 0.3), (0.2, 0.3, 0.4))), 0.9), (3, 32, 32)),
+        Vgg16().build((3, 32, 32), 10), ((0.1, 0.2, 0.3), (0.2, 0.3, 0.4))),
+        ranks={"network.conv2": 9, "network.conv4": 20, "network.fc1": 40}), (3, 32, 32)),
     "strange": (Strange, (2, 16, 16)),
 }  # fmt: skip
 
@@ -881,7 +882,9 @@ def test_proposition_1_of_what_it_is_meant_for():
 
 @pytest.mark.slow
 def test_proposition_1_names_each_hypothesis_that_fails():
-    model = LeNet5()
+    model = LeNet5()  # a narrow one
+    model.conv1, model.conv2 = nn.Conv2d(1, 10, 5), nn.Conv2d(10, 25, 5)
+    model.fc1, model.fc2 = nn.Linear(25 * 4 * 4, 120), nn.Linear(120, 10)
     result = proposition_1(model, (1, 28, 28))
     assert not result.holds
     assert result.bound == math.inf
@@ -890,14 +893,14 @@ def test_proposition_1_names_each_hypothesis_that_fails():
         "max_pool2d: max pooling, cond(pool; z) is unbounded",
         "conv2: a bias",
         "max_pool2d_1: max pooling, cond(pool; z) is unbounded",
-        "fc1: not injective, of rank 500 with 800 inputs",
+        "fc1: not injective, of rank 120 with 400 inputs",
         "fc1: a bias",
-        "fc2: not injective, of rank 10 with 500 inputs",
+        "fc2: not injective, of rank 10 with 120 inputs",
         "fc2: a bias",
     ]
     assert result.paper_bound == pytest.approx(math.prod(layer_conditions(model).values()))
     small = proposition_1(condlr.factorize(model, ranks={"conv2": 7}), (1, 28, 28))
-    assert "conv2: not injective, of rank at most 448 with 2880 inputs" in small.why_not
+    assert "conv2: not injective, of rank at most 448 with 1440 inputs" in small.why_not
 
 
 def test_max_pooling_and_null_spaces_are_unbounded_indeed():

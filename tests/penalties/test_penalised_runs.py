@@ -62,6 +62,7 @@ def test_wrong_input_is_one_line(script, arguments, pattern):
     complains(script("train", *SMALL, *arguments), pattern)
 
 
+@pytest.mark.slow
 def test_the_whole_way(script, tmp_path):
     row = ["method=vanilla", "penalty=so", "penalty.weight=0.05", "protocol.epochs=2"]
     assert script("train", *SMALL, *row)[0] == 0

@@ -17,7 +17,7 @@ from condlr.suite.config import choose
 from condlr.suite.engine import Trainer
 from condlr.suite.runs import Run
 from tests.penalties.test_terms import PENALTIES
-from tests.training import METHODS, Stop, protocol
+from tests.training import METHODS, Noisy, Stop, protocol
 
 # Their steps stay on the Stiefel manifold: nothing is to be gained.
 HELD = ("cayley_sgd", "cayley_exact", "cayley_released", "projected_sgd")
@@ -104,7 +104,7 @@ def trainer(name, data, penalty, **changes):
     torch.manual_seed(5)
     method = METHODS[name]
     scheme = Scheme(0.5 if method.compresses else None, classifier="dense")
-    model = method.apply(LeNet5(), scheme)
+    model = method.apply(Noisy(), scheme)
     return Trainer(model, method, data, protocol(**changes), seed=0, penalty=penalty)
 
 
@@ -119,6 +119,7 @@ def distance(model):
     return (torch.cat(found).square() - 1).square().mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_penalised_falls_under_every_method(name, data):
     ends = {}
@@ -179,6 +180,7 @@ def test_both_steps_of_alternating_descent_take_the_penalty():
     assert not torch.equal(V1, layer.Vt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("acts_on", ["weight", "V"])
 @pytest.mark.parametrize("kind", PENALTIES)
 def test_each_penalty_moves_what_it_penalises(kind, acts_on, data):
@@ -212,6 +214,7 @@ def test_every_other_step(data):
     assert penalty(run.model).item() == pytest.approx(2 * 0.05 * penalty.quantity(run.model).item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
     [*((name, "so") for name in ("baseline", "condlr", "dlrt", "alternating", "svd_prune")),

@@ -3,14 +3,16 @@
 import html.parser
 import json
 import math
+import pickle
 import re
 import shutil
-import subprocess
-import sys
+from contextlib import chdir
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 from condlr._support.errors import UserError
 from condlr._support.files import write_csv
@@ -23,8 +25,11 @@ from condlr.report.provenance import provenance
 from condlr.report.results import duration
 from condlr.report.sheet import Column, Row, Sheet, Value
 from condlr.suite.collecting import collect
-from tests.helpers import ROOT
+from tests.helpers import ROOT, SMALL, run_script
 from tests.report.browser import CHROMIUM, Browser
+
+# All but a few look at runs that are trained for them, or with a browser
+pytestmark = pytest.mark.slow
 
 PAPER = ROOT / "results" / "paper"
 VOID = {"meta", "link", "img", "br"}
@@ -57,36 +62,56 @@ class Parsed(html.parser.HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A directory with two small runs on digits, trained, attacked and collected: `runs/s`, `results/s`."""
-    base = tmp_path_factory.mktemp("study")
-    command = [
-        sys.executable, ROOT / "scripts" / "train.py", "-m", "study=s", "dataset=digits", "protocol=demo",
-        "protocol.epochs=2", "attack.eps=[0,0.1]", "method=baseline,condlr", "record_every=10",
-    ]  # fmt: skip
-    subprocess.run(command, cwd=base, check=True, capture_output=True, timeout=120)
-    target = base / "results" / "s"
-    target.mkdir(parents=True)
+def made(study):
+    return document(study, PAPER, study.parent.parent / "runs")
+
+
+def make_pages(base):
+    """Two small runs on digits, trained, attacked and collected: `runs/s`, `results/s`.
+
+    And the reports of that study and of a large one with audits and analyses, and what they were made of.
+    """
+    with chdir(base):
+        for method in ("baseline", "condlr"):
+            arguments = ["study=s", "protocol.epochs=2", "record_every=2", f"method={method}"]
+            assert run_script("train", *SMALL, *arguments) == 0
+    small, large = base / "results" / "s", base / "results" / "l"
+    small.mkdir(parents=True)
     for name, rows in collect(base / "runs" / "s").items():
         if rows:
-            write_csv(target / f"{name}.csv", rows)
-    return base
+            write_csv(small / f"{name}.csv", rows)
+    shutil.copytree(ROOT / "results" / "mnist_attacks", large)
+    for study in (small, large):
+        content = made(study)
+        (study / "report.html").write_text(page.render(content))
+        (study / "content.pickle").write_bytes(pickle.dumps(content))
+
+
+@pytest.fixture(scope="session")
+def trained(once):
+    return once("pages", make_pages)
 
 
 @pytest.fixture
 def study(trained, tmp_path):
     """A copy of it to be spoilt; the runs are copied, too."""
-    return Path(shutil.copytree(trained, tmp_path / "copy")) / "results" / "s"
+    shutil.copytree(trained / "runs", tmp_path / "copy" / "runs")
+    return Path(shutil.copytree(trained / "results" / "s", tmp_path / "copy" / "results" / "s"))
 
 
-def made(study):
-    return document(study, PAPER, study.parent.parent / "runs")
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Each figure is a dot: of what is about words, and pictures take their time."""
+
+    def dot(figure, path, **_):
+        Image.new("RGB", (1, 1)).save(path)
+
+    monkeypatch.setattr(Figure, "savefig", dot)
 
 
 @pytest.fixture(scope="module")
 def content(trained):
-    return made(trained / "results" / "s")
+    return pickle.loads((trained / "results" / "s" / "content.pickle").read_bytes())
 
 
 def change(study, name, **columns):
@@ -94,12 +119,6 @@ def change(study, name, **columns):
     pd.read_csv(path).assign(**columns).to_csv(path, index=False)
 
 
-def report(directory, *arguments):
-    command = [sys.executable, ROOT / "scripts" / "report.py", *arguments]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.slow
 def test_both_formats_have_the_same_sections_rows_and_figures(trained, content):
     parsed, text = Parsed(page.render(content)), report_markdown.render(content)
     headings = [section.heading for section in content.sections]
@@ -129,7 +148,7 @@ def test_contents_lead_to_sections_and_nothing_leaves_the_page(content):
     assert "viewport" in {attributes.get("name") for attributes in parsed.all("meta")}
 
 
-def test_the_folder_of_a_run_is_a_link_where_it_is_there(study):
+def test_the_folder_of_a_run_is_a_link_where_it_is_there(undrawn, study):
     first, second = sorted((study.parent.parent / "runs" / "s").glob("lenet5-*"))
     shutil.rmtree(second)
     content = made(study)
@@ -140,7 +159,7 @@ def test_the_folder_of_a_run_is_a_link_where_it_is_there(study):
     assert second.name in report_markdown.render(content)
 
 
-def test_labels_cannot_become_markup(study):
+def test_labels_cannot_become_markup(undrawn, study):
     for name in ("cells", "history", "runs", "steps", "spectra"):
         if (study / f"{name}.csv").exists():
             change(study, name, label="vanilla-<script>alert('x|y')</script>")
@@ -170,7 +189,7 @@ def test_markdown_of_tables_becomes_html():
     assert [a.get("class") for a in parsed.all("td")] == ["long", "long"]
 
 
-def test_a_study_without_runs_says_what_is_unknown(study):
+def test_a_study_without_runs_says_what_is_unknown(undrawn, study):
     (study / "runs.csv").unlink()
     facts = dict(provenance(pd.read_csv(study / "cells.csv"), None, "s").facts())
     assert facts["dates"] == facts["recording condition numbers"] == "not recorded"
@@ -208,7 +227,7 @@ def test_runs_that_are_not_there_are_counted(study):
     assert origin.incomplete == {"CondLR τ=0.1, 50 %": [3]}
 
 
-def test_a_run_that_failed_is_shown_with_its_reason(study):
+def test_a_run_that_failed_is_shown_with_its_reason(undrawn, study):
     cells = pd.read_csv(study / "cells.csv")
     failed = cells["label"].eq("baseline")
     columns = ["attack", "eps", "accuracy", "n", "norm", "seconds"]
@@ -227,7 +246,7 @@ def test_a_run_that_failed_is_shown_with_its_reason(study):
     assert re.search(r"\| Baseline, seed 0 \| failed \| no space \| – \|", text)
 
 
-def test_a_study_of_which_nothing_is_done_has_a_report(study):
+def test_a_study_of_which_nothing_is_done_has_a_report(undrawn, study):
     change(study, "cells", status="running", eps=None, accuracy=None, attack=None)
     content = made(study)
     assert str(content.lead[0]).endswith("No run is done and evaluated yet.")
@@ -235,7 +254,7 @@ def test_a_study_of_which_nothing_is_done_has_a_report(study):
     Parsed(page.render(content))
 
 
-def test_a_study_of_a_matrix_flow_has_a_report(tmp_path):
+def test_a_study_of_a_matrix_flow_has_a_report(undrawn, tmp_path):
     (tmp_path / "f").mkdir()
     settings = Settings(n=9, m=8, rank=3, steps=[1, 4, 16], etas=[0.05], weak=[0.1, 1.0], weak_steps=16)
     frame = pd.DataFrame(errors(settings)).assign(commit="0123456789ab+", torch="2.9")
@@ -258,7 +277,7 @@ def test_a_study_of_a_matrix_flow_has_a_report(tmp_path):
         (lambda study: (study / "runs.csv").write_text("a,b\n1,2\n"), "runs.csv lacks the columns"),
     ],
 )
-def test_what_is_missing_or_damaged_ends_in_one_line(study, spoil, pattern):
+def test_what_is_missing_or_damaged_ends_in_one_line(undrawn, study, spoil, pattern):
     spoil(study)
     with pytest.raises(UserError, match=pattern) as error:
         made(study)
@@ -271,7 +290,7 @@ def test_a_picture_that_is_none_is_named(tmp_path):
         page.picture(tmp_path / "a.png")
 
 
-def test_last_figures_are_of_the_most_images_and_the_largest_strength(study):
+def test_last_figures_are_of_the_most_images_and_the_largest_strength(undrawn, study):
     cells = pd.read_csv(study / "cells.csv")
     fewer = cells.assign(n=10, accuracy=0.1234)
     other = cells[cells["label"].eq("baseline")].assign(attack="pgd50-ce", eps=0.9, accuracy=0.4321)
@@ -288,16 +307,16 @@ def test_durations():
     ]  # fmt: skip
 
 
-@pytest.mark.slow
-def test_the_script_writes_both_files_and_refuses_what_is_not_there(study):
+def test_the_script_writes_both_files_and_refuses_what_is_not_there(script, study, monkeypatch):
     base = study.parent.parent
-    done = report(base, "study=s", f"paper={PAPER}")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["results/s/report.html", "results/s/report.md"]
+    monkeypatch.chdir(base)
+    status, out, err = script("report", "study=s", f"paper={PAPER}")
+    assert status == 0, err
+    assert out.split() == ["results/s/report.html", "results/s/report.md"]
     assert str(base) not in (study / "report.html").read_text() + (study / "report.md").read_text()
-    refused = report(base, "study=other", f"paper={PAPER}")
-    assert (refused.returncode, refused.stdout) == (1, "")
-    assert re.fullmatch(r"error: results/other/cells\.csv is missing.*\n", refused.stderr)
+    status, out, err = script("report", "study=other", f"paper={PAPER}")
+    assert (status, out) == (1, "")
+    assert re.fullmatch(r"error: results/other/cells\.csv is missing.*\n", err)
 
 
 @pytest.fixture(scope="module")
@@ -309,16 +328,11 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def pages(trained, content, tmp_path_factory):
+def pages(trained, content):
     """The report of the small study, and that of a large one with audits and analyses."""
-    large = Path(shutil.copytree(ROOT / "results" / "mnist_attacks", tmp_path_factory.mktemp("large") / "l"))
-    found = {
-        "small": (trained / "results" / "s" / "report.html", content),
-        "large": (large / "report.html", made(large)),
-    }
-    for path, shown in found.values():
-        path.write_text(page.render(shown))
-    return found
+    small, large = (trained / "results" / name for name in "sl")
+    other = pickle.loads((large / "content.pickle").read_bytes())
+    return {"small": (small / "report.html", content), "large": (large / "report.html", other)}
 
 
 @pytest.mark.parametrize("width", [400, 1400])

@@ -334,7 +334,7 @@ def test_a_restored_study_is_as_it_was(script, tmp_path):
     (tmp_path / "results").mkdir()
 
     def made():
-        for name in ("collect", "tables", "figures", "report"):
+        for name in ("collect", "tables", "report"):  # which draws the figures
             status, out, err = script(name, "study=s")
             assert status == 0, out + err
         results = contents(tmp_path / "results" / "s")

@@ -127,10 +127,11 @@ def test_loss_and_accuracy_count_every_image_once(data):
     assert t.history[1]["train_accuracy"] == pytest.approx((t.model(x).argmax(1) == y).float().mean().item())
 
 
+@pytest.mark.slow
 def test_every_method_sees_the_images_in_the_same_order(data, monkeypatch):
     seen = {}
     for name, method in METHODS.items():
-        t = trainer(method, data, epochs=2)
+        t = trainer(method, data, record_every=0, epochs=2)
         labels, step = [], method.step
         with monkeypatch.context() as patch:
             patch.setattr(method, "step", lambda *a, to=labels, step=step: to.append(a[3]) or step(*a))
@@ -146,7 +147,7 @@ def test_every_method_sees_the_images_in_the_same_order(data, monkeypatch):
 # The other forms of Cayley SGD take their time, and differ in rounding or in the first steps alone.
 @pytest.mark.parametrize("name", [name for name in METHODS if name[:7] != "cayley_" or name == "cayley_sgd"])
 def test_every_method_learns(name, data):
-    t = trainer(METHODS[name], data, epochs=32, batch_size=16, lr_milestones=[])
+    t = trainer(METHODS[name], data, record_every=0, epochs=16, batch_size=8, lr_milestones=[])
     t.fit()
     assert t.history[-1]["held_out_accuracy"] >= 0.6
 

@@ -53,6 +53,7 @@ def without_precision(config):
     return config.run_id.removesuffix(config.fingerprint) + fingerprint(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", STUDIES)
 def test_committed_studies_have_the_ids_that_their_configs_have_today(study):
     runs = [config for arguments in STUDIES[study] for config in planned(arguments)]

@@ -15,21 +15,14 @@ import torch
 
 from condlr._support.errors import Interrupted
 from condlr.suite.signals import Signals
-from tests.helpers import ROOT, run_script, wait_for
+from tests.helpers import ROOT, Program, run_script, wait_for
 
 pytestmark = pytest.mark.slow
 
 ARGUMENTS = [
-    "dataset=digits", "dataset.train_images=700", "protocol=demo", "method=condlr", "protocol.epochs=10",
+    "dataset=digits", "dataset.train_images=500", "protocol=demo", "method=condlr", "protocol.epochs=8",
     "attack.eps=[0,0.1]", "device=cpu", "forms=chained",
 ]  # fmt: skip
-
-
-def start(directory, *arguments):
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "train.py"), *ARGUMENTS, *arguments],
-        cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
 
 
 def run_of(directory):
@@ -49,20 +42,23 @@ def outcome(directory):
     return (run / "model.safetensors").read_bytes(), evaluation
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("undisturbed")
+def make_undisturbed(directory):
     with chdir(directory):
         assert run_script("train", *ARGUMENTS) == 0
-    return directory
+
+
+@pytest.fixture(scope="session")
+def undisturbed(once):
+    return once("undisturbed", make_undisturbed)
 
 
 def kill_in_the_middle(directory, number):
-    process = start(directory)
+    process = Program(directory, "train", *ARGUMENTS)
     wait_for(lambda: list(directory.glob("runs/default/*/checkpoint.pt")))
     time.sleep(0.1)
     process.send_signal(number)
-    return process.communicate(timeout=60)[0], process.returncode
+    status, out, err = process.finish()
+    return out + err, status
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(script, undisturbed, tmp_path):
@@ -119,24 +115,25 @@ def test_a_full_disk_is_one_line_and_loses_nothing(undisturbed, tmp_path):
     if mounted.returncode:
         pytest.skip("cannot mount a small file system here")
     try:
-        process = start(tmp_path)
-        out, _ = process.communicate(timeout=120)
-        assert process.returncode == 1
-        assert "error: No space left on device" in out
-        assert "Traceback" not in out
+        status, out, err = Program(tmp_path, "train", *ARGUMENTS).finish()
+        assert status == 1
+        assert "error: No space left on device" in err
+        assert "Traceback" not in out + err
         run = run_of(tmp_path)
         assert not list(run.glob("*partial*"))
         subprocess.run(["mount", "-o", "remount,size=100m", str(small)], check=True)
-        process = start(tmp_path)
-        out, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, out
+        status, out, err = Program(tmp_path, "train", *ARGUMENTS).finish()
+        assert status == 0, out + err
         assert outcome(tmp_path) == outcome(undisturbed)
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
 
 def test_a_stopped_sweep_stops(tmp_path):
-    process = start(tmp_path, "seed=0,1", "--multirun")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), *ARGUMENTS, "seed=0,1", "--multirun"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
     wait_for(lambda: list(tmp_path.glob("runs/default/*/checkpoint.pt")))
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)

@@ -124,6 +124,7 @@ def test_the_rooms_offer_their_files_alone(rooms):
     assert {*available("shifts")} == {"corruptions", "inverted"}
 
 
+@pytest.mark.slow
 def test_one_file_and_one_yaml_go_the_whole_way(script, rooms, tmp_path, monkeypatch):
     assert script("train", "-m", *SMALL, "method=baseline,condlr", "study=s")[0] == 0
     runs = {path.name.split("-")[2]: path for path in (tmp_path / "runs" / "s").glob("lenet5-*")}

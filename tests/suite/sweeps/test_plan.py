@@ -71,6 +71,7 @@ def ask(script, tmp_path, monkeypatch):
     plan.of_experiment.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_all_who_ask_get_one_answer(ask, tmp_path, way):
     params, arguments, count = WAYS[way]
@@ -93,6 +94,7 @@ def test_all_who_ask_get_one_answer(ask, tmp_path, way):
     assert sorted(rows) == sorted((run.label, run.compression, run.epochs) for run in untouched.runs)
 
 
+@pytest.mark.slow
 def test_provenance_asks_for_the_same_runs(ask, monkeypatch):
     ask.experiment("first", "{row: 'glob(vanilla-*)', seed: range(3)}", study="study")
     ask.experiment("second", "{method: baseline, seed: 'choice(0,1)'}", study="study")
@@ -109,6 +111,7 @@ def test_provenance_asks_for_the_same_runs(ask, monkeypatch):
     assert provenance(cells, None, "nobody's").planned is None
 
 
+@pytest.mark.slow
 def test_several_experiments_are_the_runs_of_each(ask):
     ask.experiment("first", "{row: 'baseline,vanilla-c0.5'}")
     ask.experiment("second", "{method: vanilla, seed: range(3)}")

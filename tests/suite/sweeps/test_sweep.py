@@ -14,24 +14,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 
 from condlr._support.errors import Interrupted, UserError
 from condlr._support.files import read_csv
 from condlr._support.locks import owners
+from condlr.suite.config import CONF, check
 from condlr.suite.runs import Run
 from condlr.suite.signals import Signals
 from condlr.suite.sweeps import jobs
 from condlr.suite.sweeps.estimate import Pace
 from condlr.suite.sweeps.processes import Killed, call_apart
 from condlr.suite.sweeps.sweep import StudySweeper
-from tests.helpers import ROOT, SMALL, at_once, complains, wait_for
+from tests.helpers import ROOT, SMALL, Program, at_once, complains, wait_for
 
 pytestmark = pytest.mark.slow
 
 LONG = [
-    "dataset=digits", "dataset.train_images=800", "protocol=demo", "method=condlr", "protocol.epochs=12",
+    "dataset=digits", "dataset.train_images=500", "protocol=demo", "method=condlr", "protocol.epochs=10",
     "attack.eps=[0,0.1]", "forms=multiplied", "device=cpu", "study=s",
 ]  # fmt: skip
 TOGETHER = ["hydra/launcher=several", "hydra.launcher.n_jobs=2"]
@@ -67,26 +69,27 @@ def lives(pid):
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.mark.parametrize("launcher", [[], TOGETHER])
-def test_a_killed_run_costs_no_other_and_goes_on_at_the_next_start(script, tmp_path, launcher):
+@pytest.mark.parametrize(("launcher", "runs"), [([], 2), (TOGETHER, 3)], ids=["one by one", "several"])
+def test_a_killed_run_costs_no_other_and_goes_on_at_the_next_start(script, tmp_path, launcher, runs):
+    sweep = ["train", "-m", f"seed=range({runs})", *launcher, *LONG]
     with at_once(lambda: at_work(tmp_path, 0), lambda found: os.kill(found[1], signal.SIGKILL)):
-        status, out, err = script("train", "-m", "seed=0,1,2", *launcher, *LONG)
+        status, out, err = script(*sweep)
     (run,) = (tmp_path / "runs" / "s").glob("*-s0-*")
     assert "Traceback" not in out + err
     assert status == 1
-    assert "runs/s: 3 runs: 2 done, 1 failed" in out
+    assert f"runs/s: {runs} runs: {runs - 1} done, 1 failed" in out
     assert re.search(r"failed  CondLR τ=0.1 50 %, seed 0: .* killed by SIGKILL.*; log: \S+/train.log", out)
-    assert "error: 1 of 3 runs are not done" in err
+    assert f"error: 1 of {runs} runs are not done" in err
     assert Run(run).info["status"] == "failed"
     assert "killed by SIGKILL" in Run(run).info["reason"]
     assert "killed by SIGKILL" in (run / "train.log").read_text()
     assert not list((tmp_path / "runs").rglob("lock-*"))
-    status, out, err = script("train", "-m", "seed=0,1,2", *launcher, *LONG)
+    status, out, err = script(*sweep)
     assert "Traceback" not in out + err
     assert status == 0, out
-    assert "3 runs, 1 to do" in out
+    assert f"{runs} runs, 1 to do" in out
     assert "goes on from epoch" in out
-    assert "3 runs: 1 done, 2 skipped" in out
+    assert f"{runs} runs: 1 done, {runs - 1} skipped" in out
     assert Run(run).info["attempts"] == 2
 
 
@@ -101,7 +104,7 @@ def test_a_run_that_is_stopped_from_outside_stops_alone(script, tmp_path):
 
 
 def test_two_commands_never_train_one_run(script, tmp_path):
-    first = start(tmp_path, "seed=0")
+    first = Program(tmp_path, "train", "seed=0", *LONG)
     run, pid = at_work(tmp_path, 0)
     os.kill(pid, signal.SIGSTOP)  # lest it is done too soon
     status, _, err = script("train", "seed=0", *LONG)
@@ -113,22 +116,22 @@ def test_two_commands_never_train_one_run(script, tmp_path):
     assert "2 runs: 1 done, 1 at work elsewhere" in out
     assert f"at work elsewhere  CondLR τ=0.1 50 %, seed 0: process {pid} on" in out
     os.kill(pid, signal.SIGCONT)
-    assert finish(first)[0] == 0
+    status, out, err = first.finish()
+    assert "Traceback" not in out + err
+    assert status == 0
     assert Run(run).info["attempts"] == 1
     assert not list((tmp_path / "runs").rglob("lock-*"))
 
 
 @pytest.mark.parametrize("launcher", [[], TOGETHER])
 def test_without_its_parent_a_run_stops_with_a_checkpoint(script, tmp_path, launcher):
-    sweep = start(tmp_path, "-m", "seed=0,1", *launcher)
+    sweep = Program(tmp_path, "train", "-m", "seed=0,1", *launcher, *LONG)
     run, pid = at_work(tmp_path, 0)
-    sweep.kill()
+    sweep.send_signal(signal.SIGKILL)
     sweep.wait()
     wait_for(lambda: not lives(pid), seconds=60)
     assert Run(run).status == "interrupted"
     assert not owners(run)
-    sweep.stdout.close()
-    sweep.stderr.close()
     status, out, err = script("train", "-m", "seed=0,1", *LONG)
     assert "Traceback" not in out + err
     assert status == 0, out
@@ -159,9 +162,11 @@ def test_a_config_that_cannot_be_stops_a_sweep_before_its_first_run(script, tmp_
 
 def test_what_is_in_the_way_of_a_run_costs_no_other(script, tmp_path):
     arguments = ["-m", *SMALL, "method=baseline", "seed=0,1,2", "study=a"]
-    assert script("train", *arguments, "attack.eps=[0]")[0] == 0
-    names = sorted(path.name for path in (tmp_path / "runs" / "a").glob("lenet5-*"))
-    shutil.rmtree(tmp_path / "runs" / "a")
+    with initialize_config_dir(str(CONF), version_base=None):
+        names = [
+            check(compose("train", [*SMALL, "method=baseline", f"seed={seed}", "study=a"])).run_id
+            for seed in range(3)
+        ]
     (tmp_path / "runs" / "a" / names[1] / "train.log").mkdir(parents=True)
     (tmp_path / "runs" / "a" / names[2]).touch()
     status, out, err = script("train", *arguments)
@@ -284,8 +289,7 @@ def test_the_reason_of_this_start_is_told(script, tmp_path):
     assert "failed  Baseline, seed 0: trained, but not evaluated: attack.source: nowhere" in out
 
 
-@pytest.mark.parametrize("launcher", [[], TOGETHER])
-def test_a_done_run_without_its_weights_is_done(script, tmp_path, launcher):
+def test_a_done_run_without_its_weights_is_done(script, tmp_path):
     sweep = ["-m", *SMALL, "method=baseline,vanilla", "attack.images=40", "study=a"]
     assert script("train", *sweep)[0] == 0
     (dense,) = (tmp_path / "runs" / "a").glob("*-baseline-*")
@@ -298,7 +302,7 @@ def test_a_done_run_without_its_weights_is_done(script, tmp_path, launcher):
         return {path: path.read_bytes() for path in files}
 
     before = kept()
-    status, out, _ = script("train", *sweep, *launcher)
+    status, out, _ = script("train", *sweep)
     assert status == 0
     assert "2 runs: 2 skipped" in out
     one = [word.replace("baseline,vanilla", "baseline") for word in sweep[1:]]
@@ -308,7 +312,7 @@ def test_a_done_run_without_its_weights_is_done(script, tmp_path, launcher):
 
     missing = "model.safetensors is missing: bring these weights back, or remove"
     complains(script("train", *one, "attack.eps=[0.3]"), missing)
-    status, out, err = script("train", *sweep, *launcher, "attack.eps=[0.3]")
+    status, out, err = script("train", *sweep, *TOGETHER, "attack.eps=[0.3]")
     assert status == 1
     assert "2 runs, 1 to do" in out, "it is not launched"
     assert "2 runs: 1 done, 1 without weights" in out
@@ -318,7 +322,7 @@ def test_a_done_run_without_its_weights_is_done(script, tmp_path, launcher):
     assert before == kept()
     # A run that borrows images of it fails alone
     status, out, _ = script(
-        "train", *sweep, *launcher, "attack=transfer", "attack.steps=1", "attack.eps=[0.1]"
+        "train", *sweep, *TOGETHER, "attack=transfer", "attack.steps=1", "attack.eps=[0.1]"
     )
     assert status == 1
     assert "2 runs: 1 without weights, 1 failed" in out
@@ -589,14 +593,14 @@ def test_what_hydra_says_of_a_job_can_be_a_value(script, tmp_path):
 
 
 def test_runs_below_a_directory_of_any_name(script, tmp_path):
-    for name in ("runs [a] x=1, ü", "{b}, (c) *?"):
-        few = ["-m", *SMALL, f"runs_dir='{name}'", "study=s", "method=baseline", "seed=0,1", *TOGETHER]
-        assert script("train", *few)[0] == 0
-        found = sorted((tmp_path / name / "s").glob("lenet5-*"))
-        attack = ["attack=noise", "attack.images=20", "attack.eps=[0.1]"]
-        assert script("evaluate", f"run='{found[0].relative_to(tmp_path)}'", *attack)[0] == 0
-        status, out, err = script("evaluate", f"run='{tmp_path}/{name}/s/*-s[01]-*'", *attack)
-        assert status == 0, err
-        assert out.count("noise 0.1") == 2
-        complains(script("evaluate", f"run='{name}/s'"), "is not a run: give a run in it")
-        assert script("status", f"runs_dir='{name}'", "study=s")[0] == 0
+    name = "runs [a] x=1, ü {b}, (c) *?"
+    few = ["-m", *SMALL, f"runs_dir='{name}'", "study=s", "method=baseline", "seed=0,1", *TOGETHER]
+    assert script("train", *few)[0] == 0
+    found = sorted((tmp_path / name / "s").glob("lenet5-*"))
+    attack = ["attack=noise", "attack.images=20", "attack.eps=[0.1]"]
+    assert script("evaluate", f"run='{found[0].relative_to(tmp_path)}'", *attack)[0] == 0
+    status, out, err = script("evaluate", f"run='{tmp_path}/{name}/s/*-s[01]-*'", *attack)
+    assert status == 0, err
+    assert out.count("noise 0.1") == 2
+    complains(script("evaluate", f"run='{name}/s'"), "is not a run: give a run in it")
+    assert script("status", f"runs_dir='{name}'", "study=s")[0] == 0
