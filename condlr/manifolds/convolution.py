@@ -105,6 +105,87 @@ def circular_singular_values(kernel: Tensor, size: Pair, stride: Pair = 1, dilat
     return torch.cat([values, mirrored], 1)
 
 
+def frame_bounds(kernel: Tensor, size: Pair, stride: Pair = 1, dilation: Pair = 1) -> tuple[float, float]:
+    """The frame bounds A*, B* of the convolution of a periodic image, exactly.
+
+    They are the smallest and the largest eigenvalue of W^T W, or of W W^T where that is the smaller matrix:
+    the squares of the extreme singular values of the operator W.
+
+    Args:
+        kernel, size, stride, dilation: see `circular_singular_values`. Where the stride does not divide the
+            size, the operator is made dense.
+
+    Raises:
+        ValueError: a bad shape, or an operator whose smaller side is above `DENSE_LIMIT`.
+    """
+    height, width = _pair("size", size)
+    rows, columns = _pair("stride", stride)
+    if height % rows == 0 and width % columns == 0:
+        values = circular_singular_values(kernel, size, stride, dilation)
+        return values.min().item() ** 2, values.max().item() ** 2
+    K, spread = _kernel(kernel), _pair("dilation", dilation)
+    outputs = K.shape[0] * -(-height // rows) * -(-width // columns)
+    smaller = min(outputs, K.shape[1] * height * width)
+    if smaller > DENSE_LIMIT:
+        raise ValueError(
+            f"a stride of {(rows, columns)} does not divide a size of {(height, width)}, and the operator is "
+            f"too large to be made dense: its smaller side is {smaller}, above {DENSE_LIMIT}"
+        )
+    down, right = (
+        torch.arange(n + d * (k - 1), device=K.device) % n
+        for n, d, k in zip((height, width), spread, K.shape[2:], strict=True)
+    )
+    values = torch.linalg.svdvals(
+        _matrix(
+            lambda x: F.conv2d(x[:, :, down][..., right], K, None, (rows, columns), 0, spread),
+            (K.shape[1], height, width),
+            K,
+        )
+    )
+    return values[-1].item() ** 2, values[0].item() ** 2
+
+
+def padded_frame_bounds(
+    kernel: Tensor,
+    size: Pair,
+    stride: Pair = 1,
+    padding: Padding = 0,
+    dilation: Pair = 1,
+    restarts: int = 5,
+) -> tuple[float, float, float]:
+    """The frame bounds of a zero-padded convolution: A*, estimated, the residual of that, and B*, a bound.
+
+    B* is the square of `padded_bound`. A* comes from Lanczos on B* I - G, G the smaller Gram matrix. It is
+    never below the smallest eigenvalue of G but for rounding, and some eigenvalue of G lies within the
+    residual of it, though perhaps not the smallest: it is no bound.
+
+    Args:
+        kernel, size, stride, padding, dilation: as for `padded_norm`.
+        restarts: how many times Lanczos continues from its best vector, unless it has converged to 1e-9 B*.
+
+    Raises:
+        ValueError: a bad shape, or a kernel that is larger than the padded image.
+    """
+    operator = convolution(kernel, size, stride, padding, dilation)
+    B = padded_bound(kernel, size, padding, stride, dilation) ** 2
+    gram, shape = operator.gram()
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(1, math.prod(shape), generator=generator, dtype=torch.float64)
+    vector = vector.to(operator.kernel.device)
+    if not B:
+        return 0.0, 0.0, 0.0
+
+    def rest(z: Tensor) -> Tensor:
+        return B * z - gram(z.view(-1, *shape)).flatten(1)
+
+    value = residual = vector.new_zeros(1)
+    for _ in range(restarts + 1):
+        value, vector, residual = _lanczos(rest, vector, 1e-9, 200)
+        if residual.item() <= 1e-9 * B:
+            break
+    return max(B - value.item(), 0.0), residual.item(), B
+
+
 def padded_bound(
     kernel: Tensor, size: Pair, padding: Padding = 0, stride: Pair = 1, dilation: Pair = 1
 ) -> float:

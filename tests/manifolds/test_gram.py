@@ -5,7 +5,13 @@ from itertools import product
 import pytest
 import torch
 
-from condlr.manifolds.convolution import _matrix, circular_singular_values, convolution
+from condlr.manifolds.convolution import (
+    _matrix,
+    circular_singular_values,
+    convolution,
+    frame_bounds,
+    padded_frame_bounds,
+)
 from condlr.manifolds.gram import gram, smaller_side
 from tests.manifolds.convolutions import circular
 
@@ -113,3 +119,27 @@ def test_the_singular_values_of_a_periodic_image(out, into, size, stride, dilati
         wanted = torch.linalg.svdvals(circular(kernel, torus, stride, dilation))
         found = circular_singular_values(kernel, torus, stride, dilation).flatten()
         torch.testing.assert_close(found.sort(descending=True).values, wanted)
+
+
+@cases
+def test_frame_bounds_of_a_periodic_image(out, into, size, stride, dilation, image):
+    """Also where the stride does not divide the image."""
+    kernel = kernel_of(out, into, size)
+    for torus in ((6, 6), (7, 5)):
+        values = torch.linalg.svdvals(circular(kernel, torus, stride, dilation)).square()
+        found = frame_bounds(kernel, torus, stride, dilation)
+        assert found == pytest.approx((values.min().item(), values.max().item()), rel=1e-9, abs=1e-12)
+    with pytest.raises(ValueError, match="too large to be made dense"):
+        frame_bounds(torch.ones(64, 64, 3, 3), 33, 2)
+
+
+@cases
+def test_frame_bounds_of_a_padded_image(out, into, size, stride, dilation, image):
+    kernel, padding = kernel_of(out, into, size), [k // 2 for k in size]
+    operator = convolution(kernel, image, stride, padding, dilation)
+    values = torch.linalg.svdvals(_matrix(operator.apply, operator.domain, kernel)).square()
+    A, residual, B = padded_frame_bounds(kernel, image, stride, padding, dilation)
+    assert values.max() <= B
+    assert values.min().item() - 1e-9 * B <= A
+    assert (values - A).abs().min().item() <= residual + 1e-9 * B
+    assert padded_frame_bounds(0 * kernel, image, stride, padding, dilation) == (0, 0, 0)
