@@ -64,7 +64,9 @@ class StiefelDescent(Baseline, ABC):
         return self.qr_period == 0  # a graph would not see the count of steps
 
     @override
-    def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
+    def optimizer(
+        self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0
+    ) -> torch.optim.Optimizer:
         held = [*self.held(model).values()]
         if not held:
             raise ValueError("this network has no weight that can be kept on the Stiefel manifold")
@@ -75,7 +77,7 @@ class StiefelDescent(Baseline, ABC):
         optimizer = torch.optim.SGD(
             [
                 {"params": held, "momentum": momentum if self.momentum == "active" else 0.0},
-                *([{"params": others, "momentum": momentum}] if others else []),
+                *([{"params": others, "momentum": momentum, "weight_decay": weight_decay}] if others else []),
             ],
             lr=lr,
             foreach=True,

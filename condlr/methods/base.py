@@ -71,9 +71,13 @@ class Method:
             return model
         return factorize(model, ranks=ranks, init=scheme.init, decay=scheme.decay, core=core)
 
-    def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
+    def optimizer(
+        self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0
+    ) -> torch.optim.Optimizer:
         """A plain optimiser, with constraints as step hooks. Default: SGD with momentum."""
-        return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, foreach=True)
+        return torch.optim.SGD(
+            model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, foreach=True
+        )
 
     def begin_epoch(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, epochs: int

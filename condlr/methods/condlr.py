@@ -71,8 +71,10 @@ class CondLR(Method):
         return not by_qr and (self.tau <= 1 or self.preconditioner == "scalar")
 
     @override
-    def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
-        optimizer = super().optimizer(model, lr, momentum)
+    def optimizer(
+        self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0
+    ) -> torch.optim.Optimizer:
+        optimizer = super().optimizer(model, lr, momentum, weight_decay)
         self._constraint = Constraint(optimizer, model, self._options())
         return optimizer
 

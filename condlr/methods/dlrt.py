@@ -75,10 +75,12 @@ class Dlrt(Method):
         return factorize(model, ranks=ranks, init=scheme.init, decay=scheme.decay) if ranks else model
 
     @override
-    def optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
+    def optimizer(
+        self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0
+    ) -> torch.optim.Optimizer:
         if not low_rank_layers(model):
             raise ValueError("this network has no layer that DLRT can factor")
-        return super().optimizer(model, lr, momentum)
+        return super().optimizer(model, lr, momentum, weight_decay)
 
     @override
     def step(

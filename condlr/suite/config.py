@@ -59,7 +59,8 @@ class Protocol:
     Attributes:
         name: `paper`, `released_code`, `demo` or a user's own.
         epochs, batch_size: as usual; the last, smaller batch of an epoch is used.
-        lr, momentum: of SGD.
+        lr, momentum, weight_decay: of SGD; a null weight_decay is none. Weights that a method keeps
+            orthonormal are not decayed: that would change their length alone.
         lr_milestones, lr_factor: at each milestone (an epoch, counted from 0) lr is multiplied by the
             factor.
         held_out: fraction of the training images kept for validation.
@@ -86,12 +87,15 @@ class Protocol:
     clamp: bool
     methods: dict[str, dict[str, Any]]
     decay: float | None = None
+    weight_decay: float | None = None
 
     def __post_init__(self) -> None:
         in_range("epochs", self.epochs, 1, math.inf)
         in_range("batch_size", self.batch_size, 1, math.inf)
         in_range("lr", self.lr, 0, math.inf, half_open=True)
         in_range("momentum", self.momentum, 0, 1, half_open=True)
+        if self.weight_decay is not None:
+            in_range("weight_decay", self.weight_decay, 0, math.inf, half_open=True)
         in_range("lr_factor", self.lr_factor, 0, math.inf, half_open=True)
         in_range("batch_norm_momentum", self.batch_norm_momentum, 0, 1)
         one_of("augmentation", self.augmentation, AUGMENTATIONS)

@@ -96,7 +96,10 @@ class Trainer:
     penalty: Penalty | None = None
 
     def __post_init__(self) -> None:
-        self.optimizer = self.method.optimizer(self.model, self.protocol.lr, self.protocol.momentum)
+        # A method that overrides `optimizer` need not know of weight decay unless it is asked for
+        decay = self.protocol.weight_decay
+        keys = {} if decay is None else {"weight_decay": decay}
+        self.optimizer = self.method.optimizer(self.model, self.protocol.lr, self.protocol.momentum, **keys)
         self.device = self.data.train.pixels.device
         require(self.precision, self.device)
         if self.penalty:

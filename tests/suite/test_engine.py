@@ -99,7 +99,9 @@ def test_records_within_epochs(data):
     method = METHODS["vanilla"]
     t = trainer(method, data, epochs=3)
     taken = t._take_step
-    t._take_step = lambda *batch: taken(*batch) or losses.append((float(t.totals.loss), t.totals.images))  # type: ignore[method-assign]
+    t._take_step = lambda *batch, **keys: (
+        taken(*batch, **keys) or losses.append((float(t.totals.loss), t.totals.images))
+    )  # type: ignore[method-assign]
     t.fit()
     assert [row["step"] for row in t.records] == [0, 3, 6, 9, 12]
     assert [row["epoch"] for row in t.records] == [0, 0, 1, 2, 2]
