@@ -161,6 +161,8 @@ class ResNetOptions(Architecture):
 
     Attributes:
         width: of the first convolution and the first stage; the later stages are 2, 4 and 8 times as wide.
+            At least 16: for a strided 1 x 1 convolution of fewer channels PyTorch's CPU build writes past a
+            buffer (github.com/uxlfoundation/oneDNN/issues/6035).
     """
 
     block: ClassVar[type[Block]]
@@ -170,7 +172,7 @@ class ResNetOptions(Architecture):
     batch_norm_momentum: float = 0.1
 
     def __post_init__(self) -> None:
-        in_range("width", self.width, 1, 2**14)
+        in_range("width", self.width, 16, 2**14)
         in_range("batch_norm_momentum", self.batch_norm_momentum, 0, 1)
 
     @override

@@ -219,3 +219,27 @@ def test_on_a_gpu(name, data):
     t = Trainer(model, method, data.to(torch.device("cuda")), protocol(epochs=2), seed=0)
     t.fit()
     assert torch.isfinite(torch.tensor(t.history[-1]["train_loss"]))
+
+
+@pytest.mark.parametrize("name", ["baseline", "condlr", "dlrt", "projected_sgd"])
+def test_weight_decay_is_that_of_sgd(name, data):
+    """It pulls each weight towards 0 that a method does not keep orthonormal."""
+    ends, rate, decay = {}, 0.01, 0.5
+
+    def stop(t):
+        raise Stop
+
+    for weight_decay in (None, decay):
+        run = trainer(METHODS[name], data, lr=rate, momentum=0.0, weight_decay=weight_decay)
+        start = {key: value.clone() for key, value in run.model.state_dict().items()}
+        with pytest.raises(Stop):
+            run.fit(on_batch=stop)
+        ends[weight_decay] = run.model.state_dict()
+    # fc2 is dense and free in all of them but the last, where its weight is kept orthonormal
+    free = "fc2.bias" if name == "projected_sgd" else "fc2.weight"
+    torch.testing.assert_close(ends[decay][free], ends[None][free] - rate * decay * start[free])
+    if name == "projected_sgd":
+        torch.testing.assert_close(ends[decay]["fc1.weight"], ends[None]["fc1.weight"])
+    if name == "condlr":
+        for factor in ("U", "Vt"):
+            torch.testing.assert_close(ends[decay][f"fc1.{factor}"], ends[None][f"fc1.{factor}"])
