@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 from hydra.core.config_store import ConfigStore
@@ -201,6 +203,10 @@ def register() -> None:
     # Every program that uses Hydra would import a file there, so this module gets a second name instead.
     # Processes of a launcher find the classes by it too: they import condlr.suite.cli, which calls this,
     # before they unpickle what Hydra sends them.
+    package = _PLUGIN.partition(".")[0]
+    if package not in sys.modules and find_spec(package) is None:  # no plugin of Hydra is installed
+        sys.modules[package] = ModuleType(package)
+        sys.modules[package].__path__ = []
     sys.modules[_PLUGIN] = sys.modules[__name__]
     for name, sweeper in (("study", StudySweeper), ("plan", PlanSweeper)):
         sweeper.__module__ = _PLUGIN

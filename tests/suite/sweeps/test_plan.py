@@ -1,6 +1,8 @@
 """The plan of a study: a sweep, an estimate, the status and the provenance give one answer."""
 
 import re
+import subprocess
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from condlr.suite.sweeps import plan
 from condlr.suite.sweeps.estimate import Pace
 from condlr.suite.sweeps.plan import experiments_of, of_experiment, of_experiments
 from condlr.suite.sweeps.status import survey
-from tests.helpers import SMALL, complains
+from tests.helpers import ROOT, SMALL, complains
 
 # What an experiment sweeps over, the arguments given beside it, and how many runs that makes.
 WAYS = {
@@ -140,3 +142,23 @@ def test_an_interval_has_no_single_values(script):
     complains(
         script("train", "-m", *SMALL, "protocol.lr=interval(0,1)"), r"lr=interval\(0,1\): a sweep needs"
     )
+
+
+@pytest.mark.slow
+def test_the_sweeper_needs_no_other_plugin_of_hydra(tmp_path):
+    """Where none is installed the package hydra_plugins does not exist."""
+    program = (
+        "import sys\n"
+        "from importlib.machinery import PathFinder\n"
+        "class Hidden(PathFinder):\n"
+        "    @classmethod\n"
+        "    def find_spec(cls, name, path=None, target=None):\n"
+        "        return None if name == 'hydra_plugins' else super().find_spec(name, path, target)\n"
+        "sys.meta_path[sys.meta_path.index(PathFinder)] = Hidden\n"
+        "sys.argv = ['train', '-m', 'dataset=digits', 'model=lenet5', 'protocol=demo', 'protocol.epochs=1',\n"
+        "            'attack.eps=[0]', 'dataset.train_images=50', 'seed=0,1']\n"
+        f"import runpy; runpy.run_path({str(ROOT / 'scripts' / 'train.py')!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 runs: 2 done" in done.stdout + done.stderr
