@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
+from condlr._support.modes import in_eval_mode
 from condlr.layers import LowRankConv2d
 
 
@@ -14,6 +16,28 @@ def blank(model: nn.Module, shape: Sequence[int]) -> Tensor:
     """An input of zeros, (1, *shape), with the device and dtype of a network's weights."""
     like = next(chain(model.parameters(), model.buffers()), torch.empty(0))
     return torch.zeros(1, *shape, device=like.device, dtype=like.dtype)
+
+
+@torch.no_grad()
+def input_sizes(model: nn.Module, shape: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """(H, W) of each convolution's input, at its first call."""
+    sizes: dict[str, tuple[int, int]] = {}
+
+    def note(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        sizes.setdefault(name, (inputs[0].shape[-2], inputs[0].shape[-1]))
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(note, name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d | LowRankConv2d)
+    ]
+    try:
+        with in_eval_mode(model):
+            model(blank(model, shape))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sizes
 
 
 def obstacle(layer: nn.Conv2d | LowRankConv2d) -> str | None:

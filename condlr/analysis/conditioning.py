@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from condlr._support.modes import in_eval_mode
-from condlr.analysis._layers import blank, compact_kernel, obstacle
+from condlr.analysis._layers import compact_kernel, input_sizes, obstacle
 from condlr.analysis.base import Analysis, Trained
 from condlr.layers import LowRank, LowRankConv2d
 from condlr.manifolds.convolution import (
@@ -114,7 +113,7 @@ def conditioning(
         shape: of one input, (channels, height, width) for images.
         dense_limit: see cond_padded.
     """
-    sizes = _input_sizes(model, shape)
+    sizes = input_sizes(model, shape)
     conditions = layer_conditions(model)
     rows = []
     for name, layer in model.named_modules():
@@ -122,28 +121,6 @@ def conditioning(
             row = _matrix_columns(name, layer) | {"cond_matrix": conditions[name]}
             rows.append(row | _operator_columns(layer, sizes.get(name), dense_limit))
     return rows
-
-
-@torch.no_grad()
-def _input_sizes(model: nn.Module, shape: Sequence[int]) -> dict[str, tuple[int, int]]:
-    """(H, W) of each convolution's input, at its first call."""
-    sizes: dict[str, tuple[int, int]] = {}
-
-    def note(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        sizes.setdefault(name, (inputs[0].shape[-2], inputs[0].shape[-1]))
-
-    hooks = [
-        layer.register_forward_pre_hook(partial(note, name))
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Conv2d | LowRankConv2d)
-    ]
-    try:
-        with in_eval_mode(model):
-            model(blank(model, shape))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sizes
 
 
 @torch.no_grad()

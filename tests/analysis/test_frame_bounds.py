@@ -1,0 +1,55 @@
+"""Frame bounds of a network's convolutions."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from condlr.analysis.frame_bounds import FrameBounds
+from condlr.data.base import Data, Images
+from condlr.factorization import factorize
+from condlr.manifolds.convolution import _matrix, convolution
+from tests.manifolds.convolutions import circular
+
+
+class Given:
+    def __init__(self, model, size=8):
+        images = Images(torch.zeros(2, 3, size, size, dtype=torch.uint8), torch.zeros(2, dtype=torch.long))
+        self.model, self.data = model, Data(images, images, 2)
+
+
+def test_each_convolution_that_the_network_calls():
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, 2, padding=1), nn.Flatten(), nn.Linear(64, 2)
+    ).double()
+    sides = {"0": "columns", "1": "rows"}
+    rows = {row["layer"]: row for row in FrameBounds().rows(Given(net))}
+    assert {name: row["side"] for name, row in rows.items()} == sides
+    for name, row in rows.items():
+        layer = net.get_submodule(name)
+        W = circular(layer.weight.detach(), (8, 8), layer.stride)
+        values = torch.linalg.svdvals(W).square()
+        assert (row["A_circular"], row["B_circular"]) == pytest.approx((values[-1].item(), values[0].item()))
+        assert row["ratio"] == pytest.approx((values[0] / values[-1]).item())
+        operator = convolution(layer.weight, 8, layer.stride, layer.padding, 1)
+        padded = torch.linalg.svdvals(_matrix(operator.apply, operator.domain, operator.kernel)).square()
+        assert padded.max() <= row["B_padded"]
+        assert (padded - row["A_padded"]).abs().min() <= row["residual"] + 1e-9
+
+
+def test_a_layer_of_low_rank_is_no_frame():
+    net = factorize(nn.Sequential(nn.Conv2d(3, 6, 3, padding=1)), ranks={"0": 2})
+    (row,) = FrameBounds().rows(Given(net))
+    assert row["ratio"] == math.inf
+    assert row["A_circular"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_stride_that_does_not_divide_a_large_image_leaves_the_circular_columns_empty():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 2))
+    (row,) = FrameBounds().rows(Given(net, 65))
+    assert row["A_circular"] is None
+    assert row["B_padded"] > 0
+    net[0].weight.data[0] = math.nan
+    (row,) = FrameBounds().rows(Given(net, 65))
+    assert math.isnan(row["B_padded"])
