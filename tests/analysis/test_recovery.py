@@ -1,0 +1,72 @@
+"""What layers keep of their inputs, beside pseudo-inverses of explicit matrices."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from condlr.analysis.recovery import Recovery, least_squares
+from condlr.data.base import Data, Images
+from condlr.factorization import factorize
+from condlr.manifolds.convolution import _matrix, convolution
+
+
+def given(model, size=6):
+    pixels = torch.randint(0, 256, (5, 3, size, size), dtype=torch.uint8)
+    images = Images(pixels, torch.zeros(5, dtype=torch.long))
+    return SimpleNamespace(model=model, data=Data(images, images, 2), test_images=5)
+
+
+@pytest.mark.parametrize(("out", "into", "stride"), [(8, 3, 1), (3, 3, 1), (2, 4, 1), (6, 3, 2)])
+def test_the_shortest_least_squares_solution(out, into, stride):
+    kernel = torch.randn(out, into, 3, 3, dtype=torch.float64)
+    operator = convolution(kernel, 6, stride, 1, 1)
+    W = _matrix(operator.apply, operator.domain, kernel).mT
+    y = torch.randn(4, *operator.range, dtype=torch.float64)
+    wanted = (torch.linalg.pinv(W) @ y.flatten(1).mT).mT
+    found = least_squares(operator, y, 2000).flatten(1)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_errors_are_those_of_the_projection_on_the_row_space():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 3, 2), nn.Flatten(), nn.Linear(8, 20)
+    )
+    network = given(net)
+    rows = {row["layer"]: row for row in Recovery(images=4, iterations=3000).rows(network)}
+    assert [*rows] == ["0", "2", "4"]
+    x = network.data.test.pixels[:4].double() / 255
+    double = nn.Sequential(*net).double()
+    for place, name in enumerate("024"):
+        layer = double.get_submodule(name)
+        if isinstance(layer, nn.Conv2d):
+            operator = convolution(layer.weight, x.shape[-1], layer.stride, layer.padding, 1)
+            W = _matrix(operator.apply, operator.domain, operator.kernel).mT
+        else:
+            W = layer.weight.detach()
+        flat = x.flatten(1).mT
+        lost = (torch.linalg.pinv(W) @ W @ flat - flat).norm(dim=0) / flat.norm(dim=0)
+        assert rows[name]["error"] == pytest.approx(lost.mean().item(), rel=1e-3, abs=1e-5)
+        assert rows[name]["misfit"] < 1e-6
+        with torch.no_grad():
+            x = double[2 * place : 2 * place + 2](x) if place < 2 else x
+    assert rows["2"]["error"] > 0.1, "eight channels onto two, with a stride"
+    assert rows["4"]["error"] < 1e-4, "8 values to 20 lose nothing"
+
+
+def test_an_orthogonal_layer_is_recovered_at_once_and_one_of_low_rank_never():
+    net = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False))
+    nn.init.orthogonal_(net[0].weight)
+    (row,) = Recovery(images=3, iterations=1).rows(given(net))
+    assert row["error"] < 1e-6
+    low = factorize(net, ranks={"0": 1})
+    (row,) = Recovery(images=3, iterations=100).rows(given(low))
+    assert row["error"] > 0.01 and row["misfit"] < 1e-6
+
+
+def test_wrong_keys_are_named():
+    with pytest.raises(ValueError, match="iterations must be in"):
+        Recovery(iterations=0)
+    with pytest.raises(ValueError, match="images=9, but there are only 5"):
+        Recovery(images=9).require(given(nn.Sequential(nn.Conv2d(3, 3, 1))))
