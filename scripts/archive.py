@@ -6,7 +6,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from condlr.suite.cli import command
-from condlr.suite.config import Collection, typed
+from condlr.suite.programs import Collection
+from condlr.suite.values import typed
 
 
 @command("archive")

@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 
 from condlr._support.errors import UserError
 from condlr.suite.cli import command
-from condlr.suite.config import Benchmark, typed
+from condlr.suite.programs import Benchmark
+from condlr.suite.values import typed
 
 
 @command("benchmark")

@@ -10,7 +10,8 @@ from condlr._support.errors import UserError
 from condlr._support.files import write_csv
 from condlr.suite.cli import command
 from condlr.suite.collecting import collect, nothing_to_show
-from condlr.suite.config import Collection, typed
+from condlr.suite.programs import Collection
+from condlr.suite.values import typed
 
 
 @command("collect")

@@ -14,8 +14,10 @@ from rich.console import Console
 
 from condlr._support.errors import NoWeights, UserError
 from condlr.suite.cli import command
-from condlr.suite.config import Evaluation, RunConfig, check, typed
+from condlr.suite.config import RunConfig, check
+from condlr.suite.programs import Evaluation
 from condlr.suite.runs import Run
+from condlr.suite.values import typed
 
 
 @command("evaluate")

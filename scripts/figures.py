@@ -7,7 +7,8 @@ from omegaconf import DictConfig
 
 from condlr._support.errors import UserError
 from condlr.suite.cli import command
-from condlr.suite.config import Report, typed
+from condlr.suite.programs import Report
+from condlr.suite.values import typed
 
 
 @command("figures")

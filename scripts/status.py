@@ -4,7 +4,8 @@
 from omegaconf import DictConfig
 
 from condlr.suite.cli import command
-from condlr.suite.config import Watch, typed
+from condlr.suite.programs import Watch
+from condlr.suite.values import typed
 
 
 @command("status")

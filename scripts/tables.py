@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from condlr.suite.cli import command
-from condlr.suite.config import Report, typed
+from condlr.suite.programs import Report
+from condlr.suite.values import typed
 
 if TYPE_CHECKING:
     from condlr.report.sheet import Sheet

@@ -7,7 +7,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from condlr.suite.cli import command
-from condlr.suite.config import Theorem1, fingerprint, typed
+from condlr.suite.config import fingerprint
+from condlr.suite.programs import Theorem1
+from condlr.suite.values import typed
 
 
 @command("theorem1")

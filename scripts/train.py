@@ -8,8 +8,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from condlr.suite.cli import command
-from condlr.suite.config import check, resolved
+from condlr.suite.config import check
 from condlr.suite.sweeps.jobs import Outcome
+from condlr.suite.values import resolved
 
 
 def report(outcomes: Sequence[Outcome], studies: str) -> None:

@@ -26,8 +26,9 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from condlr._support.errors import Interrupted, UserError, not_installed
 from condlr._support.streams import tolerate
-from condlr.suite.config import CONF, check, expanded, one_line, published
+from condlr.suite.config import CONF, check, published
 from condlr.suite.sweeps.sweep import PlanSweeper, register
+from condlr.suite.values import expanded, one_line
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The typed schema of `conf/`, and every check of what a user asks for.
+"""The typed schema of a run's config, and every check of what a user asks for.
 
 A config names classes, which `condlr.suite.registry` finds; their fields are the options. Checks that need
 no torch come before torch is imported.
@@ -7,32 +7,27 @@ no torch come before torch is imported.
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from condlr._support.errors import UserError, in_range, one_of
 from condlr._support.strengths import strengths
-from condlr.ranks import RANK_RULES
 from condlr.suite.folders import folder
-from condlr.suite.registry import available, find
+from condlr.suite.registry import available
+from condlr.suite.values import choose, construct, convert, expanded, resolved
 
 if TYPE_CHECKING:
-    from condlr.analysis.base import Analysis
-    from condlr.analysis.theory.flows import Settings
     from condlr.attacks.base import Attack
     from condlr.data.base import Dataset
     from condlr.factorization import Scheme
     from condlr.methods.base import Method
     from condlr.models.base import Architecture
     from condlr.penalties.base import Penalty
-    from condlr.shifts.base import Shift
 
 CONF = folder("conf", "conf")
 DEVICES = ("auto", "cpu", "cuda")
@@ -44,12 +39,8 @@ AUGMENTATIONS = ("none", "crop_flip")
 _NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "forms", "record_every", "attack")
 # Keys whose null is part of a run's identity; they are older than the rule in `_identity`.
 _NULL_COUNTS = ("compression", "train_images", "test_images")
-# Keys that name a file or directory. No shell expands `~` behind `key=`, so we do.
-_PATHS = ("run", "runs_dir", "data_root", "results_dir", "paper")
 # Keys of a protocol that act only where another group refers to them; they are part of its identity there.
 _REFERRED = ("batch_norm_momentum", "clamp", "methods")
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -123,163 +114,6 @@ class _Schema:
     forms: Any
     record_every: int = 0
     penalty: Any = None
-
-
-@dataclass
-class Evaluation:
-    """Keys of `scripts/evaluate.py`."""
-
-    run: str
-    attack: dict[str, Any]
-    again: bool
-    data_root: str | None
-    device: str
-    analysis: dict[str, Any] = field(default_factory=dict)
-    shift: dict[str, Any] | None = None
-
-    @property
-    def analyses(self) -> "dict[str, Analysis]":
-        """The requested analyses, by name."""
-        from condlr.analysis.base import Analysis
-
-        chosen = {name: (keys or {}) | {"name": name} for name, keys in self.analysis.items()}
-        return {
-            name: choose(f"analysis.{name}", "analysis", keys, Analysis)[0] for name, keys in chosen.items()
-        }
-
-    @property
-    def shifts(self) -> "dict[str, Shift]":
-        """The requested shift, by name; empty without one."""
-        from condlr.shifts.base import Shift
-
-        return (
-            {self.shift.get("name", ""): choose("shift", "shifts", self.shift, Shift)[0]}
-            if self.shift
-            else {}
-        )
-
-
-@dataclass
-class Theorem1:
-    """Keys of `scripts/theorem1.py`."""
-
-    study: str
-    results_dir: str
-    flow: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        _check_study(self.study)
-
-    @property
-    def settings(self) -> "Settings":
-        """The settings of the gradient flows."""
-        from condlr.analysis.theory.flows import Settings
-
-        return _construct(Settings, _typed(Settings, self.flow, "flow"), "flow")
-
-
-@dataclass
-class Collection:
-    """Keys of `scripts/collect.py`, `scripts/archive.py` and `scripts/restore.py`."""
-
-    study: str
-    runs_dir: str
-    results_dir: str
-
-    def __post_init__(self) -> None:
-        _check_study(self.study)
-
-
-@dataclass
-class Watch:
-    """Keys of `scripts/status.py`.
-
-    Attributes:
-        watch: whether to look repeatedly; a number is the seconds between two looks.
-    """
-
-    study: str
-    runs_dir: str
-    watch: Any = False
-
-    def __post_init__(self) -> None:
-        _check_study(self.study)
-        if not isinstance(self.watch, int | float):
-            raise ValueError(f"watch must be true, false or a number of seconds; got {self.watch!r}")
-        if not isinstance(self.watch, bool):
-            in_range("watch", self.watch, 0.1, math.inf, half_open=True)
-
-    @property
-    def directory(self) -> Path:
-        """The directory of the study's runs."""
-        return Path(self.runs_dir) / self.study
-
-    @property
-    def every(self) -> float | None:
-        """Seconds between two looks; None for a single look."""
-        return 2.0 if self.watch is True else self.watch or None
-
-
-@dataclass
-class Report:
-    """Keys of `scripts/tables.py` and `scripts/figures.py`."""
-
-    study: str
-    results_dir: str
-    paper: str
-
-    def __post_init__(self) -> None:
-        if not Path(self.paper).is_dir():
-            raise ValueError(f"paper={self.paper} is not a directory of published numbers")
-
-    @property
-    def directory(self) -> Path:
-        """The directory of the study's results."""
-        return Path(self.results_dir) / self.study
-
-
-@dataclass
-class Page(Report):
-    """Keys of `scripts/report.py`."""
-
-    runs_dir: str
-
-
-@dataclass
-class Benchmark:
-    """Keys of `scripts/benchmark.py`."""
-
-    networks: list[str]
-    rank_rules: list[str]
-    compressions: list[float]
-    tau: float
-    batch_size: int
-    repeats: int
-    precision: str
-    device: str
-    epoch: bool
-    collect: int
-    data_root: str
-    results_dir: str
-
-    def __post_init__(self) -> None:
-        for network in self.networks:
-            one_of("networks", network, ("lenet5", "vgg16"))
-        for rank_rule in self.rank_rules:
-            one_of("rank_rules", rank_rule, RANK_RULES)
-        if not self.networks:
-            raise ValueError("networks is empty: name lenet5, vgg16 or both")
-        for name in ("networks", "rank_rules", "compressions"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ValueError(f"{name} names something twice: {getattr(self, name)}")
-        for compression in self.compressions:
-            in_range("compressions", compression, 0, 1, half_open=True)
-        in_range("tau", self.tau, 0, math.inf, half_open=True)
-        in_range("batch_size", self.batch_size, 1, 2**20)
-        in_range("repeats", self.repeats, 1, math.inf)
-        in_range("collect", self.collect, 0, math.inf)
-        one_of("precision", self.precision, PRECISIONS)
-        one_of("device", self.device, DEVICES)
 
 
 @dataclass(frozen=True)
@@ -394,9 +228,9 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     given = resolved(config)
     if given.get("flow", ...) is None:  # config.yaml had this key until 0.1, null in every run of a network
         del given["flow"]
-    plain = _typed(_Schema, given)
+    plain = convert(_Schema, given)
     values = {field.name: plain[field.name] for field in fields(_Schema)}
-    protocol = _construct(Protocol, values["protocol"], "protocol")
+    protocol = construct(Protocol, values["protocol"], "protocol")
     try:
         in_range("compression", values["compression"], 0, 1, half_open=True)
         in_range("seed", values["seed"], 0, 2**32, half_open=True)
@@ -404,7 +238,7 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         one_of("precision", values["precision"], PRECISIONS)
         _check_forms(values["forms"])
         in_range("record_every", values["record_every"], 0, math.inf, half_open=True)
-        _check_study(values["study"])
+        check_study(values["study"])
         if not values["runs_dir"]:
             raise ValueError("runs_dir is empty: name a directory, or leave it at runs")
     except ValueError as error:
@@ -488,7 +322,8 @@ def _identity(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_study(study: Any) -> None:
+def check_study(study: Any) -> None:
+    """Raise `ValueError` if the name of a study would not do as the name of a folder."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", str(study)):
         raise ValueError(f"study must be a plain name of letters, digits, - _ .; got {study!r}")
 
@@ -519,108 +354,13 @@ def _unusual(
     return [f"{key}={keys[key]}" for key in keys if keys[key] != default.get(key) and key not in without]
 
 
-def typed(schema: type[T], config: DictConfig) -> T:
-    """A script's config as an instance of its schema."""
-    return _construct(schema, _typed(schema, resolved(config)))
-
-
-def choose(group: str, room: str, keys: Mapping[str, Any], base: type[T]) -> tuple[T, dict[str, Any]]:
-    """The instance that a config group describes, and all its keys with defaults filled in."""
-    options = dict(keys)
-    name = options.pop("name", None)
-    if not isinstance(name, str):
-        raise UserError(f"{group}.name is missing: it names a file of condlr/{room}/")
-    kind = find(room, name, base)
-    complete = _typed(kind, options, group)
-    return _construct(kind, complete, group), {"name": name} | complete
-
-
-def resolved(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """A composed config as plain values, without Hydra's own part, as config.yaml holds it."""
-    if not isinstance(config, DictConfig):
-        return _with_home(config)
-    ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    try:
-        plain: Any = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(one_line(error)) from error
-    return _with_home(plain)
-
-
-def _with_home(values: Mapping[str, Any]) -> dict[str, Any]:
-    paths = {key: expanded(values[key]) for key in _PATHS if key in values}
-    attack = values.get("attack")
-    if isinstance(attack, dict) and "source" in attack:
-        paths["attack"] = attack | {"source": expanded(attack["source"])}
-    return dict(values) | paths
-
-
 def published(results_dir: str) -> str:
     """The default of `paper`: <results_dir>/paper if it exists, else the numbers that come with condlr."""
     own = Path(expanded(results_dir)) / "paper"
     return str(own if own.is_dir() else folder("paper", "results/paper"))
 
 
-def expanded(path: T) -> T | str:
-    """A path with a leading `~` or `~user` expanded; a value that is not a string is returned unchanged.
-
-    Raises:
-        UserError: there is no such home directory.
-    """
-    if not isinstance(path, str) or not path.startswith("~"):
-        return path
-    found = os.path.expanduser(path)  # noqa: PTH111 (Path's drops what the text ends with)
-    if found.startswith("~"):
-        raise UserError(f"{path}: there is no such home directory; a name that begins with ~ is ./{path}")
-    return found
-
-
-def one_line(error: BaseException) -> str:
-    """The message of a Hydra or OmegaConf error in one line, without the parts that do not help a user."""
-    text = str(error).split("Config search path")[0]
-    text = re.sub(r"To append to your config use \S+", "There is no such key, see --help.", text)
-    lines = [line.strip() for line in text.splitlines()]
-    noise = ("full_key:", "reference_type=", "object_type=", "See https://")
-    key = next((line[len("full_key:") :].strip() for line in lines if line.startswith("full_key:")), "")
-    kept = " ".join(line for line in lines if line and not line.startswith(noise))
-    return f"{key}: {kept}" if key and key not in kept else kept
-
-
 def _as_text(keys: Mapping[str, Any], without: tuple[str, ...]) -> str:
     """Keys as on the command line: `lr=0.1 lr_milestones=[70,100]`."""
     parts = ((key, json.dumps(value, separators=(",", ":"))) for key, value in keys.items())
     return " ".join(f"{key}={value.strip(chr(34))}" for key, value in parts if key not in without)
-
-
-def _typed(schema: type, values: Mapping[str, Any], group: str = "") -> dict[str, Any]:
-    """`values` converted to the types of a dataclass's fields, with defaults filled in."""
-    prefix = f"{group}." if group else ""
-    known = [field.name for field in fields(schema)]
-    if unknown := [key for key in values if key not in known]:
-        choices = f"the keys of {group} are {', '.join(known)}" if known else f"{group} has no other keys"
-        raise UserError(f"{prefix}{unknown[0]}: there is no such key; {choices if group else 'see --help'}")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), dict(values))
-        plain = OmegaConf.to_container(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(prefix + one_line(error)) from error
-    assert isinstance(plain, dict)
-    if missing := _missing(plain):
-        raise UserError(f"{prefix}{missing[0]} is missing")
-    return plain  # type: ignore[return-value]
-
-
-def _missing(values: Mapping[Any, Any], prefix: str = "") -> list[str]:
-    """The keys without a value; nested keys are written with dots."""
-    found = [f"{prefix}{key}" for key, value in values.items() if value == "???"]
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found += _missing(value, f"{prefix}{key}.")
-    return found
-
-
-def _construct(kind: type[T], values: Mapping[str, Any], group: str = "") -> T:
-    try:
-        return kind(**values)
-    except ValueError as error:
-        raise UserError(f"{group}.{error}" if group else str(error)) from None

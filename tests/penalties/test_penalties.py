@@ -13,9 +13,9 @@ from condlr.methods.vanilla import Vanilla
 from condlr.models.lenet5 import LeNet5
 from condlr.penalties.base import Penalty
 from condlr.penalties.so import So
-from condlr.suite.config import choose
 from condlr.suite.engine import Trainer
 from condlr.suite.runs import Run
+from condlr.suite.values import choose
 from tests.penalties.test_terms import PENALTIES
 from tests.training import METHODS, Noisy, Stop, protocol
 

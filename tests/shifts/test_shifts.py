@@ -11,8 +11,8 @@ from condlr.data.base import Images
 from condlr.data.digits import Digits
 from condlr.shifts.base import Shift, ShiftedSet
 from condlr.shifts.corruptions import PARAMETERS, Corruptions
-from condlr.suite.config import choose
 from condlr.suite.registry import available
+from condlr.suite.values import choose
 
 ROOT = Path()
 

@@ -11,8 +11,8 @@ from torch import nn
 import condlr
 from condlr.suite import benchmark
 from condlr.suite.benchmark import OPTIONS
-from condlr.suite.config import Benchmark
 from condlr.suite.naive import NaiveLayer, constrain_naively, naive
+from condlr.suite.programs import Benchmark
 from tests.helpers import complains
 
 COLUMNS = [

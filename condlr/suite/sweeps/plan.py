@@ -31,8 +31,9 @@ from omegaconf.errors import OmegaConfBaseException
 from condlr._support.errors import UserError
 from condlr._support.files import forget_partial, read_csv, write_csv
 from condlr._support.locks import Lock
-from condlr.suite.config import CONF, check, one_line
+from condlr.suite.config import CONF, check
 from condlr.suite.sweeps.jobs import Job
+from condlr.suite.values import one_line
 
 PLAN = "planned.csv"
 # As Hydra prints it, escaped

@@ -31,12 +31,13 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from condlr._support.errors import UserError
 from condlr._support.locks import owners
 from condlr._support.streams import tolerate
-from condlr.suite.config import check, one_line
+from condlr.suite.config import check
 from condlr.suite.runs import Run
 from condlr.suite.signals import Signals
 from condlr.suite.sweeps.jobs import Job, Start, living, outcomes, watch, waves
 from condlr.suite.sweeps.plan import compose, note
 from condlr.suite.sweeps.processes import Killed, call_apart
+from condlr.suite.values import one_line
 
 log = logging.getLogger(__name__)
 
