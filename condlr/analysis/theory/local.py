@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import grad, vjp
 
 from condlr.analysis.theory.bounds import in_double
-from condlr.manifolds.convolution import largest_singular_values
+from condlr.manifolds.lanczos import largest_singular_values
 
 
 class Worst(NamedTuple):
@@ -39,7 +39,7 @@ def local_condition(f: nn.Module | Callable[[Tensor], Tensor], x: Tensor, tolera
     """||J_f(x)||_2 ||x|| / ||f(x)|| at each point of a batch.
 
     The norm of J is computed without forming J, by Lanczos on J^T J, or J J^T if that is smaller, see
-    `condlr.manifolds.convolution.largest_singular_values`.
+    `condlr.manifolds.lanczos.largest_singular_values`.
 
     Args:
         f: (B, ...) -> (B, ...), which treats points independently; PyTorch must be able to differentiate it
