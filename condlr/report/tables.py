@@ -215,7 +215,7 @@ def audit_note(lines: Iterable[Line]) -> str:
     warned = [f"{line.described} ({', '.join(line.warnings)})" for line in lines if line.warnings]
     missing = [line.described for line in lines if line.warnings is None]
     if len(missing) == len(lines):
-        return "No row was audited in this norm (audit=true): read these accuracies as upper bounds."
+        return "No row was audited in this norm (analysis=audit): read these accuracies as upper bounds."
     note = (
         f"† not to be trusted, the audit warns: {'; '.join(warned)}."
         if warned

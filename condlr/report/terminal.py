@@ -34,9 +34,7 @@ def print_sheet(sheet: Sheet, console: Console) -> None:
     console.width = width
     hidden = [column.heading for i, column in enumerate(sheet.columns) if i not in shown]
     if hidden:
-        console.print(
-            f"Not shown for want of width: {escape(', '.join(hidden))}.", style="dim", highlight=False
-        )
+        console.print(f"Too narrow to show: {escape(', '.join(hidden))}.", style="dim", highlight=False)
     for note in sheet.legend("* and underlined", "** and bold"):
         console.print(escape(note), style="dim", highlight=False)
     console.print()
