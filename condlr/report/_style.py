@@ -18,13 +18,13 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatterSciNotati
 
 from condlr.report.results import CONTEXT, ROW, colour, row_title, setting
 
-# Okabe and Ito's palette and, for more, Tol's: colour-blind readers can tell them apart.
+# The palettes of Okabe and Ito, and of Tol: colour-blind readers can tell the colours apart.
 PALETTE = (
     "#E69F00", "#882255", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#999933", "#D55E00", "#661100",
 )  # fmt: skip
-# The columns that the runs of one figure share, whatever they were attacked with.
+# The columns that the runs of one figure share. Attacks may differ.
 TRAINING = [name for name in CONTEXT if name not in ("attack", "norm", "n")]
-WIDTH = 7.0  # inches: a page's text
+WIDTH = 7.0  # inches: the width of a page's text
 _SPARE_COLOURS = ("#6699CC", "#888888", "#44AA99", "#AA4499", "#332288")
 _DASHES = {0.0: "-", 0.5: "-", 0.8: (0, (4, 1.5))}
 _MARKS = ("D", "o", "s", "^", "v", "P")
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class Drawing(NamedTuple):
-    """A figure in both its files, and what it shows."""
+    """The two files of a figure, and its caption."""
 
     png: Path
     pdf: Path
@@ -45,10 +45,12 @@ class Drawing(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A figure without title and legend, its caption, and the handles of a legend below it.
+    """A figure before its title and legend are added.
 
-    The lines of a legend stand in so many columns, `marks` in columns of their own. Without a title of
-    its own a figure gets the setting of its runs.
+    Attributes:
+        lines, columns: the handles of the legend below the figure, and its number of columns.
+        marks: more handles, in columns of their own.
+        title: if empty, the figure is titled with the setting of its runs.
     """
 
     figure: Figure
@@ -60,12 +62,12 @@ class Drawn(NamedTuple):
 
 
 def style() -> AbstractContextManager[None]:
-    """The one style file, for a while, and nothing of what a user's own matplotlibrc says."""
+    """A context in which figures have the style of condlr.mplstyle, whatever the user's matplotlibrc says."""
     return mpl.style.context(Path(__file__).parent / "condlr.mplstyle", after_reset=True)
 
 
 def saved(figure: Figure, out: Path, name: str, number: int = 1) -> Iterator[Path]:
-    """Write a figure in both formats, a number following the name of all but the first, and close it."""
+    """Write a figure in both formats and close it. From the second on, a number follows the name."""
     suffix = "" if number == 1 else f"-{number}"
     for kind in ("png", "pdf"):
         path = out / f"{name}{suffix}.{kind}"
@@ -77,13 +79,12 @@ def saved(figure: Figure, out: Path, name: str, number: int = 1) -> Iterator[Pat
 def drawings(
     out: Path, name: str, tables: Iterable[tuple[Known, T]], draw: Callable[[Known, T], Drawn]
 ) -> Iterator[Drawing]:
-    """A figure for each table of a study, in the one style, with its title, legend and caption.
+    """Draw and save a figure for each table of a study, with its title, legend and caption.
 
     Args:
-        out: where the files go, see `saved`.
-        name: of the files.
-        tables: what the runs of a table share, and their data.
-        draw: makes a figure of both.
+        out, name: where the files go and their name, see `saved`.
+        tables: pairs of what the runs of a table share, and their data.
+        draw: makes a figure from such a pair.
     """
     for number, (known, frame) in enumerate(tables, start=1):
         with style():
@@ -91,13 +92,13 @@ def drawings(
             drawn.figure.suptitle(drawn.title or setting(known))
             if drawn.lines:
                 _below(drawn.figure, drawn.lines, drawn.columns, drawn.marks)
-            # Last what all runs share and no axis says
+            # The settings that all runs share come last
             settings = f" Settings: {known['settings']}." if known["settings"] else ""
             yield Drawing(*saved(drawn.figure, out, name, number), f"{drawn.caption}.{settings}")
 
 
 def groups(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """What stands in one row of panels, by its title: dense rows stand in all of them."""
+    """The data of each row of panels, by its title. Each row of panels has the dense rows."""
     dense = frame["compression"].eq(0)
     compressions = sorted(frame.loc[~dense, "compression"].unique())
     if frame["row_id"].nunique() <= 6 or len(compressions) < 2:
@@ -114,7 +115,7 @@ def rows_of(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def styles(frame: pd.DataFrame, by_compression: bool) -> Styles:
-    """A colour for each method, maybe a dash for each compression; variants get colours of their own."""
+    """A colour for each method and variant; with `by_compression`, a dash for each compression."""
     spare, taken, found = cycle(_SPARE_COLOURS), set(), {}
     by_compression = by_compression and len({*frame["compression"]} - {0.0}) > 1
     for label, compression, row_id, _ in rows_of(frame).itertuples(index=False):
@@ -132,7 +133,7 @@ def marks(frame: pd.DataFrame) -> dict[float, str]:
 
 
 def legend(frame: pd.DataFrame, drawn: Styles, by_compression: bool, **line: Any) -> list[Line2D]:
-    """A handle for each row, or, where compression is told otherwise, for each method and variant."""
+    """A handle for each row; without `by_compression`, for each method and variant."""
     handles: dict[str, Line2D] = {}
     for label, compression, row_id, variant in rows_of(frame).itertuples(index=False):
         text = row_title(label, compression if by_compression else 0, variant)
@@ -141,7 +142,7 @@ def legend(frame: pd.DataFrame, drawn: Styles, by_compression: bool, **line: Any
 
 
 def _below(figure: Figure, lines: Sequence[Line2D], columns: int, marks: Sequence[Line2D]) -> None:
-    """A legend under all panels, where it hides nothing; `marks` stand in columns of their own."""
+    """Add a legend under all panels; `marks` get columns of their own."""
     height = next(h for h in count(1) if sum(-(-len(part) // h) for part in (lines, marks)) <= columns)
     blank = Line2D([], [], linestyle="none", label=" ")
     handles = [handle for part in (lines, marks) for handle in [*part, *[blank] * (-len(part) % height)]]
@@ -151,7 +152,7 @@ def _below(figure: Figure, lines: Sequence[Line2D], columns: int, marks: Sequenc
 def panels(
     number: int, columns: int, height: float, width: float = WIDTH, **shared: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of that number of panels; places of the grid that stay over are empty."""
+    """A figure with a grid of panels; unused places of the grid are invisible."""
     lines = -(-number // columns)
     figure, axes = plt.subplots(
         lines, columns, figsize=(width, 0.9 + height * lines), layout="constrained", squeeze=False, **shared
@@ -164,7 +165,7 @@ def panels(
 
 
 def outer(axes: Sequence[Axes], columns: int, x: str, y: str) -> None:
-    """Name the axes of a grid at its left and lower edges alone."""
+    """Label the axes at the left and lower edges of a grid only."""
     for axis in axes[::columns]:
         axis.set_ylabel(y)
     for axis in axes[-columns:]:
@@ -172,12 +173,12 @@ def outer(axes: Sequence[Axes], columns: int, x: str, y: str) -> None:
 
 
 def percent(axis: Axis) -> None:
-    """Fractions are printed as percent."""
+    """Print fractions as percent."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.10g} %"))
 
 
 def log_axis(axis: Axis, values: pd.Series | np.ndarray) -> None:
-    """A logarithmic axis with a few numbers that a person reads at a glance."""
+    """Make an axis logarithmic, with a few round numbers as ticks."""
     values = np.asarray(values, dtype=float)
     values = values[np.isfinite(values) & (values > 0)]
     low, high = (values.min(), values.max()) if len(values) else (1.0, 10.0)

@@ -1,4 +1,4 @@
-"""Figures of what attacks leave: accuracy against strength, and attack beside attack."""
+"""Figures of accuracy under attack: against the strength, and several attacks side by side."""
 
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -33,10 +33,10 @@ _DOTS, _SPARSE_DOTS = (0, (1, 1.2)), (0, (1, 3.5))
 def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Path) -> Iterator[Drawing]:
     """Accuracy against eps, and condition number against optimiser step, for each table of a study.
 
-    Left: mean over seeds, a band of one standard deviation where there are several, published
-    values dotted. Right: the largest condition number of the layers a row factors (of all layers for
-    a dense row), every seed a line. An attack of one strength has no curve. More than six rows get a
-    pair of panels for each compression, with the dense rows in all of them.
+    Left: the mean over seeds, with a band of one standard deviation if there are several; published
+    values are dotted. Right: the largest condition number of the layers that a row factors (of all layers
+    for a dense row), a line for each seed. An attack of one strength has no curve. With more than six rows,
+    each compression has its own pair of panels, which also shows the dense rows.
 
     Args:
         cells, history: see `condlr.report.results.read`.
@@ -83,9 +83,9 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
 
 
 def attacks(cells: pd.DataFrame, out: Path) -> Iterator[Drawing]:
-    """What attacks of one strength leave of each row, where a study has several, at the strength with most.
+    """The accuracy of each row under several attacks, at the strength that has most attacks.
 
-    A line for each row, a mark for each attack, means over seeds; hollow, the accuracy without attack.
+    A line for each row, a mark for each attack; means over seeds. Hollow marks: accuracy without attack.
 
     Args:
         cells: see `condlr.report.results.read`.
@@ -122,7 +122,7 @@ def _marks(axes: Axes, frame: pd.DataFrame, rows: list[tuple[Any, ...]], eps: fl
         axes.plot(clean["accuracy"], heights, "o", label="no attack", **hollow)
     shapes, colours = cycle("Dsv^P*X"), cycle(PALETTE)
     at = frame[frame["eps"].eq(eps)]
-    # From many images to few, from weak attacks to strong ones
+    # In descending order of images, then of the accuracy that is left
     at = at.assign(_left=at.groupby(["n", "attack"])["accuracy"].transform("mean"))
     at = at.sort_values(["n", "_left"], ascending=False, kind="stable")
     for (attack, n), part in at.groupby(["attack", "n"], sort=False):

@@ -1,4 +1,4 @@
-"""What the analyses of networks found, shown as their classes say; for the terminal and as Markdown."""
+"""The results of analyses, in the layout that each class declares; for the terminal and as Markdown."""
 
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,15 +14,15 @@ from condlr.analysis.base import Analysis
 from condlr.report import audit
 from condlr.report.content import numeric
 from condlr.report.numbers import shown
-from condlr.report.results import order, pipe, read_if_there, run_title
+from condlr.report.results import ordered, pipe, read_if_there, run_title
 from condlr.suite.registry import analyses
 
-# More rows than these are for a figure, and not for a terminal.
+# A terminal only gets the number of rows if there are more than this.
 _MOST = 200
 
 
 class _Template(string.Formatter):
-    """`{column}` as `shown` has it, `{column:.2f}` as its format says."""
+    """Formats `{column}` with `shown`, and `{column:.2f}` as usual."""
 
     @override
     def format_field(self, value: Any, format_spec: str) -> str:
@@ -33,7 +33,7 @@ _TEMPLATE = _Template()
 
 
 def found(study: Path) -> Iterator[tuple[str, type[Analysis], pd.DataFrame]]:
-    """Name, class and collected rows of each analysis that pages show and a study has, in their order."""
+    """Name, class and collected rows of each analysis of a study that pages show, in order."""
     for name, kind in analyses().items():
         frame = read_if_there(study, name) if kind.layout != "none" else None
         if frame is not None:
@@ -41,7 +41,7 @@ def found(study: Path) -> Iterator[tuple[str, type[Analysis], pd.DataFrame]]:
 
 
 def print_analysis(kind: type[Analysis], rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """To a terminal: a line for each row; a single row stands upright."""
+    """Print a line for each row; print a single row as a column."""
     if kind.layout == "checks":
         audit.print_audit(rows, console)
     elif len(rows) > _MOST:
@@ -57,7 +57,7 @@ def print_analysis(kind: type[Analysis], rows: Sequence[Mapping[str, Any]], cons
 
 
 def print_cells(cells: Sequence[Sequence[str]], header: Sequence[str], console: Console) -> None:
-    """To a terminal: a table of text, numbers to the right."""
+    """Print a table of text, with numbers aligned to the right."""
     view = Table(box=None, pad_edge=False, header_style="bold", show_header=bool(header))
     right = numeric(cells)
     for number, name in zip(right, header or [""] * len(right), strict=True):
@@ -68,7 +68,7 @@ def print_cells(cells: Sequence[Sequence[str]], header: Sequence[str], console: 
 
 
 def markdown(kind: type[Analysis], frame: pd.DataFrame) -> str:
-    """As Markdown, in the layout of the class."""
+    """The rows as Markdown, in the layout of the class."""
     return _LAYOUTS[kind.layout](kind, frame)
 
 
@@ -81,7 +81,7 @@ def _by_row(kind: type[Analysis], frame: pd.DataFrame) -> str:
 
 
 def _by_run(kind: type[Analysis], frame: pd.DataFrame) -> str:
-    """A line for each key, a column for each run; and what the first run says besides."""
+    """A line for each key, a column for each run, then the other columns of the first run."""
     names: dict[str, str] = {}
     values: dict[str, dict[str, str]] = {}
     besides: dict[str, list[str]] = {}
@@ -113,7 +113,7 @@ def _filled(templates: Mapping[str, str], row: Mapping[str, Any]) -> list[str]:
 
 
 def _value(text: Any) -> Any:
-    """A number that was read as text is one again; an empty field is none."""
+    """A field that was read as text: a number if it is one, None if it is empty."""
     try:
         return float(text)
     except (TypeError, ValueError):
@@ -122,6 +122,4 @@ def _value(text: Any) -> Any:
 
 def _ordered(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows, by run in the order of the tables."""
-    placed = frame.assign(_place=order(frame["label"]))
-    keys = ["compression", "_place", "label", "seed", "run_id"]
-    return placed.sort_values(keys, kind="stable").to_dict("records")
+    return ordered(frame, ["compression", "label", "seed", "run_id"]).to_dict("records")

@@ -1,4 +1,4 @@
-"""What an audit found, for the terminal and for reports."""
+"""The findings of an audit, for the terminal and for reports."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from condlr.report.results import order, pipe, title
+from condlr.report.results import ordered, pipe, title
 
 _SIGNS = {
     "pass": "[green]pass[/]",
@@ -18,7 +18,7 @@ _SIGNS = {
 
 
 def print_audit(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """To a terminal: a line for each check, and below a warning or a note what it means."""
+    """Print a line for each check, and the meaning of a warning or note below it."""
     view = Table(box=None, pad_edge=False, show_header=False)
     view.add_column(no_wrap=True)
     view.add_column(no_wrap=True)
@@ -31,7 +31,7 @@ def print_audit(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     console.print(view, highlight=False)
 
 
-# What a warning speaks of, where it is not all attacks: the beginnings of their labels.
+# The attacks that a warning concerns, by the beginnings of their labels. Other warnings concern all.
 _CONCERNS = {
     "zero gradients": ("fgsm", "fgm"),
     "rescaled logits": ("fgsm", "fgm"),
@@ -44,11 +44,11 @@ _CONCERNS = {
 
 
 class Marks:
-    """Which rows of which tables an audit warns of.
+    """The rows of each table that an audit warns about.
 
     Args:
-        audits: see `condlr.report.results.read`; None where there are none. Of several audits of a row in
-            one norm those of the most images count.
+        audits: see `condlr.report.results.read`; None if there are none. If a row has several audits
+            in one norm, those on the most images count.
     """
 
     def __init__(self, audits: pd.DataFrame | None):
@@ -70,12 +70,10 @@ class Marks:
 
 
 def markdown(audits: pd.DataFrame) -> str:
-    """As Markdown: a line for each run with what every check found; below, what the warnings mean."""
-    ordered = audits.assign(_place=order(audits["label"]))
-    keys = ["norm", "eps", "n"]
+    """The findings as Markdown: a line for each run, and below the table the meaning of the warnings."""
     parts = []
-    for (norm, eps, n), part in ordered.groupby(keys, sort=True):
-        runs = part.sort_values(["compression", "_place", "label", "seed"], kind="stable")
+    for (norm, eps, n), part in audits.groupby(["norm", "eps", "n"]):
+        runs = ordered(part, ["compression", "label", "seed"])
         lines = [f"**Audit at eps={eps:g} ({norm.replace('linf', 'ℓ∞')}), on {n} images**", ""]
         lines += ["| run | warnings | what the checks found |", "| --- | --- | --- |"]
         for (_, _), run in runs.groupby(["run_id", "seed"], sort=False):

@@ -1,4 +1,4 @@
-"""What a study's results say, put together as a document."""
+"""The results of a study as a document."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ from condlr.report.results import (
     left_out,
     network,
     norm_title,
-    order,
+    ordered,
     read,
     read_if_there,
     run_title,
@@ -90,7 +90,7 @@ def document(study: Path, paper: Path, runs_dir: Path) -> Document:
 
 
 def _sections(blocks: Mapping[str, Iterable[Block]]) -> list[Section]:
-    """Those that hold anything."""
+    """The sections that are not empty."""
     return [Section(heading, made) for heading, content in blocks.items() if (made := [*content])]
 
 
@@ -106,7 +106,7 @@ def _of_flow(study: Path, flow: pd.DataFrame, drawn: Iterable[Drawing]) -> dict[
 
 
 def _lead(cells: pd.DataFrame, origin: Provenance, study: Path, evaluated: bool) -> Iterator[Block]:
-    """One paragraph: what was run, and what is left at the largest strength."""
+    """One paragraph: what was run, and the accuracy at the largest strength."""
     rows, seeds, runs = cells["row_id"].nunique(), len(origin.seeds), len(origin.runs)
     statuses = ", ".join(f"{count} {status}" for status, count in origin.statuses.items())
     text = f"{_count(rows, 'row')}, {_count(seeds, 'seed')}: {_count(runs, 'run')} ({statuses})."
@@ -144,7 +144,7 @@ def _outcomes(cells: pd.DataFrame) -> Iterator[str]:
 
 
 def _usual(cells: pd.DataFrame) -> pd.DataFrame:
-    """Of the attack that most rows were put to, those cells with the most images: FGSM's as a rule."""
+    """The cells with the most images under the attack that most rows have, usually FGSM."""
     if "attack" not in cells or cells["attack"].isna().all():
         return cells.iloc[:0]
     counts = cells.groupby(["n", "attack"])["row_id"].nunique()
@@ -172,12 +172,11 @@ def _accuracy(cells: pd.DataFrame, paper: Path, audits: pd.DataFrame | None) -> 
 
 
 def _audits(audits: pd.DataFrame) -> Iterator[Block]:
-    """How many checks of each audit passed and which did not; in the folds, what each found."""
+    """The number of passed checks and the names of the others, with the findings folded."""
     header = ["row", "ε", "images", "passed", "notes", "warnings", "not done"]
     rows = []
-    placed = audits.assign(_place=order(audits["label"]))
-    keys = ["compression", "_place", "label", "seed", "norm", "eps", "n"]
-    for _, part in placed.sort_values(keys, kind="stable").groupby(keys, sort=False):
+    keys = ["compression", "label", "seed", "norm", "eps", "n"]
+    for _, part in ordered(audits, keys).groupby(keys, sort=False):
         first = part.iloc[0]
         found = {status: part.loc[part["status"].eq(status), "check"] for status in _STATUSES}
         row = [run_title(first), f"{first['eps']:g} ({norm_title(first['norm'])})", f"{first['n']:,}"]
@@ -194,7 +193,7 @@ def _audits(audits: pd.DataFrame) -> Iterator[Block]:
 
 def _analyses(study: Path) -> Iterator[Block]:
     for _, kind, frame in analysis.found(study):
-        if kind.layout != "checks":  # which have a chapter of their own
+        if kind.layout != "checks":  # checks have their own chapter
             yield Folded(kind.title, [Fragment(analysis.markdown(kind, frame))])
 
 
@@ -207,19 +206,18 @@ def _training(history: pd.DataFrame) -> Iterator[Block]:
 def _runs(
     cells: pd.DataFrame, origin: Provenance, history: pd.DataFrame, study: Path, folders: Path
 ) -> Folded:
-    """A line for each run, with its last figures and a link to its folder, if that is there."""
-    placed = origin.runs.assign(_place=order(origin.runs["label"]))
-    ordered = placed.sort_values(["protocol", "epochs", "compression", "_place", "label", "seed", "run_id"])
+    """A line for each run, with its final numbers and a link to its folder if that exists."""
+    runs = ordered(origin.runs, ["protocol", "epochs", "compression", "label", "seed", "run_id"])
     usual = _usual(cells)
     attack, strongest = ("", 0.0) if usual.empty else (usual["attack"].iloc[0], usual["eps"].max())
     accuracies = usual.set_index(["run_id", "eps"])["accuracy"].to_dict()
     cond = cells.drop_duplicates("run_id").set_index("run_id")["cond"]
     losses = history.groupby("run_id")["train_loss"].last().to_dict()
-    why = bool(ordered["reason"].notna().any())
+    why = bool(runs["reason"].notna().any())
     under = [f"{attack_title(str(attack))} ε={strongest:g}"] if strongest else []
     header = ["row", "status", *["reason"] * why, "trained", "last loss", "cond", "clean", *under, "folder"]
     rows = []
-    for run in ordered.to_dict("records"):
+    for run in runs.to_dict("records"):
         name = run["run_id"]
         known = [accuracies.get((name, eps)) for eps in (0.0, strongest)[: 1 + len(under)]]
         folder = folders / name
@@ -242,7 +240,7 @@ def _time(seconds: float) -> str:
 
 
 def _commands(study: Path, cells: pd.DataFrame, origin: Provenance) -> Iterator[Block]:
-    """The lines that train, evaluate and report the study, as far as its results tell."""
+    """The commands that train, evaluate and report the study, as its results record them."""
     attacks = {*cells["attack"].dropna()} - {*_usual(cells)["attack"]} if "attack" in cells else ()
     others = [attack_title(attack) for attack in sorted(attacks)]
     lines = _lines(study, f" seed={','.join(map(str, origin.seeds))}")

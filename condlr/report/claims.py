@@ -1,4 +1,4 @@
-"""What the paper concludes from its tables and Figure 2 (arXiv 2306.01485, section 5), put to our runs."""
+"""The conclusions of the paper (arXiv 2306.01485, section 5), tested on our runs."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +16,7 @@ CONSTRAINED = ("condlr-tau0", "condlr-tau0.1", "condlr-tau0.5")
 ORTHOGONAL = ("cayley_sgd", "projected_sgd")
 UNCONSTRAINED = ("dlrt", "vanilla", "svd_prune")
 
-# Accuracy is kept if no more than this is lost. The paper's own rows on MNIST lose up to half of it.
+# Accuracy counts as kept if at most this is lost. The paper's own rows on MNIST lose up to half of it.
 LOSS = 0.01
 
 VERDICTS = ("supported", "partly", "not supported", "undecided")
@@ -33,7 +33,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper and what our runs say of it.
+    """A claim of the paper and the comparisons of our runs that test it.
 
     Attributes:
         title: a few words.
@@ -54,12 +54,12 @@ class Claim:
 
     @property
     def anchor(self) -> str:
-        """The title as an address, see `condlr.report.sheet.anchor`."""
+        """The address of the title, see `condlr.report.sheet.anchor`."""
         return anchor(self.title)
 
     @property
     def decisive(self) -> "Comparison":
-        """What speaks most against the claim; where nothing is decided, what is nearest to a decision."""
+        """The strongest comparison against the claim; if none is decided, the one nearest to a decision."""
         if self.verdict == "undecided":
             return max(self.comparisons, key=lambda comparison: abs(comparison.score))
         return min(self.comparisons, key=lambda comparison: comparison.score)
@@ -105,7 +105,7 @@ class Comparison:
 
     @property
     def score(self) -> float:
-        """How far the claim is from being decided: for it above 1, against it below -1."""
+        """Above 1 the claim is confirmed, below -1 it is refuted; between, it is not decided."""
         above = self.difference + self.slack
         return above / self.margin if self.margin > 0 else above
 
@@ -121,7 +121,7 @@ class Comparison:
 
 
 def claims(cells: pd.DataFrame) -> list[Claim]:
-    """Every claim that the runs of a study have a word on.
+    """The claims that the runs of a study can test.
 
     The claims on robustness are put to each attack's largest strength, one after the other.
 
@@ -137,7 +137,7 @@ def claims(cells: pd.DataFrame) -> list[Claim]:
         if decay(known):
             found += _of_start(_Rows(frame, 0.0), f"{setting(known)}, {images}")
             continue
-        if trained not in clean:  # without an attack all attacks are one
+        if trained not in clean:  # without an attack, the tables of all attacks agree
             found += _of_accuracy(_Rows(frame, 0.0), f"{setting(known)}, {images}")
             clean.add(trained)
         if (eps := frame["eps"].max()) > 0:
@@ -147,7 +147,7 @@ def claims(cells: pd.DataFrame) -> list[Claim]:
 
 
 def by_title(cells: pd.DataFrame) -> list[list[Claim]]:
-    """The claims of `claims`, those of one title together."""
+    """The claims of `claims`, grouped by title."""
     found: dict[tuple[str, str], list[Claim]] = {}
     for claim in claims(cells):
         found.setdefault((claim.title, claim.statement), []).append(claim)
@@ -155,7 +155,7 @@ def by_title(cells: pd.DataFrame) -> list[list[Claim]]:
 
 
 def places(claims: Sequence[Claim]) -> tuple[str, list[str]]:
-    """The settings of one claim's runs: what all share, and what each has of its own."""
+    """The settings of one claim's runs: the shared part, and the part of each."""
     parts = [claim.where.split(", ") for claim in claims]
     alike = takewhile(lambda column: len({*column}) == 1, zip(*parts, strict=False))
     shared = [part for part, *_ in alike]
@@ -240,7 +240,7 @@ class _Rows:
             self._means[key] = Mean(name, *key, p, float(row.std), variance)  # type: ignore[arg-type]
 
     def of(self, labels: Iterable[str], *compressions: float) -> list[Mean]:
-        """The means of these rows, of those that there are."""
+        """The means of those of these rows that exist."""
         keys = [(label, compression) for compression in compressions for label in labels]
         return [self._means[key] for key in keys if key in self._means]
 

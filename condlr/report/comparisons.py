@@ -10,14 +10,14 @@ from condlr.report.tables import Line, Table, audit_note, strength
 
 @dataclass(frozen=True)
 class Comparison:
-    """What several attacks of one strength leave of each row."""
+    """The accuracy of each row under several attacks of one strength."""
 
     eps: float
     tables: Sequence[Table]
 
     @property
     def sheet(self) -> Sheet:
-        """A column for each attack; marked is what an audit warns of, and what is of fewer seeds."""
+        """A column for each attack. Audit warnings and cells with fewer seeds are marked."""
         context = self.tables[0].context
         norm = norm_title(str(context["norm"]))
         caption = f"{setting(context)}: accuracy (%) at ε={self.eps:g} ({norm}), by attack"
@@ -60,13 +60,13 @@ def by_attack(made: Sequence[Table]) -> Iterator[Comparison]:
 
 
 def _mean(table: Table, eps: float) -> tuple[int, float]:
-    """For an order from many images to few, and from weak attacks to strong ones."""
+    """Sort key: more images first, then weaker attacks first."""
     values = [line.cells[eps].accuracy or 0.0 for line in _by_row(table, eps).values()]
     return int(str(table.context["n"])), sum(values) / len(values)
 
 
 def by_protocol(made: Sequence[Table]) -> Iterator[Sheet]:
-    """What each protocol gives for a row, and the published value, side by side.
+    """The accuracy of each row under each protocol, beside the published value.
 
     For tables of one network, dataset and number of epochs under FGSM; a sheet for each of these that
     has several protocols, at four strengths at most.
@@ -77,7 +77,7 @@ def by_protocol(made: Sequence[Table]) -> Iterator[Sheet]:
             key = tuple(table.context[name] for name in ("dataset", "model", "epochs", "norm", "n"))
             alike.setdefault(key, []).append(table)
     for group in alike.values():
-        # Two tables of one protocol, which differ in a setting, would be columns of one name.
+        # Two tables of one protocol with different settings would give columns of the same name.
         if len({table.context["protocol"] for table in group}) == len(group) > 1:
             yield _side_by_side(group)
 
@@ -98,7 +98,7 @@ def _side_by_side(group: Sequence[Table]) -> Sheet:
                 (c.value("published") for c in cells if c and c.published is not None), Value("")
             )
             values += [*(cell.value("ours") if cell else Value("–") for cell in cells), published]
-        # The best of a protocol's rows, not of a row's protocols, is marked in the protocol's own table.
+        # No best is marked here: the best row of a protocol is marked in the protocol's own table.
         groups.setdefault(key[1], []).append(Row(key[0], [Value(value.text) for value in values]))
     context = group[0].context
     caption = f"{network(context)}, {epochs(context)}: accuracy (%) under FGSM, by protocol"
@@ -106,7 +106,7 @@ def _side_by_side(group: Sequence[Table]) -> Sheet:
 
 
 def _by_row(table: Table, eps: float | None = None) -> dict[tuple[str, float], Line]:
-    """The rows that were run, or that were attacked at a strength."""
+    """The rows that were run, or those attacked at a strength."""
     return {
         (line.label, line.compression): line
         for line in table.lines
@@ -115,7 +115,7 @@ def _by_row(table: Table, eps: float | None = None) -> dict[tuple[str, float], L
 
 
 def _rows(known: Sequence[dict[tuple[str, float], Line]]) -> list[tuple[str, float]]:
-    """The rows of the longest table, in its order, then what only others have; by compression."""
+    """The rows of the longest table in its order, then rows of other tables; by compression."""
     keys = dict.fromkeys(key for lines in sorted(known, key=len, reverse=True) for key in lines)
     return sorted(keys, key=lambda key: key[1])
 

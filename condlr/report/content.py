@@ -1,4 +1,4 @@
-"""What a report holds, whatever it is written as: sections of text, facts, tables, figures and commands.
+"""The content of a report in any format: sections of text, facts, tables, figures and commands.
 
 Text is plain but for `**bold**`, `*emphasis*` and `` `code` ``, which mean the same in every format.
 """
@@ -16,7 +16,7 @@ from condlr.report.sheet import NONE, Sheet, anchor
 
 @dataclass(frozen=True)
 class Link:
-    """Text that leads to a place beside the report; `target` is relative to where the report lies."""
+    """A link; `target` is relative to the report."""
 
     text: str
     target: str
@@ -24,35 +24,35 @@ class Link:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and what is known of them."""
+    """Names and their values."""
 
     rows: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of text; columns of numbers are set to the right."""
+    """A table of text; columns of numbers are aligned to the right."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str | Link]]
 
     @property
     def filled(self) -> "Grid":
-        """Without columns that hold nothing."""
+        """The table without empty columns."""
         kept = [i for i in range(len(self.header)) if any(row[i] not in NONE for row in self.rows)]
         return Grid([self.header[i] for i in kept], [[row[i] for i in kept] for row in self.rows])
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Captions, tables and lists that are written as Markdown already."""
+    """Content that is already Markdown."""
 
     markdown: str
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """A claim of the paper, what each setting of the runs says of it, and a picture; not empty."""
+    """A claim of the paper with its verdict in each setting (at least one), and a picture."""
 
     claims: Sequence[Claim]
     drawing: Drawing
@@ -60,13 +60,13 @@ class Verdicts:
 
 @dataclass(frozen=True)
 class Overview:
-    """A line for each claim: its verdict where most images were attacked, and elsewhere."""
+    """A line for each claim: its verdict on the most attacked images, and its other verdicts."""
 
     claims: Sequence[Sequence[Claim]]
 
     @property
     def grid(self) -> Grid:
-        """The verdicts are bold."""
+        """The claims as a table, with bold verdicts."""
         header = ["claim", "verdict", "points", "comparison that decides", "verdict elsewhere"]
         rows = []
         for first, *others in self.claims:
@@ -82,14 +82,14 @@ class Overview:
 
 @dataclass(frozen=True)
 class Commands:
-    """Lines for a shell."""
+    """Shell commands."""
 
     lines: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Folded:
-    """What is shown when asked for."""
+    """Blocks that a reader can unfold."""
 
     summary: str
     blocks: "Sequence[Block]"
@@ -100,20 +100,20 @@ Block = str | Link | Facts | Grid | Sheet | Fragment | Drawing | Verdicts | Over
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading and its blocks."""
 
     heading: str
     blocks: Sequence[Block]
 
     @property
     def anchor(self) -> str:
-        """The heading as an address."""
+        """The address of the heading."""
         return anchor(self.heading)
 
 
 @dataclass(frozen=True)
 class Document:
-    """A report: a title, what it says in short, and its sections."""
+    """A report: a title, a summary, and sections."""
 
     title: str
     lead: Sequence[Block]
@@ -124,18 +124,18 @@ _NUMBER = re.compile(r"([*]{2})?[+−-]?[\d,.]+(e[+-]?\d+)?( ?%)?( ±[\d.]+)?( �
 
 
 def points(comparison: Comparison) -> str:
-    """A difference of accuracies in points, and two standard errors of it, if they are known."""
+    """A difference of accuracies in percentage points, ± two standard errors if they are known."""
     spread = "" if math.isnan(comparison.margin) else f" ±{100 * comparison.margin:.2f}"
     return f"{round(100 * comparison.difference, 2) + 0.0:+.2f}{spread}".replace("-", "−")
 
 
 def alternative(drawing: Drawing) -> str:
-    """What is read out in place of a figure: its caption, without the settings that follow."""
+    """The alternative text of a figure: its caption without the settings."""
     return drawing.caption.partition(". ")[0].rstrip(".")
 
 
 def numeric(rows: Sequence[Sequence[str | Link]]) -> list[bool]:
-    """Which columns of a table hold numbers, maybe emphasised, and at most a dash where there is none."""
+    """For each column, whether it holds only numbers (maybe emphasised) and missing values."""
     columns = (list(column) for column in zip(*rows, strict=True))
     return [
         any(cell not in NONE for cell in column)

@@ -22,7 +22,7 @@ _PREFIX = "cond_"
 def conditioning(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterator[Drawing]:
     """The condition number of every layer against optimiser steps, a panel for each row (Figure 1).
 
-    A layer has one colour and dash in all panels: the geometric mean over seeds, each seed faintly.
+    A layer has one colour and dash in all panels. Strong lines: geometric mean over seeds; faint: each seed.
 
     Args:
         cells, steps: see `condlr.report.results.read`.
@@ -54,8 +54,8 @@ def conditioning(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterato
 def start(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterator[Drawing]:
     """Loss, accuracy and prod_i cond(W_i) against steps, from ill-conditioned starts (Figure 2).
 
-    A line for each row: the mean over seeds with a band of one standard deviation; for the product,
-    both of its logarithm. Runs that were not started so have no such figure.
+    A line for each row: the mean over seeds with a band of one standard deviation. For the product, both
+    are those of its logarithm. Runs with another start have no such figure.
 
     Args:
         cells, steps: see `condlr.report.results.read`.
@@ -65,7 +65,7 @@ def start(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterator[Drawi
 
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         frame = frame.assign(_product=product(frame))
-        # Lines of rows that do not learn lie upon each other: dashes let the lower ones through
+        # Lines of rows that do not learn coincide: dashes make all of them visible
         dashes = cycle(_DASHES)
         styles = {
             row_id: line | {"linestyle": next(dashes)}
@@ -96,12 +96,12 @@ def start(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterator[Drawi
 
 
 def product(steps: pd.DataFrame) -> pd.Series:
-    """prod_i cond(W_i) over all layers that the frame knows; missing where one is."""
+    """prod_i cond(W_i) over all layers of the frame; NaN where a layer has no value."""
     return steps[[_PREFIX + layer for layer in _layers(steps)]].prod(axis=1, skipna=False)
 
 
 def _tables(cells: pd.DataFrame, steps: pd.DataFrame) -> Iterator[_style.Table]:
-    """The steps of each table's rows in the table's order, without layers that its network has not."""
+    """The steps of each table's rows, in the table's order; only layers that its network has."""
     rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
     steps = steps.loc[steps["run_id"].isin(done_runs(cells))]
     recorded = steps[["row_id", "seed", "step", *(c for c in steps if c.startswith(("train_", _PREFIX)))]]
@@ -118,7 +118,7 @@ def _layers(frame: pd.DataFrame) -> list[str]:
 
 
 def _layer_styles(layers: list[str]) -> _style.Styles:
-    """From the first layer to the last, dark to light; dashes for eyes that see no colours."""
+    """Dark to light from the first layer to the last; dashes help colour-blind readers."""
     shades = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(layers)))
     pairs = zip(layers, shades, cycle(_DASHES), strict=False)
     return {layer: {"color": shade, "linestyle": dash} for layer, shade, dash in pairs}
@@ -154,7 +154,7 @@ def _over_seeds(row: pd.DataFrame, values: pd.Series) -> tuple[np.ndarray, np.nd
 
 
 def _first(axis: Axes, frame: pd.DataFrame) -> None:
-    """Say where the products start: their lines fall within a few steps, along the axis."""
+    """Mark where the products start: the lines fall within a few steps, so the axis hides their start."""
     first = frame.loc[frame["step"].eq(0), "_product"]
     low, high = first.min(), first.max()
     if not np.isfinite(low) or low <= 0:

@@ -12,7 +12,7 @@ from condlr.report.results import read, read_if_there, require_evaluated
 
 
 def drawings(study: Path, paper: Path, out: Path) -> Iterator[Drawing]:
-    """Draw what the tables of a study allow, one figure after another.
+    """Draw each figure for which a study has the tables.
 
     Args:
         study: the directory of collected results.
@@ -27,7 +27,7 @@ def drawings(study: Path, paper: Path, out: Path) -> Iterator[Drawing]:
     cells = read(study)
     require_evaluated(cells)
     history = read(study, "history")
-    # All are read before anything is drawn: a damaged table leaves no half of the figures
+    # Read all tables before drawing: with a damaged table, no figure is drawn rather than some
     steps, values, counted = (read_if_there(study, name) for name in ("steps", "spectra", "cost"))
     yield from verdicts.verdicts(by_title(cells), out)
     yield from accuracies.robustness(cells, history, paper, out)

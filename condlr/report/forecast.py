@@ -8,7 +8,7 @@ from condlr.suite.sweeps.estimate import Estimate
 
 
 def print_estimate(estimate: Estimate, console: Console) -> None:
-    """A line for each row that is not done, and the sum."""
+    """Print a line for each row that is not done, and the total."""
     rows = estimate.rows.values()
     runs, done, diverged = (sum(getattr(row, name) for row in rows) for name in ("runs", "done", "diverged"))
     lost = f", {diverged} diverged and left alone" if diverged else ""

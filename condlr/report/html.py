@@ -1,4 +1,4 @@
-"""HTML that needs nothing beside it: the frame of a page, its one style sheet, and sheets as tables."""
+"""Self-contained HTML: the frame of a page with its style sheet and script, and sheets as tables."""
 
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from condlr.report.sheet import Row, Sheet, Value
 
-# No browser may fetch anything for such a page, nor run another script, whatever a label looks like.
+# Browsers fetch nothing for the page and run no other script, even if a label contains HTML.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{}'"
 
 RULES = "Settings, sources, and what columns and signs mean"
@@ -38,8 +38,8 @@ def document(title: str, sheets: Iterable[Sheet]) -> str:
 def table(sheet: Sheet) -> str:
     """A `<div class="table">`.
 
-    Classes: `number` on what is set to the right; on rows that are not ours their kind, `published`,
-    `camera-ready` or `difference`; on cells `group-best`, `best` and `beyond`.
+    CSS classes: `number` for alignment to the right; `published`, `camera-ready` or `difference` on rows
+    that are not ours; `group-best`, `best` and `beyond` on cells.
     """
     lines = ['<div class="table">', "<table>", f"<caption>{escape(sheet.caption)}</caption>", *_head(sheet)]
     for group in sheet.groups:

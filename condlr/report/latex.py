@@ -1,4 +1,4 @@
-r"""Sheets as LaTeX: a `table`, for the packages booktabs, graphicx and xcolor with its option `table`."""
+r"""Sheets as LaTeX tables. They need booktabs, graphicx and xcolor with its option `table`."""
 
 import re
 from itertools import groupby
@@ -31,19 +31,19 @@ def latex(sheet: Sheet) -> str:
             lines.append(" & ".join([name, *map(_marked, row.values)]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}}"]
     notes = [*sheet.settings, *sheet.legend("Shaded", "Bold")]
-    # Outside the float: a page holds the longest table, but not with all of its notes.
+    # The notes stand outside the float: the longest table with its notes does not fit on a page.
     below = [r"{\footnotesize\raggedright", rf"\noindent\emph{{{tex(_caption(sheet))}.}}\par"]
     below += [*(rf"\noindent {tex(note)}\par" for note in notes), r"\medskip}"]
     return "\n".join([*lines, r"\end{table}", *(below if notes else [])]) + "\n"
 
 
 def _caption(sheet: Sheet) -> str:
-    """Without a number beside the one that LaTeX gives."""
+    """The caption without a table number: LaTeX adds its own."""
     return re.sub(r"^Table (\d)\.", r"As Table \1 of the paper.", sheet.caption)
 
 
 def tex(text: str) -> str:
-    """Text with every sign that LaTeX would take for something else, in ASCII."""
+    """Text in ASCII, with the special characters of LaTeX escaped."""
     escaped = _PATTERN.sub(lambda found: _SIGNS[found[0]], text)
     return escaped.encode("ascii", "replace").decode()
 

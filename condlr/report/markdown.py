@@ -1,4 +1,4 @@
-"""Sheets as Markdown, for GitHub."""
+"""Sheets as GitHub's Markdown."""
 
 import re
 
@@ -7,7 +7,7 @@ from condlr.report.sheet import Sheet, Value
 
 
 def markdown(sheet: Sheet) -> str:
-    """Caption, table and notes. GitHub shades no cell: the best of a group is underlined."""
+    """Caption, table and notes. The best of a group is underlined, because GitHub cannot shade cells."""
     head = [f"**{plain(sheet.caption)}**", "", *(f"`{line}`" for line in sheet.settings)]
     lines = [*head, ""] if sheet.settings else head
     lines += [pipe(["row", *(column.heading for column in sheet.columns)])]
@@ -21,7 +21,7 @@ def markdown(sheet: Sheet) -> str:
 
 
 def plain(text: str) -> str:
-    """Text in which < opens no HTML, but in code, where it does not anyway."""
+    """Text with & and < escaped, except in code, where Markdown shows them as they are."""
     parts = re.split(r"(`[^`]+`)", " ".join(text.split()))
     parts[::2] = [part.replace("&", "&amp;").replace("<", "&lt;") for part in parts[::2]]
     return "".join(parts)

@@ -18,16 +18,16 @@ def shown(value: Any) -> str:
 
 
 def accuracy(fraction: float | None, std: float = float("nan")) -> str:
-    """In percent, with ± the standard deviation where there is one; a dash for none."""
+    """An accuracy in percent, with ± its standard deviation if it has one; a dash for None."""
     spread = "" if math.isnan(std) else f" ±{100 * std:.2f}"
     return "–" if fraction is None else f"{100 * fraction:.2f}{spread}"
 
 
 def rounded(fraction: float) -> str:
-    """A compression that was measured, in percent; never -0.0."""
+    """A measured compression in percent; never -0.0."""
     return f"{round(100 * fraction, 1) + 0.0:.1f}"
 
 
 def condition(value: float) -> str:
-    """A condition number: three digits."""
+    """A condition number, to three digits."""
     return f"{value:.3g}" if value >= 10 else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""What came of a sweep, for the terminal."""
+"""The results of a sweep, for the terminal."""
 
 import os
 from collections import Counter
@@ -12,7 +12,7 @@ from condlr.suite.sweeps.jobs import STATES, Outcome
 
 
 def print_outcomes(outcomes: Sequence[Outcome], studies: str) -> None:
-    """How many runs ended how, and of those that are not done the reason and the log."""
+    """Print the number of runs by state, and the reason and log of each run that is not done."""
     counts = Counter(outcome.state for outcome in outcomes)
     words = ", ".join(f"{counts[state]} {_WORDS.get(state, state)}" for state in STATES if counts[state])
     console = Console(highlight=False, soft_wrap=True)

@@ -1,6 +1,6 @@
-"""A report as one HTML page that needs nothing beside it, made from the Markdown of its parts.
+"""A report as one self-contained HTML page, made from the Markdown of its parts.
 
-What Markdown has no words for is written here: tables of accuracies, pictures within the page, verdicts.
+This module renders what Markdown cannot express: tables of accuracies, embedded pictures, verdicts.
 """
 
 import base64
@@ -35,11 +35,11 @@ from condlr.report.html import framed, table
 from condlr.report.markdown import plain
 from condlr.report.sheet import Sheet
 
-# As wide as the text on a laptop, or a phone's screen at three dots a pixel.
+# Pixels: the text on a laptop, or a phone's screen at three device pixels per CSS pixel.
 WIDTH, COLOURS = 1400, 256
-# How wide such a picture is shown, in the height of a letter; a narrower one is shown at the same scale.
+# The shown width of such a picture in rem; narrower pictures have the same scale.
 SHOWN = 54
-# Characters in a cell from which on its column may not be squeezed
+# A column with a cell of at least this many characters keeps a minimum width
 LONG = 36
 
 
@@ -60,7 +60,7 @@ def _section(section: Section) -> str:
 
 @singledispatch
 def block(content: Block) -> str:
-    """A part of a report as HTML, from its Markdown if it has no form of its own here."""
+    """A part of a report as HTML; rendered from its Markdown unless registered below."""
     return _breaks(_MARKDOWN.render(report_markdown.block(content)))
 
 
@@ -80,7 +80,7 @@ def _(content: Drawing) -> str:
 
 
 def _image(drawing: Drawing) -> str:
-    """In a box of its own, in which it scrolls where the page is too narrow for what is printed in it."""
+    """An image in a box that scrolls on narrow screens."""
     width, height, data = picture(drawing.png)
     size = f'width="{width}" height="{height}" style="max-width: {SHOWN * width / WIDTH:.0f}rem"'
     kind = "picture wide" if width > WIDTH * 0.8 else "picture"
@@ -109,7 +109,7 @@ def _(content: Overview) -> str:
 
 
 def _badges(html: str) -> str:
-    """Verdicts, which Markdown can only print in bold, stand out by their colour."""
+    """Colour the verdicts, which are bold in Markdown."""
     for verdict in VERDICTS:
         badge = f'<span class="verdict {verdict.replace(" ", "-")}">{verdict}</span>'
         html = html.replace(f"<strong>{verdict}</strong>", badge)
@@ -128,12 +128,12 @@ def inline(text: str) -> str:
 
 
 def _breaks(html: str) -> str:
-    """All HTML in Markdown is text but line breaks, which its tables have no sign for."""
+    """Restore line breaks: all other HTML in Markdown stays escaped, but tables have no other line break."""
     return html.replace("&lt;br&gt;", "<br>")
 
 
 def _tables(state: StateCore) -> None:
-    """Tables get a box in which they scroll, a head for each row, and numbers set to the right."""
+    """Put tables in a box that scrolls, mark row headers, and align numbers to the right."""
     tokens: list[Token] = []
     table: list[Token] = []
     for token in state.tokens:
@@ -198,7 +198,7 @@ _MARKDOWN = _parser()
 
 
 def picture(path: Path) -> tuple[int, int, str]:
-    """Width, height and the data URI of a PNG file, in fewer colours, and not wider than the page needs."""
+    """Width, height and data URI of a PNG file, reduced to the colours and width that a page needs."""
     try:
         image = Image.open(path).convert("RGB")
     except (OSError, ValueError) as error:

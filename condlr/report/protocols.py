@@ -1,4 +1,4 @@
-"""How the settings of runs differ from what the paper's text says, in words."""
+"""Differences between the settings of runs and the paper's text, in words."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -51,7 +51,7 @@ def differences(context: Mapping[str, object], cells: pd.DataFrame) -> list[str]
         name = str(label).partition("-")[0].partition("+")[0]
         own, stated = _keys(options), paper["methods"].get(name, {})
         if label == "condlr-unit":
-            own.pop("centre", None)  # what makes the row, under any protocol
+            own.pop("centre", None)  # part of the row, not of the protocol
         known["settings"] += _differing({key: v for key, v in own.items() if key not in stated}, paper)
         known.setdefault(title(name), []).extend(_differing(own, stated))
     return [f"{name}: {'; '.join(dict.fromkeys(found))}" for name, found in known.items() if found]

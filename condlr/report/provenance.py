@@ -1,4 +1,4 @@
-"""Where the numbers of a study come from: code, machines, seeds, dates, time; as its tables record them."""
+"""Where the numbers of a study come from: the recorded code, machines, seeds, dates and times."""
 
 import math
 from collections import Counter
@@ -33,18 +33,18 @@ class Provenance:
 
     @property
     def statuses(self) -> dict[str, int]:
-        """How many runs are done, and how many diverged, failed ..., most first."""
+        """The number of runs in each state, the most frequent first."""
         counts = Counter(self.runs["status"]).most_common()
         return dict(sorted(counts, key=lambda count: count[0] != "done"))
 
     @property
     def missing(self) -> int:
-        """How many runs of the study's experiments there are no records of."""
+        """The number of runs of the study's experiments that have no record."""
         return max((self.planned or 0) - len(self.runs), 0)
 
     @property
     def seeds(self) -> list[int]:
-        """Every seed of any run."""
+        """The seeds of all runs."""
         return sorted(int(seed) for seed in self.runs["seed"].unique())
 
     @property
@@ -127,7 +127,7 @@ class Provenance:
         return f"{total}, {100 * self.overhead:.1f} % of the training time, which does not count it"
 
     def _words(self, name: str, mark: str = "") -> str:
-        """The values of a column, the most frequent first, with how often each is found."""
+        """The values of a column with their counts, the most frequent first."""
         known = self.runs[name].dropna()
         values = Counter(known.astype(str)).most_common()
         if len(known) < len(self.runs):

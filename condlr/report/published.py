@@ -1,4 +1,4 @@
-"""What the papers print: in which table, in which version, and where they contradict themselves."""
+"""The published numbers by table and version, and where the tables contradict each other."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,12 +24,12 @@ class Slip(NamedTuple):
 
 
 def published(directory: Path, dataset: str, model: str) -> Values:
-    """FGSM accuracies of arXiv v1, Table 2 or 3; empty where nothing was published."""
+    """FGSM accuracies of arXiv v1, Table 2 or 3; empty if nothing was published."""
     return _read(directory.glob(f"table[23]_{model}_{dataset}.csv"))
 
 
 def camera_ready(directory: Path, attack: str, dataset: str, model: str) -> Values:
-    """The NeurIPS version, as far as it is quoted, under `fgsm` or `pgd_l2`; empty where nothing is."""
+    """The quoted values of the NeurIPS version, under `fgsm` or `pgd_l2`; empty if there are none."""
     return _read(directory.glob(f"camera_ready_{attack}_{model}_{dataset}.csv"))
 
 

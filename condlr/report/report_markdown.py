@@ -1,4 +1,4 @@
-"""A report as Markdown, for where the repository is read; figures and runs by their relative paths."""
+"""A report as Markdown for readers of the repository; links to figures and runs are relative."""
 
 import re
 from functools import singledispatch
@@ -103,7 +103,7 @@ def _(content: Verdicts) -> str:
 
 
 def comparisons(content: Verdicts) -> str:
-    """Each number of a claim, as a list."""
+    """The comparisons of a claim as a list."""
     return "\n".join(
         f"- {plain(claim.where)}: {plain(line)}" for claim in content.claims for line in claim.evidence
     )
@@ -134,5 +134,5 @@ def _cell(cell: str | Link) -> str:
 
 
 def _label(text: str) -> str:
-    """The text of a link or a picture, which a bracket would end."""
+    """The text of a link or picture, with brackets escaped."""
     return re.sub(r"([\[\]])", r"\\\1", plain(text))

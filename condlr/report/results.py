@@ -1,4 +1,4 @@
-"""Collected cells as a frame of rows: means over seeds, beside what was published."""
+"""Collected results as frames: means over seeds, published values, and the titles of rows."""
 
 import re
 import string
@@ -24,9 +24,9 @@ T = TypeVar("T")
 
 # The columns that runs of one table share; each combination is a table of its own.
 CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm", "n"]
-# The columns that tell one set of shifted images from others.
+# The columns that identify a set of shifted images.
 SHIFT = ["shift", "name", "severity", "n", "shift_seed"]
-# The columns that tell the rows of a table apart.
+# The columns that identify a row of a table.
 ROW = ["label", "compression", "row_id", "variant"]
 
 _MEANS = ("cond", "cond_all", "seconds", "train_compression", "deploy_compression")
@@ -60,7 +60,7 @@ _NUMBERS |= {
 }
 
 
-# What else must hold in each line of a table that has such a column.
+# What must hold in each line of a table that has the column.
 _RULES: dict[str, Callable[[pd.DataFrame], Any]] = {
     "label": lambda frame: frame["label"].notna(),
     "row_id": lambda frame: frame["row_id"].notna(),
@@ -89,7 +89,7 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
         frame["eps"] = frame["eps"].map(as_printed)
         file = {"cells": "evaluation"}.get(name, name) + ".csv"
         columns = ["run_id", *(keys(file) if file in examined() else ())]
-        if {*columns} <= {*frame.columns}:  # of one run attacked twice at what prints alike the last counts
+        if {*columns} <= {*frame.columns}:  # strengths that print alike: the last counts
             alike = frame["eps"].notna() & frame.duplicated(columns, keep="last")
             frame = frame[~alike].reset_index(drop=True) if alike.any() else frame
     for column, rule in _RULES.items():
@@ -99,7 +99,7 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
 
 
 def _needed_of(kind: type[Analysis]) -> set[str]:
-    """The columns of a collected analysis: whose a row is, and what its class says of it."""
+    """The columns of a collected analysis: those that identify the run, and those that its class uses."""
     whose = {"run_id", "row_id", "seed"} | (set() if kind.long else {"label", "compression"})
     shown = (string.Formatter().parse(text) for text in kind.columns.values())
     return whose | {*kind.keys} | {name for parts in shown for _, name, _, _ in parts if name}
@@ -112,7 +112,7 @@ def require(frame: pd.DataFrame, columns: Collection[str], path: str) -> None:
 
 
 def read_if_there(study: Path, name: str) -> pd.DataFrame | None:
-    """What `read` reads; None where the runs of the study were not analysed so."""
+    """The table, or None if the study does not have it."""
     return read(study, name) if (study / f"{name}.csv").exists() else None
 
 
@@ -133,27 +133,25 @@ def summarize(cells: pd.DataFrame) -> pd.DataFrame:
         .agg(accuracy=("accuracy", "mean"), std=("accuracy", "std"), seeds=("seed", "nunique"), **means)
         .reset_index()
     )
-    frame = frame.assign(_rank=order(frame["label"]))
-    keys = ["compression", "_rank", "label", "variant", "row_id", "eps"]
-    return frame.sort_values(keys, kind="stable").drop(columns="_rank").reset_index(drop=True)
+    return ordered(frame, ["compression", "label", "variant", "row_id", "eps"]).reset_index(drop=True)
 
 
 def contexts(
     frame: pd.DataFrame, names: Sequence[str] = CONTEXT
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """What the lines of each part share in these columns, and the part; in the order of the frame."""
+    """Group a frame by these columns: pairs of their values and the group, in the order of the frame."""
     for values, part in frame.groupby([*names], sort=False, dropna=False):
         yield dict(zip(names, values, strict=True)), part
 
 
 def require_evaluated(cells: pd.DataFrame) -> None:
-    """Raise `UserError`, which says how the runs are, if there is none that tables could show."""
+    """Raise `UserError` with the states of the runs if tables have nothing to show."""
     if not _evaluated(cells).any():
         raise UserError(nothing_to_show(cells.drop_duplicates("run_id")["status"].astype(str)))
 
 
 def _evaluated(cells: pd.DataFrame) -> pd.Series:
-    """Whether a line is of a run that is done, and of an attack on it; no run has one if there are none."""
+    """Whether a line is an attack on a run that is done."""
     attacked = cells.reindex(columns=["eps", "accuracy"]).notna().all(axis=1)
     return pd.Series(cells["status"].eq("done") & attacked, index=cells.index)
 
@@ -164,8 +162,16 @@ def done_runs(cells: pd.DataFrame) -> pd.Series:
 
 
 def order(labels: pd.Series) -> pd.Series:
-    """The place of each label's method in tables."""
+    """The rank of each label's method in tables."""
     return labels.map(lambda label: _method(_parts(label)[0]).order)
+
+
+def ordered(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Sort a frame by these columns; labels have the order of tables."""
+    placed = frame.assign(_place=order(frame["label"]))
+    return placed.sort_values(
+        [key for name in keys for key in (("_place", "label") if name == "label" else (name,))], kind="stable"
+    ).drop(columns="_place")
 
 
 def _variants(done: pd.DataFrame) -> pd.Series:
@@ -188,7 +194,7 @@ def _variants(done: pd.DataFrame) -> pd.Series:
 
 
 def left_out(cells: pd.DataFrame) -> str:
-    """What of a study its tables do not show: `CondLR τ=0.1 50 % seed 1 (diverged)`; empty if nothing."""
+    """The runs that tables do not show: `CondLR τ=0.1 50 % seed 1 (diverged)`; empty if none."""
     unfinished = cells[cells["status"].ne("done")].drop_duplicates("run_id")
     names = {
         run.run_id: f"{title(run.label)} {100 * run.compression:g} % seed {run.seed} ({run.status})"
@@ -211,7 +217,7 @@ def own(context: Mapping[str, object], cells: pd.DataFrame) -> pd.DataFrame:
 def comparison(
     context: Mapping[str, object], cells: pd.DataFrame, paper: Path
 ) -> dict[tuple[str, float, float], float]:
-    """The values of arXiv v1 to set beside a table: those of FGSM, if it is comparable with the paper's."""
+    """The FGSM values of arXiv v1 for a table; empty if it is not comparable with the paper's."""
     if not str(context["attack"]).startswith("fgsm") or not comparable(context, cells):
         return {}
     return published(paper, str(context["dataset"]), str(context["model"]))
@@ -220,7 +226,7 @@ def comparison(
 def quoted(
     context: Mapping[str, object], cells: pd.DataFrame, paper: Path
 ) -> dict[tuple[str, float, float], float]:
-    """The camera-ready values to set beside a table: under FGSM, and under PGD in the Euclidean norm."""
+    """The camera-ready values for a table: under FGSM, or under PGD in the Euclidean norm."""
     attack, norm = str(context["attack"]), str(context["norm"])
     kind = "fgsm" if attack.startswith("fgsm") else f"{attack[:3]}_{norm}"
     return (
@@ -231,12 +237,12 @@ def quoted(
 
 
 def comparable(context: Mapping[str, object], cells: pd.DataFrame) -> bool:
-    """Whether the images of all runs were the official ones, and no start was made ill-conditioned."""
+    """Whether all runs had the official images, and none an ill-conditioned start."""
     return bool(cells["official_data"].dropna().astype(bool).all()) and not decay(context)
 
 
 def attack_title(label: str) -> str:
-    """An attack as tables and axes print it: `PGD-50×3 on the margin`; a label that nobody knows as it is."""
+    """The title of an attack: `PGD-50×3 on the margin`. An unknown label stays as it is."""
     from condlr.attacks.base import Attack
 
     if label.startswith("transfer-"):
@@ -254,19 +260,19 @@ def norm_title(norm: str) -> str:
 
 
 def pipe(cells: Sequence[str]) -> str:
-    """A line of a Markdown table, in which | stands between cells alone."""
+    """A line of a Markdown table, with | escaped in cells."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def setting(context: Mapping[str, object]) -> str:
-    """What a table's rows share, for its caption: `LeNet5 on MNIST, protocol paper, 10 epochs`."""
+    """The shared setting of a table's rows, for its caption: `LeNet5 on MNIST, protocol paper, 10 epochs`."""
     base = decay(context)
     start = f", singular values falling as {base}⁻ⁱ at the start" if base else ""
     return f"{network(context)}, protocol {context['protocol']}, {epochs(context)}{start}"
 
 
 def decay(context: Mapping[str, object]) -> str:
-    """The base of an ill-conditioned start; empty where there was none."""
+    """The base of an ill-conditioned start; empty if there was none."""
     found = re.search(r"(?:^| )decay=([\d.e+-]+)", str(context["settings"]))
     return f"{float(found[1]):g}" if found else ""
 
@@ -299,7 +305,7 @@ def title(label: str, variant: str = "") -> str:
 
 
 def colour(label: str) -> str | None:
-    """The colour of a row in figures, if its method has one for it."""
+    """The colour of a row in figures, or None if its method defines none."""
     return _method(_parts(label)[0]).colours.get(label)
 
 
@@ -322,7 +328,7 @@ def _method(label: str) -> "type[Method]":
 
 
 def _known(room: str, name: str, base: type[T]) -> type[T]:
-    """The class of that name, or the base of all where it is not ours, or no longer."""
+    """The class of that name, or the base class if the name is unknown."""
     return find(room, name, base) if name in available(room) else base
 
 

@@ -1,4 +1,4 @@
-"""What a table looks like, whatever it is written as."""
+"""A table independent of its output format."""
 
 import re
 import textwrap
@@ -7,17 +7,17 @@ from dataclasses import dataclass, field, replace
 
 
 def anchor(heading: str) -> str:
-    """A heading as an address, formed as GitHub forms those of a Markdown file."""
+    """The address of a heading, as GitHub derives it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-# What a table prints where there is no value.
+# What a table prints for a missing value.
 NONE = ("", "–")
 
 
 @dataclass(frozen=True)
 class Value:
-    """A text in a table, and what it stands out by."""
+    """A text in a table, and its marks."""
 
     text: str
     group_best: bool = False
@@ -30,9 +30,9 @@ class Column:
     """A column of values.
 
     Attributes:
-        block: what stands above this and its neighbours of the same block.
-        strength: one of several eps, of which a narrow terminal shows fewer.
-        spare: a narrow terminal does without these columns, the lowest number first.
+        block: the common heading of neighbouring columns.
+        strength: whether this is one of several eps; a narrow terminal shows fewer of them.
+        spare: a narrow terminal hides such columns, the lowest number first; None is never hidden.
     """
 
     name: str
@@ -42,18 +42,18 @@ class Column:
 
     @property
     def heading(self) -> str:
-        """For formats without a line for blocks."""
+        """The name after that of the block, for formats that have no line for blocks."""
         return f"{self.block} {self.name}".lstrip()
 
     @property
     def folded(self) -> list[str]:
-        """The heading in lines of some 14 characters."""
+        """The heading, wrapped to about 14 characters."""
         return [*([self.block] if self.block else []), *textwrap.wrap(self.name, 14, break_long_words=False)]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of values; `kind` is `ours`, `published`, `camera-ready` or `difference`."""
+    """A named line of values; `kind` is `ours`, `published`, `camera-ready` or `difference`."""
 
     name: str
     values: Sequence[Value]
@@ -62,11 +62,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table: a caption, columns after the first, which names the rows, groups of rows, and notes below.
+    """A table: a caption, columns after the one with the names of rows, groups of rows, and notes.
 
     Attributes:
-        notes: what a reader must know of these numbers.
-        rules: what numbers and signs of such tables mean; a page shows it when asked for.
+        notes: what a reader must know about these numbers.
+        rules: what numbers and signs mean in all such tables; a page folds them away.
     """
 
     caption: str
@@ -83,7 +83,7 @@ class Sheet:
 
     @property
     def run(self) -> "Sheet":
-        """Without columns in which no row of ours has a value, and rows of others that are empty then."""
+        """Drop columns in which none of our rows has a value, and the rows that this empties."""
         ours = [row for group in self.groups for row in group if row.kind == "ours"]
         kept = [i for i in range(len(self.columns)) if any(row.values[i].text not in NONE for row in ours)]
 
@@ -97,10 +97,10 @@ class Sheet:
         return replace(self, columns=[self.columns[i] for i in kept], groups=groups)
 
     def legend(self, group_best: str, best: str) -> list[str]:
-        """The notes and rules, and what the marks of a format mean."""
+        """The notes, the rules, and the meaning of the marks."""
         return [*self.notes, *self.explained(group_best, best)]
 
     def explained(self, group_best: str, best: str) -> list[str]:
-        """The rules, and what the marks of a format mean."""
+        """The rules, and the meaning of the marks."""
         marks = f"{group_best}: the best of the rows of its compression. {best}: the best of all rows."
         return [*self.rules, *([f"{marks} Means decide; ties are all marked."] if self.marked else [])]

@@ -1,4 +1,4 @@
-"""How accurate the runs are on shifted images, a table for each shift."""
+"""The accuracy of runs on shifted images, a table for each shift."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from condlr.report.numbers import accuracy
-from condlr.report.results import order, pipe, run_title
+from condlr.report.results import ordered, pipe, run_title
 from condlr.shifts.base import Shift
 from condlr.suite.registry import find
 
@@ -14,7 +14,7 @@ from condlr.suite.registry import find
 def markdown(shifted: pd.DataFrame, cells: pd.DataFrame) -> str:
     """A line for each run: clean, the mean over all sets, and the means by set and by severity, in percent.
 
-    Sets that were drawn with several seeds count as so many sets.
+    Sets drawn with different seeds count separately.
 
     Args:
         shifted, cells: `shift` and `cells`, see `condlr.report.results.read`.
@@ -24,16 +24,15 @@ def markdown(shifted: pd.DataFrame, cells: pd.DataFrame) -> str:
 
 def _tables(shifted: pd.DataFrame, cells: pd.DataFrame) -> Iterator[str]:
     clean = _clean(cells)
-    placed = shifted.assign(_place=order(shifted["label"]))
-    for (shift, n), frame in placed.groupby(["shift", "n"], sort=False):
+    for (shift, n), frame in shifted.groupby(["shift", "n"], sort=False):
         kind = find("shifts", str(shift), Shift)
         names = [*dict.fromkeys(frame["name"])]
         severities = sorted(frame["severity"].dropna().unique())
         header = ["run", "clean", "mean", *(str(name).replace("_", " ") for name in names)]
         header += [f"severity {severity:g}" for severity in severities]
         lines = [pipe(header), pipe(["---", *["---:"] * (len(header) - 1)])]
-        keys = ["compression", "_place", "label", "seed", "run_id"]
-        for run_id, run in frame.sort_values(keys, kind="stable").groupby("run_id", sort=False):
+        placed = ordered(frame, ["compression", "label", "seed", "run_id"])
+        for run_id, run in placed.groupby("run_id", sort=False):
             by_name, by_severity = (run.groupby(key)["accuracy"].mean() for key in ("name", "severity"))
             means = [*by_name.reindex(names), *by_severity.reindex(severities)]
             values = [clean.get((run_id, n)), run["accuracy"].mean(), *means]

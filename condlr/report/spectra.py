@@ -12,15 +12,15 @@ from condlr.report import _style
 from condlr.report._style import ROW, TRAINING, Drawing, Drawn, Known, Styles
 from condlr.report.results import contexts, done_runs, setting, summarize
 
-# Above the end, which hides it where training changed little
+# Drawn above the end, which would hide it where training changed little
 _START = {"color": "0.25", "linestyle": (0, (1, 2)), "linewidth": 0.9, "zorder": 3}
 _COLUMNS = 4
 
 
 def spectra(cells: pd.DataFrame, values: pd.DataFrame, out: Path) -> Iterator[Drawing]:
-    """Singular values against their index, a panel for each layer: the start dotted, the end solid.
+    """Singular values against their index, a panel for each layer; the start is dotted, the end solid.
 
-    Geometric means over seeds. More than six rows get panels for each compression.
+    Geometric means over seeds. With more than six rows, each compression has its own panels.
 
     Args:
         cells, values: `cells` and `spectra`, see `condlr.report.results.read`.

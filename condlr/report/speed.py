@@ -1,4 +1,4 @@
-"""The benchmark as a person reads it: a table, and bars."""
+"""The benchmark as a table and as bars."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,14 +52,14 @@ def table(rows: pd.DataFrame) -> list[list[str]]:
 
 
 def markdown(lines: list[list[str]], facts: dict[str, Any]) -> str:
-    """The table and what it was measured on."""
+    """The table with its device and legend."""
     text = [pipe(HEADER), "| --- | --- | ---: | --- |" + " ---: |" * (len(HEADER) - 4)]
     text += map(pipe, lines)
     return f"# {facts['device']}\n\n" + "\n".join(text) + "\n\n" + legend(facts) + "\n"
 
 
 def legend(facts: dict[str, Any]) -> str:
-    """What the columns mean, and on what they were measured."""
+    """The meaning of the columns, and how they were measured."""
     text = (
         f"Batch {facts['batch_size']}, {facts['precision']}; medians of {facts['repeats']} turns in one "
         "process. "
@@ -153,7 +153,7 @@ def _by_part(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _steps_beside(parts: pd.DataFrame, line: pd.Series) -> dict[str, float]:
-    """Milliseconds of a step of the forms that `line` is compared with."""
+    """Milliseconds of a step, for the forms that `line` is compared with."""
     same = parts[parts["network"] == line["network"]]
     alike = same[(same["rank_rule"] == line["rank_rule"]) & (same["compression"] == line["compression"])]
     found = dict(zip(alike["form"], alike["step"], strict=True))

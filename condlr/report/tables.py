@@ -1,4 +1,4 @@
-"""Tables of accuracy under attack: what we measured, and beside it what was published."""
+"""Tables of accuracy under attack: our results beside the published ones."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ _DIFFERENCE = (
     "sample standard deviations of ours, which at least two seeds have"
 )
 
-# What a narrow terminal does without, first to last.
+# Columns that a narrow terminal hides, in this order.
 _SPARE = ("cond all", "deployed", "s", "seeds", "measured", "cond")
 # The paper attacked all test images of either dataset.
 _TEST_IMAGES = 10_000
@@ -62,12 +62,12 @@ class Cell:
 
     @property
     def ours(self) -> str:
-        """In percent, with ± where there are several seeds."""
+        """The accuracy in percent, with ± if there are several seeds."""
         return numbers.accuracy(self.accuracy, self.std)
 
     @property
     def difference(self) -> float | None:
-        """Ours less the published one (arXiv v1 before camera-ready), a fraction."""
+        """Ours minus the published one (arXiv v1 before camera-ready), a fraction."""
         published = self.camera_ready if self.published is None else self.published
         return None if self.accuracy is None or published is None else self.accuracy - published
 
@@ -75,10 +75,10 @@ class Cell:
     def beyond(self) -> bool:
         """Whether the difference exceeds two standard deviations of ours, which at least two seeds have."""
         known = self.difference is not None and self.seeds > 1
-        return known and abs(self.difference) - 2 * self.std > 1e-9  # equal but for rounding is not more
+        return known and abs(self.difference) - 2 * self.std > 1e-9  # a tie up to rounding is not above
 
     def value(self, kind: str) -> Value:
-        """What a row of a kind prints here, see `condlr.report.sheet.Row`."""
+        """The text in a row of this kind, see `condlr.report.sheet.Row`."""
         if kind == "ours":
             return Value(self.ours, self.group_best, self.best)
         if kind == "difference":
@@ -88,7 +88,7 @@ class Cell:
         return Value("" if known is None else numbers.accuracy(known))
 
 
-# The rows that a line of a table is printed as, and what they are called.
+# The kinds of rows that a line of a table is printed as, and their names.
 _KINDS = {
     "ours": "", "published": "  arXiv v1", "camera-ready": "  camera-ready", "difference": "  difference"
 }  # fmt: skip
@@ -122,7 +122,7 @@ class Line:
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds of rows that have something to say, first our own."""
+        """The kinds of rows that have values, ours first."""
         cells = self.cells.values()
         return [k for k in _KINDS if k == "ours" or any(cell.value(k).text for cell in cells)]
 
@@ -159,7 +159,7 @@ class Table:
 
     @property
     def missing(self) -> str:
-        """Which of the paper's rows were not run; empty if all were, or none is the paper's."""
+        """The rows of the paper that were not run; empty if all were run, or no row is the paper's."""
         absent = [line.described for line in self.lines if not line.ran]
         return f"Not run yet, {len(absent)} of the paper's rows: {', '.join(absent)}." if absent else ""
 
@@ -175,7 +175,7 @@ class Table:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know of the numbers, and then what is the same for all such tables."""
+        """Notes on these numbers, then the rules of all such tables."""
         return [*self._known, *_published_notes([self]), LEGEND]
 
     @property
@@ -215,7 +215,7 @@ def audit_note(lines: Iterable[Line]) -> str:
     warned = [f"{line.described} ({', '.join(line.warnings)})" for line in lines if line.warnings]
     missing = [line.described for line in lines if line.warnings is None]
     if len(missing) == len(lines):
-        return "No row was audited in this norm (audit=true): read these accuracies as upper bounds."
+        return "No row was audited in this norm (analysis=audit): read these accuracies as upper bounds."
     note = (
         f"† not to be trusted, the audit warns: {'; '.join(warned)}."
         if warned
@@ -259,8 +259,8 @@ def tables(cells: pd.DataFrame, paper: Path, marks: Marks | None = None) -> Iter
 
 
 def _with_best(frame: pd.DataFrame) -> pd.DataFrame:
-    """The cells with `group_best` and `best`; what has no rival is the best of nothing."""
-    accuracy = frame["accuracy"].round(9)  # means over seeds tie but for rounding
+    """The cells with `group_best` and `best`; a cell without a rival is neither."""
+    accuracy = frame["accuracy"].round(9)  # means over seeds may differ by rounding only
     marks = {}
     for mark, keys in {"group_best": ["compression", "eps"], "best": ["eps"]}.items():
         rivals = accuracy.groupby([frame[key] for key in keys])
@@ -294,14 +294,14 @@ def _not_run(label: str, compression: float, cells: dict[float, Cell]) -> Line:
 
 
 def _in_order(lines: list[tuple[str, Line]]) -> list[tuple[str, Line]]:
-    """By compression, then as in the paper; variants of a row as they were."""
+    """Sort by compression, then as in the paper; variants of a row keep their order."""
     places = order(pd.Series([label for label, _ in lines], dtype=str))
     keys = [(line.compression, place, label) for (label, line), place in zip(lines, places, strict=True)]
     return [lines[i] for i in sorted(range(len(lines)), key=keys.__getitem__)]
 
 
 def _slips(context: Mapping[str, object], paper: Path) -> list[str]:
-    """What Table 1 prints for cells of another table, a sentence a row."""
+    """A sentence for each row of which Table 1 prints other values."""
     number = NUMBERS[str(context["model"]), str(context["dataset"])]
     found: dict[tuple[str, float], list] = {}
     for slip in slips(paper, str(context["dataset"]), str(context["model"])):
@@ -349,7 +349,7 @@ class _Part:
 
 
 def _sheet(caption: str, parts: Sequence[_Part], *notes: Sequence[str]) -> Sheet:
-    """Tables side by side: their rows of one name and compression are one."""
+    """Put tables side by side; rows of the same name and compression are merged."""
     known = [part.lines() for part in parts]
     groups: dict[float, list[Row]] = {}
     for key in dict.fromkeys(key for lines in known for key in lines):
@@ -357,7 +357,7 @@ def _sheet(caption: str, parts: Sequence[_Part], *notes: Sequence[str]) -> Sheet
         some = [line for line in own if line is not None]
         for kind, name in _KINDS.items():
             if any(kind in line.kinds for line in some):
-                named = name or max((line.name for line in some), key=len)  # one that is marked is longer
+                named = name or max((line.name for line in some), key=len)  # a marked name is longer
                 requested = Value(some[0].facts["requested"] if kind == "ours" else "")
                 values = [v for part, line in zip(parts, own, strict=True) for v in part.values(line, kind)]
                 groups.setdefault(key[0], []).append(Row(named, [requested, *values], kind))
@@ -396,7 +396,7 @@ def table1(made: Sequence[Table], paper: Path) -> Iterator[Sheet]:
 
 
 def _only_published(model: str, name: str, paper: Path) -> Table:
-    """A table of which nothing was run."""
+    """A table without any of our runs."""
     context = {"model": model, "dataset": name, "attack": "fgsm", "norm": "linf", "settings": ""}
     nothing = pd.DataFrame({"official_data": []})
     first, second = comparison(context, nothing, paper), quoted(context, nothing, paper)
@@ -414,7 +414,7 @@ def _published_strengths(table: Table) -> list[float]:
 
 
 def frame(table: Table) -> pd.DataFrame:
-    """As data: a line for each cell; fractions, but for the requested percentage."""
+    """The tables as data: a line for each cell. Values are fractions, except the requested percentage."""
     return pd.DataFrame(
         {
             **table.context, "table": table.number, "row": line.label, "requested": line.compression,

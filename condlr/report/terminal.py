@@ -10,9 +10,9 @@ from condlr.report.sheet import Column, Row, Sheet, Value
 
 
 def print_sheet(sheet: Sheet, console: Console) -> None:
-    """No number is ever cut: a narrow terminal gets fewer columns, and is told so.
+    """Print a sheet. A narrow terminal gets fewer columns, and a line that names the hidden ones.
 
-    What is marked by style is marked by a sign as well, for terminals without styles and for files.
+    Each mark is a style and a sign, so that files and plain terminals show it too.
     """
     shown = _fitting(sheet, console.width)
     view = Table(box=None, pad_edge=False, header_style="bold")
@@ -28,22 +28,20 @@ def print_sheet(sheet: Sheet, console: Console) -> None:
     for line in sheet.settings:
         console.print(escape(line), style="dim", highlight=False)
     console.print()
-    # Where even the narrowest table is too wide, lines run on rather than lose digits.
+    # If the table is still too wide, lines wrap and no digit is cut.
     width, console.width = console.width, max(console.width, _width(sheet, shown))
     console.print(view, highlight=False)
     console.width = width
     hidden = [column.heading for i, column in enumerate(sheet.columns) if i not in shown]
     if hidden:
-        console.print(
-            f"Not shown for want of width: {escape(', '.join(hidden))}.", style="dim", highlight=False
-        )
+        console.print(f"Too narrow to show: {escape(', '.join(hidden))}.", style="dim", highlight=False)
     for note in sheet.legend("* and underlined", "** and bold"):
         console.print(escape(note), style="dim", highlight=False)
     console.print()
 
 
 def _fitting(sheet: Sheet, width: int) -> list[int]:
-    """The columns that a width has room for: at least what is not spare and two strengths of a block."""
+    """The columns that fit a width: at least those that are not spare, and two strengths of each block."""
     shown = list(range(len(sheet.columns)))
     for spare in sorted({column.spare for column in sheet.columns if column.spare is not None}):
         if _width(sheet, shown) > width:
@@ -57,7 +55,7 @@ def _fitting(sheet: Sheet, width: int) -> list[int]:
 
 
 def _every_other(columns: Sequence[Column], shown: list[int]) -> list[int]:
-    """Half of the strengths of each block, the first and the last among them."""
+    """Drop every other strength of each block, but keep the first and the last."""
     blocks: dict[str, list[int]] = {}
     for i in shown:
         if columns[i].strength:
@@ -67,7 +65,7 @@ def _every_other(columns: Sequence[Column], shown: list[int]) -> list[int]:
 
 
 def _width(sheet: Sheet, shown: Sequence[int]) -> int:
-    """Characters that a terminal needs for these columns, two between each."""
+    """The number of characters that these columns need, with two between columns."""
     rows = [row for group in sheet.groups for row in group]
     names = max(len(row.name) for row in rows)
     return names + sum(_column_width(sheet.columns[i], rows, i) + 2 for i in shown)

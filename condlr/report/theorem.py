@@ -1,4 +1,4 @@
-"""Theorem 1 beside what was measured: a figure and a page, from the rows of `theory.theorem1.errors`."""
+"""Theorem 1 and measured errors: a figure and a page, from the rows of `theory.theorem1.errors`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from condlr.report.results import pipe
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Algorithm 1 with and without its band coincide often: a thin line on a broad one.
+# Algorithm 1 with and without its band often coincide, so one line is thin and the other broad.
 _STYLES = {
     "vanilla": ("U Vᵀ descent", {"color": "#D55E00", "marker": "^"}),
     "unbanded": ("Algorithm 1 without band", {"color": "#56B4E9", "linewidth": 3.2}),
@@ -21,7 +21,7 @@ _STYLES = {
 _ONE = {"color": "0.35", "linestyle": (0, (4, 1.5)), "linewidth": 1.0}
 _ALL = {"color": "0.35", "linestyle": (0, (1, 1.2)), "linewidth": 1.2}
 _TITLES = {"rotation": "gradient −W′(t), rotating bases", "descent": "gradient flow of a convex quadratic"}
-# Bounds are compared with errors that have rounding and, the exact flow, substeps of their own.
+# Errors include rounding and, for the exact flow, its substeps: bounds are compared with some tolerance.
 _ROUNDING = 1 + 1e-9
 
 
@@ -42,14 +42,15 @@ _LEGEND = (
 def figure(frame: pd.DataFrame, out: Path) -> Iterator[Path]:
     """Error against learning rate after one step and at the horizon, and where the band is left.
 
-    One eta, the middle one, is drawn. Shaded: learning rates, or singular values, that Theorem 1 does not
-    admit. Dotted upright: the largest learning rate up to which a step of Algorithm 1 is within 3 lambda eta.
+    Only the middle eta is drawn. Shaded: learning rates or singular values outside the assumptions of
+    Theorem 1. Dotted vertical line: the largest learning rate up to which one step of Algorithm 1 is within
+    3 lambda eta.
 
     Args:
         frame: the rows of `analysis.theory.theorem1.errors`.
         out: where `theorem1.png` and `.pdf` go; a number follows the name for a second flow.
     """
-    # The table of the same rows is written without matplotlib
+    # Imported here, because the table of the same rows needs no matplotlib
     from matplotlib import pyplot as plt
 
     from condlr.report._style import WIDTH, saved, style
@@ -76,7 +77,7 @@ def figure(frame: pd.DataFrame, out: Path) -> Iterator[Path]:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """A line for each flow and eta, and in words where the bound holds and where not."""
+    """A line for each flow and eta, and sentences on where the bound holds."""
     header = (
         "flow", "η", "μ", "σ_r", "λ*", "exact / 3kλη", "one step ≤ 3λη", "k steps ≤ 3kλη", "k steps ≤ 3λη",
     )  # fmt: skip
@@ -105,7 +106,7 @@ def markdown(frame: pd.DataFrame) -> str:
 def _findings(frame: pd.DataFrame) -> list[str]:
     rates = frame[frame["sweep"].eq("rate")]
     exact, own = (rates[rates["integrator"].eq(name)] for name in ("exact", "condlr"))
-    # It has no learning rate: at one time it is one case
+    # The exact flow has no learning rate: each time counts as one case
     solutions = exact.drop_duplicates(["flow", "eta", "time"])
     printed, own_printed = exact[exact["within"]], own[own["within"]]
     several = own_printed[own_printed["steps"].gt(1)]
@@ -146,7 +147,7 @@ def _plain(value: float) -> str:
 
 
 def _largest(rows: pd.DataFrame, bound: str) -> str:
-    """The largest learning rate up to which the bound holds for all; a dash where for none."""
+    """The largest learning rate up to which the bound always holds; a dash if it never does."""
     rows = rows.sort_values("learning_rate")
     held = rows[_holds(rows, bound).cummin()]
     return f"{held['learning_rate'].iloc[-1]:.3g}" if len(held) else "–"

@@ -1,4 +1,4 @@
-"""Figures of what robustness costs: accuracy against compression, and against time and FLOPs."""
+"""Figures of the cost of robustness: accuracy against compression, time and FLOPs."""
 
 import textwrap
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from condlr.report import _style
 from condlr.report._style import TRAINING, Drawing, Drawn, Known, Styles
 from condlr.report.results import attack_title, contexts, norm_title, setting, summarize
 
-_SAME = 0.005  # compressions nearer than this would hide each other
+_SAME = 0.005  # points with closer compressions would overlap
 _ATTACK = ["attack", "norm", "n"]
 
 
@@ -94,7 +94,7 @@ def cost(cells: pd.DataFrame, counted: pd.DataFrame | None, out: Path) -> Iterat
 
 
 def _at_full_strength(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """What stands in each panel, by its title: no attack, then each attack at its largest eps."""
+    """The data of each panel, by its title: no attack, then each attack at its largest eps."""
     clean = frame[frame["eps"].eq(0)].sort_values("n", ascending=False, kind="stable")
     shown = {} if clean.empty else {"no attack": clean.drop_duplicates("row_id")}
     for (attack, norm, n), part in frame.groupby(_ATTACK, sort=False):
@@ -107,7 +107,7 @@ def _at_full_strength(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _broadest(frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
-    """The attack that most rows were put to, of these the one on most images."""
+    """The attack that most rows have; among these, the one on most images."""
     shown = _at_full_strength(frame)
     attacked = {name: part for name, part in shown.items() if part["eps"].max() > 0} or shown
     return max(attacked.items(), key=lambda item: (item[1]["row_id"].nunique(), item[1]["n"].max()))
@@ -118,7 +118,7 @@ def _timed(frame: pd.DataFrame) -> bool:
 
 
 def _device(cells: pd.DataFrame, part: pd.DataFrame) -> str:
-    """Where the runs were trained: times of several devices don't compare."""
+    """The devices that trained the runs: times of different devices are not comparable."""
     devices = cells.loc[cells["row_id"].isin(part["row_id"]), "device"].dropna().unique()
     return str(devices[0]).replace("1 threads", "1 thread") if len(devices) == 1 else "on several devices"
 

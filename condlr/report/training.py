@@ -1,11 +1,11 @@
-"""How each run of a study went."""
+"""The training of each run of a study."""
 
 from collections.abc import Callable
 
 import pandas as pd
 
 from condlr.report.numbers import condition, shown
-from condlr.report.results import order, require, title
+from condlr.report.results import ordered, require, title
 from condlr.report.sheet import Column, Row, Sheet, Value
 
 LEGEND = (
@@ -29,12 +29,10 @@ def training(history: pd.DataFrame) -> Sheet:
     require(history, ("protocol", "epoch", "train_loss"), "history.csv")
     penalised = history["penalty_value"].groupby(history["run_id"]) if "penalty_value" in history else None
     names += ("penalised",) if penalised is not None else ()
-    trained = history[history["epoch"] > 0]
-    trained = trained.assign(_place=order(trained["label"]))
-    keys = ["protocol", "compression", "_place", "label", "run_id"]
-    ordered = trained.sort_values([*keys, "epoch"])
+    keys = ["protocol", "compression", "label", "run_id"]
+    trained = ordered(history[history["epoch"] > 0], [*keys, "epoch"])
     groups: dict[tuple[str, float], list[Row]] = {}
-    for (protocol, compression, _, label, run_id), run in ordered.groupby(keys, sort=False):
+    for (protocol, compression, label, run_id), run in trained.groupby(keys, sort=False):
         first, last = run.iloc[0], run.iloc[-1]
         audits = [run[column].max() if column in run else float("nan") for column in _AUDITS]
         texts = [

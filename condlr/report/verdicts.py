@@ -1,4 +1,4 @@
-"""Claims as pictures: each row a dot with its interval, and upright the rows that it is compared with."""
+"""Claims as pictures: a dot with an interval for each row, a vertical line for each reference row."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -48,14 +48,14 @@ def _draw(_: Known, claims: Sequence[Claim]) -> Drawn:
 
 
 def _rows(claim: Claim) -> list[Mean]:
-    """Every row of a claim: less compressed ones first, of these first what others are compared with."""
+    """The rows of a claim, by compression; reference rows come first."""
     means = {mean.name: mean for pair in claim.comparisons for mean in (pair.left, pair.right)}
     against = {_reference(pair).name for pair in claim.comparisons}
     return sorted(means.values(), key=lambda mean: (mean.compression, mean.name not in against))
 
 
 def _reference(pair: Comparison) -> Mean:
-    """The side that the claim is measured by: the dense row, where there is one."""
+    """The reference row of a comparison: the dense row, if there is one."""
     return pair.left if pair.right.compression > 0 == pair.left.compression else pair.right
 
 

@@ -1,4 +1,4 @@
-"""How far the runs of a study are, for the terminal: what needs a look, then a line for each row."""
+"""The progress of a study's runs, for the terminal: problems first, then a line for each row."""
 
 import math
 import time
@@ -18,24 +18,24 @@ from rich.text import Text
 from condlr.report.results import duration, order, row_title, run_title
 from condlr.suite.sweeps.status import Progress, RunStatus, Study
 
-# Of these a person wants to know what is wrong. Colours help; the words say the same.
+# States whose reason is shown. The words say the same as the colours.
 _TROUBLE = ("stalled", "failed", "damaged", "diverged", "interrupted")
 _STYLES = {
     "done": "green", "running": "cyan", "stalled": "yellow", "interrupted": "yellow", "failed": "red",
     "diverged": "magenta", "damaged": "red", "missing": "dim",
 }  # fmt: skip
-_MANY = 4  # runs that are in trouble for one reason, to be told of together
-# How many runs at work, and in trouble, have a line of their own where a terminal is too low for all
+_MANY = 4  # from this number on, runs with the same problem share a line
+# Limits for a low terminal: the number of running runs, and of problems, that have their own line
 _LEVELS = ((None, None), (None, 8), (None, 4), (12, 4), (6, 2), (3, 1), (1, 1))
 
 
 def print_status(study: Study, console: Console) -> None:
-    """Everything, once."""
+    """Print the whole status once."""
     console.print(*_blocks(study), sep="\n", highlight=False)
 
 
 def watch(look: Callable[[], Study], console: Console, every: float) -> None:
-    """Show what `look` sees, again and again, until nothing is left to run or Ctrl-C."""
+    """Show the result of `look` every `every` seconds, until no run is left or Ctrl-C is pressed."""
     study = look()
     with (
         suppress(KeyboardInterrupt),
@@ -50,10 +50,10 @@ def watch(look: Callable[[], Study], console: Console, every: float) -> None:
 
 
 def fitting(study: Study, console: Console) -> Group:
-    """As much as the terminal has lines for.
+    """As much as fits the terminal's height.
 
-    What is wrong is cut to a line each, rows that are all done or all missing share a line, then fewer
-    and fewer runs have a line of their own.
+    First, each problem is cut to one line, and rows whose runs are all done or all missing share a line.
+    Then fewer runs get their own line.
     """
     shown = Group(*_blocks(study))
     for level in _LEVELS:
@@ -70,7 +70,7 @@ def _height(shown: RenderableType, console: Console) -> int:
 def _blocks(
     study: Study, working: int | None = None, wrong: int | None = None, fold: bool = False
 ) -> list[RenderableType]:
-    """The parts of the whole, an empty line between them, with so many runs at work and in trouble."""
+    """The parts, separated by empty lines; `working` and `wrong` limit the runs with a line of their own."""
     parts = [_summary(study), _working(study, working), _troubles(study, wrong, fold), _rows(study, fold)]
     blocks: list[RenderableType] = []
     for part in parts:
@@ -105,7 +105,7 @@ def _time_left(study: Study) -> str:
 
 
 def _working(study: Study, limit: int | None) -> RenderableType | None:
-    """A line for each run at work."""
+    """A line for each running run."""
     running = [run for run in study.runs if run.state == "running"]
     if not running:
         return None
@@ -123,7 +123,7 @@ def _working(study: Study, limit: int | None) -> RenderableType | None:
 
 
 def _epoch(progress: Progress) -> str:
-    """The epoch under way, as they are counted from 1; what is through once all are."""
+    """The current epoch, counted from 1; the number of epochs once all are done."""
     if progress.epochs is None:
         return ""
     return f"{min(progress.epoch + 1, progress.epochs)}/{progress.epochs}"
@@ -148,7 +148,7 @@ def _owner(run: RunStatus) -> Text:
 
 
 def _troubles(study: Study, limit: int | None, terse: bool) -> RenderableType | None:
-    """What is wrong with runs, each with the reason and where to read more; `terse` is a line for each."""
+    """Each problem with its reason and log; with `terse`, one line for each problem."""
     found = [trouble for state in _TROUBLE for trouble in _alike(_wrong(study.runs, state))]
     if not found:
         return None
@@ -168,7 +168,7 @@ def _troubles(study: Study, limit: int | None, terse: bool) -> RenderableType | 
 
 @dataclass(frozen=True)
 class _Trouble:
-    """What is wrong with some runs, for the same reason."""
+    """Runs with the same problem for the same reason."""
 
     state: str
     runs: Sequence[RunStatus]
@@ -182,7 +182,7 @@ class _Trouble:
 
     @property
     def log(self) -> str:
-        """Of the first of them, where there is more in it than the reason."""
+        """The log of the first run, if it says more than the reason."""
         return "" if self.state == "interrupted" or not self.runs[0].log else str(self.runs[0].log)
 
 
@@ -198,7 +198,7 @@ def _wrong(runs: Sequence[RunStatus], state: str) -> Iterator[_Trouble]:
 
 
 def _alike(troubles: Iterable[_Trouble]) -> Iterator[_Trouble]:
-    """Many of one reason, such as a full disk, are one."""
+    """Merge many problems with one reason, such as a full disk."""
     by_reason: dict[str, list[_Trouble]] = {}
     for trouble in troubles:
         by_reason.setdefault(trouble.reason, []).append(trouble)
@@ -229,7 +229,7 @@ def _rest(count: int, limit: int | None) -> list[Text]:
 
 
 def _rows(study: Study, fold: bool) -> RenderableType | None:
-    """A line for each row; with `fold` those of which all runs are done, or missing, share one."""
+    """A line for each row; with `fold`, rows whose runs are all done or all missing share one."""
     rows = _by_row(study.runs)
     if not rows:
         return None
@@ -282,7 +282,7 @@ def _others(runs: Sequence[RunStatus]) -> Text:
 
 
 def _seeds(runs: Sequence[RunStatus]) -> str:
-    """` (seeds 0-2, 4)`; empty where any would do."""
+    """` (seeds 0-2, 4)`; empty if no seed is known."""
     seeds = sorted({run.seed for run in runs if run.seed is not None})
     if not seeds:
         return ""

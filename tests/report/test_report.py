@@ -147,7 +147,7 @@ def test_a_narrow_terminal_cuts_no_number(width):
     assert "…" not in text
     for word in ("CondLR τ=0.1", "93.00 ±1.41", "clean", "ε=0.09"):
         assert word in text
-    assert ("Not shown for want of width" in text) == (width < 250)
+    assert ("Too narrow to show" in text) == (width < 250)
     assert width < 60 or all(len(line) <= width for line in text.splitlines())
 
 
