@@ -79,6 +79,7 @@ def taken(directory, **settings):
         return time.monotonic() - clock
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machines", [("", "", "", ""), ("a1", "b2", "c3", "d4"), ("", "", "c3", "d4")])
 def test_never_two_processes_at_once_even_when_some_are_killed(tmp_path, machines):
     rounds = 40

@@ -159,6 +159,7 @@ def official(tmp_path, idx, cifar, monkeypatch):
 KINDS = [(Mnist, "MNIST/raw"), (FashionMnist, "FashionMNIST/raw"), (Cifar10, "cifar-10-batches-py")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "folder"), KINDS)
 def test_of_many_that_want_a_dataset_one_fetches_it(official, caplog, kind, folder):
     caplog.set_level(logging.INFO)
@@ -177,6 +178,7 @@ def test_of_many_that_want_a_dataset_one_fetches_it(official, caplog, kind, fold
     assert left == {path.name for path in (official.store / folder).iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "folder"), KINDS)
 def test_what_a_killed_process_left_is_in_nobodys_way(official, kind, folder):
     scratch = official.root / folder / f"{_SCRATCH}abc"
@@ -191,6 +193,7 @@ def test_what_a_killed_process_left_is_in_nobodys_way(official, kind, folder):
     assert len(official.asked) == 1
 
 
+@pytest.mark.slow
 def test_files_of_ones_own_stay_when_others_are_fetched(official):
     own = official.root / "MNIST" / "raw" / _idx.FILES[1]
     own.parent.mkdir(parents=True)

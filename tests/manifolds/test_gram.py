@@ -64,6 +64,7 @@ def test_entries_away_from_the_edges_are_those_of_the_operator(
         torch.testing.assert_close(sums[place], wanted.abs().sum((1, 2, 3)) - own)
 
 
+@pytest.mark.slow
 @sides
 @cases
 def test_the_gradient_is_that_of_finite_differences(out, into, size, stride, dilation, image, side):

@@ -19,6 +19,8 @@ from condlr.report.figures import drawings
 from tests.helpers import ROOT, complains
 from tests.report.study import PAPER, cells
 
+pytestmark = pytest.mark.slow  # each draws
+
 DECAY = "lr=0.1 lr_milestones=[7,9] decay=2.0"
 
 
@@ -177,7 +179,6 @@ def test_figure_1_has_a_panel_for_each_row_and_a_line_for_each_layer(tmp_path, d
     assert axes[0].get_ylim() == axes[2].get_ylim()
 
 
-@pytest.mark.slow
 def test_figure_1_of_seventeen_rows(tmp_path, drawn):
     list(evolution.conditioning(seventeen(), steps(seventeen()), tmp_path))
     titles = [axes.get_title() for axes in drawn[0].axes if axes.get_visible()]
@@ -257,7 +258,6 @@ def test_cost_in_seconds_and_where_counted_in_flops(tmp_path, drawn):
     assert drawn[2].axes[0].get_xscale() == "log"
 
 
-@pytest.mark.slow
 def test_all_figures_of_all_tables(tmp_path):
     frame = study(settings=DECAY)
     write(tmp_path, cells=frame, history=history(frame), steps=steps(frame), spectra=values(frame))
@@ -311,7 +311,6 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_users_own_settings_change_no_figure(tmp_path):
     frame = study(settings=DECAY)
     write(tmp_path, cells=frame, history=history(frame), steps=steps(frame))
@@ -325,7 +324,6 @@ def test_a_users_own_settings_change_no_figure(tmp_path):
         assert found == pictures[0], settings
 
 
-@pytest.mark.slow
 def test_a_notebooks_backend_and_a_matplotlibrc_are_in_nobodys_way(tmp_path):
     """In a process of its own: they are read when matplotlib is imported."""
     results_of, frame = tmp_path / "results" / "one", study()
