@@ -32,7 +32,7 @@ NAME = "runs.tar.gz"
 # The files of a run that are archived: its record, config, tables and log.
 _FILE = re.compile(r"run\.json|config\.yaml|train\.log|[a-z0-9_]+\.csv")
 _NEEDED = ("run.json", "config.yaml")
-_DIRECTORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_DIRECTORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 _FINISHED = ("done", "diverged")
 LARGEST = 2**29  # bytes of an unpacked archive, which is held in memory; 2,000 runs take half of that
 _STAGE = ".restore"

@@ -73,6 +73,11 @@ def test_the_whole_way(script, tmp_path):
     assert check(config).run_id == named, "a run's config.yaml makes the run"
     assert "is done already" in script("train", *SMALL, *row)[1]
     assert script("collect", "study=default")[0] == 0
+    # An archive takes a run whose name has a +
+    assert script("archive", "study=default")[0] == 0
+    shutil.rmtree(tmp_path / "runs" / "default" / named)
+    assert script("restore", "study=default")[0] == 0
+    assert (tmp_path / "runs" / "default" / named / "history.csv").exists()
     results = tmp_path / "results" / "default"
     with (results / "cells.csv").open() as file:
         penalties = {(row["label"], row["penalty"]) for row in csv.DictReader(file)}
