@@ -18,26 +18,32 @@ def blank(model: nn.Module, shape: Sequence[int]) -> Tensor:
     return torch.zeros(1, *shape, device=like.device, dtype=like.dtype)
 
 
-@torch.no_grad()
 def input_sizes(model: nn.Module, shape: Sequence[int]) -> dict[str, tuple[int, int]]:
-    """(H, W) of each convolution's input, at its first call."""
-    sizes: dict[str, tuple[int, int]] = {}
+    """(H, W) of each convolution's input at its first call."""
+    inputs = first_inputs(model, blank(model, shape), (nn.Conv2d, LowRankConv2d))
+    return {name: (x.shape[-2], x.shape[-1]) for name, x in inputs.items()}
 
-    def note(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        sizes.setdefault(name, (inputs[0].shape[-2], inputs[0].shape[-1]))
+
+@torch.no_grad()
+def first_inputs(model: nn.Module, images: Tensor, kinds: tuple[type[nn.Module], ...]) -> dict[str, Tensor]:
+    """The input of each layer of these kinds at its first call, by name; the mode of the network is kept."""
+    inputs: dict[str, Tensor] = {}
+
+    def note(name: str, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+        inputs.setdefault(name, given[0])
 
     hooks = [
         layer.register_forward_pre_hook(partial(note, name))
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Conv2d | LowRankConv2d)
+        if isinstance(layer, kinds)
     ]
     try:
         with in_eval_mode(model):
-            model(blank(model, shape))
+            model(images)
     finally:
         for hook in hooks:
             hook.remove()
-    return sizes
+    return inputs
 
 
 def obstacle(layer: nn.Conv2d | LowRankConv2d) -> str | None:

@@ -14,6 +14,7 @@ from condlr.analysis._layers import input_sizes, obstacle
 from condlr.analysis.base import Analysis, Trained
 from condlr.layers import LowRankConv2d
 from condlr.manifolds.convolution import DENSE_LIMIT, frame_bounds, padded_frame_bounds
+from condlr.manifolds.gram import smaller_side
 
 
 @dataclass
@@ -57,8 +58,7 @@ class FrameBounds(Analysis):
     def _bounds(self, layer: nn.Conv2d | LowRankConv2d, size: tuple[int, int]) -> dict[str, Any]:
         kernel, (stride, dilation) = layer.weight.detach(), (layer.stride, layer.dilation)
         row: dict[str, Any] = dict.fromkeys(("A_circular", "B_circular", "ratio"))
-        tall = kernel.shape[0] >= kernel.shape[1] * math.prod(stride)
-        row["side"] = "columns" if tall else "rows"
+        row["side"] = smaller_side(kernel, (stride[0], stride[1]))
         if not kernel.isfinite().all():
             return row | dict.fromkeys(("A_padded", "residual", "B_padded"), math.nan)
         divides = all(n % s == 0 for n, s in zip(size, stride, strict=True))

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr._support.errors import in_range
-from condlr.analysis._layers import obstacle
+from condlr.analysis._layers import first_inputs, obstacle
 from condlr.analysis.base import Analysis, Trained
 from condlr.evaluation import evaluating, first
 from condlr.layers import LowRank, LowRankConv2d
@@ -60,7 +59,13 @@ class Recovery(Analysis):
     @override
     def rows(self, trained: Trained) -> Iterator[Mapping[str, Any]]:
         images = first(trained.data.test, self.images)
-        for name, (layer, x) in _inputs(trained.model, next(images.batches(self.images))[0]).items():
+        model, pixels = trained.model, next(images.batches(self.images))[0]
+        with evaluating(model):
+            inputs = first_inputs(model, pixels, (nn.Linear, nn.Conv2d, LowRank))
+        for name, x in inputs.items():
+            layer = model.get_submodule(name)
+            if isinstance(layer, nn.Conv2d | LowRankConv2d) and obstacle(layer):
+                continue
             operator = _operator(layer, x)
             x = x.double().view(len(x), *operator.domain)
             y = operator.apply(x)
@@ -96,28 +101,6 @@ def least_squares(operator: Convolution, y: Tensor, iterations: int) -> Tensor:
         gamma, before = _norms(s).square(), gamma
         p = s + _wide(_ratio(gamma, before)) * p
     return x
-
-
-def _inputs(model: nn.Module, images: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
-    """What each linear and convolution layer is given, at its first call."""
-    found: dict[str, tuple[nn.Module, Tensor]] = {}
-
-    def note(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.setdefault(name, (layer, inputs[0].detach()))
-
-    hooks = [
-        layer.register_forward_pre_hook(partial(note, name))
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | LowRank)
-        or (isinstance(layer, nn.Conv2d | LowRankConv2d) and not obstacle(layer))
-    ]
-    try:
-        with evaluating(model), torch.no_grad():
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
 
 
 def _operator(layer: nn.Module, x: Tensor) -> Convolution:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -12,8 +12,6 @@ from condlr.layers import LowRankConv2d
 from condlr.manifolds.gram import Gram, Side, gram, smaller_side
 from condlr.penalties._convolutions import steps
 from condlr.penalties.base import Layer, Penalty
-
-Chosen = Literal["columns", "smaller"]
 
 
 @dataclass
