@@ -2,6 +2,7 @@
 """Measure the cost of a training step: dense, low-rank, and constrained."""
 
 import json
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,6 +31,7 @@ def main(config: DictConfig) -> None:
     from condlr.suite import benchmark
     from condlr.suite.environment import environment
     from condlr.suite.loading import pick_device
+    from condlr.suite.penalty_cost import priced
 
     device = pick_device(asked.device)
     try:
@@ -62,19 +64,30 @@ def main(config: DictConfig) -> None:
                 progress.update(task, description="collect", total=None)
                 facts |= benchmark.collect_many(asked.collect, Path(scratch) / "study")
         write_facts()
+        if asked.penalties:
+            found = priced(asked.penalties, asked.batch_size, asked.repeats, asked.precision, device, show)
+            facts |= {"penalties_width": asked.penalties, "penalties": [line._asdict() for line in found]}
+            write_facts()
     frame = pd.read_csv(out / f"{name}.csv")
     lines = report.table(frame)
     console = Console()
     console = console if console.is_terminal else Console(width=170)
-    shown = Table(title=name, box=None, header_style="bold")
-    for number, title in enumerate(report.HEADER):
-        shown.add_column(title, justify="left" if number in (0, 1, 3) else "right")
-    for line in lines:
-        shown.add_row(*line, end_section=line[3] == "CondLR, naive")
+
+    def shown(header: Sequence[str], lines: Iterable[Sequence[str]], left: Container[int]) -> Table:
+        view = Table(title=name, box=None, header_style="bold")
+        for number, title in enumerate(header):
+            view.add_column(title, justify="left" if number in left else "right")
+        for line in lines:
+            view.add_row(*line, end_section="CondLR, naive" in line)
+        return view
+
     write_text(out / f"{name}.md", report.markdown(lines, facts))
     figures = [*report.figure(frame, facts, out)]  # write all files first: printing may fail on a closed pipe
-    console.print(shown)
+    console.print(shown(report.HEADER, lines, (0, 1, 3)))
     console.print(report.legend(facts))
+    if asked.penalties:
+        console.print(shown(report.PENALTIES, report.penalties(facts), (0,)))
+        console.print(report.penalties_legend(facts))
     console.print(*map(str, figures), sep="\n")
 
 

@@ -1,5 +1,6 @@
 """The benchmark as a table and as bars."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ HEADER = (
     "network", "ranks", "compression", "form", "fwd + bwd ms", "constraint ms", "step ms", "images/s",
     "peak MB", "of peak", "step ÷ dense", "÷ free", "naive ÷ step", "naive ÷ constraint",
 )  # fmt: skip
+
+PENALTIES = ("penalty", "layers", "GFLOP", "ms", "of a step", "every j-th step for 10 %")
 
 
 def table(rows: pd.DataFrame) -> list[list[str]]:
@@ -55,7 +58,43 @@ def markdown(lines: list[list[str]], facts: dict[str, Any]) -> str:
     """The table with its device and legend."""
     text = [pipe(HEADER), "| --- | --- | ---: | --- |" + " ---: |" * (len(HEADER) - 4)]
     text += map(pipe, lines)
-    return f"# {facts['device']}\n\n" + "\n".join(text) + "\n\n" + legend(facts) + "\n"
+    page = f"# {facts['device']}\n\n" + "\n".join(text) + "\n\n" + legend(facts) + "\n"
+    if "penalties" in facts:
+        text = [pipe(PENALTIES), "| --- |" + " ---: |" * (len(PENALTIES) - 1), *map(pipe, penalties(facts))]
+        page += "\n" + "\n".join(text) + "\n\n" + penalties_legend(facts) + "\n"
+    return page
+
+
+def penalties(facts: dict[str, Any]) -> list[list[str]]:
+    """The cells of the table of penalties; its first line is the step itself."""
+    lines = []
+    for line in facts["penalties"]:
+        options = ", ".join(f"{key}={_option(value)}" for key, value in line["options"].items())
+        name = line["penalty"] or f"a step of ResNet-34, width {facts['penalties_width']}"
+        lines.append(
+            [
+                f"{name}, {options}" if options else name,
+                str(line["layers"] or ""),
+                f"{line['gflop']:.1f}",
+                _ms(line["milliseconds"]),
+                f"{line['share']:.3f}",
+                str(max(1, math.ceil(line["share"] / 0.1))) if line["penalty"] else "",
+            ]
+        )
+    return lines
+
+
+def penalties_legend(facts: dict[str, Any]) -> str:
+    """How the penalties were measured."""
+    return (
+        f"Value and gradient of each penalty beside a step at batch {facts['batch_size']}; medians of turns "
+        "in one process. GFLOP: products and convolutions; eigenvalues are not counted. The last column is "
+        "the `every` with which the penalty takes at most a tenth of the training."
+    )
+
+
+def _option(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
 
 
 def legend(facts: dict[str, Any]) -> str:

@@ -150,6 +150,7 @@ class Benchmark:
     device: str
     epoch: bool
     collect: int
+    penalties: int
     data_root: str
     results_dir: str
 
@@ -169,5 +170,7 @@ class Benchmark:
         in_range("batch_size", self.batch_size, 1, 2**20)
         in_range("repeats", self.repeats, 1, math.inf)
         in_range("collect", self.collect, 0, math.inf)
+        if self.penalties:
+            in_range("penalties", self.penalties, 16, math.inf)
         one_of("precision", self.precision, PRECISIONS)
         one_of("device", self.device, DEVICES)

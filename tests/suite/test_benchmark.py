@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 import condlr
+from condlr.penalties.base import Penalty
 from condlr.suite import benchmark
 from condlr.suite.benchmark import OPTIONS
 from condlr.suite.naive import NaiveLayer, constrain_naively, naive
 from condlr.suite.programs import Benchmark
+from condlr.suite.registry import available, find
 from tests.helpers import complains
 
 COLUMNS = [
@@ -54,6 +56,7 @@ def test_a_small_benchmark(script, tmp_path):
         "batch_size=16",
         "epoch=false",
         "collect=3",
+        "penalties=16",
     )
     assert status == 0, err
     folder = tmp_path / "results" / "benchmark"
@@ -85,11 +88,20 @@ def test_a_small_benchmark(script, tmp_path):
     assert {"lenet5 params 0.8", "lenet5 released_code 0.8"} == facts["forms"].keys()
     assert path.with_suffix(".png").stat().st_size > 10_000 < path.with_suffix(".pdf").stat().st_size
     assert "CondLR, naive" in out and "naive" in path.with_suffix(".md").read_text()
+    step, *penalties = facts["penalties"]
+    assert step["penalty"] is None and step["share"] == 1 and facts["penalties_width"] == 16
+    assert {line["penalty"] for line in penalties} == {
+        find("penalties", name, Penalty).title for name in available("penalties")
+    }
+    for line in penalties:
+        assert line["share"] == pytest.approx(line["milliseconds"] / step["milliseconds"], rel=0.01, abs=1e-4)
+    assert "| OCNN, layers=stage*.conv1 *.shortcut | 19 |" in path.with_suffix(".md").read_text()
+    assert "a step of ResNet-34, width 16" in out
 
 
 def test_operations_and_memory_are_counted():
     """Of a dense LeNet5: 4.59 MFLOP an image forward, 13.18 with its backward pass."""
-    asked = Benchmark(["lenet5"], [], [], 0.1, 8, 1, "float32", "cpu", False, 0, "", "")
+    asked = Benchmark(["lenet5"], [], [], 0.1, 8, 1, "float32", "cpu", False, 0, 0, "", "")
     (dense,) = benchmark.programs(asked, "lenet5", torch.device("cpu"))
     dense.turn()
     dense.weigh()
@@ -106,7 +118,15 @@ def test_what_was_measured_is_kept_whatever_becomes_of_the_rest(script, tmp_path
         raise OSError(errno.ENOSPC, "No space left on device", str(study))
 
     monkeypatch.setattr(benchmark, "collect_many", full)
-    small = ["networks=[lenet5]", "compressions=[]", "repeats=1", "batch_size=2", "epoch=false", "collect=3"]
+    small = [
+        "networks=[lenet5]",
+        "compressions=[]",
+        "repeats=1",
+        "batch_size=2",
+        "epoch=false",
+        "collect=3",
+        "penalties=0",
+    ]
     complains(script("benchmark", *small), "No space left on device.*make room")
     (path,) = (tmp_path / "results" / "benchmark").glob("*.csv")
     assert [row["form"] for row in csv.DictReader(path.open())] == ["dense", "dense"]
@@ -125,6 +145,7 @@ def test_what_was_measured_is_kept_whatever_becomes_of_the_rest(script, tmp_path
         (["precision=fp8"], "precision must be one of float32"),
         (["precision=tf32", "device=cpu", "epoch=false"], "tf32 is for CUDA"),
         (["data_root=nowhere"], "put train-images-idx3-ubyte.* into nowhere/MNIST/raw"),
+        (["penalties=8"], r"penalties must be in \[16"),
         (["rank_rules=[fixed]"], "rank_rules must be one of params, released_code"),
     ],
 )

@@ -1,0 +1,119 @@
+"""The cost of each penalty beside a training step of ResNet-34."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from condlr._support.precision import training
+from condlr.analysis.cost import flops
+from condlr.data.base import Images
+from condlr.models.resnet34 import ResNet34
+from condlr.penalties.base import Penalty
+from condlr.suite.registry import available, find
+
+# Timed beside the defaults of each penalty: OCNN on its authors' layers, the frame's other Gram matrix
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "ocnn": [{"layers": ["stage*.conv1", "*.shortcut"]}],
+    "frame": [{"side": "columns"}],
+}
+
+# A penalty that has taken so many seconds takes no further turn.
+_ENOUGH = 30.0
+
+
+class Priced(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+        penalty: its title, or None for the training step itself.
+        options: those that are not the defaults.
+        layers: how many it penalises.
+        gflop: of the products and convolutions in it, with its gradient; eigenvalues are not counted.
+        milliseconds: median of the turns, of the value and its gradient.
+        share: of a step.
+        turns: how many were taken.
+    """
+
+    penalty: str | None
+    options: dict[str, Any]
+    layers: int
+    gflop: float
+    milliseconds: float
+    share: float
+    turns: int
+
+
+def penalties() -> Iterator[tuple[Penalty, dict[str, Any]]]:
+    """Every penalty with its defaults and as in `VARIANTS`, and the options that differ."""
+    for name in available("penalties"):
+        kind = find("penalties", name, Penalty)
+        for options in ({}, *VARIANTS.get(name, [])):
+            yield kind(**options), options  # pyright: ignore[reportAbstractUsage] (a subclass)
+
+
+def priced(
+    width: int, batch_size: int, repeats: int, precision: str, device: torch.device, progress: Any
+) -> list[Priced]:
+    """Time every penalty and the step in turns, so that their ratios hold on a machine with other work.
+
+    Args:
+        width: of the ResNet-34; 64 is the full one.
+        batch_size: of the step, on random images of 3 x 32 x 32; a penalty does not depend on it.
+        repeats: turns of each.
+        precision: of the step; penalties are computed in strict float32.
+        device: to run on.
+        progress: called with a text, the turns done and all turns.
+    """
+    torch.manual_seed(0)
+    model = ResNet34(width=width).build((3, 32, 32), 10).to(device).train()
+    pixels = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8)
+    images, labels = next(Images(pixels, torch.randint(10, (batch_size,))).to(device).batches(batch_size))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with training(model, precision, device):
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+
+    made = list(penalties())
+    works = [step, *(_work(penalty, model) for penalty, _ in made)]
+    seconds: list[list[float]] = [[] for _ in works]
+    operations = [flops(work) / 1e9 for work in works]  # also their first, slower, call
+    for turn in range(repeats):
+        for number, work in enumerate(works):
+            progress("penalties", turn * len(works) + number, repeats * len(works))
+            if sum(seconds[number]) < _ENOUGH:
+                seconds[number].append(_timed(work, device))
+    medians = [statistics.median(turns) for turns in seconds]
+
+    def line(number: int, penalty: str | None, options: dict[str, Any], layers: int) -> Priced:
+        milliseconds, share = 1e3 * medians[number], medians[number] / medians[0]
+        figures = round(operations[number], 3), round(milliseconds, 3), round(share, 4)
+        return Priced(penalty, options, layers, *figures, len(seconds[number]))
+
+    lines = [line(0, None, {}, 0)]
+    for number, (penalty, options) in enumerate(made, start=1):
+        lines.append(line(number, penalty.title, options, len(penalty.named(model))))
+    return lines
+
+
+def _work(penalty: Penalty, model: nn.Module) -> Callable[[], None]:
+    def work() -> None:
+        model.zero_grad()
+        penalty(model).backward()
+
+    return work
+
+
+def _timed(work: Callable[[], None], device: torch.device) -> float:
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
