@@ -134,6 +134,15 @@ def test_frame_bounds_of_a_periodic_image(out, into, size, stride, dilation, ima
         frame_bounds(torch.ones(64, 64, 3, 3), 33, 2)
 
 
+@pytest.mark.parametrize(("out", "into", "k"), [(8, 3, 3), (3, 8, 3), (8, 8, 5)])
+def test_the_upper_frame_bound_is_that_of_orthogonium(out, into, k):
+    """Its bound by Gram iteration; it knows no lower one. Where the package is installed."""
+    singular_values = pytest.importorskip("orthogonium.layers.conv.singular_values.get_sv")
+    layer = torch.nn.Conv2d(into, out, k, padding=k // 2, padding_mode="circular", bias=False).double()
+    theirs, _ = singular_values.get_conv_sv(layer, n_iter=10, imsize=8)
+    assert frame_bounds(layer.weight.detach(), 8)[1] ** 0.5 == pytest.approx(theirs.item(), rel=1e-6)
+
+
 @cases
 def test_frame_bounds_of_a_padded_image(out, into, size, stride, dilation, image):
     kernel, padding = kernel_of(out, into, size), [k // 2 for k in size]
