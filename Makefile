@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STUDY ?= default
 
-.PHONY: help demo test test-fast test-chaos test-slurm test-ray test-wheel tables figures report status archive restore reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks benchmark clean
+.PHONY: help demo test test-fast test-chaos test-slurm test-ray test-wheel tables figures report status archive restore reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks frame-cifar10 benchmark clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -97,6 +97,15 @@ mnist-attacks: $(VENV)/.installed  ## Train eight rows on MNIST, attack them eve
 	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*' $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.03,0.06,0.1] attack.loss=margin
 	$(RUN) scripts/evaluate.py run='runs/mnist_attacks/*-s0-*' $(HARD) attack=autoattack attack.eps=[0.06]
 	$(MAKE) --no-print-directory tables figures report STUDY=mnist_attacks
+
+frame-cifar10: $(VENV)/.installed  ## Train nine rows on CIFAR-10, penalties of layers and CondLR, attack them, shift them (hours)
+	-$(RUN) scripts/train.py experiment=frame_cifar10 $(ARGS)
+	$(RUN) scripts/evaluate.py run='runs/frame_cifar10/*' analysis=[conditioning,frame_bounds,recovery,cost]
+	$(RUN) scripts/evaluate.py run='runs/frame_cifar10/*' shift=corruptions shift.images=1000
+	$(RUN) scripts/evaluate.py run='runs/frame_cifar10/*' $(HARD) attack=pgd
+	$(RUN) scripts/evaluate.py run='runs/frame_cifar10/*' $(HARD) attack=simba
+	$(RUN) scripts/evaluate.py run='runs/frame_cifar10/*-s0-*' attack.images=200 attack=autoattack attack.eps=[0.004]
+	$(MAKE) --no-print-directory tables figures report STUDY=frame_cifar10
 
 benchmark: $(VENV)/.installed  ## Measure what a training step costs here, dense, low-rank and constrained
 	$(RUN) scripts/benchmark.py $(ARGS)

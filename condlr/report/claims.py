@@ -1,4 +1,7 @@
-"""The conclusions of the paper (arXiv 2306.01485, section 5), tested on our runs."""
+"""The conclusions of the papers, tested on our runs.
+
+CondLR: arXiv 2306.01485, section 5. Frame regularisation: the slides of Grigoriev, Gneushev and Matveev.
+"""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +18,8 @@ from condlr.report.sheet import anchor
 CONSTRAINED = ("condlr-tau0", "condlr-tau0.1", "condlr-tau0.5")
 ORTHOGONAL = ("cayley_sgd", "projected_sgd")
 UNCONSTRAINED = ("dlrt", "vanilla", "svd_prune")
+# The penalties of the dense network that frame regularisation is compared with
+PENALTIES = ("mhe", "so", "srip", "ocnn")
 
 # Accuracy counts as kept if at most this is lost. The paper's own rows on MNIST lose up to half of it.
 LOSS = 0.01
@@ -139,10 +144,13 @@ def claims(cells: pd.DataFrame) -> list[Claim]:
             continue
         if trained not in clean:  # without an attack, the tables of all attacks agree
             found += _of_accuracy(_Rows(frame, 0.0), f"{setting(known)}, {images}")
+            found += _of_frames(_Rows(frame, 0.0), f"{setting(known)}, {images}")
             clean.add(trained)
         if (eps := frame["eps"].max()) > 0:
             under = f"{attack_title(str(known['attack']))} at ε={eps:g}"
             found += _of_robustness(_Rows(frame, eps), f"{setting(known)}, {under}, {images}")
+            if str(known["attack"]).startswith("simba"):
+                found += _of_frames_attacked(_Rows(frame, eps), f"{setting(known)}, {under}, {images}")
     return [claim for claim in found if claim.verdict != "no runs"]
 
 
@@ -212,6 +220,25 @@ def _of_robustness(robust: "_Rows", under: str) -> Iterator[Claim]:
     )
 
 
+def _of_frames(clean: "_Rows", where: str) -> Iterator[Claim]:
+    yield _claim(
+        "Frame regularisation is the most accurate",
+        "A network with frame regularisation is more accurate than with MHE, SO, SRIP or OCNN, and than the "
+        "network without a penalty.",
+        where,
+        clean.pairs(clean.penalised("frame"), [*clean.of(["baseline"], 0), *clean.penalised(*PENALTIES)]),
+    )
+
+
+def _of_frames_attacked(robust: "_Rows", under: str) -> Iterator[Claim]:
+    yield _claim(
+        "SimBA succeeds less often against frame regularisation",
+        "SimBA fools a network with frame regularisation less often than one with OCNN or without a penalty.",
+        under,
+        robust.pairs(robust.penalised("frame"), [*robust.of(["baseline"], 0), *robust.penalised("ocnn")]),
+    )
+
+
 def _of_start(rows: "_Rows", where: str) -> Iterator[Claim]:
     good = rows.of([*CONSTRAINED, "dlrt"], 0.5, 0.8)
     yield _claim(
@@ -243,6 +270,11 @@ class _Rows:
         """The means of those of these rows that exist."""
         keys = [(label, compression) for compression in compressions for label in labels]
         return [self._means[key] for key in keys if key in self._means]
+
+    def penalised(self, *penalties: str) -> list[Mean]:
+        """The means of the dense network with these penalties, of whatever weight."""
+        starts = tuple(f"baseline+{penalty}-" for penalty in penalties)
+        return [mean for mean in self._means.values() if f"{mean.label}-".startswith(starts)]
 
     @staticmethod
     def pairs(left: Sequence[Mean], right: Sequence[Mean]) -> list[Comparison]:

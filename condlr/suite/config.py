@@ -55,6 +55,8 @@ class Protocol:
         lr_milestones, lr_factor: at each milestone (an epoch, counted from 0) lr is multiplied by the
             factor.
         held_out: fraction of the training images kept for validation.
+        stop_at: the accuracy on these images at which training ends, at the end of an epoch; null: never. It
+            makes networks of one accuracy, to compare what else they do.
         rank_rule, classifier, init, decay: see `condlr.factorization.Scheme`.
         augmentation: of training images, `none` or `crop_flip` (`condlr.data._augmentation`).
         batch_norm_momentum: of running statistics, in PyTorch's convention; `conf/model` refers to it.
@@ -79,6 +81,7 @@ class Protocol:
     methods: dict[str, dict[str, Any]]
     decay: float | None = None
     weight_decay: float | None = None
+    stop_at: float | None = None
 
     def __post_init__(self) -> None:
         in_range("epochs", self.epochs, 1, math.inf)
@@ -91,6 +94,10 @@ class Protocol:
         in_range("batch_norm_momentum", self.batch_norm_momentum, 0, 1)
         one_of("augmentation", self.augmentation, AUGMENTATIONS)
         in_range("held_out", self.held_out, 0, 1, half_open=True)
+        if self.stop_at is not None:
+            in_range("stop_at", self.stop_at, 0, 1)
+            if not self.held_out:
+                raise ValueError("stop_at is an accuracy on held-out images: set held_out, such as 0.1")
         if any(m < 1 for m in self.lr_milestones) or sorted(self.lr_milestones) != self.lr_milestones:
             raise ValueError(f"lr_milestones must be epochs in ascending order; got {self.lr_milestones}")
 

@@ -121,12 +121,20 @@ class Trainer:
         passed = sum(self.epoch >= milestone for milestone in self.protocol.lr_milestones)
         return self.protocol.lr * self.protocol.lr_factor**passed
 
+    @property
+    def finished(self) -> bool:
+        """Whether the last epoch is over, or the held-out accuracy is what the protocol stops at."""
+        reached = self.history[-1]["held_out_accuracy"] if self.history else None
+        stop_at = self.protocol.stop_at
+        enough = stop_at is not None and reached is not None and reached >= stop_at
+        return self.epoch >= self.protocol.epochs or enough
+
     def fit(
         self,
         on_batch: Callable[["Trainer"], None] = lambda trainer: None,
         on_epoch: Callable[["Trainer"], None] = lambda trainer: None,
     ) -> None:
-        """Train to the end of the protocol's epochs.
+        """Train until `finished`.
 
         Args:
             on_batch: called after every batch; may raise to stop there.
@@ -140,7 +148,7 @@ class Trainer:
             self.history.append(self._row(None))
             if self.record_every:
                 self.records.append(self._record())
-        while self.epoch < self.protocol.epochs:
+        while not self.finished:
             self._finish_epoch(on_batch)
             on_epoch(self)
 

@@ -145,3 +145,25 @@ def test_the_ill_conditioned_start_is_a_claim_of_its_own():
     assert claim.evidence[0] == (
         "Vanilla 80 % 49.00 ±0.14: CondLR τ=0 80 % 99.00 ±0.14 (>), DLRT 80 % 99.00 ±0.14 (>)"
     )
+
+
+FRAMES = {
+    "baseline+frame-weight=0.001": 0.93,
+    "baseline+ocnn-weight=0.001": 0.90,
+    "baseline+frame_eigen": 0.99,
+}
+
+
+def test_frame_regularisation_against_the_other_penalties():
+    cells = study({("baseline", 0.0): 0.91} | {(label, 0.0): v for label, v in FRAMES.items()})
+    title = "Frame regularisation is the most accurate"
+    (claim,) = (claim for claim in claims.claims(cells) if claim.title == title)
+    names = {(pair.left.label, pair.right.label) for pair in claim.comparisons}
+    frame = "baseline+frame-weight=0.001"
+    assert names == {(frame, "baseline"), (frame, "baseline+ocnn-weight=0.001")}
+    assert claim.verdict == "undecided", "all are equally accurate without an attack"
+
+    under_simba = claims.claims(cells.assign(attack="simba-dct-100", norm="step"))
+    (claim,) = (claim for claim in under_simba if claim.title.startswith("SimBA"))
+    assert claim.verdict == "supported" and len(claim.comparisons) == 2
+    assert not any(claim.title.startswith("SimBA") for claim in claims.claims(cells))

@@ -154,6 +154,31 @@ def test_every_method_learns(name, data):
     assert t.history[-1]["held_out_accuracy"] >= 0.6
 
 
+def test_training_ends_at_an_accuracy_on_held_out_images(data):
+    """With the weights that a run which goes on has after that epoch; a resumed run has ended, too."""
+    longer = {"epochs": 8, "batch_size": 16, "lr_milestones": [6]}
+    weights = {}
+
+    def keep(t):
+        weights[t.epoch] = {name: tensor.clone() for name, tensor in t.model.state_dict().items()}
+
+    whole = trainer(METHODS["baseline"], data, **longer)
+    whole.fit(on_epoch=keep)
+    reached = [row["held_out_accuracy"] for row in whole.history]
+    target = max(reached[1:6])
+    first = next(epoch for epoch, accuracy in enumerate(reached) if accuracy >= target)
+    assert 1 <= first < 6
+    t = trainer(METHODS["baseline"], data, **longer, stop_at=target)
+    t.fit()
+    assert t.epoch == first and t.finished and whole.epoch != first
+    assert all(torch.equal(tensor, weights[first][name]) for name, tensor in t.model.state_dict().items())
+    again = trainer(METHODS["baseline"], data, **longer, stop_at=target)
+    again.load_state_dict(t.state_dict())
+    again.fit(on_batch=lambda t: pytest.fail("it had ended"))
+    with pytest.raises(ValueError, match="stop_at is an accuracy on held-out images"):
+        protocol(held_out=0.0, stop_at=0.9)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(data):
     t = trainer(METHODS["baseline"], data, lr=1e6)
     with pytest.raises(Diverged, match=r"diverged in epoch 1, batch \d+ of 4: .* smaller protocol.lr"):
