@@ -12,6 +12,7 @@ from torch import nn
 from condlr.attacks.base import Attack
 from condlr.data.base import Data
 from condlr.methods.base import Method
+from condlr.penalties.base import Penalty
 
 # How a page shows the rows: as a table with a line for each row (`rows`); with a line for each key and a
 # column for each run (`runs`); as an audit's findings (`checks`); or not at all, only in figures and the CSV.
@@ -25,12 +26,14 @@ class Start:
     Attributes:
         build: makes the network, on the CPU.
         method, lr, momentum: of the training.
+        penalty: added to the loss, or None.
     """
 
     build: Callable[[], nn.Module]
     method: Method
     lr: float
     momentum: float
+    penalty: Penalty | None = None
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimiser that would train `model`; making it may change the weights, for some methods."""

@@ -16,11 +16,16 @@ from typing_extensions import override
 
 from condlr.analysis.base import Analysis, Start, Trained
 from condlr.factorization import export, measure
+from condlr.penalties.base import Penalty
 
 
 @dataclass
 class CountedCost(Analysis):
-    """The cost of a network in training and exported, compared with the dense one, see `Cost`."""
+    """The cost of a network in training and exported, compared with the dense one, see `Cost`.
+
+    A penalty's operations, computed once in a step, are divided by the images of its batch, and by its
+    `every`. Decompositions, such as eigenvalues, are not counted.
+    """
 
     title: ClassVar[str] = "Cost, counted"
     caption: ClassVar[str] = "What the networks cost, counted"
@@ -44,7 +49,8 @@ class CountedCost(Analysis):
     def rows(self, trained: Trained) -> list[Mapping[str, Any]]:
         def counted(network: nn.Module, of: Start) -> Cost:
             counted = cost(network, trained.data.shape, trained.batch_size, of.optimizer)
-            return replace(counted, train_flops=of.method.passes * counted.train_flops)
+            penalty = penalty_flops(of.penalty, network) / counted.batch_size if of.penalty else 0
+            return replace(counted, train_flops=of.method.passes * counted.train_flops + penalty)
 
         device = trained.data.test.pixels.device
         dense = counted(trained.dense_start.build().to(device), trained.dense_start)
@@ -166,6 +172,13 @@ def cost(
         deploy_flops=deploy_flops / batch_size,
         deploy_peak_bytes=deploy_peak,
     )
+
+
+def penalty_flops(penalty: Penalty, model: nn.Module) -> float:
+    """Operations of a penalty's value and gradient, for each step of the training."""
+    trained = copy.deepcopy(model)
+    with torch.random.fork_rng([]):  # some penalties draw a start
+        return flops(lambda: penalty.quantity(trained).backward()) / penalty.every
 
 
 def flops(work: Callable[[], object]) -> int:

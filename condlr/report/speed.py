@@ -87,9 +87,9 @@ def penalties(facts: dict[str, Any]) -> list[list[str]]:
 def penalties_legend(facts: dict[str, Any]) -> str:
     """How the penalties were measured."""
     return (
-        f"Value and gradient of each penalty beside a step at batch {facts['batch_size']}; medians of turns "
-        "in one process. GFLOP: products and convolutions; eigenvalues are not counted. The last column is "
-        "the `every` with which the penalty takes at most a tenth of the training."
+        f"Value and gradient of each penalty beside a step at batch {facts['batch_size']}; the fastest of "
+        "the turns in one process. GFLOP: products and convolutions; eigenvalues are not counted. The "
+        "last column is the `every` with which the penalty takes at most a tenth of the training."
     )
 
 

@@ -76,8 +76,8 @@ class Opened:
         return self._start(self.config.baseline)
 
     def _start(self, config: RunConfig) -> Start:
-        protocol = config.protocol
-        return Start(lambda: build(config, self.data), config.method, protocol.lr, protocol.momentum)
+        protocol, network = config.protocol, lambda: build(config, self.data)
+        return Start(network, config.method, protocol.lr, protocol.momentum, config.penalty)
 
     @cached_property
     def _dense_run(self) -> Run:

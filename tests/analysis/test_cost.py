@@ -9,10 +9,14 @@ import torch
 from torch import nn
 
 import condlr
-from condlr.analysis.cost import Cost, LiveBytes, cost, flops
+from condlr._support.files import read_csv
+from condlr.analysis.cost import Cost, LiveBytes, cost, flops, penalty_flops
 from condlr.forms import forms
 from condlr.methods.base import Method
 from condlr.models.lenet5 import LeNet5
+from condlr.penalties.so import So
+from condlr.penalties.srip import Srip
+from tests import helpers
 
 RANKS = {"conv1": 5, "conv2": 21, "fc1": 138}
 # n, m and positions of the output
@@ -265,6 +269,29 @@ def test_frozen_weights_cost_no_gradient():
 def test_flops_of_any_work():
     A = torch.zeros(3, 4)
     assert flops(lambda: A.T @ A) == 2 * prod((4, 4, 3))
+
+
+def test_a_penalty_counts_as_often_as_it_is_computed():
+    """SO of a 4 x 6 matrix: W W^T, and a product for each factor's gradient; with its random state kept."""
+    layer, state = nn.Linear(6, 4), torch.get_rng_state()
+    assert penalty_flops(So(every=5), layer) == 3 * 2 * 4 * 4 * 6 / 5
+    penalty_flops(Srip(), layer)
+    assert torch.equal(torch.get_rng_state(), state) and layer.weight.grad is None
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_penalised_run(script, tmp_path):
+    for penalty in ("none", "so"):
+        assert script("train", *helpers.SMALL, "method=baseline", f"penalty={penalty}")[0] == 0
+    status, _, err = script("evaluate", "run='runs/default/*'", "analysis=cost")
+    assert status == 0, err
+    plain, so = (
+        float(read_csv(path / "cost.csv")[0]["train_flops"])
+        for path in sorted((tmp_path / "runs" / "default").iterdir(), key=lambda path: "so" in path.name)
+        if path.is_dir()
+    )
+    grams = sum(min(n, m) ** 2 * max(n, m) for n, m, _ in LENET5.values())
+    assert so - plain == pytest.approx(6 * grams / 128, rel=1e-6)
 
 
 @pytest.mark.gpu
