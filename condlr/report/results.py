@@ -313,11 +313,13 @@ def _parts(label: str) -> tuple[str, str]:
     """The method's part of a row's label, and the title of its penalty after a +, if there is one."""
     from condlr.penalties.base import Penalty
 
-    method, plus, penalty = label.rpartition("+")
-    name, *options = penalty.split("-")
+    method, plus, penalty = label.partition("+")
+    name, *words = penalty.split("-")
     if not plus or name not in available("penalties"):
         return label, ""
-    return method, " ".join([f" + {find('penalties', name, Penalty).title}", *options])
+    # Each option begins with its key; a word without one belongs to a value, such as 1e-05
+    options = "".join(f" {word}" if "=" in word else f"-{word}" for word in words)
+    return method, f" + {find('penalties', name, Penalty).title}{options}"
 
 
 def _method(label: str) -> "type[Method]":

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from condlr.report.numbers import condition, shown
+from condlr.report.numbers import accuracy, condition, shown
 from condlr.report.results import ordered, require, title
 from condlr.report.sheet import Column, Row, Sheet, Value
 
@@ -12,6 +12,9 @@ LEGEND = (
     "loss: mean over the first epoch and over the last. cond: largest condition number at the end, as in the "
     "table of accuracies. orthonormality error: max |U^T U - I| (of V, or of the weight itself, alike), "
     "cond(S): both the largest of all layers and epochs, in float64; empty where a method promises neither."
+)
+_HELD_OUT = (
+    "held out: accuracy on the training images that were kept out of the training, in percent, at the end."
 )
 _PENALTY = "penalised: the sum over the layers that the penalty names, before its weight, at start and end."
 _AUDITS = ("audit_orthonormality_error", "audit_cond_S")
@@ -28,6 +31,8 @@ def training(history: pd.DataFrame) -> Sheet:
     names += ("orthonormality error", "cond(S)")
     require(history, ("protocol", "epoch", "train_loss"), "history.csv")
     penalised = history["penalty_value"].groupby(history["run_id"]) if "penalty_value" in history else None
+    held_out = "held_out_accuracy" in history and bool(history["held_out_accuracy"].notna().any())
+    names += ("held out",) if held_out else ()
     names += ("penalised",) if penalised is not None else ()
     keys = ["protocol", "compression", "label", "run_id"]
     trained = ordered(history[history["epoch"] > 0], [*keys, "epoch"])
@@ -41,10 +46,12 @@ def training(history: pd.DataFrame) -> Sheet:
             f"{first['train_loss']:.3f} → {last['train_loss']:.3f}", condition(last["cond"]),
             *("" if pd.isna(audit) else form(audit) for audit, form in zip(audits, _FORMS, strict=True)),
         ]  # fmt: skip
+        if held_out:
+            texts.append(accuracy(last["held_out_accuracy"]))
         if penalised is not None:
             values = penalised.get_group(run_id).dropna()
             texts.append(f"{shown(values.iloc[0])} → {shown(values.iloc[-1])}" if len(values) else "")
         row = Row(title(str(label)), [*map(Value, texts)])
         groups.setdefault((str(protocol), float(compression)), []).append(row)
-    legend = [LEGEND] if penalised is None else [LEGEND, _PENALTY]
+    legend = [LEGEND, *[_HELD_OUT] * held_out, *[_PENALTY] * (penalised is not None)]
     return Sheet("How each run went", [*map(Column, names)], [*groups.values()], legend)
