@@ -218,6 +218,12 @@ def test_how_each_run_went():
     assert all(row[4:8] == ["2", "20", "2.000 → 1.250", "1.10"] for row in rows)
     assert rows[1][8] == "3.0e-07"
     assert len(rows[0]) == 8 or not rows[0][8].strip()
+    held_out = pd.DataFrame(lines).assign(held_out_accuracy=0.1)
+    held_out.loc[held_out["epoch"].eq(2), "held_out_accuracy"] = 0.8765
+    sheet = training(held_out)
+    assert sheet.columns[-1].heading == "held out"
+    assert {row.values[-1].text for group in sheet.groups for row in group} == {"87.65"}
+    assert "held out" not in [column.heading for column in training(pd.DataFrame(lines)).columns]
 
 
 def audits(*warned):
