@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from condlr.report import analysis, audit, comparisons, shifts, tables, theorem, verdicts
+from condlr.report import analysis, audit, comparisons, glance, shifts, tables, theorem, verdicts
 from condlr.report._style import Drawing
 from condlr.report.claims import RULE, Claim, by_title
 from condlr.report.content import (
@@ -71,7 +71,7 @@ def document(study: Path, paper: Path, runs_dir: Path) -> Document:
     pictures, others = drawn[: len(found)], drawn[len(found) :]
     sections = {
         "Claims of the paper": _claims(found, pictures),
-        "Accuracy": _accuracy(cells, paper, audits) if evaluated else (),
+        "Accuracy": _accuracy(cells, paper, audits, study) if evaluated else (),
         "Theorem 1": () if flow is None else [theorem.LEAD, Fragment(theorem.markdown(flow))],
         "Figures": others[1:],
         "Audit of the attacks": () if audits is None else _audits(audits),
@@ -161,7 +161,9 @@ def _claims(claims: Sequence[Sequence[Claim]], drawn: Sequence[Drawing]) -> Iter
         yield Folded("How rows are told apart, and what the verdicts mean", [RULE])
 
 
-def _accuracy(cells: pd.DataFrame, paper: Path, audits: pd.DataFrame | None) -> Iterator[Block]:
+def _accuracy(cells: pd.DataFrame, paper: Path, audits: pd.DataFrame | None, study: Path) -> Iterator[Block]:
+    analysed = {name: frame for name, _, frame in analysis.found(study)}
+    yield from glance.glances(cells, read_if_there(study, "shift"), analysed)
     made = list(tables.tables(cells, paper, audit.Marks(audits)))
     sheets = [*comparisons.by_protocol(made), *tables.table1(made, paper)]
     sheets += [table.sheet for table in made]
