@@ -66,7 +66,7 @@ def document(study: Path, paper: Path, runs_dir: Path) -> Document:
     audits, shifted = (read_if_there(study, name) for name in ("audit", "shift"))
     origin = provenance(cells, read_if_there(study, "runs"), study.name)
     evaluated = bool((cells["status"].eq("done") & cells["eps"].notna()).any())
-    found = by_title(cells) if evaluated else []
+    found = by_title(cells, shifted) if evaluated else []
     drawn = [*drawings(study, paper, study)] if evaluated else []
     pictures, others = drawn[: len(found)], drawn[len(found) :]
     sections = {

@@ -14,6 +14,8 @@ import pandas as pd
 from condlr.report.numbers import accuracy
 from condlr.report.results import CONTEXT, attack_title, contexts, decay, setting, summarize, title
 from condlr.report.sheet import anchor
+from condlr.shifts.base import Shift
+from condlr.suite.registry import find
 
 CONSTRAINED = ("condlr-tau0", "condlr-tau0.1", "condlr-tau0.5")
 ORTHOGONAL = ("cayley_sgd", "projected_sgd")
@@ -125,13 +127,14 @@ class Comparison:
         return f"{self.left.name} against {self.right.name}{less}"
 
 
-def claims(cells: pd.DataFrame) -> list[Claim]:
+def claims(cells: pd.DataFrame, shifted: pd.DataFrame | None = None) -> list[Claim]:
     """The claims that the runs of a study can test.
 
     The claims on robustness are put to each attack's largest strength, one after the other.
 
     Args:
         cells: see `condlr.report.results.read`.
+        shifted: the table `shift`, or None.
     """
     found: list[Claim] = []
     clean: set[tuple[object, ...]] = set()
@@ -151,13 +154,16 @@ def claims(cells: pd.DataFrame) -> list[Claim]:
             found += _of_robustness(_Rows(frame, eps), f"{setting(known)}, {under}, {images}")
             if str(known["attack"]).startswith("simba"):
                 found += _of_frames_attacked(_Rows(frame, eps), f"{setting(known)}, {under}, {images}")
+    for known, name, frame in [] if shifted is None else _of_each_shift(cells, shifted):
+        images = f"{known['n']:,} images a set"
+        found += _of_frames_shifted(_Rows(frame, 0.0), f"{setting(known)}, {name}, {images}")
     return [claim for claim in found if claim.verdict != "no runs"]
 
 
-def by_title(cells: pd.DataFrame) -> list[list[Claim]]:
+def by_title(cells: pd.DataFrame, shifted: pd.DataFrame | None = None) -> list[list[Claim]]:
     """The claims of `claims`, grouped by title."""
     found: dict[tuple[str, str], list[Claim]] = {}
-    for claim in claims(cells):
+    for claim in claims(cells, shifted):
         found.setdefault((claim.title, claim.statement), []).append(claim)
     return [*found.values()]
 
@@ -168,6 +174,23 @@ def places(claims: Sequence[Claim]) -> tuple[str, list[str]]:
     alike = takewhile(lambda column: len({*column}) == 1, zip(*parts, strict=False))
     shared = [part for part, *_ in alike]
     return ", ".join(shared), [", ".join(own[len(shared) :]) for own in parts]
+
+
+def _of_each_shift(
+    cells: pd.DataFrame, shifted: pd.DataFrame
+) -> Iterator[tuple[dict[str, object], str, pd.DataFrame]]:
+    """For each shift of each setting its name and the rows' mean accuracies, as at eps 0.
+
+    Of a shift with severities it is the mean over the sets; of another each set counts for itself.
+    """
+    graded = shifted["severity"].notna()
+    names = shifted["shift"].map(lambda name: find("shifts", name, Shift).title)
+    names = names.where(graded, names + ": " + shifted["name"].astype(str))
+    by_run = shifted.groupby(["run_id", names.rename("attack"), "n"], sort=False)["accuracy"].mean()
+    runs = cells.drop_duplicates("run_id").drop(columns=["attack", "n", "accuracy"])
+    rows = runs.assign(norm="", eps=0.0).merge(by_run.reset_index(), on="run_id")
+    for known, frame in contexts(summarize(rows)) if len(rows) else ():
+        yield known, str(known["attack"]), frame
 
 
 def _of_accuracy(clean: "_Rows", where: str) -> Iterator[Claim]:
@@ -236,6 +259,16 @@ def _of_frames_attacked(robust: "_Rows", under: str) -> Iterator[Claim]:
         "SimBA fools a network with frame regularisation less often than one with OCNN or without a penalty.",
         under,
         robust.pairs(robust.penalised("frame"), [*robust.of(["baseline"], 0), *robust.penalised("ocnn")]),
+    )
+
+
+def _of_frames_shifted(shifted: "_Rows", where: str) -> Iterator[Claim]:
+    yield _claim(
+        "More robust to a shift of the images",
+        "A network with frame regularisation is more accurate on shifted images than one with OCNN or "
+        "without a penalty (claimed at equal accuracy on the source, which `protocol.stop_at` makes).",
+        where,
+        shifted.pairs(shifted.penalised("frame"), [*shifted.of(["baseline"], 0), *shifted.penalised("ocnn")]),
     )
 
 

@@ -28,8 +28,9 @@ def drawings(study: Path, paper: Path, out: Path) -> Iterator[Drawing]:
     require_evaluated(cells)
     history = read(study, "history")
     # Read all tables before drawing: with a damaged table, no figure is drawn rather than some
-    steps, values, counted = (read_if_there(study, name) for name in ("steps", "spectra", "cost"))
-    yield from verdicts.verdicts(by_title(cells), out)
+    names = ("steps", "spectra", "cost", "shift")
+    steps, values, counted, shifted = (read_if_there(study, name) for name in names)
+    yield from verdicts.verdicts(by_title(cells, shifted), out)
     yield from accuracies.robustness(cells, history, paper, out)
     yield from accuracies.attacks(cells, out)
     if steps is not None:

@@ -153,6 +153,8 @@ FRAMES = {
     "baseline+frame_eigen": 0.99,
 }
 
+ORIGINS = [("near", 0.2), ("far", -0.2)]
+
 
 def test_frame_regularisation_against_the_other_penalties():
     cells = study({("baseline", 0.0): 0.91} | {(label, 0.0): v for label, v in FRAMES.items()})
@@ -167,3 +169,25 @@ def test_frame_regularisation_against_the_other_penalties():
     (claim,) = (claim for claim in under_simba if claim.title.startswith("SimBA"))
     assert claim.verdict == "supported" and len(claim.comparisons) == 2
     assert not any(claim.title.startswith("SimBA") for claim in claims.claims(cells))
+
+
+def test_frame_regularisation_under_shifts():
+    """The mean over graded sets of images, and each of several sets that are not graded."""
+    cells = study({("baseline", 0.0): 0.91} | {(label, 0.0): v for label, v in FRAMES.items()})
+    runs = cells.drop_duplicates("run_id")
+    better = runs["label"].str.startswith("baseline+frame-").to_numpy()
+
+    def sets(shift, name, severity, accuracies):
+        return runs[["run_id", "label", "compression", "seed"]].assign(
+            shift=shift, name=name, severity=severity, n=1000, shift_seed=0, accuracy=accuracies
+        )
+
+    graded = [sets("corruptions", "jpeg", 1, better * 0.2 + 0.7), sets("corruptions", "jpeg", 5, 0.3)]
+    others = [sets("corruptions", name, float("nan"), better * value + 0.5) for name, value in ORIGINS]
+    found = claims.claims(cells, pd.concat([*graded, *others]))
+    named = {claim.where.split(", ")[-2]: claim for claim in found if "shift" in claim.title}
+    assert {name: claim.verdict for name, claim in named.items()} == {
+        "Corruptions": "supported", "Corruptions: near": "supported", "Corruptions: far": "not supported",
+    }  # fmt: skip
+    assert named["Corruptions"].comparisons[0].left.value == pytest.approx(0.6)
+    assert not any("shift" in claim.title for claim in claims.claims(cells))
