@@ -549,7 +549,7 @@ def test_swapped_official_batches_are_named(cifar, monkeypatch, caplog):
     assert not caplog.text
     folder = root / "cifar-10-batches-bin"
     shutil.copy(folder / "data_batch_1.bin", folder / "test_batch.bin")
-    with pytest.raises(UserError, match="test_batch.bin is CIFAR-10's data_batch_1; expected its test_batch"):
+    with pytest.raises(UserError, match="test_batch.bin is CIFAR-10's data_batch_1; expected CIFAR-10's t"):
         Cifar10().load(root)
 
 
