@@ -33,7 +33,7 @@ CONF = folder("conf", "conf")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "tf32", "bf16")
 FORMS = ("measured", "factored", "chained", "multiplied")
-AUGMENTATIONS = ("none", "crop_flip")
+AUGMENTATIONS = ("none", "crop", "crop_flip")
 
 # Keys that are not part of a run's identity: paths, the device, what is recorded, and the attack.
 _NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "forms", "record_every", "attack")
@@ -56,7 +56,7 @@ class Protocol:
             factor.
         held_out: fraction of the training images kept for validation.
         rank_rule, classifier, init, decay: see `condlr.factorization.Scheme`.
-        augmentation: of training images, `none` or `crop_flip` (`condlr.data._augmentation`).
+        augmentation: of training images, `none`, `crop` or `crop_flip` (`condlr.data._augmentation`).
         batch_norm_momentum: of running statistics, in PyTorch's convention; `conf/model` refers to it.
         clamp: whether adversarial images are clamped to [0, 1]; `conf/attack` refers to it.
         methods: by method name, the options that differ between protocols; `conf/method` refers to it.
