@@ -5,10 +5,10 @@ from typing import Any
 
 import pandas as pd
 
+from condlr._support.rooms import find
 from condlr.report.numbers import accuracy
 from condlr.report.results import ordered, pipe, run_title
 from condlr.shifts.base import Shift
-from condlr.suite.registry import find
 
 
 def markdown(shifted: pd.DataFrame, cells: pd.DataFrame) -> str:

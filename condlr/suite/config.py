@@ -1,6 +1,6 @@
 """The typed schema of a run's config, and every check of what a user asks for.
 
-A config names classes, which `condlr.suite.registry` finds; their fields are the options. Checks that need
+A config names classes, which `condlr._support.rooms` finds; their fields are the options. Checks that need
 no torch come before torch is imported.
 """
 
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from condlr._support.errors import UserError, in_range, one_of
+from condlr._support.rooms import available
 from condlr._support.strengths import strengths
 from condlr.suite.folders import folder
-from condlr.suite.registry import available
 from condlr.suite.values import choose, construct, convert, expanded, resolved
 
 if TYPE_CHECKING:
