@@ -11,6 +11,7 @@ from typing_extensions import override
 from condlr._support.errors import UserError
 from condlr.data.base import Data, Images
 from condlr.shifts._graded import SEVERITIES, Graded
+from condlr.shifts._npy import mapped
 from condlr.shifts.base import ShiftedSet
 
 STANDARD = (
@@ -78,13 +79,7 @@ class CifarC(Graded):
 
 def _open(path: Path) -> Any:
     """The array of an .npy file, mapped into memory, with a part for each severity."""
-    import numpy as np
-
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")  # reads no pickle
-    except (OSError, ValueError, EOFError, TypeError, SyntaxError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged or truncated ({reason}); put the official file there") from error
+    array = mapped(path, "put the official file there")
     labels = path.stem == "labels"
     fits = array.dtype.kind in "ui" and array.ndim == 1 if labels else array.dtype == "uint8"
     if not fits or array.shape[1:] != (() if labels else (32, 32, 3)) or len(array) % len(SEVERITIES):
