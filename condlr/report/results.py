@@ -44,7 +44,7 @@ _NEEDED = {
     },
     "runs": {"row_id", "run_id", "seed", "status"},
     "steps": {"run_id", "row_id", "seed", "step", "train_loss", "train_accuracy"},
-    "shift": {"run_id", "label", "compression", "seed", *SHIFT, "accuracy"},
+    "shift": {*CONTEXT[:5], "run_id", "label", "compression", "seed", *SHIFT, "accuracy"},
 }
 
 

@@ -71,4 +71,4 @@ def test_a_run_is_tried_on_another_dataset_from_the_command_line(script, root):
         status, out, err = script(name, "study=s")
         assert status == 0, out + err
     table = (root / "results" / "s" / "shift.md").read_text()
-    assert table.startswith("**Another dataset: accuracy in %, 25 images a set**\n\n| run | clean |")
+    assert table.startswith("**Another dataset: accuracy in %**\n\n| run | clean | mnist (n=25) |")
