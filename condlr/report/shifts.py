@@ -31,13 +31,17 @@ def markdown(shifted: pd.DataFrame, cells: pd.DataFrame) -> str:
 
 
 def by_severity(shifted: pd.DataFrame) -> str:
-    """A line for each run and change, with a column for each severity; empty without severities.
+    """A line for each run and change, with a column for each severity.
+
+    Empty without several changes and severities, for the other table has them already.
 
     Args:
         shifted: see `markdown`.
     """
     return "\n".join(
-        _grid(kind, n, frame) for kind, n, frame in _shifts(shifted) if n and frame["severity"].nunique() > 1
+        _grid(kind, n, frame)
+        for kind, n, frame in _shifts(shifted)
+        if n and (frame[["name", "severity"]].nunique() > 1).all()
     )
 
 
