@@ -70,7 +70,8 @@ def tables_of_runs(asked: Report) -> "tuple[list[Sheet], str, dict[str, str]]":
         "attacks.md": "\n".join(map(markdown, compared)),
     }
     shifted = results.read_if_there(directory, "shift")
-    written["shift.md"] = "" if shifted is None else shifts.markdown(shifted, cells)
+    parts = [] if shifted is None else [shifts.markdown(shifted, cells), shifts.by_severity(shifted)]
+    written["shift.md"] = "\n".join(filter(None, parts))
     # An empty text removes the file of an earlier call
     written |= {f"{name}.md": "" for name, kind in analyses().items() if kind.layout != "none"}
     written |= {

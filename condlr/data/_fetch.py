@@ -68,11 +68,19 @@ def _fetch(dataset: str, root: Path, folder: Path, wanted: list[Path]) -> None:
             archive = root / getattr(kind, "filename", "")
             if archive.is_file():  # put there by hand; torchvision uses it if its checksum is right
                 shutil.copy(archive, scratch)
-            kind(Path(scratch), download=True)
+            for split in _splits(kind, wanted):
+                kind(Path(scratch), download=True, **split)
             for path in wanted:
                 write(path, (Path(scratch) / path.relative_to(root)).read_bytes())
     finally:
         socket.setdefaulttimeout(before)
+
+
+def _splits(kind: type, wanted: list[Path]) -> list[dict[str, str]]:
+    """The arguments of each call: most datasets come whole, and SVHN in a file for each split."""
+    names = {path.name for path in wanted}
+    files = {split: name for split, (_, name, *_) in getattr(kind, "split_list", {}).items()}
+    return [{"split": split} for split, name in files.items() if name in names] or [{}]
 
 
 def _reason(error: Exception) -> str:

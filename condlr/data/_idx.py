@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from condlr._support.errors import UserError
 from condlr.data._fetch import AGAIN, fetch
+from condlr.data._official import is_official
 from condlr.data.base import Data, Dataset, Images
 
 log = logging.getLogger(__name__)
@@ -83,19 +84,13 @@ class Idx(Dataset):
 
     def _read_one(self, path: Path, index: int) -> tuple[Tensor, bool]:
         content = _unpack(path)
-        digest = hashlib.sha256(content).hexdigest()
-        for folder, digests in OFFICIAL.items():
-            for name, known in zip(FILES, digests, strict=True):
-                if digest == known and (folder, name) != (self.folder, FILES[index]):
-                    raise UserError(f"{path} is {folder}'s {name}; expected {self.folder}'s {FILES[index]}")
+        known = {
+            f"{folder}'s {name}": digest
+            for folder, digests in OFFICIAL.items()
+            for name, digest in zip(FILES, digests, strict=True)
+        }
         array = _parse(path, content, dimensions=3 if index % 2 == 0 else 1)
-        official = digest == OFFICIAL[self.folder][index]
-        if not official:
-            log.warning(
-                "%s is not the official file (SHA-256 %s..., expected %s...): "
-                "results are not comparable with published ones",
-                path, digest[:12], OFFICIAL[self.folder][index][:12],
-            )  # fmt: skip
+        official = is_official(path, hashlib.sha256(content), f"{self.folder}'s {FILES[index]}", known)
         return array, official
 
 

@@ -1,20 +1,15 @@
 """CIFAR-10 from its official files, in the binary or the Python version."""
 
 import hashlib
-import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from typing_extensions import override
 
-from condlr._support.errors import UserError
-from condlr.data import _plain_pickle
-from condlr.data._fetch import AGAIN, fetch
-from condlr.data.base import Data, Dataset, Images
-
-log = logging.getLogger(__name__)
+from condlr.data._cifar import Cifar
+from condlr.data._official import is_official
 
 TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST = "test_batch"
@@ -32,122 +27,23 @@ OFFICIAL = {
 # Mean and deviation of each channel, as in the authors' code and most others.
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
-_RECORD = 1 + 3 * 32 * 32
-
 
 @dataclass
-class Cifar10(Dataset):
+class Cifar10(Cifar):
     """CIFAR-10 (Krizhevsky, 2009): 50 000 training and 10 000 test images of 3 x 32 x 32.
 
     The files are `<root>/cifar-10-batches-bin/*.bin`, or else the pickles in `<root>/cifar-10-batches-py/`,
     which are read without running code from them. Both give the same tensors.
-
-    Attributes:
-        standardize: the first layer of a network standardises its input by the channels' mean and deviation.
     """
 
     title: ClassVar[str] = "CIFAR-10"
-    shape = (3, 32, 32)
-
-    standardize: bool = True
+    source: ClassVar[str] = "CIFAR10"
+    versions: ClassVar[Mapping[str, str]] = {"cifar-10-batches-bin": ".bin", "cifar-10-batches-py": ""}
+    train, test = TRAIN, TEST
+    classes: ClassVar[Mapping[str, int]] = {"labels": 10}
+    statistics = MEAN, DEVIATION
 
     @override
-    def load(self, root: Path) -> Data:
-        names = (*TRAIN, TEST)
-
-        def missing() -> list[Path]:
-            here = _whole_versions(root, names)
-            return [] if here else [path for path in _paths(root, names, "py").values() if not path.is_file()]
-
-        if absent := missing():
-            advice = (
-                f"put {', '.join(path.name for path in absent)} into {root / 'cifar-10-batches-py'}, or the "
-                f".bin files of the binary version into {root / 'cifar-10-batches-bin'}, or set data_root"
-            )
-            fetch("CIFAR10", root, missing, self.download, advice)
-        paths, *others = _whole_versions(root, names)
-        try:
-            records = {name: _read(path) for name, path in paths.items()}
-        except UserError as error:
-            advice = f"remove it, and {others[0][TEST].parent} is read" if others else AGAIN
-            raise UserError(f"{error}; {advice}") from error
-        official = [_is_official(name, paths[name], records[name]) for name in names]
-        standard = (MEAN, DEVIATION) if self.standardize else None
-        return Data(
-            _images([records[name] for name in TRAIN]),
-            _images([records[TEST]]),
-            classes=10,
-            official=all(official),
-            standard=standard,
-        )
-
-
-def _paths(root: Path, names: tuple[str, ...], kind: str) -> dict[str, Path]:
-    suffix = ".bin" if kind == "bin" else ""
-    return {name: root / f"cifar-10-batches-{kind}" / f"{name}{suffix}" for name in names}
-
-
-def _whole_versions(root: Path, names: tuple[str, ...]) -> list[dict[str, Path]]:
-    """The paths of each complete version, in the order in which they are tried."""
-    versions = (_paths(root, names, kind) for kind in ("bin", "py"))
-    return [paths for paths in versions if all(path.is_file() for path in paths.values())]
-
-
-def _read(path: Path) -> bytearray:
-    """A batch in the binary format: for each image the label, then 1024 red, green and blue pixels."""
-    content = path.read_bytes()
-    if path.suffix == ".bin":
-        if len(content) == 0 or len(content) % _RECORD:
-            raise UserError(
-                f"{path} is damaged or truncated: {len(content)} bytes; expected a multiple of {_RECORD}"
-            )
-        records = bytearray(content)
-    else:
-        records = _from_pickle(path, content)
-    if (largest := max(records[::_RECORD])) > 9:
-        raise UserError(f"{path} has a label {largest}; expected 0 to 9")
-    return records
-
-
-def _from_pickle(path: Path, content: bytes) -> bytearray:
-    try:
-        batch = _plain_pickle.load(content)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged, or not a batch of CIFAR-10: {error}") from error
-    try:
-        pixels, labels = (torch.as_tensor(batch[key]) for key in ("data", "labels"))
-        if pixels.dtype != torch.uint8 or pixels.shape != (len(labels), _RECORD - 1) or len(labels) == 0:
-            kind = str(pixels.dtype).removeprefix("torch.")
-            raise ValueError(f"its data are {tuple(pixels.shape)} {kind}, its labels {len(labels)}")
-        if labels.ndim != 1:
-            raise ValueError(f"its labels are {tuple(labels.shape)}")
-        whole = not labels.is_floating_point() and labels.dtype != torch.bool
-        if not whole or not 0 <= labels.long().min() <= labels.long().max() <= 255:
-            raise ValueError("its labels are not classes")
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise UserError(
-            f"{path} is not a batch of CIFAR-10 ({error}); expected data of (n, 3072) bytes and n labels"
-        ) from error
-    records = bytearray(len(labels) * _RECORD)
-    table = torch.frombuffer(records, dtype=torch.uint8).view(-1, _RECORD)  # the same memory
-    table[:, 0], table[:, 1:] = labels.to(torch.uint8), pixels
-    return records
-
-
-def _is_official(name: str, path: Path, records: bytearray) -> bool:
-    digest = hashlib.sha256(records).hexdigest()
-    for other, known in OFFICIAL.items():
-        if digest == known and other != name:
-            raise UserError(f"{path} is CIFAR-10's {other}; expected its {name}")
-    if digest != OFFICIAL[name]:
-        log.warning(
-            "%s is not the official file (SHA-256 %s..., expected %s...): "
-            "results are not comparable with published ones",
-            path, digest[:12], OFFICIAL[name][:12],
-        )  # fmt: skip
-    return digest == OFFICIAL[name]
-
-
-def _images(batches: list[bytearray]) -> Images:
-    records = torch.frombuffer(bytearray().join(batches), dtype=torch.uint8).view(-1, _RECORD)
-    return Images(records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long())
+    def is_official(self, name: str, path: Path, records: bytearray) -> bool:
+        known = {f"{self.title}'s {batch}": digest for batch, digest in OFFICIAL.items()}
+        return is_official(path, hashlib.sha256(records), f"{self.title}'s {name}", known)

@@ -75,7 +75,7 @@ def document(study: Path, paper: Path, runs_dir: Path) -> Document:
         "Theorem 1": () if flow is None else [theorem.LEAD, Fragment(theorem.markdown(flow))],
         "Figures": others[1:],
         "Audit of the attacks": () if audits is None else _audits(audits),
-        "Shifts": () if shifted is None else [Fragment(shifts.markdown(shifted, cells))],
+        "Shifts": () if shifted is None else _shifted(shifted, cells),
         "Analyses": _analyses(study),
         "Training": _training(history),
         "Runs": [_runs(cells, origin, history, study, runs_dir / study.name)],
@@ -197,6 +197,12 @@ def _analyses(study: Path) -> Iterator[Block]:
     for _, kind, frame in analysis.found(study):
         if kind.layout != "checks":  # checks have their own chapter
             yield Folded(kind.title, [Fragment(analysis.markdown(kind, frame))])
+
+
+def _shifted(shifted: pd.DataFrame, cells: pd.DataFrame) -> Iterator[Block]:
+    yield Fragment(shifts.markdown(shifted, cells))
+    if grids := shifts.by_severity(shifted):
+        yield Folded("Accuracy by change and severity", [Fragment(grids)])
 
 
 def _training(history: pd.DataFrame) -> Iterator[Block]:

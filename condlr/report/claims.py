@@ -14,8 +14,7 @@ import pandas as pd
 from condlr.report.numbers import accuracy
 from condlr.report.results import CONTEXT, attack_title, contexts, decay, setting, summarize, title
 from condlr.report.sheet import anchor
-from condlr.shifts.base import Shift
-from condlr.suite.registry import find
+from condlr.report.shifts import shift_names
 
 CONSTRAINED = ("condlr-tau0", "condlr-tau0.1", "condlr-tau0.5")
 ORTHOGONAL = ("cayley_sgd", "projected_sgd")
@@ -183,10 +182,8 @@ def _of_each_shift(
 
     Of a shift with severities it is the mean over the sets; of another each set counts for itself.
     """
-    graded = shifted["severity"].notna()
-    names = shifted["shift"].map(lambda name: find("shifts", name, Shift).title)
-    names = names.where(graded, names + ": " + shifted["name"].astype(str))
-    by_run = shifted.groupby(["run_id", names.rename("attack"), "n"], sort=False)["accuracy"].mean()
+    names = shift_names(shifted).rename("attack")
+    by_run = shifted.groupby(["run_id", names, "n"], sort=False)["accuracy"].mean()
     runs = cells.drop_duplicates("run_id").drop(columns=["attack", "n", "accuracy"])
     rows = runs.assign(norm="", eps=0.0).merge(by_run.reset_index(), on="run_id")
     for known, frame in contexts(summarize(rows)) if len(rows) else ():

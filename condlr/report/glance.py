@@ -8,17 +8,16 @@ import pandas as pd
 from condlr.report.numbers import accuracy, condition, shown
 from condlr.report.results import CONTEXT, attack_title, contexts, setting, summarize, title
 from condlr.report.sheet import Column, Row, Sheet, Value
-from condlr.shifts.base import Shift
-from condlr.suite.registry import find
+from condlr.report.shifts import shift_names
 
 # The columns that the runs of a row share under every attack.
 _SHARED = [name for name in CONTEXT if name not in ("attack", "norm", "n")]
 
 LEGEND = (
     "Means over seeds; a measure may have fewer seeds than another. Each attack at its largest strength. "
-    "Shifts: mean over their sets. Operator cond: median over the convolutions as they act on periodic "
-    "images; batch normalisation is not counted. Weights (in the exported network) and training FLOPs: the "
-    "part of the dense network's."
+    "Shifts: mean over sets of several severities. Operator cond: median over the convolutions as they act "
+    "on periodic images; batch normalisation is not counted. Weights (in the exported network) and training "
+    "FLOPs: the part of the dense network's."
 )
 
 
@@ -74,8 +73,8 @@ def _per_row(
     shifted: pd.DataFrame | None, analysed: Mapping[str, pd.DataFrame], runs: pd.Series
 ) -> Iterator[tuple[str, dict[str, str]]]:
     if shifted is not None:
-        for name, part in shifted.groupby("shift", sort=False):
-            yield find("shifts", str(name), Shift).title, _texts(_by_row(part, "accuracy", runs))
+        for name, part in shifted.groupby(shift_names(shifted), sort=False):
+            yield str(name), _texts(_by_row(part, "accuracy", runs))
     if (layers := analysed.get("conditioning")) is not None:
         middle = layers[layers["kind"].eq("conv")].groupby("run_id")["cond_circular"].median()
         by_row = middle.groupby(runs.reindex(middle.index)).mean().dropna()

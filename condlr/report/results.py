@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pandas as pd
 
 from condlr._support.errors import UserError
+from condlr._support.rooms import available, find
 from condlr._support.strengths import as_printed
 from condlr.analysis.base import Analysis
 from condlr.report.published import camera_ready, published
 from condlr.suite.collecting import nothing_to_show
-from condlr.suite.registry import available, find
 from condlr.suite.runs import examined, keys
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ _NEEDED = {
     },
     "runs": {"row_id", "run_id", "seed", "status"},
     "steps": {"run_id", "row_id", "seed", "step", "train_loss", "train_accuracy"},
-    "shift": {"run_id", "label", "compression", "seed", *SHIFT, "accuracy"},
+    "shift": {*CONTEXT[:5], "run_id", "label", "compression", "seed", *SHIFT, "accuracy"},
 }
 
 

@@ -1,20 +1,28 @@
 """The accuracy of runs on shifted images, a table for each shift."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
 
+from condlr._support.rooms import find
 from condlr.report.numbers import accuracy
 from condlr.report.results import ordered, pipe, run_title
 from condlr.shifts.base import Shift
-from condlr.suite.registry import find
+
+# What a run shares with the baseline that its errors are compared with.
+_SHARED = ["dataset", "model", "protocol", "epochs", "settings", "seed"]
+_RATIO = (
+    "error ratio: for each change the error over all severities, divided by that of the baseline with the "
+    "same seed; the mean over changes."
+)
 
 
 def markdown(shifted: pd.DataFrame, cells: pd.DataFrame) -> str:
     """A line for each run: clean, the mean over all sets, and the means by set and by severity, in percent.
 
-    Sets drawn with different seeds count separately.
+    Sets drawn with different seeds count separately. A shift without severities has no mean over its sets,
+    which may overlap.
 
     Args:
         shifted, cells: `shift` and `cells`, see `condlr.report.results.read`.
@@ -22,28 +30,135 @@ def markdown(shifted: pd.DataFrame, cells: pd.DataFrame) -> str:
     return "\n".join(_tables(shifted, cells))
 
 
+def by_severity(shifted: pd.DataFrame) -> str:
+    """A line for each run and change, with a column for each severity.
+
+    Empty without several changes and severities, for the other table has them already.
+
+    Args:
+        shifted: see `markdown`.
+    """
+    return "\n".join(
+        _grid(kind, n, frame)
+        for kind, n, frame in _shifts(shifted)
+        if n and (frame[["name", "severity"]].nunique() > 1).all()
+    )
+
+
+def shift_names(shifted: pd.DataFrame) -> pd.Series:
+    """What each line belongs to in one mean: a shift with severities; of another each set for itself."""
+    titles = shifted["shift"].map(lambda name: find("shifts", name, Shift).title)
+    return pd.Series(titles.where(shifted["severity"].notna(), titles + ": " + shifted["name"].astype(str)))
+
+
+def _shifts(shifted: pd.DataFrame) -> Iterator[tuple[type[Shift], int | None, pd.DataFrame]]:
+    """Each shift with its rows: by number of images if it has severities, else together, with None."""
+    for name, sets in shifted.groupby("shift", sort=False):
+        kind = find("shifts", str(name), Shift)
+        if sets["severity"].isna().all():
+            yield kind, None, sets
+        else:
+            yield from ((kind, int(str(n)), frame) for n, frame in sets.groupby("n", sort=False))
+
+
 def _tables(shifted: pd.DataFrame, cells: pd.DataFrame) -> Iterator[str]:
     clean = _clean(cells)
-    for (shift, n), frame in shifted.groupby(["shift", "n"], sort=False):
-        kind = find("shifts", str(shift), Shift)
-        names = [*dict.fromkeys(frame["name"])]
-        severities = sorted(frame["severity"].dropna().unique())
-        header = ["run", "clean", "mean", *(str(name).replace("_", " ") for name in names)]
+    for kind, n, frame in _shifts(shifted):
+        title = f"{kind.title}: accuracy in %"
+        if n is None:
+            yield _table(title, *_without_severities(frame, clean), [kind.legend])
+            continue
+        ratios = _error_ratios(frame)
+        names, severities = [*dict.fromkeys(frame["name"])], _severities(frame)
+        header = ["run", "clean", "mean", *(["error ratio"] if ratios else [])]
+        header += [name.replace("_", " ") for name in map(str, names)]
         header += [f"severity {severity:g}" for severity in severities]
-        lines = [pipe(header), pipe(["---", *["---:"] * (len(header) - 1)])]
-        placed = ordered(frame, ["compression", "label", "seed", "run_id"])
-        for run_id, run in placed.groupby("run_id", sort=False):
+        lines = []
+        for run_id, run in _runs(frame):
             by_name, by_severity = (run.groupby(key)["accuracy"].mean() for key in ("name", "severity"))
+            values = [clean.get((run_id, n)), run["accuracy"].mean()]
             means = [*by_name.reindex(names), *by_severity.reindex(severities)]
-            values = [clean.get((run_id, n)), run["accuracy"].mean(), *means]
-            lines.append(pipe([run_title(run.iloc[0]), *map(accuracy, values)]))
-        table = "\n".join(lines)
-        yield f"**{kind.title}: accuracy in %, {n:,} images a set**\n\n{table}\n\n{kind.legend}\n"
+            ratio = [f"{ratios[run_id]:.3f}" if run_id in ratios else "–"] if ratios else []
+            lines.append([run_title(run.iloc[0]), *map(_shown, values), *ratio, *map(_shown, means)])
+        notes = [kind.legend, *([_RATIO] if ratios else [])]
+        yield _table(f"{title}, {n:,} images a set", header, lines, notes)
+
+
+def _without_severities(
+    frame: pd.DataFrame, clean: dict[tuple[Any, Any], float]
+) -> tuple[list[str], list[list[str]]]:
+    """The header and the lines of a table with a column for each set."""
+    sets = [*dict.fromkeys(zip(frame["name"], frame["n"], strict=True))]
+    lines = []
+    for run_id, run in _runs(frame):
+        means = run.groupby(["name", "n"])["accuracy"].mean().reindex(sets)
+        lines.append([run_title(run.iloc[0]), *map(_shown, [clean.get((run_id, None)), *means])])
+    return ["run", "clean", *(f"{name.replace('_', ' ')} (n={n:,})" for name, n in sets)], lines
+
+
+def _grid(kind: type[Shift], n: int | None, frame: pd.DataFrame) -> str:
+    severities = _severities(frame)
+    lines = []
+    for _, run in _runs(frame):
+        for name, change in run.groupby("name", sort=False):
+            values = change.groupby("severity")["accuracy"].mean().reindex(severities)
+            cells = map(_shown, [change["accuracy"].mean(), *values])
+            lines.append([run_title(run.iloc[0]), str(name).replace("_", " "), *cells])
+    header = ["run", "change", "mean", *(f"severity {severity:g}" for severity in severities)]
+    title = f"{kind.title}: accuracy in % by change and severity, {n:,} images a set"
+    return _table(title, header, lines, [])
+
+
+def _runs(frame: pd.DataFrame) -> Iterator[tuple[Any, pd.DataFrame]]:
+    """The rows of each run, in the order of tables."""
+    yield from ordered(frame, ["compression", "label", "seed", "run_id"]).groupby("run_id", sort=False)
+
+
+def _severities(frame: pd.DataFrame) -> list[float]:
+    return sorted(frame["severity"].dropna().unique())
+
+
+def _error_ratios(frame: pd.DataFrame) -> dict[Any, float]:
+    """By run, its errors relative to its baseline's; empty if no run but a baseline has one.
+
+    This is the mean corruption error of Hendrycks and Dietterich (ICLR 2019), relative to our baseline
+    instead of AlexNet.
+    """
+    frame = frame.fillna({"settings": ""})
+    errors = {run_id: _errors(run) for run_id, run in frame.groupby("run_id", sort=False)}
+    firsts = frame.drop_duplicates("run_id").set_index("run_id")
+    shared = firsts[_SHARED].apply(tuple, axis=1)
+    baselines = {shared[run_id]: run_id for run_id in firsts.index[firsts["label"].eq("baseline")]}
+    ratios: dict[Any, float] = {}
+    for run_id, (sets, error) in errors.items():
+        known, reference = errors.get(baselines.get(shared[run_id]), (set(), error))
+        if sets == known and (reference > 0).all():
+            ratios[run_id] = (error / reference).mean()
+    return ratios if ratios.keys() - baselines.values() else {}
+
+
+def _errors(run: pd.DataFrame) -> tuple[set[tuple[Any, ...]], pd.Series]:
+    """The sets of images of a run, and for each change the sum of its errors."""
+    sets = zip(run["name"], run["severity"].fillna(0), run["shift_seed"], strict=True)
+    sums = run.assign(error=1 - run["accuracy"]).groupby("name")["error"].sum()
+    return {*sets}, pd.Series(sums)
+
+
+def _table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    alignment = ["---" if name in ("run", "change") else "---:" for name in header]
+    table = "\n".join(map(pipe, [header, alignment, *lines]))
+    return "\n\n".join([f"**{title}**", table, *([" ".join(notes)] if notes else [])]) + "\n"
+
+
+def _shown(value: float | None) -> str:
+    """An accuracy; a dash for a set that a run lacks."""
+    return accuracy(None if pd.isna(value) else value)
 
 
 def _clean(cells: pd.DataFrame) -> dict[tuple[Any, Any], float]:
-    """The accuracy without an attack, by run and number of images."""
+    """The accuracy without an attack, by run and number of images; with None that on the most images."""
     if "eps" not in cells:
         return {}
-    unharmed = cells[cells["eps"].eq(0)].drop_duplicates(["run_id", "n"])
-    return unharmed.set_index(["run_id", "n"])["accuracy"].to_dict()
+    unharmed = cells[cells["eps"].eq(0)].drop_duplicates(["run_id", "n"]).sort_values("n")
+    found = unharmed.set_index(["run_id", "n"])["accuracy"].to_dict()
+    return found | {(run_id, None): value for (run_id, _), value in found.items()}

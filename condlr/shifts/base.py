@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from condlr._support.errors import in_range
-from condlr.data.base import Images
+from condlr.data.base import Data, Images
 
 
 class ShiftedSet(NamedTuple):
@@ -32,12 +32,14 @@ class Shift(ABC):
     Attributes:
         title: its name in tables.
         legend: one or two sentences that explain it to readers of the table.
+        trained_on: the dataset that a network must have been trained on; None for any.
         images: only the first N test images; None for all.
         seed: of random draws.
     """
 
     title: ClassVar[str]
     legend: ClassVar[str]
+    trained_on: ClassVar[str | None] = None
 
     images: int | None = None
     seed: int = 0
@@ -61,17 +63,16 @@ class Shift(ABC):
         """
 
     @abstractmethod
-    def make(self, which: ShiftedSet, test: Images, root: Path) -> Images:
+    def make(self, which: ShiftedSet, data: Data, root: Path) -> Images:
         """The images and labels of one of these sets; the same at every call.
 
         Args:
             which: one of `sets`.
-            test: the test images of the dataset that the network was trained on; the result is on their
-                device.
+            data: what the network was trained on; the result is on its device.
             root: see `sets`.
 
         Raises:
-            UserError: a file is missing, damaged or not the expected one.
+            UserError: a file is missing, damaged or not the expected one, or the images do not fit `data`.
         """
 
     def count(self, test_images: int) -> int:

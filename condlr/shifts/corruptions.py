@@ -1,6 +1,6 @@
 """Corrupted test images, computed here: noise, blur, contrast, brightness, JPEG."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from condlr._support.errors import one_of
 from condlr._support.seeds import derive_seed
-from condlr.data.base import Images
-from condlr.shifts.base import Shift, ShiftedSet
+from condlr.data.base import Data, Images
+from condlr.shifts._graded import Graded
+from condlr.shifts.base import ShiftedSet
 
 # The parameter of the function below for severities 1 to 5.
 PARAMETERS = {
@@ -25,7 +25,7 @@ PARAMETERS = {
 
 
 @dataclass
-class Corruptions(Shift):
+class Corruptions(Graded):
     """The test images after corruptions in the manner of Hendrycks and Dietterich (ICLR 2019).
 
     They are computed in memory by torchvision's transforms. The images differ from those of CIFAR-10-C, and
@@ -35,7 +35,6 @@ class Corruptions(Shift):
 
     Attributes:
         kinds: corruptions, from `PARAMETERS`.
-        severities: from 1 to 5.
     """
 
     title: ClassVar[str] = "Corruptions"
@@ -44,30 +43,14 @@ class Corruptions(Shift):
         "these images are not those of CIFAR-10-C."
     )
 
+    known: ClassVar[tuple[str, ...]] = (*PARAMETERS,)
+
     kinds: list[str] = field(default_factory=lambda: [*PARAMETERS])
-    severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
 
     @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for kind in self.kinds:
-            one_of("kinds", kind, tuple(PARAMETERS))
-        for severity in self.severities:
-            one_of("severities", severity, (1, 2, 3, 4, 5))
-        for name in ("kinds", "severities"):
-            values = getattr(self, name)
-            if not values or len({*values}) < len(values):
-                raise ValueError(f"{name} must name at least one, and each once; got {values}")
-
-    @override
-    def sets(self, test_images: int, root: Path) -> Sequence[ShiftedSet]:
-        n = self.count(test_images)
-        return [ShiftedSet(kind, severity, n) for kind in self.kinds for severity in self.severities]
-
-    @override
-    def make(self, which: ShiftedSet, test: Images, root: Path) -> Images:
+    def make(self, which: ShiftedSet, data: Data, root: Path) -> Images:
         assert which.severity is not None
-        chosen = test.take(slice(which.n))
+        chosen = data.test.take(slice(which.n))
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "shift", which.name, which.severity))
         parameter = PARAMETERS[which.name][which.severity - 1]
         corrupted = _CORRUPT[which.name](chosen.pixels.cpu(), parameter, generator)

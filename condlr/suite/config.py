@@ -1,6 +1,6 @@
 """The typed schema of a run's config, and every check of what a user asks for.
 
-A config names classes, which `condlr.suite.registry` finds; their fields are the options. Checks that need
+A config names classes, which `condlr._support.rooms` finds; their fields are the options. Checks that need
 no torch come before torch is imported.
 """
 
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from condlr._support.errors import UserError, in_range, one_of
+from condlr._support.rooms import available
 from condlr._support.strengths import strengths
 from condlr.suite.folders import folder
-from condlr.suite.registry import available
 from condlr.suite.values import choose, construct, convert, expanded, resolved
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ CONF = folder("conf", "conf")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "tf32", "bf16")
 FORMS = ("measured", "factored", "chained", "multiplied")
-AUGMENTATIONS = ("none", "crop_flip")
+AUGMENTATIONS = ("none", "crop", "crop_flip")
 
 # Keys that are not part of a run's identity: paths, the device, what is recorded, and the attack.
 _NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "forms", "record_every", "attack")
@@ -58,7 +58,7 @@ class Protocol:
         stop_at: the accuracy on these images at which training ends, at the end of an epoch; null: never. It
             makes networks of one accuracy, to compare what else they do.
         rank_rule, classifier, init, decay: see `condlr.factorization.Scheme`.
-        augmentation: of training images, `none` or `crop_flip` (`condlr.data._augmentation`).
+        augmentation: of training images, `none`, `crop` or `crop_flip` (`condlr.data._augmentation`).
         batch_norm_momentum: of running statistics, in PyTorch's convention; `conf/model` refers to it.
         clamp: whether adversarial images are clamped to [0, 1]; `conf/attack` refers to it.
         methods: by method name, the options that differ between protocols; `conf/method` refers to it.

@@ -88,13 +88,19 @@ def try_shift(here: Opened, name: str, shift: Shift, again: bool = False) -> lis
     with Steps(f"{here.config.row['label']} on {name}") as steps:
         for number, key in enumerate(missing, start=1):
             which, row = sets[key]
-            row |= {"accuracy": accuracy(here.model, shift.make(which, here.data.test, root))}
+            row |= {"accuracy": accuracy(here.model, shift.make(which, here.data, root))}
             here.run.add_rows(table, [row])
             steps.at(number, len(missing))
     return [known.get(key, row) for key, (_, row) in sets.items()]
 
 
 def _sets(here: Opened, shift: Shift) -> Sequence[ShiftedSet]:
+    dataset = here.config.identity["dataset"]["name"]
+    if shift.trained_on not in (None, dataset):
+        raise UserError(
+            f"{shift.title} is for networks trained on {shift.trained_on}; "
+            f"{here.run.directory} was trained on {dataset}"
+        )
     try:
         return shift.sets(here.test_images, here.config.data_root)
     except ValueError as error:

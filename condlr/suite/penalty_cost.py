@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from condlr._support.precision import training
+from condlr._support.rooms import available, find
 from condlr.analysis.cost import flops
 from condlr.data.base import Images
 from condlr.models.resnet34 import ResNet34
 from condlr.penalties.base import Penalty
-from condlr.suite.registry import available, find
 
 # Timed beside the defaults of each penalty: OCNN on its authors' layers, the frame's other Gram matrix
 VARIANTS: dict[str, list[dict[str, Any]]] = {

@@ -13,8 +13,8 @@ from typing import Any
 from condlr._support.errors import Diverged, Held, Interrupted, Lost, NoWeights, UserError
 from condlr._support.files import forget_partial, read_csv, write, write_csv, write_text
 from condlr._support.locks import Lock, Owner, owners
+from condlr._support.rooms import available, find
 from condlr._support.strengths import as_printed
-from condlr.suite.registry import available, find
 
 # Key columns of these files; an analysis has its own on its class.
 _KEYS = {

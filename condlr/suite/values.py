@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from condlr._support.errors import UserError
-from condlr.suite.registry import find
+from condlr._support.rooms import find
 
 # Keys that name a file or directory. No shell expands `~` behind `key=`, so we do.
 _PATHS = ("run", "runs_dir", "data_root", "results_dir", "paper")

@@ -22,7 +22,7 @@ import torch
 from condlr._support.errors import UserError
 from condlr._support.locks import Lock
 from condlr.data import _idx, _plain_pickle, cifar10
-from condlr.data._augmentation import AUGMENTATIONS, crop_flip
+from condlr.data._augmentation import AUGMENTATIONS, crop, crop_flip
 from condlr.data._fetch import _SCRATCH
 from condlr.data.base import Data, Images
 from condlr.data.cifar10 import Cifar10
@@ -549,7 +549,7 @@ def test_swapped_official_batches_are_named(cifar, monkeypatch, caplog):
     assert not caplog.text
     folder = root / "cifar-10-batches-bin"
     shutil.copy(folder / "data_batch_1.bin", folder / "test_batch.bin")
-    with pytest.raises(UserError, match="test_batch.bin is CIFAR-10's data_batch_1; expected its test_batch"):
+    with pytest.raises(UserError, match="test_batch.bin is CIFAR-10's data_batch_1; expected CIFAR-10's t"):
         Cifar10().load(root)
 
 
@@ -589,6 +589,10 @@ def test_crops_and_flips_are_those_of_padded_images():
     assert counts[:81].sum().item() == pytest.approx(2000, abs=150)
     again = crop_flip(pixels, torch.Generator().manual_seed(0))
     assert torch.equal(changed, again)
+    upright = crop(pixels, torch.Generator().manual_seed(0))
+    unmirrored = matches[:, :81].any(1)
+    assert torch.equal(upright[unmirrored], changed[unmirrored]), "it draws the same offsets"
+    assert torch.equal(upright[~unmirrored], changed[~unmirrored].flip(-1))
 
 
 def test_augmentations_have_the_names_that_configs_know():

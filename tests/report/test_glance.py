@@ -23,7 +23,7 @@ def cells(*attacks):
     )  # fmt: skip
 
 
-def table(name, **columns):
+def table(**columns):
     return pd.DataFrame({"run_id": [f"{label}-{seed}" for label, _, seed in RUNS], **columns})
 
 
@@ -35,27 +35,30 @@ def shown(sheet):
 
 def test_each_measure_of_each_row():
     attacked = cells(("fgsm", 0.1, 1000, 0.8), ("noise", 0.2, 1000, 0.9))
+    origins = table(shift="cinic10", name="imagenet", severity=float("nan"), accuracy=[0.4, 0.6, 0.3])
     shifted = pd.concat(
-        table("shift", shift="corruptions", accuracy=[a, b, 0.5]) for a, b in ((0.6, 0.7), (0.8, 0.9))
+        table(shift="corruptions", name="jpeg", severity=severity, accuracy=[a, b, 0.5])
+        for severity, a, b in ((1, 0.6, 0.7), (5, 0.8, 0.9))
     )
     layers = pd.concat(
-        table("conditioning", kind=kind, cond_circular=values)
+        table(kind=kind, cond_circular=values)
         for kind, values in (("conv", [1.0, 3.0, 5.0]), ("conv", [9.0, 5.0, 7.0]), ("linear", [1e9] * 3))
     )
-    cost = table("cost", deploy_weights_ratio=[1, 1, 0.45], train_flops_ratio=[1, 1, 0.5])
+    cost = table(deploy_weights_ratio=[1, 1, 0.45], train_flops_ratio=[1, 1, 0.5])
+    shifted = pd.concat([shifted, origins])
     (sheet,) = glances(attacked, shifted, {"conditioning": layers, "cost": cost})
     names, rows = shown(sheet)
     assert names == [
-        "requested", "clean", "FGSM ε=0.1", "noise ε=0.2", "Corruptions", "operator cond", "weights",
-        "training FLOPs",
+        "requested", "clean", "FGSM ε=0.1", "noise ε=0.2", "Corruptions", "CINIC-10: imagenet",
+        "operator cond", "weights", "training FLOPs",
     ]  # fmt: skip
-    assert rows["Baseline"] == ["0", "100.00", "81.00", "91.00", "75.00", "4.50", "1", "1"]
-    assert rows["CondLR τ=0.1"] == ["50", "99.00", "80.00", "90.00", "50.00", "6.00", "0.45", "0.5"]
+    assert rows["Baseline"] == ["0", "100.00", "81.00", "91.00", "75.00", "50.00", "4.50", "1", "1"]
+    assert rows["CondLR τ=0.1"] == ["50", "99.00", "80.00", "90.00", "50.00", "30.00", "6.00", "0.45", "0.5"]
 
 
 def test_what_a_row_does_not_have_is_empty_and_one_attack_alone_has_its_table():
     assert not [*glances(cells(("fgsm", 0.1, 1000, 0.8)), None, {})]
-    cost = table("cost", deploy_weights_ratio=[1, 1, 0.45], train_flops_ratio=[1, 1, 0.5]).iloc[2:]
+    cost = table(deploy_weights_ratio=[1, 1, 0.45], train_flops_ratio=[1, 1, 0.5]).iloc[2:]
     (sheet,) = glances(cells(("fgsm", 0.1, 1000, 0.8)), None, {"cost": cost})
     _, rows = shown(sheet)
     assert rows["Baseline"][-2:] == ["", ""] and rows["CondLR τ=0.1"][-2:] == ["0.45", "0.5"]

@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from condlr._support.rooms import available, find
 from condlr.attacks.autoattack import AutoAttack
 from condlr.attacks.fgsm import Fgsm
 from condlr.attacks.noise import Noise
@@ -15,7 +16,6 @@ from condlr.models.base import Architecture
 from condlr.penalties.base import Penalty
 from condlr.report.results import attack_title, colour, dataset, network, norm_title, order, title
 from condlr.shifts.base import Shift
-from condlr.suite.registry import available, find
 
 OF_METHODS = {
     "baseline": "Baseline",

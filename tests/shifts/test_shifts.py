@@ -7,11 +7,11 @@ from typing import ClassVar
 import pytest
 import torch
 
-from condlr.data.base import Images
+from condlr._support.rooms import available
+from condlr.data.base import Data, Images
 from condlr.data.digits import Digits
 from condlr.shifts.base import Shift, ShiftedSet
 from condlr.shifts.corruptions import PARAMETERS, Corruptions
-from condlr.suite.registry import available
 from condlr.suite.values import choose
 
 ROOT = Path()
@@ -28,7 +28,7 @@ def distance(shifted, images):
 
 def made(shift, test):
     """Each of its sets, and its images."""
-    return {which: shift.make(which, test, ROOT) for which in shift.sets(len(test), ROOT)}
+    return {which: shift.make(which, Data(test, test, 10), ROOT) for which in shift.sets(len(test), ROOT)}
 
 
 @pytest.mark.parametrize("kind", PARAMETERS)
@@ -113,8 +113,8 @@ def test_a_shift_is_one_class(test_images):
         def sets(self, test_images, root):
             return [ShiftedSet("mirror", None, test_images)]
 
-        def make(self, which, test, root):
-            return Images(test.pixels.flip(3), test.labels)
+        def make(self, which, data, root):
+            return Images(data.test.pixels.flip(3), data.test.labels)
 
     (mirrored,) = made(Flipped(), test_images).values()
     assert torch.equal(mirrored.pixels.flip(3), test_images.pixels)

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import condlr
+from condlr._support.rooms import available, find
 from condlr.penalties.base import Penalty
 from condlr.suite import benchmark
 from condlr.suite.benchmark import OPTIONS
 from condlr.suite.naive import NaiveLayer, constrain_naively, naive
 from condlr.suite.programs import Benchmark
-from condlr.suite.registry import available, find
 from tests.helpers import complains
 
 COLUMNS = [

@@ -13,15 +13,18 @@ SMALL_IMAGES = {
     "fgsm": PIXELS, "pgd": PIXELS, "square": PIXELS, "transfer": PIXELS, "autoattack": [0.06],
     "pgd_l2": [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5],
 }  # fmt: skip
+COLOUR = {
+    "fgsm": FINER, "pgd": FINER, "square": FINER, "transfer": FINER, "autoattack": [0.006],
+    "pgd_l2": [0, 0.1, 0.13, 0.16, 0.2, 0.23, 0.26, 0.3],
+}  # fmt: skip
 WANTED = {
     "mnist": SMALL_IMAGES,
     "fashion_mnist": SMALL_IMAGES,
     "digits": SMALL_IMAGES,
-    "cifar10": {
-        "fgsm": FINER, "pgd": FINER, "square": FINER, "transfer": FINER, "autoattack": [0.006],
-        "pgd_l2": [0, 0.1, 0.13, 0.16, 0.2, 0.23, 0.26, 0.3],
-    },
-}  # fmt: skip
+    "cifar10": COLOUR,
+    "cifar100": COLOUR,
+    "svhn": COLOUR,
+}
 WHATEVER_THE_DATASET = {
     "fgm_l2_relative": RELATIVE, "pgd_l2_relative": RELATIVE,
     "noise": [0, 0.05, 0.1, 0.2, 0.4], "simba": [0.2],
@@ -34,7 +37,7 @@ def composed(*overrides):
 
 
 def of(dataset):
-    return [f"dataset={dataset}", *(["model=vgg16"] if dataset == "cifar10" else [])]
+    return [f"dataset={dataset}", *(["model=vgg16"] if WANTED[dataset] is COLOUR else [])]
 
 
 @pytest.mark.parametrize("dataset", WANTED)
