@@ -1,4 +1,5 @@
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from condlr.suite.sweeps import processes
 from tests.helpers import Streams, made_once, run_script, work_with
 
 torch.set_num_threads(1)
+gc.disable()  # until all tests are found: searches for garbage take a third of that time
 
 # What layers were timed at is kept for the tests alone, also by the programs they start.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
@@ -60,6 +62,12 @@ def data(tmp_path_factory):
     """A few digits, in three parts."""
     digits = Digits().load(tmp_path_factory.mktemp("data"))
     return Data(digits.train.take(slice(250)), digits.test.take(slice(50)), 10).hold_out(0.2, 0)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays, and is not searched again for what may be freed."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):
