@@ -11,12 +11,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # also of the programs they start
 import pytest
 import torch
 from joblib.externals.loky import reusable_executor
+from joblib.externals.loky.backend import fork_exec
 
 import condlr.suite.cli  # noqa: F401  (what makes the sweeper of our configs known to Hydra)
 from condlr.data.base import Data
 from condlr.data.digits import Digits
 from condlr.suite.sweeps import processes
-from tests.helpers import Streams, made_once, run_script, work_with
+from tests.helpers import Streams, made_once, run_script, start_worker, work_with
 
 torch.set_num_threads(1)
 gc.disable()  # until all tests are found: searches for garbage take a third of that time
@@ -40,6 +41,7 @@ def script(tmp_path, monkeypatch, capfd):
 
     # The fork server outlives the test that started it, for it imports torch for seconds
     monkeypatch.setattr(processes, "_work", partial(work_with, Streams()))
+    monkeypatch.setattr(fork_exec, "fork_exec", start_worker)
 
     def run(name, *arguments):
         capfd.readouterr()
