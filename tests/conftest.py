@@ -20,6 +20,7 @@ from condlr.suite.sweeps import processes
 from tests.helpers import Streams, made_once, run_script, start_worker, work_with
 
 torch.set_num_threads(1)
+os.fsync = os.fstat  # nobody looks at these files after a power failure
 gc.disable()  # until all tests are found: searches for garbage take a third of that time
 
 # What layers were timed at is kept for the tests alone, also by the programs they start.

@@ -56,6 +56,7 @@ def _take(*streams):
 
 def work_with(streams, *arguments):
     """What a run's process does, with the streams that it took as it was told what to do."""
+    os.fsync = os.fstat
     processes._work(*arguments)
 
 
@@ -139,6 +140,7 @@ class Program:
 
 def _program(directory, folder, address, environment, name, arguments):
     os.setsid()
+    os.fsync = os.fstat
     os.environ.clear()
     os.environ.update(environment)  # not that of the server, which began in the midst of a script
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
