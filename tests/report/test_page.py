@@ -312,6 +312,7 @@ def test_durations():
 
 def test_the_script_writes_both_files_and_refuses_what_is_not_there(script, study, monkeypatch):
     base = study.parent.parent
+    draw_pictures_alone(monkeypatch)
     monkeypatch.chdir(base)
     status, out, err = script("report", "study=s", f"paper={PAPER}")
     assert status == 0, err
