@@ -24,8 +24,8 @@ demo: $(VENV)/.installed  ## Train four rows on real digits, attack them; table,
 test: $(VENV)/.installed  ## Lint, type check and test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m basedpyright
-	$(RUN) -m pytest -n 2 --dist worksteal
+	@# The type checker has one thread: alone it leaves a core idle
+	$(RUN) -m basedpyright & types=$$!; $(RUN) -m pytest -n 2 --dist worksteal; tests=$$?; wait $$types && exit $$tests
 
 test-fast: $(VENV)/.installed  ## The tests that sweep nothing and take no seconds
 	$(RUN) -m pytest -n 2 --dist worksteal -m 'not slow'

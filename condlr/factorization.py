@@ -179,7 +179,7 @@ def _low_rank(
     if not dense.weight.is_meta and not dense.weight.isfinite().all():
         raise ValueError(f"the weight of {name} is not finite: it has no singular values")
     if isinstance(dense, nn.Conv2d):
-        layer: LowRank = LowRankConv2d.like(dense, rank, core)
+        layer: LowRank = LowRankConv2d.like(dense, rank, core, nearest=init != "released_code")
         if init == "released_code":
             _gaussian_spectrum(layer)
     else:

@@ -363,8 +363,11 @@ class LowRankConv2d(LowRank):
         self._padding = twin.padding if padding_mode == "zeros" else (0, 0)
 
     @classmethod
-    def like(cls, dense: nn.Conv2d, rank: int, core: str = "full") -> "LowRankConv2d":
-        """The layer of this rank nearest to `dense` in the kernel's Frobenius norm, with its bias."""
+    def like(cls, dense: nn.Conv2d, rank: int, core: str = "full", nearest: bool = True) -> "LowRankConv2d":
+        """The layer of this rank nearest to `dense` in the kernel's Frobenius norm, with its bias.
+
+        Without `nearest` the caller sets the factors, which saves an SVD.
+        """
         if dense.groups != 1:
             raise ValueError(f"a grouped convolution (groups={dense.groups}) stays dense")
         layer = cls(
@@ -373,7 +376,7 @@ class LowRankConv2d(LowRank):
             bias=dense.bias is not None, padding_mode=dense.padding_mode, core=core,
             device="meta", dtype=dense.weight.dtype,
         )  # fmt: skip
-        _take_over(layer, dense)
+        _take_over(layer, dense, nearest)
         return layer
 
     @property
@@ -415,11 +418,12 @@ def _options(layer: LowRank) -> str:
     return f", bias={layer.bias is not None}{core}"
 
 
-def _take_over(layer: LowRank, dense: nn.Linear | nn.Conv2d) -> None:
+def _take_over(layer: LowRank, dense: nn.Linear | nn.Conv2d, nearest: bool = True) -> None:
     """Give `layer`, which is on the meta device, the weights and the state of `dense`."""
     layer.to_empty(device=dense.weight.device)
-    sigma = layer.set_matrix(dense.weight.detach().flatten(1))
-    layer.dense_mean = None if sigma.is_meta else sigma.mean().item()
+    if nearest:
+        sigma = layer.set_matrix(dense.weight.detach().flatten(1))
+        layer.dense_mean = None if sigma.is_meta else sigma.mean().item()
     for parameter in (layer.U, layer.S, layer.Vt):
         if parameter is not None:
             parameter.requires_grad_(dense.weight.requires_grad)

@@ -1,4 +1,5 @@
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -10,14 +11,17 @@ os.environ["OMP_NUM_THREADS"] = "1"  # also of the programs they start
 import pytest
 import torch
 from joblib.externals.loky import reusable_executor
+from joblib.externals.loky.backend import fork_exec
 
 import condlr.suite.cli  # noqa: F401  (what makes the sweeper of our configs known to Hydra)
 from condlr.data.base import Data
 from condlr.data.digits import Digits
 from condlr.suite.sweeps import processes
-from tests.helpers import Streams, made_once, run_script, work_with
+from tests.helpers import Streams, made_once, run_script, start_worker, work_with
 
 torch.set_num_threads(1)
+os.fsync = os.fstat  # nobody looks at these files after a power failure
+gc.disable()  # until all tests are found: searches for garbage take a third of that time
 
 # What layers were timed at is kept for the tests alone, also by the programs they start.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
@@ -38,6 +42,7 @@ def script(tmp_path, monkeypatch, capfd):
 
     # The fork server outlives the test that started it, for it imports torch for seconds
     monkeypatch.setattr(processes, "_work", partial(work_with, Streams()))
+    monkeypatch.setattr(fork_exec, "fork_exec", start_worker)
 
     def run(name, *arguments):
         capfd.readouterr()
@@ -60,6 +65,12 @@ def data(tmp_path_factory):
     """A few digits, in three parts."""
     digits = Digits().load(tmp_path_factory.mktemp("data"))
     return Data(digits.train.take(slice(250)), digits.test.take(slice(50)), 10).hold_out(0.2, 0)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays, and is not searched again for what may be freed."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):

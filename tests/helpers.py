@@ -1,6 +1,7 @@
 """What several test files use: where the project is, small runs and programs, a wait that ends."""
 
 import fcntl
+import logging
 import multiprocessing
 import os
 import re
@@ -11,14 +12,17 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import forkserver
+from itertools import pairwise
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 
 import numpy as np
 import pytest
+from joblib.externals.loky.backend import fork_exec
 
 from condlr.suite.sweeps import processes
 
@@ -52,7 +56,54 @@ def _take(*streams):
 
 def work_with(streams, *arguments):
     """What a run's process does, with the streams that it took as it was told what to do."""
+    os.fsync = os.fstat
     processes._work(*arguments)
+
+
+def start_worker(command, keep, env=None):
+    """Stands in for loky's `fork_exec`: a worker of joblib, forked off this process, which has torch.
+
+    It takes runs off the fork server of this process, too. As loky starts it, it imports torch for seconds,
+    and so does a server of its own.
+    """
+    server, context = forkserver._forkserver, multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(processes._PRELOAD)
+    with processes._blocked():
+        server.ensure_running()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        status = _worker(command, [*keep, server._forkserver_alive_fd, resource_tracker.getfd()], env)
+    finally:
+        os._exit(status)
+
+
+def _worker(command, keep, env):
+    """What a new interpreter does; this one first forgets what it was in the midst of."""
+    kept = sorted({0, 1, 2, *map(int, keep)})
+    for before, after in pairwise([*kept, os.sysconf("SC_OPEN_MAX")]):
+        os.closerange(before + 1, after)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    logging.getLogger().handlers.clear()
+    os.environ.update(env or {})
+    processes._watch_parent.cache_clear()
+    forkserver._forkserver.ensure_running = lambda: None
+    sys.argv = command[2:]
+    try:
+        with warnings.catch_warnings(action="ignore"):  # this module is imported already
+            runpy.run_module(command[2], run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 class Program:
@@ -89,6 +140,7 @@ class Program:
 
 def _program(directory, folder, address, environment, name, arguments):
     os.setsid()
+    os.fsync = os.fstat
     os.environ.clear()
     os.environ.update(environment)  # not that of the server, which began in the midst of a script
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
@@ -100,6 +152,7 @@ def _program(directory, folder, address, environment, name, arguments):
     forkserver._forkserver.ensure_running = lambda: None
     multiprocessing.current_process().name = "MainProcess"
     processes._work = partial(work_with, Streams())
+    fork_exec.fork_exec = start_worker
     sys.exit(run_script(name, *arguments))
 
 

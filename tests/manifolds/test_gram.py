@@ -68,8 +68,12 @@ def test_entries_away_from_the_edges_are_those_of_the_operator(
 @sides
 @cases
 def test_the_gradient_is_that_of_finite_differences(out, into, size, stride, dilation, image, side):
+    """Of all entries at once, each with a weight of its own."""
     kernel = kernel_of(out, into, size).requires_grad_()
-    assert torch.autograd.gradcheck(lambda K: gram(K, stride, dilation, side).blocks, (kernel,))
+    weights = torch.randn_like(gram(kernel, stride, dilation, side).blocks)
+    assert torch.autograd.gradcheck(
+        lambda K: (weights * gram(K, stride, dilation, side).blocks).sum(), (kernel,)
+    )
 
 
 @sides

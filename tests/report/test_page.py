@@ -27,6 +27,7 @@ from condlr.report.sheet import Column, Row, Sheet, Value
 from condlr.suite.collecting import collect
 from tests.helpers import ROOT, SMALL, run_script
 from tests.report.browser import CHROMIUM, Browser
+from tests.report.study import draw_pictures_alone
 
 # All but a few look at runs that are trained for them, or with a browser
 pytestmark = pytest.mark.slow
@@ -82,7 +83,9 @@ def make_pages(base):
             write_csv(small / f"{name}.csv", rows)
     shutil.copytree(ROOT / "results" / "mnist_attacks", large)
     for study in (small, large):
-        content = made(study)
+        with pytest.MonkeyPatch.context() as patch:
+            draw_pictures_alone(patch)
+            content = made(study)
         (study / "report.html").write_text(page.render(content))
         (study / "content.pickle").write_bytes(pickle.dumps(content))
 
@@ -309,6 +312,7 @@ def test_durations():
 
 def test_the_script_writes_both_files_and_refuses_what_is_not_there(script, study, monkeypatch):
     base = study.parent.parent
+    draw_pictures_alone(monkeypatch)
     monkeypatch.chdir(base)
     status, out, err = script("report", "study=s", f"paper={PAPER}")
     assert status == 0, err

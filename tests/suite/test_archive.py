@@ -18,6 +18,7 @@ from condlr.suite import archive as archives
 from condlr.suite.archive import archive, restore
 from condlr.suite.runs import Run
 from tests.helpers import SMALL, complains
+from tests.report.study import draw_pictures_alone
 
 COLUMNS = ("attack", "norm", "n", "eps", "accuracy")
 
@@ -326,8 +327,9 @@ def test_mistakes_are_one_line(script, tmp_path, study, kept):
 
 
 @pytest.mark.slow
-def test_a_restored_study_is_as_it_was(script, tmp_path):
+def test_a_restored_study_is_as_it_was(script, tmp_path, monkeypatch):
     """Real runs: tables, figures, report and status are the same, and a sweep does what is missing alone."""
+    draw_pictures_alone(monkeypatch)
     sweep = ["-m", *SMALL, "method=baseline,condlr", "attack.images=40", "study=s"]
     assert script("train", *sweep)[0] == 0
     assert script("train", *sweep[:-1], "study=s", "protocol.lr=1e30", "method=vanilla")[0] == 1

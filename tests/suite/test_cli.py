@@ -32,6 +32,7 @@ from condlr.suite.cli import explain
 from condlr.suite.config import CONF, check
 from condlr.suite.runs import Run, _seal
 from tests.helpers import ROOT, SMALL, complains, run_script, write_idx
+from tests.report.study import draw_pictures_alone
 
 PAPER = ROOT / "results" / "paper"
 FIGURES = ("claims", "claims-2", "robustness", "compression", "cost", "spectra")
@@ -649,7 +650,7 @@ def test_a_run_lies_where_it_should_even_if_hydra_changes_directory(script, tmp_
 
 
 @pytest.mark.slow
-def test_collect_tables_and_figures_end_to_end(script, tmp_path):
+def test_collect_tables_and_figures_end_to_end(script, tmp_path, monkeypatch):
     complains(script("collect", "study=none"), "there is no run in runs/none")
     complains(script("tables", "study=none"), "cells.csv is missing: collect the study's runs first")
     complains(script("figures", "study=none"), "cells.csv is missing")
@@ -668,6 +669,7 @@ def test_collect_tables_and_figures_end_to_end(script, tmp_path):
         *(f"table.{kind}" for kind in ("csv", "md", "tex", "html")),
         *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf")),
     }  # fmt: skip
+    draw_pictures_alone(monkeypatch)
     assert script("report", "study=two")[0] == 0
     assert "CondLR" in (results / "report.html").read_text()
     assert "](robustness.png)" in (results / "report.md").read_text()
@@ -681,7 +683,8 @@ def test_collect_tables_and_figures_end_to_end(script, tmp_path):
 
 
 @pytest.mark.slow
-def test_theorem_1_end_to_end(script, tmp_path):
+def test_theorem_1_end_to_end(script, tmp_path, monkeypatch):
+    draw_pictures_alone(monkeypatch)
     small = ["flow.steps=[4,64]", "flow.etas=[0.01]", "flow.flows=[rotation]", "flow.weak=[]"]
     complains(script("theorem1", *small, "flow.tau=-1"), r"flow.tau must be")
     complains(script("theorem1", "flow=3"), r"flow")
@@ -852,6 +855,7 @@ def test_no_script_needs_a_terminal_that_can_show_all_it_says(script, tmp_path, 
         assert "Größe ?" in said("latin-1", "collect", "study=default", where, to)
         for encoding in ("euc_jp", "gb2312", "ascii"):
             assert "?" in said(encoding, "tables", "study=default", to, f"paper={PAPER}")
+        draw_pictures_alone(monkeypatch)
         said("ascii", "report", "study=default", to, where, f"paper={PAPER}")
     finally:
         locale.setlocale(locale.LC_CTYPE, before)

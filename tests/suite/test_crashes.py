@@ -20,6 +20,7 @@ from condlr._support.errors import UserError
 from condlr._support.locks import Lock, owners
 from condlr.suite.config import CONF, check
 from condlr.suite.runs import Run
+from condlr.suite.sweeps import processes
 from condlr.suite.sweeps.processes import Killed, call_apart
 from tests.helpers import ROOT, SMALL, at_once, wait_for
 from tests.suite.work import linger, stop_slowly
@@ -29,11 +30,10 @@ pytestmark = pytest.mark.slow
 POOL = """
 import sys
 from joblib import Parallel, delayed
-from condlr.suite.sweeps.processes import call_apart
-from tests.suite.work import linger, miss_a_signal
+from tests.suite.work import light_apart, linger, miss_a_signal
 
 at_once = sys.argv[2] == "at once"
-jobs = [delayed(call_apart)(linger, sys.argv[1], job) for job in range(6)]
+jobs = [delayed(light_apart)(linger, sys.argv[1], job) for job in range(6)]
 Parallel(n_jobs=2)(jobs if at_once else [delayed(miss_a_signal)(sys.argv[1])] * 6)
 """
 
@@ -54,8 +54,9 @@ def _state(pid):
 
 
 @pytest.fixture
-def server():
-    """Kill the fork server of this process, and another time the next one."""
+def server(monkeypatch):
+    """Kill the fork server of this process, and another time the next one; neither imports torch."""
+    monkeypatch.setattr(processes, "_PRELOAD", [])
     forkserver._forkserver._stop()
     yield lambda: os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
     forkserver._forkserver._stop()

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import chdir
 
@@ -15,7 +14,7 @@ import torch
 
 from condlr._support.errors import Interrupted
 from condlr.suite.signals import Signals
-from tests.helpers import ROOT, Program, run_script, wait_for
+from tests.helpers import Program, run_script, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -130,15 +129,12 @@ def test_a_full_disk_is_one_line_and_loses_nothing(undisturbed, tmp_path):
 
 
 def test_a_stopped_sweep_stops(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "train.py"), *ARGUMENTS, "seed=0,1", "--multirun"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    process = Program(tmp_path, "train", *ARGUMENTS, "seed=0,1", "--multirun")
     wait_for(lambda: list(tmp_path.glob("runs/default/*/checkpoint.pt")))
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT, out
-    assert "Traceback" not in out
+    status, out, err = process.finish()
+    assert status == 128 + signal.SIGINT, out + err
+    assert "Traceback" not in out + err
     assert info(tmp_path)["status"] == "interrupted", "and the second run was not begun"
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from condlr.suite.sweeps.processes import call_apart
 
 def light_apart(function, *arguments):
     """`call_apart` where what is done needs no torch."""
-    processes._PRELOAD = []
+    processes._PRELOAD = ["joblib"] if "joblib" in sys.modules else []
     call_apart(function, *arguments)
 
 
@@ -37,7 +38,7 @@ def stop_slowly(directory):
 
 def miss_a_signal(directory):
     """Do a run, and be told between it and the next that the parent is dead."""
-    call_apart(linger, directory, 0)
+    light_apart(linger, directory, 0)
     with suppress(Interrupted), Signals() as signals, signals.deferred():
         while os.getppid() == multiprocessing.parent_process().pid:
             time.sleep(0.05)

@@ -156,7 +156,7 @@ def test_the_sweeper_needs_no_other_plugin_of_hydra(tmp_path):
         "        return None if name == 'hydra_plugins' else super().find_spec(name, path, target)\n"
         "sys.meta_path[sys.meta_path.index(PathFinder)] = Hidden\n"
         "sys.argv = ['train', '-m', 'dataset=digits', 'model=lenet5', 'protocol=demo', 'protocol.epochs=1',\n"
-        "            'attack.eps=[0]', 'dataset.train_images=50', 'seed=0,1']\n"
+        "            'attack.eps=[0]', 'dataset.train_images=50', 'forms=factored', 'seed=0,1']\n"
         f"import runpy; runpy.run_path({str(ROOT / 'scripts' / 'train.py')!r}, run_name='__main__')\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
