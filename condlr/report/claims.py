@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -136,18 +137,23 @@ def claims(cells: pd.DataFrame, shifted: pd.DataFrame | None = None) -> list[Cla
         shifted: the table `shift`, or None.
     """
     found: list[Claim] = []
-    clean: set[tuple[object, ...]] = set()
     summary = summarize(cells).sort_values("n", ascending=False, kind="stable")
+    alike: dict[tuple[object, ...], list[tuple[dict[str, Any], pd.DataFrame]]] = {}
+    for known, frame in contexts(summary):
+        trained = tuple(known[name] for name in CONTEXT if name not in ("attack", "norm", "n"))
+        alike.setdefault(trained, []).append((known, frame))
+    # Without an attack, tables agree: the first of those with the most rows stands for them
+    clean = [max(tables, key=lambda table: table[1]["row_id"].nunique()) for tables in alike.values()]
+    for known, frame in clean:
+        if not decay(known):
+            where = f"{setting(known)}, {known['n']:,} images"
+            found += _of_accuracy(_Rows(frame, 0.0), where)
+            found += _of_frames(_Rows(frame, 0.0), where)
     for known, frame in contexts(summary):
         images = f"{known['n']:,} images"
-        trained = tuple(known[name] for name in CONTEXT if name not in ("attack", "norm", "n"))
         if decay(known):
             found += _of_start(_Rows(frame, 0.0), f"{setting(known)}, {images}")
             continue
-        if trained not in clean:  # without an attack, the tables of all attacks agree
-            found += _of_accuracy(_Rows(frame, 0.0), f"{setting(known)}, {images}")
-            found += _of_frames(_Rows(frame, 0.0), f"{setting(known)}, {images}")
-            clean.add(trained)
         if (eps := frame["eps"].max()) > 0:
             under = f"{attack_title(str(known['attack']))} at ε={eps:g}"
             found += _of_robustness(_Rows(frame, eps), f"{setting(known)}, {under}, {images}")

@@ -48,7 +48,11 @@ def _sheet(known: Mapping[str, Any], frame: pd.DataFrame, measures: Mapping[str,
         groups.setdefault(float(row.compression), []).append(Row(name, [  # type: ignore[arg-type]
             Value(f"{100 * row.compression:g}"), *values,  # type: ignore[operator]
         ]))  # fmt: skip
-    columns = [Column("requested"), *(Column(name, spare=place) for place, name in enumerate(measures))]
+    heads = [name.rpartition(" ε=") for name in measures]
+    columns = [Column("requested")]
+    columns += [
+        Column(f"ε={last}" if at else last, first, spare=i) for i, (first, at, last) in enumerate(heads)
+    ]
     return Sheet(f"{setting(known)}: all measures", columns, [*groups.values()], [LEGEND])
 
 

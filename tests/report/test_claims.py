@@ -153,6 +153,17 @@ FRAMES = {
     "baseline+frame_eigen": 0.99,
 }
 
+
+def test_accuracy_is_compared_where_most_rows_are():
+    """Though some rows were also evaluated on more images."""
+    rows = {("baseline", 0.0): 0.93} | CONDLR
+    more = study(CONDLR, n=10_000)
+    (claim,) = (
+        claim for claim in claims.claims(pd.concat([study(rows, n=1000), more])) if "kept" in claim.title
+    )
+    assert claim.where.endswith("1,000 images") and len(claim.comparisons) == 6
+
+
 ORIGINS = [("near", 0.2), ("far", -0.2)]
 
 
