@@ -41,10 +41,12 @@ class Mhe(Penalty):
     @override
     def term(self, layer: Layer) -> Tensor:
         W = self.matrix(layer)
-        n = len(W)
-        W = W / (W.square().sum(1, keepdim=True) + 1e-8).sqrt()
+        n, G = len(W), W @ W.mT
+        # The Gram matrix is scaled instead of W, which is much larger
+        inverse = (G.diagonal() + 1e-8).rsqrt()
         # The diagonal, where d = 0, is turned into right angles; what these have is taken off again
-        cosines = (W @ W.mT).masked_fill(torch.eye(n, dtype=torch.bool, device=W.device), 0.0)
+        cosines = inverse[:, None] * G * inverse
+        cosines = cosines.masked_fill(torch.eye(n, dtype=torch.bool, device=W.device), 0.0)
         right = self._energy(cosines.new_zeros(()))
         total = self._energy(cosines).sum() - n * right
         if not self.half_space:
