@@ -89,6 +89,7 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= 160
 
 
+@pytest.mark.slow
 def test_the_sweeps_are_sweeps_of_configs_that_can_be():
     commands = re.findall(r"^condlr train (.*)$", SWEEPS.replace("\\\n", " "), re.M)
     assert len(commands) > 5

@@ -336,6 +336,7 @@ def test_what_cannot_go_over_is_named():
         condlr.export(low)
 
 
+@pytest.mark.slow
 def test_forms_and_compiled_code_are_no_attributes():
     net = nn.Sequential(nn.Linear(8, 8))
     net[0].compile()

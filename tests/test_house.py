@@ -103,6 +103,7 @@ def test_the_library_knows_no_suite_and_stands_on_torch_alone(module):
         assert not (now and package in EXTRAS), f"{module} imports {other} before it is asked for it"
 
 
+@pytest.mark.slow
 def test_the_door_opens_with_torch_alone():
     names = sorted(FOREIGN | EXTRAS)
     code = (

@@ -244,6 +244,7 @@ def test_a_stride_must_divide_a_periodic_image():
 # The table of a network
 
 
+@pytest.mark.slow
 def test_conditioning_of_a_network():
     model = condlr.factorize(LeNet5(), ranks={"conv2": 7, "fc1": 20})
     rows = {row["layer"]: row for row in conditioning(model, (1, 28, 28))}

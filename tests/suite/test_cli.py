@@ -644,6 +644,7 @@ def test_collect_refuses_what_would_count_twice_or_cannot_be_read(script, run):
     complains(script("tables", "study=[a]"), "study: ")
 
 
+@pytest.mark.slow
 def test_a_run_lies_where_it_should_even_if_hydra_changes_directory(script, tmp_path):
     assert script("train", *SMALL, "hydra.job.chdir=true")[0] == 0
     assert (run_of(tmp_path) / "model.safetensors").exists()
@@ -760,6 +761,7 @@ def test_help_and_mistakes_answer_without_torch():
     assert done.stderr == "error: compression must be in [0, 1); got 1.5\n"
 
 
+@pytest.mark.slow
 def test_the_library_imports_without_hydra_pandas_and_matplotlib():
     code = (
         "import sys, condlr; condlr.factorize, condlr.constrain, condlr.export, condlr.LowRankConv2d\n"

@@ -40,6 +40,7 @@ def of(dataset):
     return [f"dataset={dataset}", *(["model=vgg16"] if WANTED[dataset] is COLOUR else [])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", WANTED)
 def test_each_dataset_has_its_strengths(dataset):
     attacks = WANTED[dataset] | WHATEVER_THE_DATASET

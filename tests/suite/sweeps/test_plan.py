@@ -133,6 +133,7 @@ def test_a_plan_leaves_hydra_as_it_was(ask, begun):
         assert (GlobalHydra.instance().hydra, HydraConfig.instance().cfg) == before
 
 
+@pytest.mark.slow
 def test_a_program_of_hydra_may_ask_for_a_plan(script):
     of_experiment.cache_clear()
     assert "4 runs: 4 missing" in script("status", "study=demo")[1]
