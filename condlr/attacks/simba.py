@@ -65,7 +65,8 @@ class Simba(Attack):
         basis, *others, count = rest.split("-") if "-" in rest else (rest, "")
         if name != "simba" or basis not in BASES or not count.isdecimal():
             return None
-        return ", ".join([f"SimBA, {BASES[basis]}", *others, f"{count} directions"])
+        directions = "1 direction" if count == "1" else f"{count} directions"
+        return ", ".join([f"SimBA, {BASES[basis]}", *others, directions])
 
     @override
     def cells(self) -> list[tuple[str, float]]:
