@@ -3,6 +3,7 @@
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -155,7 +156,7 @@ def cost(
     like = next(model.parameters())
     size = measure(model)
     # Images, dropout and the initialisation of exported layers draw random numbers
-    with torch.random.fork_rng([like.get_device()] if like.is_cuda else []):
+    with _random_state_kept(model):
         images = torch.rand(batch_size, *shape, device=like.device, dtype=like.dtype)
         train_flops, train_state, train_peak = _in_training(copy.deepcopy(model).train(), images, optimizer)
         plain = export(model).eval()
@@ -174,10 +175,16 @@ def cost(
     )
 
 
+def _random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """Of the CPU and of the network's device."""
+    like = next(model.parameters())
+    return torch.random.fork_rng([like.get_device()] if like.is_cuda else [])
+
+
 def penalty_flops(penalty: Penalty, model: nn.Module) -> float:
     """Operations of a penalty's value and gradient, for each step of the training."""
     trained = copy.deepcopy(model)
-    with torch.random.fork_rng([]):  # some penalties draw a start
+    with _random_state_kept(model):  # some penalties draw a start
         return flops(lambda: penalty.quantity(trained).backward()) / penalty.every
 
 

@@ -16,14 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatterSciNotation, MaxNLocator, NullLocator
 
-from condlr.report.results import CONTEXT, ROW, colour, row_title, setting
+from condlr.report.results import ROW, colour, row_title, setting
 
 # The palettes of Okabe and Ito, and of Tol: colour-blind readers can tell the colours apart.
 PALETTE = (
     "#E69F00", "#882255", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#999933", "#D55E00", "#661100",
 )  # fmt: skip
-# The columns that the runs of one figure share. Attacks may differ.
-TRAINING = [name for name in CONTEXT if name not in ("attack", "norm", "n")]
 WIDTH = 7.0  # inches: the width of a page's text
 _SPARE_COLOURS = ("#6699CC", "#888888", "#44AA99", "#AA4499", "#332288")
 _DASHES = {0.0: "-", 0.5: "-", 0.8: (0, (4, 1.5))}

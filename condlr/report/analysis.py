@@ -21,6 +21,10 @@ from condlr.suite.registry import analyses
 _MOST = 200
 
 
+# Name, class and collected rows of an analysis.
+Found = tuple[str, type[Analysis], pd.DataFrame]
+
+
 class _Template(string.Formatter):
     """Formats `{column}` with `shown`, and `{column:.2f}` as usual."""
 
@@ -32,7 +36,7 @@ class _Template(string.Formatter):
 _TEMPLATE = _Template()
 
 
-def found(study: Path) -> Iterator[tuple[str, type[Analysis], pd.DataFrame]]:
+def found(study: Path) -> Iterator[Found]:
     """Name, class and collected rows of each analysis of a study that pages show, in order."""
     for name, kind in analyses().items():
         frame = read_if_there(study, name) if kind.layout != "none" else None

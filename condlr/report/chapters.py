@@ -64,6 +64,7 @@ def document(study: Path, paper: Path, runs_dir: Path) -> Document:
         return Document(f"{study.name}: a matrix flow", [first, theorem.LEAD], sections)
     cells, history = read(study), read(study, "history")
     audits, shifted = (read_if_there(study, name) for name in ("audit", "shift"))
+    analysed = [*analysis.found(study)]
     origin = provenance(cells, read_if_there(study, "runs"), study.name)
     evaluated = bool((cells["status"].eq("done") & cells["eps"].notna()).any())
     found = by_title(cells, shifted) if evaluated else []
@@ -71,12 +72,12 @@ def document(study: Path, paper: Path, runs_dir: Path) -> Document:
     pictures, others = drawn[: len(found)], drawn[len(found) :]
     sections = {
         "Claims of the paper": _claims(found, pictures),
-        "Accuracy": _accuracy(cells, paper, audits, study) if evaluated else (),
+        "Accuracy": _accuracy(cells, paper, audits, shifted, analysed) if evaluated else (),
         "Theorem 1": () if flow is None else [theorem.LEAD, Fragment(theorem.markdown(flow))],
         "Figures": others[1:],
         "Audit of the attacks": () if audits is None else _audits(audits),
         "Shifts": () if shifted is None else _shifted(shifted, cells),
-        "Analyses": _analyses(study),
+        "Analyses": _analyses(analysed),
         "Training": _training(history),
         "Runs": [_runs(cells, origin, history, study, runs_dir / study.name)],
         "Provenance": [Facts([*origin.facts()])],
@@ -161,9 +162,14 @@ def _claims(claims: Sequence[Sequence[Claim]], drawn: Sequence[Drawing]) -> Iter
         yield Folded("How rows are told apart, and what the verdicts mean", [RULE])
 
 
-def _accuracy(cells: pd.DataFrame, paper: Path, audits: pd.DataFrame | None, study: Path) -> Iterator[Block]:
-    analysed = {name: frame for name, _, frame in analysis.found(study)}
-    yield from glance.glances(cells, read_if_there(study, "shift"), analysed)
+def _accuracy(
+    cells: pd.DataFrame,
+    paper: Path,
+    audits: pd.DataFrame | None,
+    shifted: pd.DataFrame | None,
+    analysed: Sequence[analysis.Found],
+) -> Iterator[Block]:
+    yield from glance.glances(cells, shifted, {name: frame for name, _, frame in analysed})
     made = list(tables.tables(cells, paper, audit.Marks(audits)))
     sheets = [*comparisons.by_protocol(made), *tables.table1(made, paper)]
     sheets += [table.sheet for table in made]
@@ -193,8 +199,8 @@ def _audits(audits: pd.DataFrame) -> Iterator[Block]:
     yield Folded(summary, [Fragment(audit.markdown(audits))])
 
 
-def _analyses(study: Path) -> Iterator[Block]:
-    for _, kind, frame in analysis.found(study):
+def _analyses(analysed: Sequence[analysis.Found]) -> Iterator[Block]:
+    for _, kind, frame in analysed:
         if kind.layout != "checks":  # checks have their own chapter
             yield Folded(kind.title, [Fragment(analysis.markdown(kind, frame))])
 

@@ -7,13 +7,12 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from condlr.report.numbers import accuracy
-from condlr.report.results import CONTEXT, attack_title, contexts, decay, setting, summarize, title
+from condlr.report.results import TRAINING, attack_title, contexts, decay, setting, summarize, title
 from condlr.report.sheet import anchor
 from condlr.report.shifts import shift_names
 
@@ -138,13 +137,9 @@ def claims(cells: pd.DataFrame, shifted: pd.DataFrame | None = None) -> list[Cla
     """
     found: list[Claim] = []
     summary = summarize(cells).sort_values("n", ascending=False, kind="stable")
-    alike: dict[tuple[object, ...], list[tuple[dict[str, Any], pd.DataFrame]]] = {}
-    for known, frame in contexts(summary):
-        trained = tuple(known[name] for name in CONTEXT if name not in ("attack", "norm", "n"))
-        alike.setdefault(trained, []).append((known, frame))
-    # Without an attack, tables agree: the first of those with the most rows stands for them
-    clean = [max(tables, key=lambda table: table[1]["row_id"].nunique()) for tables in alike.values()]
-    for known, frame in clean:
+    for _, alike in contexts(summary, TRAINING):
+        # Without an attack, tables agree: the first of those with the most rows stands for them
+        known, frame = max(contexts(alike), key=lambda table: table[1]["row_id"].nunique())
         if not decay(known):
             where = f"{setting(known)}, {known['n']:,} images"
             found += _of_accuracy(_Rows(frame, 0.0), where)
@@ -252,7 +247,7 @@ def _of_frames(clean: "_Rows", where: str) -> Iterator[Claim]:
         "A network with frame regularisation is more accurate than with MHE, SO, SRIP or OCNN, and than the "
         "network without a penalty.",
         where,
-        clean.pairs(clean.penalised("frame"), [*clean.of(["baseline"], 0), *clean.penalised(*PENALTIES)]),
+        clean.frames_against(*PENALTIES),
     )
 
 
@@ -261,7 +256,7 @@ def _of_frames_attacked(robust: "_Rows", under: str) -> Iterator[Claim]:
         "SimBA succeeds less often against frame regularisation",
         "SimBA fools a network with frame regularisation less often than one with OCNN or without a penalty.",
         under,
-        robust.pairs(robust.penalised("frame"), [*robust.of(["baseline"], 0), *robust.penalised("ocnn")]),
+        robust.frames_against("ocnn"),
     )
 
 
@@ -271,7 +266,7 @@ def _of_frames_shifted(shifted: "_Rows", where: str) -> Iterator[Claim]:
         "A network with frame regularisation is more accurate on shifted images than one with OCNN or "
         "without a penalty (claimed at equal accuracy on the source, which `protocol.stop_at` makes).",
         where,
-        shifted.pairs(shifted.penalised("frame"), [*shifted.of(["baseline"], 0), *shifted.penalised("ocnn")]),
+        shifted.frames_against("ocnn"),
     )
 
 
@@ -311,6 +306,10 @@ class _Rows:
         """The means of the dense network with these penalties, of whatever weight."""
         starts = tuple(f"baseline+{penalty}-" for penalty in penalties)
         return [mean for mean in self._means.values() if f"{mean.label}-".startswith(starts)]
+
+    def frames_against(self, *penalties: str) -> list[Comparison]:
+        """Frame regularisation with the dense network, without a penalty and with these."""
+        return self.pairs(self.penalised("frame"), [*self.of(["baseline"], 0), *self.penalised(*penalties)])
 
     @staticmethod
     def pairs(left: Sequence[Mean], right: Sequence[Mean]) -> list[Comparison]:

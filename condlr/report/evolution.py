@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from condlr.report import _style
-from condlr.report._style import ROW, TRAINING, WIDTH, Drawing, Drawn, Known
-from condlr.report.results import contexts, decay, done_runs, row_title, setting, summarize
+from condlr.report._style import WIDTH, Drawing, Drawn, Known
+from condlr.report.results import ROW, TRAINING, contexts, decay, done_runs, row_title, setting, summarize
 
 _DASHES = ("-", (0, (5, 1.2)), (0, (2.5, 1)), (0, (5, 1, 1, 1)))
 _PREFIX = "cond_"

@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 # The columns that runs of one table share; each combination is a table of its own.
 CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm", "n"]
+# Those of them that its runs share under every attack.
+TRAINING = [name for name in CONTEXT if name not in ("attack", "norm", "n")]
 # The columns that identify a set of shifted images.
 SHIFT = ["shift", "name", "severity", "n", "shift_seed"]
 # The columns that identify a row of a table.
@@ -44,7 +46,7 @@ _NEEDED = {
     },
     "runs": {"row_id", "run_id", "seed", "status"},
     "steps": {"run_id", "row_id", "seed", "step", "train_loss", "train_accuracy"},
-    "shift": {*CONTEXT[:5], "run_id", "label", "compression", "seed", *SHIFT, "accuracy"},
+    "shift": {*TRAINING, "run_id", "label", "compression", "seed", *SHIFT, "accuracy"},
 }
 
 

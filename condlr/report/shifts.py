@@ -7,11 +7,11 @@ import pandas as pd
 
 from condlr._support.rooms import find
 from condlr.report.numbers import accuracy
-from condlr.report.results import ordered, pipe, run_title
+from condlr.report.results import TRAINING, ordered, pipe, run_title
 from condlr.shifts.base import Shift
 
 # What a run shares with the baseline that its errors are compared with.
-_SHARED = ["dataset", "model", "protocol", "epochs", "settings", "seed"]
+_SHARED = [*TRAINING, "seed"]
 _RATIO = (
     "error ratio: for each change the error over all severities, divided by that of the baseline with the "
     "same seed; the mean over changes."

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from condlr.report import _style
-from condlr.report._style import ROW, TRAINING, Drawing, Drawn, Known, Styles
-from condlr.report.results import contexts, done_runs, setting, summarize
+from condlr.report._style import Drawing, Drawn, Known, Styles
+from condlr.report.results import ROW, TRAINING, contexts, done_runs, setting, summarize
 
 # Drawn above the end, which would hide it where training changed little
 _START = {"color": "0.25", "linestyle": (0, (1, 2)), "linewidth": 0.9, "zorder": 3}

@@ -34,6 +34,9 @@ class CifarC(Graded):
         kinds: by default the 15 standard ones; `EXTRA` has four more.
     """
 
+    legend: ClassVar[str] = (
+        "Accuracy on the corrupted test images of Hendrycks and Dietterich, at severities 1 (little) to 5."
+    )
     known: ClassVar[tuple[str, ...]] = (*STANDARD, *EXTRA)
     folder: ClassVar[str]
 

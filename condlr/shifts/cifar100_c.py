@@ -11,8 +11,5 @@ class Cifar100C(CifarC):
     """CIFAR-100-C (Hendrycks and Dietterich, ICLR 2019), from the official files in `<root>/CIFAR-100-C/`."""
 
     title: ClassVar[str] = "CIFAR-100-C"
-    legend: ClassVar[str] = (
-        "Accuracy on the corrupted test images of Hendrycks and Dietterich, at severities 1 (little) to 5."
-    )
     trained_on: ClassVar[str | None] = "cifar100"
     folder: ClassVar[str] = "CIFAR-100-C"

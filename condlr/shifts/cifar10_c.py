@@ -11,8 +11,5 @@ class Cifar10C(CifarC):
     """CIFAR-10-C (Hendrycks and Dietterich, ICLR 2019), from the official files in `<root>/CIFAR-10-C/`."""
 
     title: ClassVar[str] = "CIFAR-10-C"
-    legend: ClassVar[str] = (
-        "Accuracy on the corrupted test images of Hendrycks and Dietterich, at severities 1 (little) to 5."
-    )
     trained_on: ClassVar[str | None] = "cifar10"
     folder: ClassVar[str] = "CIFAR-10-C"

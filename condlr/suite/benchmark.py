@@ -169,13 +169,17 @@ class Program:
             }
 
 
+def random_batch(shape: tuple[int, int, int], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random images of ten classes, as training gets them."""
+    pixels = torch.randint(256, (size, *shape), dtype=torch.uint8)
+    return next(Images(pixels, torch.randint(10, (size,))).to(device).batches(size))
+
+
 def programs(asked: Benchmark, network: str, device: torch.device) -> list[Program]:
     """All requested forms of a network, with a batch of random images."""
     kind, shape = NETWORKS[network]
     torch.manual_seed(0)
-    pixels = torch.randint(256, (asked.batch_size, *shape), dtype=torch.uint8)
-    images = Images(pixels, torch.randint(10, (asked.batch_size,))).to(device)
-    batch = next(images.batches(asked.batch_size))
+    batch = random_batch(shape, asked.batch_size, device)
     made = []
 
     def add(form: str, method: Method, scheme: Scheme, tau: float | None = None) -> None:

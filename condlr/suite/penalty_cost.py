@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from condlr._support.precision import training
 from condlr._support.rooms import available, find
 from condlr.analysis.cost import flops
-from condlr.data.base import Images
 from condlr.models.resnet34 import ResNet34
 from condlr.penalties.base import Penalty
+from condlr.suite.benchmark import random_batch
 
 # Timed beside the defaults of each penalty: OCNN on its authors' layers, the frame's other Gram matrix
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -70,8 +70,7 @@ def priced(
     """
     torch.manual_seed(0)
     model = ResNet34(width=width).build((3, 32, 32), 10).to(device).train()
-    pixels = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8)
-    images, labels = next(Images(pixels, torch.randint(10, (batch_size,))).to(device).batches(batch_size))
+    images, labels = random_batch((3, 32, 32), batch_size, device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
     def step() -> None:
