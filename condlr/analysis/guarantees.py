@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr.analysis.base import Analysis, Layout, Trained
 from condlr.analysis.theory.bounds import (
+    Lipschitz,
     certified_radii,
     in_double,
     lipschitz,
@@ -65,7 +66,8 @@ def guarantees(model: nn.Module, images: Images, strengths: Sequence[float]) -> 
     A row for each quantity, with the keys quantity, value and note.
 
     Args:
-        model: a network; one that is not a chain (`analysis.theory.chain`) gets only measured values.
+        model: a network; one whose operations are not understood (`analysis.theory.chain`) gets only measured
+            values, and one that is not a chain gets no Proposition 1.
         images: to evaluate on; local condition numbers use only the first ones.
         strengths: of attacks in the maximum norm; certified shares include the largest one.
     """
@@ -82,24 +84,15 @@ def guarantees(model: nn.Module, images: Images, strengths: Sequence[float]) -> 
     ]
     try:
         bound = lipschitz(model, pixels.shape[1:])
-        proposition = proposition_1(model, pixels.shape[1:])
         every = torch.cat([certified_radii(model, x, y, bound=bound) for x, y in images.batches(1000)])
     except ValueError as error:
         return [*rows, _row("Lipschitz bound", None, str(error))]
     pointwise = pointwise_bound(model, pixels, bound)
-    factors = " · ".join(f"{f.name} {f.value:.3g}" for f in bound.factors if f.value != 1)
-    if proposition.holds:
-        true = "an upper bound on cond(f)"
-    else:
-        true = "no bound here: " + "; ".join(proposition.why_not)
     rows += [
         _row("bound on cond(f; x), median", pointwise.median(), "L ||x|| / ||f(x)|| at the same images"),
         _row("bound / measured, smallest", (pointwise / local).min(), "never below 1"),
-        _row(
-            "Proposition 1, as printed", proposition.paper_bound, "the product of cond(W_i), kernels reshaped"
-        ),
-        _row("Proposition 1, corrected", proposition.bound, true),
-        _row("Lipschitz bound", bound.constant, f"L = {factors}"),
+        *_of_proposition(model, pixels),
+        _row("Lipschitz bound", bound.constant, _factors(bound)),
     ]
     right = every[every > 0]
     size = pixels[0].numel() ** 0.5
@@ -113,6 +106,32 @@ def guarantees(model: nn.Module, images: Images, strengths: Sequence[float]) -> 
         share = share_certified(every / size, eps)
         rows.append(_row(_certified(eps), share, "share of test images, maximum norm"))
     return rows
+
+
+def _of_proposition(model: nn.Module, pixels: Tensor) -> list[dict[str, Any]]:
+    try:
+        proposition = proposition_1(model, pixels.shape[1:])
+    except ValueError as error:
+        return [_row("Proposition 1", None, str(error))]
+    if proposition.holds:
+        true = "an upper bound on cond(f)"
+    else:
+        true = "no bound here: " + "; ".join(proposition.why_not)
+    return [
+        _row(
+            "Proposition 1, as printed", proposition.paper_bound, "the product of cond(W_i), kernels reshaped"
+        ),
+        _row("Proposition 1, corrected", proposition.bound, true),
+    ]
+
+
+def _factors(bound: Lipschitz) -> str:
+    """The Lipschitz constants of the operations."""
+    factors = [f"{factor.name} {factor.value:.3g}" for factor in bound.factors if factor.value != 1]
+    if bound.sums:
+        sums = f"{bound.sums} sum{'' if bound.sums == 1 else 's'} of two branches"
+        return f"products, and {sums}, of {', '.join(factors)}"
+    return f"L = {' · '.join(factors)}"
 
 
 def _row(quantity: str, value: Any, note: str) -> dict[str, Any]:

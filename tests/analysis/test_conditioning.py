@@ -23,7 +23,7 @@ from condlr.analysis.theory.activations import (
     leaky_relu,
 )
 from condlr.analysis.theory.bounds import certified_radii, lipschitz, pointwise_bound, share_certified
-from condlr.analysis.theory.chain import chain
+from condlr.analysis.theory.chain import chain, operations, outputs
 from condlr.analysis.theory.local import local_condition, worst_condition
 from condlr.analysis.theory.proposition import proposition_1
 from condlr.data.base import Images
@@ -36,6 +36,7 @@ from condlr.manifolds.convolution import (
     padded_singular_values,
 )
 from condlr.manifolds.lanczos import largest_singular_values
+from condlr.models._resnet import Basic, Block, Bottleneck, PreActivated, ResNet
 from condlr.models.base import standardized
 from condlr.models.lenet5 import LeNet5
 from condlr.models.vgg16 import Vgg16
@@ -494,6 +495,53 @@ def test_a_chain_computes_what_the_network_does(name):
     torch.testing.assert_close(z, model(x))
 
 
+RESIDUAL = {
+    "resnet": (lambda: ResNet(Basic, (1, 1), (16, 16, 32)), (3, 8, 8)),
+    "bottleneck": (lambda: condlr.factorize(ResNet(Bottleneck, (1,), (16, 16)), 0.5), (3, 4, 4)),
+    "preactivated": (lambda: ResNet(PreActivated, (1, 1), (16, 16, 32)), (3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", RESIDUAL)
+def test_the_operations_of_a_residual_network_compute_what_it_does(name):
+    build, shape = RESIDUAL[name]
+    model, x = shaken(build()).eval(), torch.randn(2, *shape)
+    found = operations(model)
+    *_, (_, y) = outputs(found, x)
+    torch.testing.assert_close(y, model(x))
+    assert [op.kind for op in found].count("sum") == sum(
+        isinstance(m, Block | PreActivated) for m in model.modules()
+    )
+    with pytest.raises(ValueError, match="no chain"):
+        chain(model)
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda x, a: a(x) + 1, "add is not understood"),
+        (lambda x, a: torch.add(x, a(x), alpha=2), "add is not understood"),
+        (lambda x, a: a(x).mean(1), "over other dimensions"),
+        (lambda x, a: a(x).mean(), "over other dimensions"),
+        (lambda x, a: (a(x), x), "output is not"),
+        (lambda x, a: a(input=x), "as its first argument"),
+    ],
+)
+def test_operations_that_are_not_understood_are_refused(forward, message):
+    with pytest.raises(ValueError, match=message):
+        operations(Forward(forward, nn.Linear(2, 2)))
+
+
+def test_a_mean_over_the_pixels_is_average_pooling():
+    x = torch.randn(2, 3, 4, 5)
+    for keep in (False, True):
+        (op,) = operations(Forward(lambda x, keep=keep: x.mean((-1, 2), keepdim=keep)))
+        torch.testing.assert_close(op(x), x.mean((2, 3), keepdim=keep))
+        assert op.kind == "average_pool"
+    model = Forward(lambda x: x.mean((2, 3))).double()
+    assert lipschitz(model, (3, 4, 5)).constant == pytest.approx(20**-0.5, rel=1e-12)
+
+
 def test_the_operations_of_lenet5():
     found = [(op.name, op.kind) for op in chain(LeNet5())]
     stage = ["conv", "max_pool", "activation"]
@@ -569,13 +617,14 @@ def shaken(model):
     return model
 
 
-@pytest.mark.parametrize("name", ["lenet5", "factorised", "strange"])
+@pytest.mark.parametrize("name", ["lenet5", "factorised", "strange", *RESIDUAL])
 def test_no_jacobian_exceeds_the_lipschitz_constant(name):
-    build, shape = NETWORKS[name]
+    build, shape = (NETWORKS | RESIDUAL)[name]
     model = shaken(build())
     bound = lipschitz(model, shape)
-    assert [(f.name, f.kind) for f in bound.factors] == [(op.name, op.kind) for op in chain(model)]
+    assert [(f.name, f.kind) for f in bound.factors] == [(op.name, op.kind) for op in operations(model)]
     assert bound.constant == pytest.approx(bound.before_last * bound.factors[-1].value)
+    assert bool(bound.sums) == (name in RESIDUAL)
     norms = torch.linalg.matrix_norm(jacobians(model, torch.rand(6, *shape)), 2)
     assert 0 < norms.max() <= bound.constant
 
@@ -613,6 +662,17 @@ def test_each_factor_against_its_matrix(layer, shape):
         assert found <= 1.3 * exact
     else:
         assert found == pytest.approx(exact, rel=1e-10)
+
+
+def test_the_bound_of_a_sum_is_the_sum_of_the_bounds():
+    a, b = nn.Linear(3, 4), nn.Linear(3, 4)
+    model = Forward(lambda x, a, b: (a(x) + b(x)).relu() + a(x), a, b).double()
+    norm_a, norm_b = (torch.linalg.matrix_norm(layer.weight, 2).item() for layer in (a, b))
+    bound = lipschitz(model, (3,))
+    assert bound.constant == pytest.approx(2 * norm_a + norm_b, rel=1e-12)
+    assert bound.sums == 2
+    twice = lipschitz(Forward(lambda x, a: a(x) + a(x), nn.Identity()), (3,))
+    assert twice.constant == 2
 
 
 def test_lipschitz_refuses_what_it_cannot_bound():
@@ -967,9 +1027,15 @@ def test_guarantees_of_networks_that_are_no_chain_or_have_no_numbers():
     found = {row["quantity"]: row for row in guarantees(no_last, images, [0.1])}
     assert found["cond(f; x), largest"]["value"] > 0
     assert "ends in a linear layer" in found["Lipschitz bound"]["note"]
+    residual = ResNet(Basic, (1,), (16, 16), channels=1, classes=5)
+    found = {row["quantity"]: row for row in guarantees(residual, images, [0.1])}
+    assert found["bound / measured, smallest"]["value"] >= 1
+    assert "no chain" in found["Proposition 1"]["note"]
+    assert "1 sum of two branches" in found["Lipschitz bound"]["note"]
+    assert "stage1.0.conv2" in found["Lipschitz bound"]["note"]
     whole = nn.Sequential(nn.Flatten(), nn.Linear(36, 5))
     found = {row["quantity"]: row for row in guarantees(whole, images, [0.1])}
-    assert found["bound / measured, smallest"]["value"] >= 1
+    assert found["bound / measured, smallest"]["value"] >= 1 - 1e-12
     assert 0 <= found["certified at eps=0.001"]["value"] <= 1
     nn.init.constant_(whole[1].weight, float("nan"))
     (row,) = guarantees(whole, images, [0.1])

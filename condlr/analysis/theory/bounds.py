@@ -1,7 +1,7 @@
-"""Guarantees from a chain's Lipschitz constant: certified radii, and a bound on the condition number.
+"""Guarantees from a network's Lipschitz constant: certified radii, and a bound on the condition number.
 
-Products over the layers of a network are valid bounds, but weak ones. They hold up to the rounding of
-float64; a network that runs in float32 has additional rounding.
+Products over the layers of a network, and sums over its branches, are valid bounds, but weak ones. They hold
+up to the rounding of float64; a network that runs in float32 has additional rounding.
 """
 
 import copy
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from condlr._support.errors import in_range, one_of
 from condlr._support.modes import in_eval_mode
 from condlr.analysis._layers import blank, compact_kernel, obstacle
-from condlr.analysis.theory.chain import Op, chain
+from condlr.analysis.theory.chain import Op, operations, outputs
 from condlr.layers import LowRank, LowRankConv2d
 from condlr.manifolds.convolution import padded_bound
 from condlr.models.base import Standardize
@@ -37,23 +37,19 @@ class Factor:
 
 @dataclass(frozen=True)
 class Lipschitz:
-    """An upper bound on the Lipschitz constant of a chain, in the Euclidean norm.
+    """An upper bound on the Lipschitz constant of a network, in the Euclidean norm.
 
     Attributes:
-        factors: of the operations, in order; the bound is their product.
+        factors: of the operations, in order.
+        constant: the bound of the whole network; of a chain, the product of the factors.
+        before_last: the bound of the input of the last operation.
+        sums: the number of sums of branches; 0: the network is a chain.
     """
 
     factors: tuple[Factor, ...]
-
-    @property
-    def constant(self) -> float:
-        """The bound of the whole chain."""
-        return math.prod(factor.value for factor in self.factors)
-
-    @property
-    def before_last(self) -> float:
-        """The bound of all operations but the last."""
-        return math.prod(factor.value for factor in self.factors[:-1])
+    constant: float
+    before_last: float
+    sums: int = 0
 
 
 @torch.no_grad()
@@ -63,23 +59,28 @@ def lipschitz(model: nn.Module, shape: Sequence[int]) -> Lipschitz:
     The factors are ||W|| for a linear layer; `padded_bound` for a convolution; max |gamma| / sqrt(var + eps)
     for batch normalisation; 1 / min deviation for `Standardize`; 1 for max pooling without overlap, whose
     outputs are distinct inputs; the norm of the equivalent convolution for average pooling; sup |sigma'| for
-    an activation; 1 for flattening and dropout.
+    an activation; 1 for flattening and dropout. The bound of an output is that of the operation's input,
+    times the factor; the bound of a sum x + y is the sum of the bounds of x and y.
 
     Args:
-        model: a chain, see `condlr.analysis.theory.chain.chain`.
+        model: see `condlr.analysis.theory.chain.operations`.
         shape: of one input, (channels, height, width) for images.
 
     Raises:
-        ValueError: not a chain, or an operation that is not supported.
+        ValueError: an operation that is not supported.
     """
-    z = blank(model, shape)
-    factors = []
-    operations = chain(model)
+    found = operations(model)
     with in_eval_mode(model):
-        for op in operations:
-            factors.append(Factor(op.name, op.kind, _factor(op, z)))
-            z = op(z)
-    return Lipschitz(tuple(factors))
+        inputs = [given for given, _ in outputs(found, blank(model, shape))]
+        factors = [
+            Factor(op.name, op.kind, _factor(op, given[0])) for op, given in zip(found, inputs, strict=True)
+        ]
+    bounds, before = [], 1.0
+    for op, factor in zip(found, factors, strict=True):
+        before = sum(1.0 if place < 0 else bounds[place] for place in op.takes)
+        bounds.append(before * factor.value)
+    sums = sum(op.kind == "sum" for op in found)
+    return Lipschitz(tuple(factors), bounds[-1] if bounds else 1.0, before, sums)
 
 
 @torch.no_grad()
@@ -103,7 +104,7 @@ def certified_radii(
     [0, 1].
 
     Args:
-        model: a chain, see `lipschitz`, that ends in a linear layer.
+        model: see `lipschitz`; it must end in a linear layer.
         images: (n, ...), computed in float64.
         labels: (n,), the true labels.
         norm: `l2` or `linf`.
@@ -113,12 +114,12 @@ def certified_radii(
         (n,), float64; 0 for misclassified images.
 
     Raises:
-        ValueError: not such a chain, another norm, or not as many labels as images.
+        ValueError: not such a network, another norm, or not as many labels as images.
     """
     one_of("norm", norm, NORMS)
     if labels.shape != (len(images),):
         raise ValueError(f"{len(images)} images with labels of the shape {tuple(labels.shape)}")
-    last = chain(model)[-1:]
+    last = operations(model)[-1:]
     if not last or last[0].kind != "linear":
         raise ValueError("certified radii are for a network that ends in a linear layer")
     bound = bound or lipschitz(model, images.shape[1:])
@@ -153,10 +154,10 @@ def pointwise_bound(model: nn.Module, images: Tensor, bound: Lipschitz | None = 
     """L ||x|| / ||f(x)|| for each image: an upper bound on cond(f; x), with or without biases.
 
     Lemma 2 of arXiv 2306.01485 at the point x, cond(g o h; x) <= cond(g; h(x)) cond(h; x), telescopes over a
-    chain: all norms but the first and the last cancel.
+    chain: all norms but the first and the last cancel. In any network ||f'(x)|| <= L.
 
     Args:
-        model: a chain, see `lipschitz`.
+        model: see `lipschitz`.
         images: (n, ...), computed in float64.
         bound: `lipschitz(model, images.shape[1:])`, if known.
 
@@ -164,7 +165,7 @@ def pointwise_bound(model: nn.Module, images: Tensor, bound: Lipschitz | None = 
         (n,), float64.
 
     Raises:
-        ValueError: not a chain, or an operation that is not supported.
+        ValueError: an operation that is not supported.
     """
     bound = bound or lipschitz(model, images.shape[1:])
     outputs = _logits(model, images)

@@ -1,14 +1,15 @@
-"""A network as a chain of operations, read from its forward pass.
+"""A network as operations, read from its forward pass.
 
-    chain(model)        # [Op(name="conv1", kind="conv", ...), Op("max_pool2d", "max_pool", ...), ...]
+    operations(model)   # [Op(name="conv1", kind="conv", ...), Op("max_pool2d", "max_pool", ...), ...]
+    chain(model)        # the same, of a network in which each operation takes only the one before
 
-Bounds that are products over layers hold only for chains. Other networks are refused, with the place where
-they are not a chain.
+Bounds that are products over layers hold only for chains. Other networks are refused there, with the place
+where they are not a chain.
 """
 
 import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +24,26 @@ from condlr.analysis.theory.activations import SIGMOID, SILU, SOFTPLUS, TANH, Ac
 from condlr.layers import LowRank, LowRankConv2d, LowRankLinear
 from condlr.models.base import Standardize
 
+
+class GlobalMean(nn.AdaptiveAvgPool2d):
+    """The mean over all pixels: (N, C, H, W) to (N, C)."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).flatten(1)
+
+
+class Sum(nn.Module):
+    """x + y, where the branches of a residual network meet."""
+
+    @override
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
 KINDS: Mapping[type[nn.Module], str] = {
     nn.Linear: "linear",
     LowRankLinear: "linear",
@@ -35,6 +56,8 @@ KINDS: Mapping[type[nn.Module], str] = {
     nn.AdaptiveMaxPool2d: "max_pool",
     nn.AvgPool2d: "average_pool",
     nn.AdaptiveAvgPool2d: "average_pool",
+    GlobalMean: "average_pool",
+    Sum: "sum",
     nn.LeakyReLU: "activation",
     nn.ReLU: "activation",
     nn.Tanh: "activation",
@@ -75,40 +98,70 @@ _FUNCTIONS: dict[Any, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     "flatten": (nn.Flatten, ("start_dim", "end_dim")),
     "contiguous": (nn.Identity, ()),
 }
+_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_MEANS = (torch.mean, "mean")
 
 
 @dataclass(frozen=True)
 class Op:
-    """One operation of a chain.
+    """One operation of a network.
 
     Attributes:
         name: the module's name in the network, or the tracer's name of the function.
         kind: one of the values of `KINDS`.
         module: the network's own module, or one equivalent to the function; calling the `Op` calls it.
         activation: its constants, for the kind `activation`.
+        takes: the places of the operations whose outputs it takes; -1: the input of the network.
     """
 
     name: str
     kind: str
     module: nn.Module = field(repr=False)
     activation: Activation | None = None
+    takes: tuple[int, ...] = (-1,)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         """Apply the module, in its present mode."""
-        return self.module(x)
+        return self.module(*inputs)
+
+
+def operations(model: nn.Module) -> list[Op]:
+    """The operations of a network in eval mode, each after those whose outputs it takes; the last is y.
+
+    Supported are linear layers and convolutions, dense or low-rank, batch normalisation, `Standardize`,
+    pooling, the mean over all pixels, the activations of `analysis.theory.activations`, flattening of all
+    dimensions but the batch, dropout, and sums of two outputs, as modules or functions. `torch.fx` traces the
+    forward pass; the model does not change.
+
+    Raises:
+        ValueError: the network cannot be traced, has not one input and one output, or has an operation that
+            is not supported.
+    """
+    return _operations(*_traced(model))
 
 
 def chain(model: nn.Module) -> list[Op]:
     """The operations of a network in eval mode, in order: y = op_k(... op_1(x)).
 
-    Supported are linear layers and convolutions, dense or low-rank, batch normalisation, `Standardize`,
-    pooling, the activations of `analysis.theory.activations`, flattening of all dimensions but the batch, and
-    dropout, as modules or functions. `torch.fx` traces the forward pass; the model does not change.
-
     Raises:
-        ValueError: the network cannot be traced, is not a chain (a residual sum, two inputs), or has an
-            operation that is not supported.
+        ValueError: as `operations`, or the network is not a chain (a residual sum).
     """
+    model, data = _traced(model)
+    _check_order(data)
+    return _operations(model, data)
+
+
+def outputs(operations: Sequence[Op], x: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """The inputs and the output of each operation, for the input x of the network."""
+    found: list[Tensor] = []
+    for op in operations:
+        inputs = [x if place < 0 else found[place] for place in op.takes]
+        found.append(op(*inputs))
+        yield inputs, found[-1]
+
+
+def _traced(model: nn.Module) -> tuple[nn.Module, list[fx.Node]]:
+    """The network and the nodes of its graph that are tensors, from the input to the output."""
     if type(model) in KINDS:  # the tracer always looks inside its root module
         model = nn.Sequential(model)
     with in_eval_mode(model):
@@ -116,11 +169,27 @@ def chain(model: nn.Module) -> list[Op]:
             nodes = list(_Tracer().trace(model).nodes)
         except (TraceError, TypeError, RuntimeError, NotImplementedError) as error:
             raise ValueError(f"the forward pass cannot be traced: {str(error).splitlines()[0]}") from error
-        data = [node for node in nodes if not _is_shape(node)]
-        if [node.op for node in data].count("placeholder") != 1 or data[0].op != "placeholder":
-            raise ValueError("a chain has one input")
-        _check_order(data)
-        return [_op(model, node) for node in data[1:-1]]
+    data = [node for node in nodes if not _is_shape(node)]
+    if [node.op for node in data].count("placeholder") != 1 or data[0].op != "placeholder":
+        raise ValueError("a network with more than one input, or with none")
+    return model, data
+
+
+def _operations(model: nn.Module, data: list[fx.Node]) -> list[Op]:
+    places = {node: place for place, node in enumerate(data, start=-1)}
+    if data[-1].args[0] is not data[-2]:
+        raise ValueError("a network whose output is not the output of its last operation")
+    found = []
+    with in_eval_mode(model):
+        for node in data[1:-1]:
+            op = _op(model, node)
+            takes = node.args if op.kind == "sum" else node.all_input_nodes
+            sources = [places[source] for source in takes if source in places]
+            first, wanted = node.args[0] if node.args else None, 2 if op.kind == "sum" else 1
+            if not isinstance(first, fx.Node) or len(sources) != wanted:
+                raise ValueError(f"{op.name}: does not take just a tensor, as its first argument")
+            found.append(replace(op, takes=tuple(sources)))
+    return found
 
 
 class _Tracer(fx.Tracer):
@@ -155,6 +224,9 @@ def _check_order(data: list[fx.Node]) -> None:
 
 
 def _op(model: nn.Module, node: fx.Node) -> Op:
+    tensors = [part for part in node.args if isinstance(part, fx.Node) and not _is_shape(part)]
+    if node.target in _SUMS and len(tensors) == len(node.args) == 2 and not node.kwargs:
+        return Op(node.name, "sum", Sum())
     if node.op == "call_module":
         name, module = str(node.target), model.get_submodule(str(node.target))
         if len(node.args) + len(node.kwargs) != 1:
@@ -182,6 +254,8 @@ def _module(node: fx.Node) -> nn.Module:
             raise ValueError(f"{node.name}: dropout that does not stop in eval mode")
         return nn.Identity().eval()
     target = node.target if node.op in ("call_function", "call_method") else None
+    if target in _MEANS:
+        return _mean(node, arguments)
     if target not in _FUNCTIONS or len(arguments) != len(node.args) - 1:
         raise ValueError(f"{node.name}: {getattr(target, '__name__', target)} is not understood")
     kind, names = _FUNCTIONS[target]
@@ -190,6 +264,15 @@ def _module(node: fx.Node) -> nn.Module:
     if kind is nn.ReLU or kind is nn.SiLU:
         given.pop("inplace", None)
     return kind(**given).eval()
+
+
+def _mean(node: fx.Node, arguments: list[Any]) -> nn.Module:
+    given = dict(zip(("dim", "keepdim"), arguments, strict=False)) | node.kwargs
+    dims = given.get("dim")
+    places = [d % 4 for d in dims if isinstance(d, int)] if isinstance(dims, tuple | list) else []
+    if sorted(places) != [2, 3] or given.keys() - {"dim", "keepdim"}:
+        raise ValueError(f"{node.name}: a mean over other dimensions than those of the pixels, (2, 3)")
+    return (nn.AdaptiveAvgPool2d(1) if given.get("keepdim") else GlobalMean()).eval()
 
 
 def _check(name: str, module: nn.Module) -> None:
