@@ -64,6 +64,25 @@ def layer_conditions(model: nn.Module) -> dict[str, float]:
 
 
 @torch.no_grad()
+def operator_conditions(model: nn.Module, shape: Sequence[int]) -> dict[str, float]:
+    """The condition number of each convolution as an operator on periodic images, by the name of the layer.
+
+    They are `cond_circular` of `conditioning`; layers without one are left out.
+
+    Args:
+        model: any network; its mode and weights do not change.
+        shape: of one input, (channels, height, width).
+    """
+    sizes = input_sizes(model, shape)
+    values = {
+        name: _circular(layer, compact_kernel(layer), sizes[name])
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d | LowRankConv2d) and name in sizes and not obstacle(layer)
+    }
+    return {name: _spread(found) for name, found in values.items() if found is not None}
+
+
+@torch.no_grad()
 def spectra(model: nn.Module) -> dict[str, Tensor]:
     """The singular values of each linear and convolution layer's matrix, by the name of the layer.
 
@@ -157,14 +176,22 @@ def _operator_columns(
         return dict.fromkeys(_OPERATOR, math.nan)
     row: dict[str, float | None] = dict.fromkeys(_OPERATOR)
     stride, padding, dilation = layer.stride, layer.padding, layer.dilation
-    if all(n % s == 0 for n, s in zip(size, stride, strict=True)):
-        values = circular_singular_values(kernel, size, stride, dilation)
+    if (values := _circular(layer, kernel, size)) is not None:
         row["norm_circular"], row["cond_circular"] = values.max().item(), _spread(values)
     row["norm_padded"] = padded_norm(kernel, size, stride, padding, dilation)
     row["norm_bound"] = padded_bound(kernel, size, padding, stride, dilation)
     values = padded_singular_values(kernel, size, stride, padding, dilation, dense_limit)
     row["cond_padded"] = None if values is None else _spread(values)
     return row
+
+
+def _circular(layer: nn.Conv2d | LowRankConv2d, kernel: Tensor, size: tuple[int, int]) -> Tensor | None:
+    """Singular values of the operator on periodic images; None if the stride does not divide their size."""
+    if any(n % s for n, s in zip(size, layer.stride, strict=True)):
+        return None
+    if not kernel.isfinite().all():
+        return kernel.new_full((1,), math.nan)
+    return circular_singular_values(kernel, size, layer.stride, layer.dilation)
 
 
 def _condition(matrix: Tensor) -> float:
@@ -174,6 +201,11 @@ def _condition(matrix: Tensor) -> float:
 
 
 def _spread(sigma: Tensor) -> float:
-    """The largest over the smallest value; infinite if the latter is 0 up to the rounding of an SVD."""
+    """The largest over the smallest value; infinite if the latter is 0 up to the rounding of an SVD.
+
+    NaN for values that are not numbers.
+    """
     largest, smallest = sigma.max().item(), sigma.min().item()
+    if math.isnan(largest):
+        return math.nan
     return largest / smallest if smallest > 1e-15 * largest else math.inf

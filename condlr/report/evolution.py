@@ -1,4 +1,4 @@
-"""Figures of training, step by step: Figures 1 and 2 of the paper."""
+"""Figures of training: Figures 1 and 2 of the paper, step by step, and the operators, epoch by epoch."""
 
 from collections.abc import Iterator
 from itertools import cycle
@@ -17,6 +17,7 @@ from condlr.report.results import ROW, TRAINING, contexts, decay, done_runs, row
 
 _DASHES = ("-", (0, (5, 1.2)), (0, (2.5, 1)), (0, (5, 1, 1, 1)))
 _PREFIX = "cond_"
+_OPERATOR = "operator_"
 
 
 def conditioning(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterator[Drawing]:
@@ -74,7 +75,7 @@ def start(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterator[Drawi
         figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.7), layout="constrained")
         for (_, _, row_id, _), row in frame.groupby(ROW, sort=False):
             for axis, column in zip(axes, ("train_loss", "train_accuracy", "_product"), strict=True):
-                _band(axis, row, column, styles[row_id])
+                _band(axis, row, column, styles[row_id], logarithmic=column == "_product")
         axes[0].set_ylabel("loss of training batches")
         axes[1].set_ylabel("accuracy on training batches")
         _style.percent(axes[1].yaxis)
@@ -93,6 +94,47 @@ def start(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterator[Drawi
         return Drawn(figure, caption, _style.legend(frame, styles, by_compression=True))
 
     return _style.drawings(out, "start", tables, draw)
+
+
+def operators(cells: pd.DataFrame, history: pd.DataFrame, out: Path) -> Iterator[Drawing]:
+    """The condition numbers of the convolutions as operators against epochs: their median and the largest.
+
+    A line for each row: the geometric mean over seeds, and a band of one standard deviation of the logarithm.
+    Drawn of the runs that were trained with `record_operators`.
+
+    Args:
+        cells, history: see `condlr.report.results.read`.
+        out: where `operators.png` and `.pdf` go; a number follows the name for a second table.
+    """
+    columns = [name for name in history if name.startswith(_OPERATOR)]
+    if not columns:
+        return iter(())
+    history = history.loc[history["run_id"].isin(done_runs(cells))].dropna(subset=columns, how="all")
+    recorded = pd.DataFrame({
+        "row_id": history["row_id"], "seed": history["seed"], "step": history["epoch"],
+        "median": history[columns].median(axis=1), "max": history[columns].max(axis=1),
+    })  # fmt: skip
+    rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
+
+    def draw(known: Known, frame: pd.DataFrame) -> Drawn:
+        styles = _style.styles(frame, by_compression=True)
+        figure, axes = _style.panels(2, 2, 2.2)
+        for axis, how in zip(axes, ("median", "max"), strict=True):
+            for (_, _, row_id, _), row in frame.groupby(ROW, sort=False):
+                _band(axis, row, how, styles[row_id], logarithmic=True)
+            _style.log_axis(axis.yaxis, frame[how])
+            axis.set(
+                xlabel="epoch", title={"median": "median of the convolutions", "max": "the largest"}[how]
+            )
+        axes[0].set_ylabel("cond of the operator")
+        caption = (
+            f"{setting(known)}: condition numbers of the convolutions as they act on periodic images, "
+            f"epoch by epoch; geometric mean over {_seeds(frame)}, band: one standard deviation of the "
+            "logarithm"
+        )
+        return Drawn(figure, caption, _style.legend(frame, styles, by_compression=True))
+
+    return _style.drawings(out, "operators", contexts(rows.merge(recorded, on="row_id"), TRAINING), draw)
 
 
 def product(steps: pd.DataFrame) -> pd.Series:
@@ -133,9 +175,8 @@ def _layer(axis: Axes, row: pd.DataFrame, column: str, line: dict) -> None:
     axis.plot(steps, np.exp(mean), **line)
 
 
-def _band(axis: Axes, row: pd.DataFrame, column: str, line: dict) -> None:
-    """Mean and one standard deviation over seeds; of logarithms where the column is a product."""
-    logarithmic = column == "_product"
+def _band(axis: Axes, row: pd.DataFrame, column: str, line: dict, logarithmic: bool = False) -> None:
+    """Mean and one standard deviation over seeds, or the same of logarithms."""
     steps, mean, std = _over_seeds(row, np.log(row[column]) if logarithmic else row[column])
     low, high = mean - std, mean + std
     if logarithmic:

@@ -36,6 +36,7 @@ def drawings(study: Path, paper: Path, out: Path) -> Iterator[Drawing]:
     if steps is not None:
         yield from evolution.conditioning(cells, steps, out)
         yield from evolution.start(cells, steps, out)
+    yield from evolution.operators(cells, history, out)
     if values is not None:
         yield from spectra.spectra(cells, values, out)
     yield from tradeoffs.compression(cells, out)

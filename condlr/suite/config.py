@@ -36,7 +36,16 @@ FORMS = ("measured", "factored", "chained", "multiplied")
 AUGMENTATIONS = ("none", "crop", "crop_flip")
 
 # Keys that are not part of a run's identity: paths, the device, what is recorded, and the attack.
-_NOT_IDENTITY = ("study", "runs_dir", "data_root", "device", "forms", "record_every", "attack")
+_NOT_IDENTITY = (
+    "study",
+    "runs_dir",
+    "data_root",
+    "device",
+    "forms",
+    "record_every",
+    "record_operators",
+    "attack",
+)
 # Keys whose null is part of a run's identity; they are older than the rule in `_identity`.
 _NULL_COUNTS = ("compression", "train_images", "test_images")
 # Keys of a protocol that act only where another group refers to them; they are part of its identity there.
@@ -120,6 +129,7 @@ class _Schema:
     precision: str
     forms: Any
     record_every: int = 0
+    record_operators: bool = False
     penalty: Any = None
 
 
@@ -150,6 +160,7 @@ class RunConfig:
     precision: str
     forms: str | dict[str, str]
     record_every: int
+    record_operators: bool
     penalty: "Penalty | None" = None
 
     @property
@@ -304,7 +315,7 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         _identity(values | found | {"compression": compression}), label,
         dataset, model, method, scheme, protocol, attack, values["seed"], values["study"],
         Path(values["runs_dir"]), Path(values["data_root"]), values["device"], values["precision"],
-        values["forms"], values["record_every"], penalty,
+        values["forms"], values["record_every"], values["record_operators"], penalty,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from condlr._support.errors import Diverged
 from condlr._support.memory import keep_freed_memory
 from condlr._support.precision import require, training
 from condlr._support.seeds import derive_seed
-from condlr.analysis.conditioning import layer_conditions
+from condlr.analysis.conditioning import layer_conditions, operator_conditions
 from condlr.data._augmentation import AUGMENTATIONS
 from condlr.data.base import Data
 from condlr.evaluation import accuracy
@@ -79,6 +79,8 @@ class Trainer:
         records: rows within epochs: loss and accuracy over the batches since the row before, the layers'
             condition numbers, and the seconds that computing these took.
         penalty: added to the loss of every method, or None.
+        record_operators: whether each row of the history has the condition numbers of the convolutions as
+            operators, see `condlr.analysis.conditioning.operator_conditions`.
     """
 
     model: nn.Module
@@ -94,6 +96,7 @@ class Trainer:
     record_every: int = 0
     records: list[HistoryRow] = field(default_factory=list)
     penalty: Penalty | None = None
+    record_operators: bool = False
 
     def __post_init__(self) -> None:
         # A method that overrides `optimizer` need not know of weight decay unless it is asked for
@@ -258,6 +261,9 @@ class Trainer:
         row["seconds"] = totals.seconds if totals else None
         row["images_per_second"] = n / totals.seconds if totals else None
         row |= {f"cond_{name}": value for name, value in layer_conditions(self.model).items()}
+        if self.record_operators:
+            operators = operator_conditions(self.model, self.data.shape)
+            row |= {f"operator_{name}": value for name, value in operators.items()}
         if self.penalty:
             # A quantity that is estimated at random is the same however the run came here
             with torch.no_grad(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):

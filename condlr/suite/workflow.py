@@ -75,6 +75,12 @@ def _say_done(run: Run, config: RunConfig) -> None:
     log.info("%s is done already%s; remove it to train it again", run.directory, other)
     if config.record_every and not run.read_table("steps.csv"):
         log.warning("%s was trained without record_every: it has no steps.csv", run.directory)
+    recorded = {name for row in run.read_table("history.csv")[:1] for name in row}
+    if config.record_operators and not any(name.startswith("operator_") for name in recorded):
+        log.warning(
+            "%s was trained without record_operators: its history.csv has no columns operator_*",
+            run.directory,
+        )
 
 
 def _train(run: Run, config: RunConfig, written: dict[str, Any], signals: Signals, lock: Lock) -> None:
@@ -166,6 +172,7 @@ def trainer_for(config: RunConfig, model: nn.Module, data: Data) -> Trainer:
         return Trainer(
             model, config.method, data, config.protocol, config.seed, config.precision,
             record_every=config.record_every, penalty=config.penalty,
+            record_operators=config.record_operators,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error

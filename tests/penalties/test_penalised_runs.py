@@ -65,7 +65,7 @@ def test_wrong_input_is_one_line(script, arguments, pattern):
 @pytest.mark.slow
 def test_the_whole_way(script, tmp_path):
     row = ["method=vanilla", "penalty=so", "penalty.weight=0.05", "protocol.epochs=2"]
-    assert script("train", *SMALL, *row)[0] == 0
+    assert script("train", *SMALL, *row, "record_operators=true")[0] == 0
     assert script("train", *SMALL, "method=vanilla", "protocol.epochs=2")[0] == 0
     runs = {path.name for path in (tmp_path / "runs" / "default").iterdir() if path.is_dir()}
     (named,) = [name for name in runs if "vanilla+so-weight_0.05-c0.5" in name]
@@ -85,6 +85,8 @@ def test_the_whole_way(script, tmp_path):
     with (results / "history.csv").open() as file:
         values = [float(row["penalty_value"]) for row in csv.DictReader(file) if row["penalty"] == "so"]
     assert values[-1] < values[0]
+    said = script("train", *SMALL, "method=vanilla", "protocol.epochs=2", "record_operators=true")
+    assert "trained without record_operators" in "".join(said[1:])
     shutil.copytree(PAPER, tmp_path / "results" / "paper")
     for name in ("tables", "figures", "report"):
         status, _, err = script(name, "study=default")
@@ -92,6 +94,7 @@ def test_the_whole_way(script, tmp_path):
     table = (results / "table.md").read_text("utf-8")
     assert "| Vanilla + SO weight=0.05 |" in table
     assert "| Vanilla |" in table
+    assert (results / "operators.png").exists()
     training = (results / "training.md").read_text("utf-8")
     assert "penalised" in training and f"{values[0]:.3g} → {values[-1]:.3g}" in training
     for page in ("report.md", "report.html"):

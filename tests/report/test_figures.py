@@ -207,6 +207,23 @@ def test_figure_2_is_of_ill_conditioned_starts(tmp_path, drawn):
     assert any("start" in text.get_text() for text in last.texts)
 
 
+def test_operators_epoch_by_epoch(tmp_path, drawn):
+    frame = study()
+    assert not [*evolution.operators(frame, history(frame), tmp_path)], "no run recorded its operators"
+    recorded = history(frame).assign(epoch=lambda table: table["step"])
+    factor = (1 + 3 * recorded["seed"]) * 2.0 ** recorded["epoch"]
+    recorded = recorded.assign(operator_a=3 * factor, operator_b=5 * factor, operator_c=9 * factor)
+    recorded.loc[recorded["label"].eq("baseline"), ["operator_a", "operator_b", "operator_c"]] = None
+    (made,) = evolution.operators(frame, recorded, tmp_path)
+    assert made.png.name == "operators.png"
+    middle, largest = drawn[0].axes
+    assert [len(axes.get_lines()) for axes in drawn[0].axes] == [2, 2], "a row without them has no line"
+    for axes, value in ((middle, 5), (largest, 9)):
+        colours = {line.get_color(): line.get_ydata() for line in axes.get_lines()}
+        # Two seeds of which one has four times the condition number: their geometric mean
+        np.testing.assert_allclose(colours[results.colour("vanilla")], 2 * value * 2.0 ** np.arange(4))
+
+
 def test_the_product_is_over_all_layers():
     frame = pd.DataFrame({"cond_a": [2.0, 3.0], "cond_b": [5.0, None], "cond_c": [7.0, 1.0], "seed": [0, 0]})
     product = evolution.product(frame)

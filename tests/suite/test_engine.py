@@ -7,6 +7,7 @@ import torch
 
 from condlr._support.errors import ConstraintBreach, Diverged
 from condlr._support.seeds import derive_seed
+from condlr.analysis.conditioning import conditioning
 from condlr.factorization import Scheme
 from condlr.methods.base import Method
 from condlr.methods.condlr import CondLR
@@ -58,6 +59,21 @@ def test_an_interrupted_run_ends_with_the_same_bits(whole, stop_at, tmp_path):
             assert {k: v for k, v in a.items() if k not in timing} == {
                 k: v for k, v in b.items() if k not in timing
             }
+
+
+@pytest.mark.parametrize("method", ["baseline", "condlr"])
+def test_operators_are_recorded_and_change_nothing(method, data):
+    plain, recording = (trainer(METHODS[method], data, record_every=0, epochs=2) for _ in range(2))
+    recording.record_operators = True
+    for run in (plain, recording):
+        run.fit()
+    for a, b in zip(plain.model.parameters(), recording.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    rows = {row["layer"]: row["cond_circular"] for row in conditioning(recording.model, data.shape)}
+    for name in ("conv1", "conv2"):
+        assert recording.history[-1][f"operator_{name}"] == pytest.approx(rows[name], rel=1e-9)
+    assert not any(key.startswith("operator_fc") for key in recording.history[-1])
+    assert not any(key.startswith("operator_") for row in plain.history for key in row)
 
 
 def test_a_checkpoint_from_before_there_were_records_is_gone_on_with(data):
