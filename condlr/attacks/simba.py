@@ -125,7 +125,7 @@ class _Search:
         """Search until `count` directions, or all, were tried."""
         for number in range(self._done, min(count, self._order.shape[1])):
             at = (~self._fooled).nonzero().squeeze(1)
-            if not len(at):
+            if not len(at) or self.eps == 0:
                 break
             step = self.eps * self._direction(at, number)
             for sign in (-1, 1):

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from condlr.report import analysis, audit, comparisons, glance, shifts, tables, theorem, verdicts
+from condlr.report import analysis, audit, comparisons, frames, glance, shifts, tables, theorem, verdicts
 from condlr.report._style import Drawing
 from condlr.report.claims import RULE, Claim, by_title
 from condlr.report.content import (
@@ -170,6 +170,7 @@ def _accuracy(
     analysed: Sequence[analysis.Found],
 ) -> Iterator[Block]:
     yield from glance.glances(cells, shifted, {name: frame for name, _, frame in analysed})
+    yield from (sheet.run for sheet in frames.sheets(cells, shifted, paper))
     made = list(tables.tables(cells, paper, audit.Marks(audits)))
     sheets = [*comparisons.by_protocol(made), *tables.table1(made, paper)]
     sheets += [table.sheet for table in made]

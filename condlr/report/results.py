@@ -281,10 +281,14 @@ def decay(context: Mapping[str, object]) -> str:
 
 def network(context: Mapping[str, object]) -> str:
     """`LeNet5 on MNIST`."""
+    return f"{model_title(str(context['model']))} on {dataset(context)}"
+
+
+def model_title(name: str) -> str:
+    """`LeNet5`."""
     from condlr.models.base import Architecture
 
-    name = str(context["model"])
-    return f"{_known('models', name, Architecture).title or name} on {dataset(context)}"
+    return _known("models", name, Architecture).title or name
 
 
 def dataset(context: Mapping[str, object]) -> str:

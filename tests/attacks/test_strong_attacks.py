@@ -23,7 +23,7 @@ from condlr.attacks.pgd import Pgd
 from condlr.attacks.simba import Simba, cosines
 from condlr.attacks.square import Square
 from condlr.data.base import Images
-from condlr.evaluation import evaluate, evaluating
+from condlr.evaluation import accuracy, evaluate, evaluating
 
 NORMS = ("linf", "l2", "l2_relative")
 
@@ -468,6 +468,12 @@ def test_every_direction_of_simba_is_tried_once():
         (made,) = Simba([0.3], basis=basis, iterations=[500]).perturb(constant, x, y)
         assert made.queries.tolist() == [1 + 2 * 27] * 3
         assert torch.equal(made.images, x)
+
+
+def test_simba_of_strength_0_asks_once_and_says_who_was_right(network, test_images):
+    rows = evaluate(network, test_images, Simba([0, 0.15], iterations=[1, 500]))
+    assert [row["eps"] for row in rows] == [0, 0, 0.15, 0.15]
+    assert {(row["accuracy"], row["queries"]) for row in rows[:2]} == {(accuracy(network, test_images), 1.0)}
 
 
 def test_transfer_attacks_one_network_with_anothers_images(network, test_images):

@@ -182,6 +182,36 @@ def test_frame_regularisation_against_the_other_penalties():
     assert not any(claim.title.startswith("SimBA") for claim in claims.claims(cells))
 
 
+def test_success_of_simba_is_among_the_images_that_were_right():
+    """0.60 of 0.90 is more than 0.58 of 0.95: the less accurate row withstands more."""
+    found = {"baseline": (0.95, 0.63), "baseline+frame-weight=0.001": (0.90, 0.60)}
+    frames = [
+        study({(label, 0.0): value}).query(f"eps == {eps}").assign(accuracy=value)
+        for label, values in found.items()
+        for eps, value in zip((0.0, 0.06), values, strict=True)
+    ]
+    cells = pd.concat(frames).assign(attack="simba-dct-100", norm="step", n=10**6)
+    (claim,) = (claim for claim in claims.claims(cells) if claim.title.startswith("SimBA"))
+    (pair,) = claim.comparisons
+    assert (pair.left.value, pair.right.value) == pytest.approx((60 / 90, 63 / 95))
+    assert claim.verdict == "supported"
+    unknown = claims.claims(cells[cells["eps"] > 0])
+    assert not any(claim.title.startswith("SimBA") for claim in unknown), "who was right is not known"
+
+
+def test_frames_without_weight_decay():
+    label = "baseline+frame-weight=0.001"
+    for clean, verdict in ((0.99, "supported"), (0.94, "not supported")):
+        decays = "lr=0.1 weight_decay=0.0005 precision=bf16"
+        with_decay = study({("baseline", 0.0): 0.91, (label, 0.0): 0.91}, settings=decays)
+        without = study({(label, 0.0): 0.91}, clean, settings="lr=0.1 precision=bf16")
+        cells = pd.concat([with_decay, without])
+        (claim,) = (claim for claim in claims.claims(cells) if claim.title.startswith("Weight decay"))
+        assert claim.verdict == verdict
+        assert "without weight decay against 0.0005" in claim.where
+        assert not any(claim.title.startswith("Weight decay") for claim in claims.claims(without))
+
+
 def test_frame_regularisation_under_shifts():
     """The mean over graded sets of images, and each of several sets that are not graded."""
     cells = study({("baseline", 0.0): 0.91} | {(label, 0.0): v for label, v in FRAMES.items()})

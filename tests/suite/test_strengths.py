@@ -27,7 +27,7 @@ WANTED = {
 }
 WHATEVER_THE_DATASET = {
     "fgm_l2_relative": RELATIVE, "pgd_l2_relative": RELATIVE,
-    "noise": [0, 0.05, 0.1, 0.2, 0.4], "simba": [0.2],
+    "noise": [0, 0.05, 0.1, 0.2, 0.4], "simba": [0, 0.2],
 }  # fmt: skip
 
 
