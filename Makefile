@@ -103,7 +103,9 @@ frame-cifar10: $(VENV)/.installed  ## Train nine rows on CIFAR-10, penalties of 
 	$(RUN) scripts/evaluate.py run='runs/frame_cifar10/*' analysis=[conditioning,frame_bounds,recovery,cost]
 	$(RUN) scripts/evaluate.py run='runs/frame_cifar10/*' shift=corruptions shift.images=1000
 	$(RUN) scripts/evaluate.py run='runs/frame_cifar10/*' $(HARD) attack=pgd attack.eps=[0.004]
-	$(RUN) scripts/evaluate.py run='runs/frame_cifar10/*' $(HARD) attack=simba attack.eps=[0.2]
+	$(RUN) scripts/evaluate.py run='runs/frame_cifar10/*' $(HARD) attack=simba attack.eps=[0,0.2]
+	$(RUN) scripts/evaluate.py run='runs/frame_cifar10/*-s0-*' $(HARD) attack=simba attack.eps=[0,0.5,1,2,4,8] attack.iterations=[1]
+	$(RUN) scripts/evaluate.py run='runs/frame_cifar10/*-s0-*' analysis=[reconstruction,guarantees]
 	$(RUN) scripts/evaluate.py run='runs/frame_cifar10/*-s0-*' attack.images=200 attack=autoattack attack.eps=[0.004]
 	$(MAKE) --no-print-directory tables figures report STUDY=frame_cifar10
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class Recovery(Analysis):
             layer = model.get_submodule(name)
             if isinstance(layer, nn.Conv2d | LowRankConv2d) and obstacle(layer):
                 continue
-            operator = _operator(layer, x)
+            operator = layer_map(layer, x)
             x = x.double().view(len(x), *operator.domain)
             y = operator.apply(x)
             found = least_squares(operator, y, self.iterations)
@@ -78,8 +78,17 @@ class Recovery(Analysis):
             }  # fmt: skip
 
 
+class LinearMap(Protocol):
+    """A linear map A of tensors (B, *domain), and its adjoint."""
+
+    @property
+    def domain(self) -> tuple[int, ...]: ...  # noqa: D102 (see above)
+    def apply(self, x: Tensor) -> Tensor: ...  # noqa: D102
+    def adjoint(self, y: Tensor) -> Tensor: ...  # noqa: D102
+
+
 @torch.no_grad()
-def least_squares(operator: Convolution, y: Tensor, iterations: int) -> Tensor:
+def least_squares(operator: LinearMap, y: Tensor, iterations: int) -> Tensor:
     """The shortest x with the smallest ||A x - y||, by conjugate gradients on A^T A x = A^T y (CGLS).
 
     Args:
@@ -103,7 +112,7 @@ def least_squares(operator: Convolution, y: Tensor, iterations: int) -> Tensor:
     return x
 
 
-def _operator(layer: nn.Module, x: Tensor) -> Convolution:
+def layer_map(layer: nn.Module, x: Tensor) -> Convolution:
     """A layer as the linear map of its input; of vectors it is a convolution of a single pixel."""
     weight = layer.weight
     assert isinstance(weight, Tensor)

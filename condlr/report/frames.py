@@ -235,7 +235,8 @@ def _gained(table: pd.DataFrame, row: str, start: str, column: str, std: str = "
 def _clean(frame: pd.DataFrame) -> pd.DataFrame:
     """The accuracy without an attack on the most images, and its deviation, by row_id."""
     unharmed = frame[frame["eps"].eq(0)].sort_values("n", kind="stable")
-    return unharmed.drop_duplicates("row_id", keep="last").set_index("row_id")[["accuracy", "std"]]
+    of_rows = unharmed.drop_duplicates("row_id", keep="last").set_index("row_id")
+    return of_rows.loc[:, ["accuracy", "std"]]
 
 
 def _title(frame: pd.DataFrame, row_id: str) -> str:
@@ -247,6 +248,4 @@ def _published(paper: Path, name: str) -> pd.DataFrame:
     """A table of the slides, as fractions; empty if there is none."""
     path = paper / f"frame_{name}.csv"
     table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["method", "model"])
-    numbers = [*table.select_dtypes("number")]
-    table[numbers] = table[numbers] / 100
-    return table
+    return table.assign(**{column: table[column] / 100 for column in table.select_dtypes("number")})

@@ -1,5 +1,6 @@
 """What is drawn of a study: every row a line of its own, from the tables that are there."""
 
+import base64
 import os
 import pickle
 import re
@@ -16,7 +17,7 @@ from matplotlib import pyplot as plt
 from condlr._support.errors import UserError
 from condlr.analysis.theory.flows import Settings
 from condlr.analysis.theory.theorem1 import errors
-from condlr.report import _style, accuracies, evolution, results, spectra, tradeoffs
+from condlr.report import _style, accuracies, evolution, reconstruction, results, spectra, tradeoffs
 from condlr.report.figures import drawings
 from tests.helpers import ROOT, complains
 from tests.report.study import PAPER, cells, draw_pictures_alone
@@ -222,6 +223,50 @@ def test_operators_epoch_by_epoch(tmp_path, drawn):
         colours = {line.get_color(): line.get_ydata() for line in axes.get_lines()}
         # Two seeds of which one has four times the condition number: their geometric mean
         np.testing.assert_allclose(colours[results.colour("vanilla")], 2 * value * 2.0 ** np.arange(4))
+
+
+def test_reconstructed_images_are_drawn_beside_their_own(tmp_path, drawn):
+    frame = study()
+    runs = frame.drop_duplicates("run_id")[["run_id", "row_id", "seed"]]
+
+    def told(level, shape=(3, 2, 2)):
+        levels = np.full(shape, level, np.uint8)
+        return {"shape": "x".join(map(str, shape)), "pixels": base64.b64encode(levels.tobytes()).decode()}
+
+    pictures = pd.concat(
+        runs.assign(layer=layer, image=image, iterations=iterations, error=error, **told(level))
+        for image in (0, 1)
+        for layer, iterations, error, level in (
+            ("input", 9, 0.0, 200), ("conv1", 9, 0.00005, 100), ("conv1", 5, 7.0, 0), ("conv2", 9, 1.5, 50),
+        )
+    )  # fmt: skip
+    pictures = pictures[pictures["row_id"].ne(runs["row_id"].iloc[0]) | pictures["layer"].ne("conv2")]
+    (made,) = reconstruction.reconstructions(frame, pictures, tmp_path)
+    assert made.png.name == "reconstruction.png" and "2 deep" in made.caption and "(9 steps" in made.caption
+    shown = [
+        [[int(image.get_array().max()) for image in axis.images] for axis in line]
+        for line in grid(drawn[0], 4)
+    ]
+    assert shown == [
+        [[200], [200], [], [200], [200]],
+        [[100], [100], [], [], []],
+        *[[[100], [100], [], [50], [50]]] * 2,
+    ], "the first seed, the most iterations, and what a row has"
+    words = {text.get_text() for axis in drawn[0].axes for text in axis.texts}
+    assert {
+        "the images",
+        "through conv1",
+        "through conv2",
+        "< 0.01 %",
+        "150 %",
+        "Vanilla, 50\N{NO-BREAK SPACE}%",
+    } <= words
+
+
+def grid(figure, lines):
+    axes = figure.axes
+    across = len(axes) // lines
+    return [axes[place : place + across] for place in range(0, len(axes), across)]
 
 
 def test_the_product_is_over_all_layers():
