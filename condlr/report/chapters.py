@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
+from condlr._support.rooms import find
 from condlr.report import analysis, audit, comparisons, frames, glance, shifts, tables, theorem, verdicts
 from condlr.report._style import Drawing
 from condlr.report.claims import RULE, Claim, by_title
@@ -43,6 +44,7 @@ from condlr.report.results import (
     title,
 )
 from condlr.report.training import training
+from condlr.shifts.base import Shift
 from condlr.suite.registry import analyses
 from condlr.suite.sweeps.plan import experiments_of, names_seed, of_experiments
 
@@ -273,16 +275,23 @@ def _lines(study: Path, seeds: str) -> list[str]:
         for name in experiments_of(study.name)
     ]
     kinds = analyses().items()
-    keys = [f"shift={name}" for name in _shifts(study)]
+    keys = [*dict.fromkeys(_shifts(study))]
     if made := [name for name, kind in kinds if not kind.always and (study / f"{name}.csv").exists()]:
         keys.append(f"'analysis=[{','.join(made)}]'" if len(made) > 1 else f"analysis={made[0]}")
     lines += [f"python scripts/evaluate.py run='runs/{study.name}/*' {key}" for key in keys]
     return [*lines, *_pages(study)]
 
 
-def _shifts(study: Path) -> list[str]:
+def _shifts(study: Path) -> Iterator[str]:
+    """The keys of the programs that made the shifted images; fewer images than attacked are asked for."""
     shifted = read_if_there(study, "shift")
-    return [] if shifted is None else [*map(str, shifted["shift"].unique())]
+    if shifted is None:
+        return
+    whole = read(study)["n"].max()
+    for (name, n), sets in shifted.groupby(["shift", "n"], sort=False):
+        kind = find("shifts", str(name), Shift)
+        images = f" shift.images={n}" if n < whole else ""
+        yield from (f"shift={name}{key}{images}" for key in kind.options_of(sets["name"].unique()))
 
 
 def _pages(study: Path) -> list[str]:

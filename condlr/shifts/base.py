@@ -49,6 +49,11 @@ class Shift(ABC):
             in_range("images", self.images, 1, math.inf)
         in_range("seed", self.seed, 0, 2**32, half_open=True)
 
+    @classmethod
+    def options_of(cls, names: Sequence[str]) -> list[str]:
+        """The keys that make sets of these names, one for each call of the program; `""`: no key."""
+        return [""]
+
     @abstractmethod
     def sets(self, test_images: int, root: Path) -> Sequence[ShiftedSet]:
         """The sets, in the order of a table; no image is made or read.

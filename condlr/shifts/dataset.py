@@ -38,6 +38,11 @@ class OtherDataset(Shift):
         super().__post_init__()
         one_of("other", self.other, tuple(available("data")))
 
+    @classmethod
+    @override
+    def options_of(cls, names: Sequence[str]) -> list[str]:
+        return [f" shift.other={name}" for name in names]
+
     @override
     def sets(self, test_images: int, root: Path) -> Sequence[ShiftedSet]:
         images, _ = _test(self.other, root)

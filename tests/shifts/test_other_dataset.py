@@ -67,8 +67,10 @@ def test_a_run_is_tried_on_another_dataset_from_the_command_line(script, root):
         (row,) = csv.DictReader(file)
     assert (row["shift"], row["name"], row["severity"], row["n"]) == ("dataset", "mnist", "", "25")
     assert float(row["accuracy"]) * 25 == round(float(row["accuracy"]) * 25)
-    for name in ("collect", "tables"):
+    for name in ("collect", "tables", "report"):
         status, out, err = script(name, "study=s")
         assert status == 0, out + err
+    report = (root / "results" / "s" / "report.md").read_text()
+    assert "run='runs/s/*' shift=dataset shift.other=mnist shift.images=25\n" in report
     table = (root / "results" / "s" / "shift.md").read_text()
     assert table.startswith("**Another dataset: accuracy in %**\n\n| run | clean | mnist (n=25) |")
