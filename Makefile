@@ -99,7 +99,7 @@ mnist-attacks: $(VENV)/.installed  ## Train eight rows on MNIST, attack them eve
 	$(MAKE) --no-print-directory tables figures report STUDY=mnist_attacks
 
 frame-cifar10: $(VENV)/.installed  ## Train nine rows on CIFAR-10, penalties of layers and CondLR, attack them, shift them (hours)
-	-$(RUN) scripts/train.py experiment=frame_cifar10 $(ARGS)
+	-$(RUN) scripts/train.py -m experiment=frame_cifar10,frame_without_decay,frame_matched $(ARGS)
 	$(RUN) scripts/evaluate.py run='runs/frame_cifar10/*' analysis=[conditioning,frame_bounds,recovery,cost]
 	$(RUN) scripts/evaluate.py run='runs/frame_cifar10/*' shift=corruptions shift.images=1000
 	$(RUN) scripts/evaluate.py run='runs/frame_cifar10/*' $(HARD) attack=pgd attack.eps=[0.004]
