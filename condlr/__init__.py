@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from condlr.activations import low_rank_activations
     from condlr.constraint import Constraint, audit, constrain, project
     from condlr.factorization import export, factorize, measure
     from condlr.forms import choose_forms, set_forms
@@ -29,6 +30,7 @@ __all__ = [
     "constrain",
     "export",
     "factorize",
+    "low_rank_activations",
     "measure",
     "project",
     "set_forms",
@@ -42,6 +44,7 @@ _HOME = {
     "LowRankConv2d": "condlr.layers",
     "choose_forms": "condlr.forms",
     "set_forms": "condlr.forms",
+    "low_rank_activations": "condlr.activations",
     "constrain": "condlr.constraint",
     "Constraint": "condlr.constraint",
     "project": "condlr.constraint",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr._support.errors import one_of
+from condlr.activations import remove
 from condlr.layers import LowRank, LowRankConv2d
 from condlr.reading import ATTRIBUTES, read_layers
 from condlr.replacement import listed, replaced
@@ -26,6 +27,8 @@ def export(
     form: str = "smallest",
 ) -> nn.Module:
     """A copy of `model` with `nn.Linear` and `nn.Conv2d` only, which computes the same function.
+
+    The virtual layers of `condlr.low_rank_activations` are left out.
 
     A pair of thin layers, V^T and then U S, has no `weight` or `stride`. If the network reads such an
     attribute of a layer, that layer becomes dense in any form. Reads are found by running `example`. Without
@@ -49,6 +52,7 @@ def export(
     if example is not None:
         forms = export_forms(model, form, _read_by(model, forms, example))
     plain, lost = replaced(model, {layer: _plain(layer, form) for layer, form in forms.items()})
+    remove(plain)
     if lost:
         warnings.warn(f"not copied to the plain layers: {listed(lost)}", stacklevel=2)
     return plain

@@ -1,0 +1,342 @@
+"""Low-rank representations: virtual layers that pull activations into an affine subspace.
+
+    extra = condlr.low_rank_activations(model, {"layer4": 10})
+    ...
+    loss = F.cross_entropy(model(images), labels) + extra()
+    ...
+    plain = condlr.export(model)          # without the virtual layers
+
+The LR-layer of Sanyal, Kanade, Torr and Dokania, "Robustness via Deep Low-Rank Representations" (arXiv
+1804.07090). The network forwards its activations unchanged, so nothing of the layer is left at test time.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from condlr._support.errors import in_range, one_of
+from condlr._support.precision import strict
+from condlr._support.seeds import derive_seed
+from condlr.manifolds.truncation import WAYS, truncate
+
+SUBSPACES = (*WAYS, "pca")
+# Up to so many dimensions W is a matrix (16 MB in float32); beyond it is a product of two thin ones.
+MATRIX_LIMIT = 2048
+# Steps between two truncations of W.
+PERIOD = 10
+# Weight of the past in the running mean and covariance of `pca`.
+MEMORY = 0.99
+
+_NAME = "low_rank_activations"
+_INPUT = ".input"
+
+
+class VirtualLayer(nn.Module):
+    r"""The subspace of one layer's activations.
+
+    For a batch of activations a in R^m, the rows of A (n, m), with W (m, m) of rank r and b in R^m,
+
+        L_c = 1/n sum_i ||W^T (a_i + b) - (a_i + b)||^2,      L_n = 1/n sum_i |1 - ||a_i|| |
+
+    L_n keeps A and b from shrinking to 0. The gradients with respect to A flow into the network. W and b take
+    a step of gradient descent of their own at each call, with momentum, along
+
+        dL_c/dW = 2/n (A + b)^T R,    dL_c/db = 2/n sum_i (R (W^T - I))_i,    R = (A + b) W - (A + b),
+
+    divided by max(1, 1/n ||A + b||^2). The curvature of L_c in W is at most twice that mean, so that no batch
+    makes the step too long; where ||a|| = 1, as L_n wants it, it is plain gradient descent. Every tenth step
+    W is truncated to rank r.
+
+    Two deviations from the paper. Beyond 2048 dimensions W is kept as P Q^T, P and Q of r columns, which need
+    no truncation. And W and b have an optimiser of their own, so that any training loop serves.
+
+    Without gradients, as in a validation, nothing is learned.
+
+    W starts as the orthogonal projector on r random directions, b at 0. All tensors are buffers, which a
+    state dict has; they are made at the first batch, when m is known.
+
+    Args:
+        rank: r.
+        subspace: how W gets rank r: `svd`, `randomised`, `nystrom` (`condlr.manifolds.truncation`), or `pca`,
+            the closed form that minimises L_c: every tenth step W becomes the orthogonal projector on the r
+            leading principal components of a running covariance, b minus the running mean.
+        lr, momentum: of W and b; `lr` may be changed at any time.
+        seed: of random directions and samples.
+    """
+
+    # What a step changes, and what `pca` keeps instead
+    _MOVED, _KEPT = ("W", "P", "Q", "b"), ("mean", "covariance")
+
+    def __init__(self, rank: int, subspace: str, lr: float, momentum: float, seed: int):
+        super().__init__()
+        in_range("rank", rank, 1, math.inf)
+        one_of("subspace", subspace, SUBSPACES)
+        in_range("lr", lr, 0, math.inf)
+        in_range("momentum", momentum, 0, 1, half_open=True)
+        self.rank, self.subspace, self.lr, self.momentum, self.seed = rank, subspace, lr, momentum, seed
+        for name in (*self._MOVED, *(f"speed_{name}" for name in self._MOVED), *self._KEPT):
+            self.register_buffer(name, None)
+        self.steps: Tensor
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.taken = 0  # the same as a number, which a GPU need not be asked for
+        self.noted: Tensor | None = None
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the network has a forward pass of its own to wait for
+        return vars(self) | {"noted": None}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the buffers of another training, of whatever shape."""
+        for name in self._buffers:
+            found = state.get(name)
+            setattr(self, name, None if found is None else found.detach().clone())
+        self.taken = int(self.steps)
+
+    @override
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """L_c and L_n of the activations noted last, which are forgotten; W and b take their step."""
+        if self.noted is None:
+            raise RuntimeError("no activations: call the network in training mode before its extra loss")
+        A, self.noted = self.noted.flatten(1), None
+        with strict(A.device):
+            A = A.float() if A.dtype in (torch.float16, torch.bfloat16) else A
+            if self.b is None:
+                self._start(A)
+            assert self.b is not None
+            if self.b.device != A.device:  # the state was loaded from elsewhere
+                self.to(A.device)
+            if A.shape[1] != len(self.b):
+                raise ValueError(f"activations of {A.shape[1]} dimensions, after others of {len(self.b)}")
+            learns = torch.is_grad_enabled()
+            if learns and self.subspace == "pca":
+                self._follow(A.detach())
+            # Copies, for the step below changes the originals, and the backward pass needs these values
+            moved, maps = A + self.b.clone(), [matrix.clone() for matrix in self._maps()]
+            R = _through(moved, maps) - moved
+            losses = R.square().sum() / len(A), (1 - A.norm(dim=1)).abs().mean()
+            if learns:
+                if self.subspace != "pca":
+                    self._step(moved.detach(), R.detach())
+                self.taken += 1
+                self.steps += 1
+            return losses
+
+    def projected(self, A: Tensor) -> Tensor:
+        """W^T (a + b) - b for each row of A (n, m): the point of the subspace that L_c compares a with."""
+        assert self.b is not None
+        return _through(A + self.b, self._maps()) - self.b
+
+    def _maps(self) -> list[Tensor]:
+        """The factors of W, from the left."""
+        return [self.W] if self.W is not None else [self.P, self.Q.mT]  # type: ignore[list-item,union-attr]
+
+    def _start(self, A: Tensor) -> None:
+        m = A.shape[1]
+        if m > MATRIX_LIMIT and self.subspace == "pca":
+            raise ValueError(f"subspace=pca is for at most {MATRIX_LIMIT} dimensions; these are {m}")
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "directions"))
+        directions = torch.randn(m, min(self.rank, m), generator=generator, dtype=torch.float64)
+        Q = torch.linalg.qr(directions).Q.to(A)
+        self.b = A.new_zeros(m)
+        if m <= MATRIX_LIMIT:
+            self.W = Q @ Q.mT
+        else:
+            self.P, self.Q = Q, Q.clone()
+        if self.subspace == "pca":
+            self.mean, self.covariance = A.new_zeros(m), A.new_zeros(m, m)
+            return
+        for name in self._MOVED:
+            moving = getattr(self, name)
+            setattr(self, f"speed_{name}", None if moving is None else torch.zeros_like(moving))
+
+    @torch.no_grad()
+    def _step(self, moved: Tensor, R: Tensor) -> None:
+        """Gradient descent on W (or P and Q) and b, and the truncation where it is due."""
+        if self.W is not None:
+            gradients = {"W": moved.mT @ R, "b": (R @ self.W.mT - R).sum(0)}
+        else:
+            assert self.P is not None and self.Q is not None
+            seen = R @ self.Q
+            gradients = {
+                "P": moved.mT @ seen, "Q": R.mT @ (moved @ self.P), "b": (seen @ self.P.mT - R).sum(0)
+            }  # fmt: skip
+        scale = 2 / len(moved) / (moved.square().sum() / len(moved)).clamp_min(1)
+        for name, gradient in gradients.items():
+            speed = getattr(self, f"speed_{name}")
+            speed.mul_(self.momentum).add_(gradient * scale)
+            getattr(self, name).sub_(self.lr * speed)
+        if self.W is not None and (self.taken + 1) % PERIOD == 0:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "truncation", self.taken))
+            self.W.copy_(truncate(self.W, self.rank, self.subspace, generator))
+
+    @torch.no_grad()
+    def _follow(self, A: Tensor) -> None:
+        """Renew the running mean and covariance, and from them W and b where that is due."""
+        assert self.mean is not None and self.covariance is not None
+        assert self.W is not None and self.b is not None
+        share = 1.0 if self.taken == 0 else 1 - MEMORY
+        self.mean.lerp_(A.mean(0), share)
+        centred = A - self.mean
+        self.covariance.lerp_(centred.mT @ centred / len(A), share)
+        if self.taken % PERIOD == 0:
+            leading = torch.linalg.eigh(self.covariance).eigenvectors[:, -self.rank :]
+            self.W.copy_(leading @ leading.mT)
+            self.b.copy_(-self.mean)
+
+
+class LowRankActivations(nn.Module):
+    """The virtual layers of a network; a call is their loss, projection sum L_c + norm sum L_n.
+
+    Attributes:
+        names: of the activations.
+        layers: a `VirtualLayer` for each.
+        projection, norm: the weights of the two losses; 1 in the paper.
+    """
+
+    def __init__(self, layers: Mapping[str, VirtualLayer], projection: float, norm: float):
+        super().__init__()
+        in_range("projection", projection, 0, math.inf)
+        in_range("norm", norm, 0, math.inf)
+        self.names = [*layers]
+        self.layers = nn.ModuleList(layers.values())
+        self.projection, self.norm = projection, norm
+
+    @property
+    def lr(self) -> float:
+        """Of W and b in all layers."""
+        return self.layers[0].lr  # type: ignore[return-value]
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        in_range("lr", value, 0, math.inf)
+        for layer in self.layers:
+            assert isinstance(layer, VirtualLayer)
+            layer.lr = value
+
+    @override
+    def forward(self) -> Tensor:
+        """The loss of the last forward pass in training mode, to be added to the network's own.
+
+        Raises:
+            RuntimeError: there was none since the last call.
+        """
+        losses = [layer() for layer in self.layers]
+        return sum(self.projection * near + self.norm * unit for near, unit in losses)  # type: ignore[return-value]
+
+
+class _Tap:
+    """A hook that gives a layer's activations in training to their virtual layer."""
+
+    def __init__(self, name: str, layer: VirtualLayer, of_input: bool = False):
+        self.name, self.layer, self.of_input = name, layer, of_input
+
+    def __call__(self, module: nn.Module, given: tuple[Any, ...], output: Any = None) -> None:
+        if not module.training:
+            return
+        activations = (given[0] if given else None) if self.of_input else output
+        if not isinstance(activations, Tensor):
+            raise TypeError(f"{self.name} is a {type(activations).__name__}, not a tensor")
+        self.layer.noted = activations
+
+
+class _Saved:
+    """A hook that adds the state of virtual layers to a network's state dict."""
+
+    def __init__(self, extra: LowRankActivations):
+        self.extra = extra
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        state |= {f"{prefix}{_NAME}.{key}": value for key, value in self.extra.state_dict().items()}
+
+
+class _Loaded(_Saved):
+    """A hook that takes it from there; a state dict without it changes nothing."""
+
+    @override
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        for number, layer in enumerate(self.extra.layers):
+            assert isinstance(layer, VirtualLayer)
+            own = f"{prefix}{_NAME}.layers.{number}."
+            if found := {key.removeprefix(own): state.pop(key) for key in [*state] if key.startswith(own)}:
+                layer.load(found)
+
+
+def low_rank_activations(
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    *,
+    projection: float = 1.0,
+    norm: float = 1.0,
+    subspace: str = "svd",
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    seed: int = 0,
+) -> LowRankActivations:
+    """Add LR-layers to a network; the returned object is the loss to add to its own, `loss + extra()`.
+
+    The layers are virtual: they see the activations of forward passes in training mode, and change none. The
+    state dict of the network has their tensors (`low_rank_activations.*`), so that a training that is resumed
+    goes on with the same bits. `condlr.export` leaves them out, and `remove` takes them off the network.
+
+    Args:
+        model: any network.
+        ranks: r of each of the activations. They have the name of the module whose output they are, or
+            `name.input` for the input of a module. All dimensions but the first are one vector.
+        projection, norm: the weights of L_c and L_n, see `VirtualLayer`.
+        subspace, lr, momentum, seed: see `VirtualLayer`.
+
+    Raises:
+        ValueError: no such module, no rank, or the network has such layers already.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+        >>> extra = low_rank_activations(net, {"1": 3})
+        >>> loss = net(torch.randn(5, 8)).square().mean() + extra()
+    """
+    if any(isinstance(hook, _Saved) for hook in model._state_dict_hooks.values()):
+        raise ValueError("the network has low-rank activations already: remove them first")
+    if not ranks:
+        raise ValueError("ranks is empty: name at least one module")
+    modules = {name: module for name, module in model.named_modules() if name}
+    for name in ranks:
+        if name not in modules and name.removesuffix(_INPUT) not in modules:
+            raise ValueError(f"ranks: the network has no module {name!r}; it has {', '.join(modules)}")
+    layers = {
+        name: VirtualLayer(rank, subspace, lr, momentum, derive_seed(seed, name))
+        for name, rank in ranks.items()
+    }
+    extra = LowRankActivations(layers, projection, norm)
+    for name, layer in layers.items():
+        if name in modules:
+            modules[name].register_forward_hook(_Tap(f"the output of {name}", layer))
+        else:
+            place = name.removesuffix(_INPUT)
+            modules[place].register_forward_pre_hook(_Tap(f"the input of {place}", layer, of_input=True))
+    # Not a submodule: a network may call all that it has, as nn.Sequential does
+    model.register_state_dict_post_hook(_Saved(extra))
+    model.register_load_state_dict_pre_hook(_Loaded(extra))
+    return extra
+
+
+def remove(model: nn.Module) -> None:
+    """Take the low-rank activations off a network; one without them stays as it is."""
+    ours = _Tap, _Saved, _Loaded
+    for module in model.modules():
+        for hooks in (
+            module._forward_hooks, module._forward_pre_hooks,
+            module._state_dict_hooks, module._load_state_dict_pre_hooks,
+        ):  # fmt: skip
+            for key, hook in [*hooks.items()]:
+                if isinstance(getattr(hook, "hook", hook), ours):  # PyTorch wraps some
+                    del hooks[key]
+
+
+def _through(rows: Tensor, maps: list[Tensor]) -> Tensor:
+    for matrix in maps:
+        rows = rows @ matrix
+    return rows
