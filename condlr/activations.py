@@ -32,7 +32,7 @@ PERIOD = 10
 MEMORY = 0.99
 
 _NAME = "low_rank_activations"
-_INPUT = ".input"
+INPUT = ".input"
 
 
 class VirtualLayer(nn.Module):
@@ -80,6 +80,8 @@ class VirtualLayer(nn.Module):
         self.rank, self.subspace, self.lr, self.momentum, self.seed = rank, subspace, lr, momentum, seed
         for name in (*self._MOVED, *(f"speed_{name}" for name in self._MOVED), *self._KEPT):
             self.register_buffer(name, None)
+        self.last: Tensor | None
+        self.register_buffer("last", None)
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.taken = 0  # the same as a number, which a GPU need not be asked for
@@ -120,6 +122,7 @@ class VirtualLayer(nn.Module):
             R = _through(moved, maps) - moved
             losses = R.square().sum() / len(A), (1 - A.norm(dim=1)).abs().mean()
             if learns:
+                self.last = torch.stack(losses).detach()
                 if self.subspace != "pca":
                     self._step(moved.detach(), R.detach())
                 self.taken += 1
@@ -183,7 +186,7 @@ class VirtualLayer(nn.Module):
         self.mean.lerp_(A.mean(0), share)
         centred = A - self.mean
         self.covariance.lerp_(centred.mT @ centred / len(A), share)
-        if self.taken % PERIOD == 0:
+        if self.taken % PERIOD == 0 and self.covariance.isfinite().all():
             leading = torch.linalg.eigh(self.covariance).eigenvectors[:, -self.rank :]
             self.W.copy_(leading @ leading.mT)
             self.b.copy_(-self.mean)
@@ -205,6 +208,15 @@ class LowRankActivations(nn.Module):
         self.names = [*layers]
         self.layers = nn.ModuleList(layers.values())
         self.projection, self.norm = projection, norm
+
+    @property
+    def last(self) -> float | None:
+        """The loss of the last call that learned, or None; it is part of the state."""
+        found = [layer.last for layer in self.layers]
+        if any(losses is None for losses in found):
+            return None
+        near, unit = torch.stack(found).sum(0).tolist()  # type: ignore[arg-type]
+        return self.projection * near + self.norm * unit
 
     @property
     def lr(self) -> float:
@@ -287,7 +299,8 @@ def low_rank_activations(
         model: any network.
         ranks: r of each of the activations. They have the name of the module whose output they are, or
             `name.input` for the input of a module. All dimensions but the first are one vector.
-        projection, norm: the weights of L_c and L_n, see `VirtualLayer`.
+        projection, norm: the weights of L_c and L_n, see `VirtualLayer`. The paper has 1. Activations much
+            longer than 1, such as the output of a convolution without normalisation, need less.
         subspace, lr, momentum, seed: see `VirtualLayer`.
 
     Raises:
@@ -304,7 +317,7 @@ def low_rank_activations(
         raise ValueError("ranks is empty: name at least one module")
     modules = {name: module for name, module in model.named_modules() if name}
     for name in ranks:
-        if name not in modules and name.removesuffix(_INPUT) not in modules:
+        if name not in modules and name.removesuffix(INPUT) not in modules:
             raise ValueError(f"ranks: the network has no module {name!r}; it has {', '.join(modules)}")
     layers = {
         name: VirtualLayer(rank, subspace, lr, momentum, derive_seed(seed, name))
@@ -315,7 +328,7 @@ def low_rank_activations(
         if name in modules:
             modules[name].register_forward_hook(_Tap(f"the output of {name}", layer))
         else:
-            place = name.removesuffix(_INPUT)
+            place = name.removesuffix(INPUT)
             modules[place].register_forward_pre_hook(_Tap(f"the input of {place}", layer, of_input=True))
     # Not a submodule: a network may call all that it has, as nn.Sequential does
     model.register_state_dict_post_hook(_Saved(extra))

@@ -50,7 +50,8 @@ class CountedCost(Analysis):
     def rows(self, trained: Trained) -> list[Mapping[str, Any]]:
         def counted(network: nn.Module, of: Start) -> Cost:
             counted = cost(network, trained.data.shape, trained.batch_size, of.optimizer)
-            penalty = penalty_flops(of.penalty, network) / counted.batch_size if of.penalty else 0
+            shape = counted.batch_size, *trained.data.shape
+            penalty = penalty_flops(of.penalty, network, shape) / shape[0] if of.penalty else 0
             return replace(counted, train_flops=of.method.passes * counted.train_flops + penalty)
 
         device = trained.data.test.pixels.device
@@ -181,11 +182,18 @@ def _random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
     return torch.random.fork_rng([like.get_device()] if like.is_cuda else [])
 
 
-def penalty_flops(penalty: Penalty, model: nn.Module) -> float:
-    """Operations of a penalty's value and gradient, for each step of the training."""
-    trained = copy.deepcopy(model)
+def penalty_flops(penalty: Penalty, model: nn.Module, shape: tuple[int, ...]) -> float:
+    """Operations of a penalty's value and gradient, for each step of the training.
+
+    Args:
+        penalty, model: of the training.
+        shape: of a batch of images, on which some penalties depend.
+    """
+    trained, own = copy.deepcopy(model), copy.copy(penalty)
+    like = next(trained.parameters())
     with _random_state_kept(model):  # some penalties draw a start
-        return flops(lambda: penalty.quantity(trained).backward()) / penalty.every
+        term = own.alone(trained, torch.rand(shape, device=like.device, dtype=like.dtype))
+        return flops(lambda: term().backward()) / penalty.every
 
 
 def flops(work: Callable[[], object]) -> int:

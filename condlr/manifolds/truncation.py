@@ -32,7 +32,7 @@ def truncate(W: Tensor, rank: int, way: str = "svd", generator: torch.Generator 
 
     Args:
         W: (n, m), of any floating type; computed in its type.
-        rank: at least 1; at least min(n, m) returns W.
+        rank: at least 1; at least min(n, m) returns W, as does a W that is not finite.
         way: see above.
         generator: of the random draws, on the CPU; None for PyTorch's own.
 
@@ -41,7 +41,7 @@ def truncate(W: Tensor, rank: int, way: str = "svd", generator: torch.Generator 
     """
     one_of("way", way, WAYS)
     in_range("rank", rank, 1, float("inf"))
-    if rank >= min(W.shape):
+    if rank >= min(W.shape) or not W.isfinite().all():
         return W.clone()
     if way == "svd":
         return _nearest(W, rank)

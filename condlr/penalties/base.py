@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import ClassVar
@@ -25,7 +26,10 @@ class Penalty(ABC):
 
     Attributes:
         title: its name in tables.
+        acts: the values of `acts_on`.
         takes: the kinds of layers it can penalise; it skips all others.
+        capturable: whether its term can be recorded as a CUDA graph.
+        period: the number of steps after which its cost repeats.
         weight: lambda.
         layers: names of linear and convolution layers, dense or low-rank, as shell patterns.
         acts_on: `weight`, the whole weight of a layer, or `V`, the factor V^T of a low-rank layer. In a
@@ -44,7 +48,10 @@ class Penalty(ABC):
     """
 
     title: ClassVar[str]
+    acts: ClassVar[tuple[str, ...]] = ("weight", "V")
     takes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d, LowRank)
+    capturable: ClassVar[bool] = True
+    period: ClassVar[int] = 1
 
     weight: float = 1e-2
     layers: list[str] = field(default_factory=lambda: ["*"])
@@ -56,7 +63,7 @@ class Penalty(ABC):
 
     def __post_init__(self) -> None:
         in_range("weight", self.weight, 0, math.inf, half_open=True)
-        one_of("acts_on", self.acts_on, ("weight", "V"))
+        one_of("acts_on", self.acts_on, self.acts)
         one_of("over_layers", self.over_layers, ("sum", "mean"))
         in_range("every", self.every, 1, math.inf)
         if any(m < 1 for m in self.milestones) or sorted({*self.milestones}) != self.milestones:
@@ -90,6 +97,29 @@ class Penalty(ABC):
         """The term to add to the loss, with the weight that `begin_epoch` set."""
         weight = self.every * self.weight if self._scheduled is None else self._scheduled
         return weight * self.quantity(model)
+
+    def attach(self, model: nn.Module) -> None:
+        """Called before a training. A penalty that needs more than the weights puts its hooks here.
+
+        Raises:
+            ValueError: the network has nothing that it could penalise.
+        """
+        self.named(model)
+
+    def detach(self, model: nn.Module) -> None:  # noqa: B027 (most have attached nothing)
+        """Called after the training: take from the network what `attach` has added."""
+
+    def follow(self, lr: float) -> None:  # noqa: B027 (most have no parameters)
+        """The learning rate of an epoch, for a penalty with parameters of its own."""
+
+    def measured(self, model: nn.Module) -> float | None:
+        """`quantity` at an epoch's end, for the history; None if it is not known yet."""
+        with torch.no_grad():
+            return self.quantity(model).item()
+
+    def alone(self, model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+        """A function that computes the term without the pass of `images` through the network, to be timed."""
+        return lambda: self(model)
 
     def quantity(self, model: nn.Module) -> Tensor:
         """The sum or mean over the layers without the weight, in strict float32.

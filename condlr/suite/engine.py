@@ -106,10 +106,11 @@ class Trainer:
         self.device = self.data.train.pixels.device
         require(self.precision, self.device)
         if self.penalty:
-            self.penalty.quantity(self.model)  # raises now if no layer fits
+            self.penalty.attach(self.model)  # raises now if no layer fits
         self.totals = EpochTotals.zero(self.device)
         self._recorded = (0.0, 0.0, 0)
-        graphed = self.device.type == "cuda" and self.method.capturable
+        fixed = self.penalty is None or self.penalty.capturable
+        graphed = self.device.type == "cuda" and self.method.capturable and fixed
         self._graphs = self._recorded_steps() if graphed else {}
         keep_freed_memory()
 
@@ -154,6 +155,8 @@ class Trainer:
         while not self.finished:
             self._finish_epoch(on_batch)
             on_epoch(self)
+        if self.penalty:
+            self.penalty.detach(self.model)
 
     def _finish_epoch(self, on_batch: Callable[["Trainer"], None]) -> None:
         """Train on the remaining batches of the epoch, and add its row to the history.
@@ -224,6 +227,7 @@ class Trainer:
         self.method.begin_epoch(self.model, self.optimizer, self.epoch, self.protocol.epochs)
         if self.penalty:
             self.penalty.begin_epoch(self.model, self.epoch)
+            self.penalty.follow(self.lr)
         places = tuple((p.data_ptr(), p.shape) for p in self.model.state_dict(keep_vars=True).values())
         for graph in self._graphs.values():
             graph.renew((self.lr, places))
@@ -266,9 +270,9 @@ class Trainer:
             row |= {f"operator_{name}": value for name, value in operators.items()}
         if self.penalty:
             # A quantity that is estimated at random is the same however the run came here
-            with torch.no_grad(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(derive_seed(self.seed, "penalty", self.epoch))
-                row["penalty_value"] = self.penalty.quantity(self.model).item()
+                row["penalty_value"] = self.penalty.measured(self.model)
         if totals:
             row |= {f"audit_{name}": value for name, value in self.method.audit(self.model).items()}
         return row

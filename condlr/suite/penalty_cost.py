@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from condlr._support.precision import training
@@ -15,8 +15,10 @@ from condlr.models.resnet34 import ResNet34
 from condlr.penalties.base import Penalty
 from condlr.suite.benchmark import random_batch
 
-# Timed beside the defaults of each penalty: OCNN on its authors' layers, the frame's other Gram matrix
+# Timed beside the defaults of each penalty: OCNN on its authors' layers, the frame's other Gram matrix, and
+# activations of many dimensions
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "lr_layer": [{"layers": ["stage3"]}],
     "ocnn": [{"layers": ["stage*.conv1", "*.shortcut"]}],
     "frame": [{"side": "columns"}],
 }
@@ -80,15 +82,18 @@ def priced(
             optimizer.step()
 
     made = list(penalties())
-    works = [step, *(_work(penalty, model) for penalty, _ in made)]
+    works = [step, *(_work(penalty, model, images) for penalty, _ in made)]
+    periods = [1, *(penalty.period for penalty, _ in made)]
     seconds: list[list[float]] = [[] for _ in works]
-    operations = [flops(work) / 1e9 for work in works]  # also their first, slower, call
+    # Also their first, slower, call
+    operations = [flops(work) / 1e9 / period for work, period in zip(works, periods, strict=True)]
     for turn in range(repeats):
         for number, work in enumerate(works):
             progress("penalties", turn * len(works) + number, repeats * len(works))
             if sum(seconds[number]) < _ENOUGH:
                 seconds[number].append(_timed(work, device))
-    best = [min(turns) for turns in seconds]  # other work on the machine only ever adds to a turn
+    # Other work on the machine only ever adds to a turn
+    best = [min(turns) / period for turns, period in zip(seconds, periods, strict=True)]
 
     def line(number: int, penalty: str | None, options: dict[str, Any], layers: int) -> Priced:
         milliseconds, share = 1e3 * best[number], best[number] / best[0]
@@ -101,10 +106,14 @@ def priced(
     return lines
 
 
-def _work(penalty: Penalty, model: nn.Module) -> Callable[[], None]:
+def _work(penalty: Penalty, model: nn.Module, images: Tensor) -> Callable[[], None]:
+    """All steps of a period of the penalty, without the network's own."""
+    term = penalty.alone(model, images)
+
     def work() -> None:
         model.zero_grad()
-        penalty(model).backward()
+        for _ in range(penalty.period):
+            term().backward()
 
     return work
 

@@ -274,8 +274,8 @@ def test_flops_of_any_work():
 def test_a_penalty_counts_as_often_as_it_is_computed():
     """SO of a 4 x 6 matrix: W W^T, and a product for each factor's gradient; with its random state kept."""
     layer, state = nn.Linear(6, 4), torch.get_rng_state()
-    assert penalty_flops(So(every=5), layer) == 3 * 2 * 4 * 4 * 6 / 5
-    penalty_flops(Srip(), layer)
+    assert penalty_flops(So(every=5), layer, (1, 4)) == 3 * 2 * 4 * 4 * 6 / 5
+    penalty_flops(Srip(), layer, (1, 4))
     assert torch.equal(torch.get_rng_state(), state) and layer.weight.grad is None
 
 

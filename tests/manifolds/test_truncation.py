@@ -44,6 +44,7 @@ def test_a_matrix_of_that_rank_stays(way, dtype):
     for rank in (20, 99):
         assert torch.equal(truncate(W, rank, way), W)
     assert not truncate(torch.zeros(6, 6), 2, way).any()
+    assert truncate(torch.full((6, 6), torch.nan), 2, way).isnan().all()
 
 
 @pytest.mark.parametrize("way", WAYS)
