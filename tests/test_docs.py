@@ -15,7 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-import condlr.suite.cli  # noqa: F401  (registers the resolvers that conf/ uses)
+import condlr.suite.cli
 from condlr.suite.config import CONF, check
 from tests.helpers import ROOT
 
@@ -42,7 +42,7 @@ def test_the_ten_lines_of_the_readme(capsys):
 
 
 def test_the_library_example(capsys):
-    (example,) = blocks("python", (ROOT / "docs" / "library.md").read_text())
+    example, virtual = blocks("python", (ROOT / "docs" / "library.md").read_text())
     model = nn.Sequential()
     model.add_module("body", nn.Linear(20, 30))
     model.add_module("head", nn.Linear(30, 3))
@@ -50,6 +50,12 @@ def test_the_library_example(capsys):
     exec(example, scope)
     assert "cond_S" in capsys.readouterr().out
     assert {type(module) for module in scope["plain"].modules()} <= {nn.Sequential, nn.Linear}
+    model = nn.Sequential()
+    model.add_module("layer4", nn.Linear(20, 30))
+    scope |= {"condlr": condlr, "model": model, "images": torch.ones(5, 20), "labels": torch.arange(5)}
+    exec(virtual, scope)
+    scope["loss"].backward()
+    assert scope["plain"].state_dict().keys() == {"layer4.weight", "layer4.bias"}
 
 
 @pages

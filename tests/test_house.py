@@ -13,6 +13,7 @@ from tests.helpers import ROOT
 FLOORS = [
     {"_support"},
     {"manifolds"},
+    {"activations"},
     {"exporting", "factorization", "forms", "held", "layers", "ranks", "reading", "replacement", "size"},
     {"constraint"},
     {"data", "models"},
