@@ -9,6 +9,8 @@ from condlr.methods.cayley_sgd import CayleySgd
 from condlr.methods.condlr import CondLR
 from condlr.methods.dlrt import Dlrt
 from condlr.methods.projected_sgd import ProjectedSgd
+from condlr.methods.snip import Snip
+from condlr.methods.srn import Srn
 from condlr.methods.svd_prune import SvdPrune
 from condlr.methods.vanilla import Vanilla
 from condlr.models.lenet5 import LeNet5
@@ -31,6 +33,8 @@ METHODS = {
     "projected_sgd": ProjectedSgd(),
     "dlrt": Dlrt(),
     "dlrt_adaptive": Dlrt(theta=0.1),
+    "snip": Snip(),
+    "srn": Srn(),
     "svd_prune": SvdPrune(),
     "svd_prune_full": SvdPrune("full", energy=0.05, phases=[0.3, 0.6]),
 }

@@ -1,0 +1,102 @@
+"""Pruning before training by connection sensitivity (SNIP)."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from condlr.factorization import Scheme
+from condlr.methods.base import Method, Term
+
+
+@dataclass
+class Snip(Method):
+    """The dense network, of whose weights a share is 0 from the first step on (Lee et al., ICLR 2019).
+
+    With a factor c_j = 1 before each weight w_j, its sensitivity is s_j = |dL/dc_j| = |w_j dL/dw_j|, on the
+    first batch, at the start. Of all P weights of linear and convolution layers together, the
+    round((1 - compression) P) most sensitive are trained, and the others stay 0. Biases and normalisation,
+    which the paper counts among the weights, are all kept.
+
+    The zeros are stored as numbers, so the measured compression is that of the dense network. The history has
+    the share that is kept, `audit_kept`.
+    """
+
+    title: ClassVar[str] = "SNIP"
+    order: ClassVar[int] = 7
+    colours: ClassVar[Mapping[str, str]] = {"snip": "#888888"}
+
+    @property
+    @override
+    def capturable(self) -> bool:
+        return True  # a graph is recorded after the first steps, of which one prunes
+
+    @override
+    def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
+        self._kept = 1 - (scheme.compression or 0.0)
+        return model
+
+    @override
+    def optimizer(
+        self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0
+    ) -> torch.optim.Optimizer:
+        optimizer = super().optimizer(model, lr, momentum, weight_decay)
+        optimizer.register_step_pre_hook(_hold_zeros)
+        return optimizer
+
+    @override
+    def step(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        images: Tensor,
+        labels: Tensor,
+        added: Term | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        weights = [*_weights(model)]
+        if weights and "mask" not in optimizer.state[weights[0]]:
+            masks = top_share(self._sensitivities(model, images, labels), self._kept)
+            for weight, mask in zip(weights, masks, strict=True):
+                weight.detach().mul_(mask)
+                optimizer.state[weight]["mask"] = mask
+        return super().step(model, optimizer, images, labels, added)
+
+    def _sensitivities(self, model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
+        """|w dL/dw| of each weight; a copy is run, so that running statistics do not change."""
+        trial = copy.deepcopy(model)
+        weights = [*_weights(trial)]
+        loss, _ = self.loss(trial, images, labels)
+        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
+        return [(w.detach() * g).abs() for w, g in zip(weights, gradients, strict=True)]
+
+    @override
+    def audit(self, model: nn.Module) -> dict[str, float]:
+        weights = [*_weights(model)]
+        count = sum(weight.numel() for weight in weights)
+        return {"kept": sum(int(weight.count_nonzero()) for weight in weights) / count} if count else {}
+
+
+def top_share(scores: list[Tensor], share: float) -> list[Tensor]:
+    """For each tensor 1 where the score is among the largest of all, of which this share counts; else 0."""
+    together = torch.cat([score.flatten() for score in scores])
+    chosen = torch.zeros_like(together)
+    chosen[together.topk(round(share * len(together))).indices] = 1
+    parts = chosen.split([score.numel() for score in scores])
+    return [part.view_as(score) for part, score in zip(parts, scores, strict=True)]
+
+
+def _weights(model: nn.Module) -> Iterator[Tensor]:
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            yield layer.weight
+
+
+def _hold_zeros(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """No gradient, so no momentum either, where a weight was pruned; weight decay leaves 0 at 0."""
+    for weight, state in optimizer.state.items():
+        if "mask" in state and weight.grad is not None:
+            weight.grad.mul_(state["mask"])
