@@ -336,6 +336,23 @@ def low_rank_activations(
     return extra
 
 
+def whole_name(model: nn.Module, name: str) -> str:
+    """The full name of the one module whose name ends so, with `.input` if `name` has it.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
+    place = name.removesuffix(INPUT)
+    names = [other for other, _ in model.named_modules() if other]
+    if name in names:
+        return name
+    found = [place] if place in names else [other for other in names if other.endswith(f".{place}")]
+    if len(found) != 1:
+        which = f"several of {', '.join(found)}" if found else f"none of {', '.join(names)}"
+        raise ValueError(f"layers: {place!r} names {which}")
+    return found[0] + name.removeprefix(place)
+
+
 def remove(model: nn.Module) -> None:
     """Take the low-rank activations off a network; one without them stays as it is."""
     ours = _Tap, _Saved, _Loaded

@@ -17,6 +17,7 @@ from condlr.activations import (
     VirtualLayer,
     low_rank_activations,
     remove,
+    whole_name,
 )
 from condlr.penalties.base import Layer, Penalty
 
@@ -62,7 +63,7 @@ class LrLayer(Penalty):
 
     @override
     def named(self, model: nn.Module) -> list[Layer]:
-        names = (self._whole(name, model).removesuffix(INPUT) for name in self.layers)
+        names = (whole_name(model, name).removesuffix(INPUT) for name in self.layers)
         return [model.get_submodule(name) for name in names]  # type: ignore[misc]
 
     @override
@@ -71,7 +72,10 @@ class LrLayer(Penalty):
 
     @override
     def attach(self, model: nn.Module) -> None:
-        names = [self._whole(name, model) for name in self.layers]
+        try:
+            names = [whole_name(model, name) for name in self.layers]
+        except ValueError as error:
+            raise ValueError(f"penalty.{error}") from None
         if len({*names}) < len(names):
             raise ValueError(f"penalty.layers names an activation twice: {', '.join(names)}")
         self.detach(model)
@@ -121,15 +125,3 @@ class LrLayer(Penalty):
     def measured(self, model: nn.Module) -> float | None:
         last = None if self._extra is None else self._extra.last
         return last if last is None or self.over_layers == "sum" else last / len(self.layers)
-
-    def _whole(self, name: str, model: nn.Module) -> str:
-        """The name of the one module that ends so, with `.input` if that was asked for."""
-        place = name.removesuffix(INPUT)
-        names = [other for other, _ in model.named_modules() if other]
-        if name in names:
-            return name
-        found = [place] if place in names else [other for other in names if other.endswith(f".{place}")]
-        if len(found) != 1:
-            which = f"several of {', '.join(found)}" if found else f"none of {', '.join(names)}"
-            raise ValueError(f"penalty.layers: {place!r} names {which}")
-        return found[0] + name.removeprefix(place)

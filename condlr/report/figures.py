@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from condlr.report import accuracies, evolution, reconstruction, spectra, theorem, tradeoffs, verdicts
+from condlr.report import (
+    accuracies,
+    evolution,
+    reconstruction,
+    representations,
+    spectra,
+    theorem,
+    tradeoffs,
+    verdicts,
+)
 from condlr.report._style import Drawing
 from condlr.report.claims import by_title
 from condlr.report.results import read, read_if_there, require_evaluated
@@ -28,8 +37,8 @@ def drawings(study: Path, paper: Path, out: Path) -> Iterator[Drawing]:
     require_evaluated(cells)
     history = read(study, "history")
     # Read all tables before drawing: with a damaged table, no figure is drawn rather than some
-    names = ("steps", "spectra", "cost", "shift", "reconstruction")
-    steps, values, counted, shifted, pictures = (read_if_there(study, name) for name in names)
+    names = ("steps", "spectra", "cost", "shift", "reconstruction", "variance_ratio")
+    steps, values, counted, shifted, pictures, ratios = (read_if_there(study, name) for name in names)
     yield from verdicts.verdicts(by_title(cells, shifted), out)
     yield from accuracies.robustness(cells, history, paper, out)
     yield from accuracies.attacks(cells, out)
@@ -41,6 +50,8 @@ def drawings(study: Path, paper: Path, out: Path) -> Iterator[Drawing]:
         yield from spectra.spectra(cells, values, out)
     if pictures is not None:
         yield from reconstruction.reconstructions(cells, pictures, out)
+    if ratios is not None:
+        yield from representations.variance_ratios(cells, ratios, out)
     yield from tradeoffs.compression(cells, out)
     yield from tradeoffs.cost(cells, counted, out)
 

@@ -17,7 +17,16 @@ from matplotlib import pyplot as plt
 from condlr._support.errors import UserError
 from condlr.analysis.theory.flows import Settings
 from condlr.analysis.theory.theorem1 import errors
-from condlr.report import _style, accuracies, evolution, reconstruction, results, spectra, tradeoffs
+from condlr.report import (
+    _style,
+    accuracies,
+    evolution,
+    reconstruction,
+    representations,
+    results,
+    spectra,
+    tradeoffs,
+)
 from condlr.report.figures import drawings
 from tests.helpers import ROOT, complains
 from tests.report.study import PAPER, cells, draw_pictures_alone
@@ -261,6 +270,22 @@ def test_reconstructed_images_are_drawn_beside_their_own(tmp_path, drawn):
         "150 %",
         "Vanilla, 50\N{NO-BREAK SPACE}%",
     } <= words
+
+
+def test_variance_ratios_of_each_layer(tmp_path, drawn):
+    frame = study()
+    runs = frame.drop_duplicates("run_id")[["run_id", "row_id", "seed"]]
+    ratios = pd.concat(
+        runs.assign(layer=layer, centred=centred, images=9, index=index, ratio=(1 + runs["seed"]) * index / 10)
+        for layer in ("stage3", "fc.input") for centred in ("True", "False") for index in (1, 2, 3)
+    )  # fmt: skip
+    (made,) = representations.variance_ratios(frame, ratios, tmp_path)
+    assert made.png.name == "variance_ratio.png"
+    first, second = drawn[0].axes
+    assert [first.get_title(), second.get_title()] == ["stage3", "fc.input"]
+    solid = {line.get_color(): line.get_ydata() for line in lines(first, linestyle="-")}
+    np.testing.assert_allclose(solid[results.colour("vanilla")], 1.5 * np.arange(1, 4) / 10)
+    assert len(lines(first, linestyle=":")) == len(solid) == 3
 
 
 def grid(figure, lines):

@@ -1,0 +1,62 @@
+"""The activations of a trained network on many images."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from condlr.activations import INPUT, whole_name
+from condlr.analysis._layers import blank, first_inputs
+from condlr.data.base import Images
+from condlr.evaluation import evaluating
+from condlr.layers import LowRank
+
+# Images in one pass.
+_BATCH = 500
+
+
+def penultimate(model: nn.Module, shape: Sequence[int]) -> str:
+    """The name of the activations before the last linear layer: `fc.input`.
+
+    Raises:
+        ValueError: the network has no linear layer.
+    """
+    called = first_inputs(model, blank(model, shape), (nn.Linear, LowRank))
+    linear = [name for name, x in called.items() if x.ndim == 2]
+    if not linear:
+        raise ValueError("the network has no linear layer: name the modules in `layers`")
+    return f"{linear[-1]}{INPUT}"
+
+
+@torch.no_grad()
+def activations(model: nn.Module, images: Images, names: Sequence[str]) -> dict[str, Tensor]:
+    """(n, m) for each name: the module's output, or the input of `name.input`, flattened, on the CPU.
+
+    Raises:
+        ValueError: see `condlr.activations.whole_name`; or the activations are not a tensor.
+    """
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    hooks, modules = [], dict(model.named_modules())
+    for name in names:
+        whole = whole_name(model, name)
+        note = partial(_note, name, parts[name])
+        if whole in modules:
+            hooks.append(modules[whole].register_forward_hook(lambda *given, note=note: note(given[-1])))
+        else:
+            module = modules[whole.removesuffix(INPUT)]
+            hooks.append(module.register_forward_pre_hook(lambda *given, note=note: note(given[-1][0])))
+    try:
+        with evaluating(model):
+            for pixels, _ in images.batches(_BATCH):
+                model(pixels)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(found) for name, found in parts.items()}
+
+
+def _note(name: str, parts: list[Tensor], value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"layers: {name} is a {type(value).__name__}, not a tensor")
+    parts.append(value.flatten(1).float().cpu())

@@ -1,0 +1,152 @@
+"""Analyses of activations, beside their definitions on explicit matrices."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from condlr.analysis._activations import activations, penultimate
+from condlr.analysis.cushion import Cushion, frobenius
+from condlr.analysis.effective_rank import EffectiveRank, effective_rank, stable_rank
+from condlr.analysis.variance_ratio import VarianceRatio, variance_ratio
+from condlr.data.base import Data, Images
+from condlr.factorization import factorize
+from condlr.manifolds.convolution import _matrix, convolution
+from condlr.models._resnet import Basic, ResNet
+from condlr.models.lenet5 import LeNet5
+
+
+class Trained(SimpleNamespace):
+    @property
+    def test_images(self):
+        return len(self.data.test)
+
+
+def given(model, shape=(3, 6, 6), n=40):
+    torch.manual_seed(2)
+    pixels = torch.randint(0, 256, (n, *shape), dtype=torch.uint8)
+    images = Images(pixels, torch.zeros(n, dtype=torch.long))
+    return Trained(model=model.eval(), data=Data(images, images, 2))
+
+
+def small():
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 2)
+    )
+
+
+def test_activations_by_name():
+    net = small()
+    trained = given(net)
+    found = activations(net, trained.data.test, ["1", "3.input", "5.input", "4"])
+    x = trained.data.test.pixels.float() / 255
+    with torch.no_grad():
+        wanted = net[1](net[0](x)).flatten(1)
+        hidden = net[4](net[3](wanted))
+    for name, value in (("1", wanted), ("3.input", wanted), ("5.input", hidden), ("4", hidden)):
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    assert penultimate(net, (3, 6, 6)) == "5.input"
+    assert penultimate(LeNet5(), (1, 28, 28)) == "fc2.input"
+    assert penultimate(factorize(LeNet5(), 0.5), (1, 28, 28)) == "fc2.input"
+    with pytest.raises(ValueError, match="no linear layer"):
+        penultimate(nn.Sequential(nn.Conv2d(3, 3, 1)), (3, 6, 6))
+    with pytest.raises(ValueError, match="layers: '9' names none of 0, 1"):
+        activations(net, trained.data.test, ["9"])
+
+
+@pytest.mark.parametrize("shape", [(30, 5), (5, 30), (8, 8)])
+def test_the_variance_ratio_is_that_of_singular_values(shape):
+    A = torch.randn(*shape) * 2.0 ** -torch.arange(shape[1])
+    values = np.linalg.svd(A.double().numpy(), compute_uv=False) ** 2
+    np.testing.assert_allclose(variance_ratio(A), values.cumsum() / values.sum(), rtol=1e-9)
+
+
+def test_rows_of_variance_ratios():
+    trained = given(small())
+    rows = [*VarianceRatio(largest=3).rows(trained)]
+    assert [(row["layer"], row["centred"], row["index"]) for row in rows] == [
+        ("5.input", centred, index) for centred in (False, True) for index in (1, 2, 3)
+    ]
+    assert {row["images"] for row in rows} == {40}, "a small dataset has fewer"
+    A = activations(trained.model, trained.data.test, ["5.input"])["5.input"].double()
+    values = torch.linalg.svdvals(A - A.mean(0)).square()
+    assert float(rows[5]["ratio"]) == pytest.approx((values[:3].sum() / values.sum()).item(), rel=1e-5)
+    named = VarianceRatio(layers=["1"], largest=2)
+    assert {row["layer"] for row in named.rows(trained)} == {"1"}
+    assert named.lacks(rows, trained) and not VarianceRatio().lacks(rows, trained)
+    assert not named.lacks([{"layer": "1", "images": "40"}], trained)
+
+
+def test_ranks_of_known_spectra():
+    assert stable_rank(torch.tensor([2.0, 2.0, 2.0])) == pytest.approx(3)
+    assert effective_rank(torch.tensor([2.0, 2.0, 2.0])) == pytest.approx(3)
+    assert stable_rank(torch.tensor([1.0, 0.5])) == pytest.approx(1.25)
+    assert effective_rank(torch.tensor([3.0, 0.0, 0.0])) == pytest.approx(1)
+    p = np.array([0.5, 0.3, 0.2])
+    assert effective_rank(torch.tensor(p)) == pytest.approx(math.exp(-(p * np.log(p)).sum()))
+    assert stable_rank(torch.zeros(3)) == effective_rank(torch.zeros(3)) == 0
+    assert math.isnan(stable_rank(torch.tensor([math.nan, 1.0])))
+
+
+def test_ranks_of_weights_beside_those_of_outputs():
+    net = factorize(small(), ranks={"3": 2})
+    trained = given(net)
+    rows = {row["layer"]: row for row in EffectiveRank(images=30).rows(trained)}
+    assert [*rows] == ["0", "3", "5"]
+    assert rows["3"]["rank"] == 2 and rows["3"]["effective_weight"] <= 2 + 1e-9
+    assert rows["3"]["effective_outputs"] <= 2 + 1e-2, "no more directions than the layer has"
+    assert (rows["0"]["n"], rows["0"]["m"], rows["0"]["outputs"]) == (4, 27, 64)
+    A = activations(net, trained.data.test.take(slice(30)), ["0"])["0"].double()
+    spread = torch.linalg.svdvals(A - A.mean(0))
+    assert rows["0"]["stable_outputs"] == pytest.approx(stable_rank(spread), rel=1e-6)
+    assert rows["0"]["effective_outputs"] == pytest.approx(effective_rank(spread), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding", "dilation"), [(6, 1, 1, 1), (7, 2, 1, 1), (6, 1, 0, 2)]
+)
+def test_the_frobenius_norm_of_the_operator(size, stride, padding, dilation):
+    kernel = torch.randn(3, 2, 3, 3, dtype=torch.float64)
+    operator = convolution(kernel, size, stride, padding, dilation)
+    W = _matrix(operator.apply, operator.domain, kernel)
+    torch.testing.assert_close(frobenius(operator), torch.linalg.matrix_norm(W))
+
+
+def test_cushions_of_each_layer():
+    net = small()
+    trained = given(net)
+    rows = {row["layer"]: row for row in Cushion(images=20).rows(trained)}
+    assert [*rows] == ["0", "3", "5"]
+    x = activations(net, trained.data.test.take(slice(20)), ["3.input"])["3.input"].double()
+    W = net[3].weight.detach().double()
+    seen = (x @ W.mT).norm(dim=1) / x.norm(dim=1) / torch.linalg.matrix_norm(W)
+    assert rows["3"]["cushion"] == pytest.approx(seen.min().item(), rel=1e-6)
+    assert rows["3"]["noise"] == 64**-0.5
+    assert rows["3"]["ratio"] == pytest.approx(8 * seen.min().item(), rel=1e-6)
+    x = torch.randn(4000, 64, dtype=torch.float64)
+    noise = ((x @ W.mT).norm(dim=1).square().mean() / x.norm(dim=1).square().mean()).sqrt()
+    assert noise / torch.linalg.matrix_norm(W) == pytest.approx(rows["3"]["noise"], rel=0.05)
+
+
+def test_a_residual_network_has_rows_for_every_layer():
+    net = ResNet(Basic, (1, 1), (16, 16, 32))
+    trained = given(net, (3, 8, 8), 10)
+    names = [name for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    for analysis in (EffectiveRank(images=10), Cushion(images=10)):
+        assert {row["layer"] for row in analysis.rows(trained)} == {*names}
+
+
+def test_wrong_keys_are_named():
+    for made, key in (
+        (VarianceRatio, "images"),
+        (VarianceRatio, "largest"),
+        (EffectiveRank, "images"),
+        (Cushion, "images"),
+    ):
+        with pytest.raises(ValueError, match=f"{key} must be in"):
+            made(**{key: 0})
