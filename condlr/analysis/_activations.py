@@ -1,6 +1,6 @@
 """The activations of a trained network on many images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -30,8 +30,13 @@ def penultimate(model: nn.Module, shape: Sequence[int]) -> str:
 
 
 @torch.no_grad()
-def activations(model: nn.Module, images: Images, names: Sequence[str]) -> dict[str, Tensor]:
+def activations(model: nn.Module, images: Images | Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     """(n, m) for each name: the module's output, or the input of `name.input`, flattened, on the CPU.
+
+    Args:
+        model: any network; it is run in eval mode.
+        images: or float pixels, (n, ...).
+        names: see `condlr.activations.whole_name`.
 
     Raises:
         ValueError: see `condlr.activations.whole_name`; or the activations are not a tensor.
@@ -48,12 +53,17 @@ def activations(model: nn.Module, images: Images, names: Sequence[str]) -> dict[
             hooks.append(module.register_forward_pre_hook(lambda *given, note=note: note(given[-1][0])))
     try:
         with evaluating(model):
-            for pixels, _ in images.batches(_BATCH):
+            batches = images.split(_BATCH) if isinstance(images, Tensor) else _pixels(images)
+            for pixels in batches:
                 model(pixels)
     finally:
         for hook in hooks:
             hook.remove()
     return {name: torch.cat(found) for name, found in parts.items()}
+
+
+def _pixels(images: Images) -> Iterator[Tensor]:
+    return (pixels for pixels, _ in images.batches(_BATCH))
 
 
 def _note(name: str, parts: list[Tensor], value: object) -> None:

@@ -37,8 +37,13 @@ def drawings(study: Path, paper: Path, out: Path) -> Iterator[Drawing]:
     require_evaluated(cells)
     history = read(study, "history")
     # Read all tables before drawing: with a damaged table, no figure is drawn rather than some
-    names = ("steps", "spectra", "cost", "shift", "reconstruction", "variance_ratio")
-    steps, values, counted, shifted, pictures, ratios = (read_if_there(study, name) for name in names)
+    names = ("steps", "spectra", "cost", "shift", "reconstruction")
+    steps, values, counted, shifted, pictures = (read_if_there(study, name) for name in names)
+    of_activations = [
+        (draw, table)
+        for name, draw in representations.FIGURES.items()
+        if (table := read_if_there(study, name)) is not None
+    ]
     yield from verdicts.verdicts(by_title(cells, shifted), out)
     yield from accuracies.robustness(cells, history, paper, out)
     yield from accuracies.attacks(cells, out)
@@ -50,8 +55,8 @@ def drawings(study: Path, paper: Path, out: Path) -> Iterator[Drawing]:
         yield from spectra.spectra(cells, values, out)
     if pictures is not None:
         yield from reconstruction.reconstructions(cells, pictures, out)
-    if ratios is not None:
-        yield from representations.variance_ratios(cells, ratios, out)
+    for draw, table in of_activations:
+        yield from draw(cells, table, out)
     yield from tradeoffs.compression(cells, out)
     yield from tradeoffs.cost(cells, counted, out)
 

@@ -1,4 +1,4 @@
-"""The figure of variance ratios: how few directions hold a network's activations."""
+"""Figures of activations: their variance, what a few dimensions of them are worth, and how far they move."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +10,6 @@ from condlr.report import _style
 from condlr.report._style import Drawing, Drawn, Known
 from condlr.report.results import ROW, TRAINING, contexts, done_runs, setting, summarize
 
-_COLUMNS = ["row_id", "layer", "centred", "index", "ratio"]
-
 
 def variance_ratios(cells: pd.DataFrame, ratios: pd.DataFrame, out: Path) -> Iterator[Drawing]:
     """The share of the variance in the first r directions against r, a panel for each layer.
@@ -22,31 +20,85 @@ def variance_ratios(cells: pd.DataFrame, ratios: pd.DataFrame, out: Path) -> Ite
         cells, ratios: `cells` and `variance_ratio`, see `condlr.report.results.read`.
         out: where `variance_ratio.png` and `.pdf` go; a number follows the name for a second table.
     """
+    made = ratios.assign(
+        dotted=ratios["centred"].astype(str).ne("True"), x=ratios["index"], y=ratios["ratio"]
+    )
+    caption = "share of the squared singular values of the activations on test images that the r largest have"
+    axes = "directions r", "share of the variance"
+    yield from _figure(cells, made, out, "variance_ratio", caption, axes, "mean not taken off")
+
+
+def embeddings(cells: pd.DataFrame, scores: pd.DataFrame, out: Path) -> Iterator[Drawing]:
+    """The accuracy of linear classifiers on the first r principal components against r.
+
+    Solid: support vectors, dotted: logistic regression.
+
+    Args:
+        cells, scores: `cells` and `embeddings`, see `condlr.report.results.read`.
+        out: where `embeddings.png` and `.pdf` go; a number follows the name for a second table.
+    """
+    logistic = scores["classifier"].eq("logistic")
+    made = scores.assign(dotted=logistic, x=scores["dimensions"], y=scores["percent"] / 100)
+    caption = "test accuracy of linear classifiers on the first r principal components of the activations"
+    axes = "dimensions r", "accuracy"
+    yield from _figure(cells, made, out, "embeddings", caption, axes, "logistic regression")
+
+
+def stability(cells: pd.DataFrame, moved: pd.DataFrame, out: Path) -> Iterator[Drawing]:
+    """How far activations move against how far images are moved.
+
+    Solid: perturbations made on the network itself, dotted: on the dense network.
+
+    Args:
+        cells, moved: `cells` and `stability`, see `condlr.report.results.read`.
+        out: where `stability.png` and `.pdf` go; a number follows the name for a second table.
+    """
+    dense = moved["made_on"].eq("baseline")
+    # One abscissa for all seeds; the lengths differ by what clamping to [0, 1] takes
+    made = moved.assign(dotted=dense, x=moved["eps"].astype(float) ** 2, y=moved["change"])
+    caption = "how far perturbations of test images, of this length at most, move the activations"
+    axes = "‖δ‖² / ‖x‖²", "‖f(x+δ) − f(x)‖² / ‖f(x)‖²"
+    yield from _figure(cells, made, out, "stability", caption, axes, "made on the dense network", share=False)
+
+
+def _figure(
+    cells: pd.DataFrame,
+    made: pd.DataFrame,
+    out: Path,
+    name: str,
+    caption: str,
+    labels: tuple[str, str],
+    dotted: str,
+    share: bool = True,
+) -> Iterator[Drawing]:
+    """Lines of y against x for each row, solid or dotted, a panel for each layer."""
     rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
-    made = ratios.loc[ratios["run_id"].isin(done_runs(cells)), _COLUMNS]
-    made = made.assign(centred=made["centred"].astype(str).eq("True"))
-    merged = rows.merge(made, on="row_id")
+    shown = made.loc[made["run_id"].isin(done_runs(cells)), ["row_id", "layer", "dotted", "x", "y"]]
 
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         layers = [*frame["layer"].drop_duplicates()]
         styles = _style.styles(frame, by_compression=True)
-        figure, axes = _style.panels(len(layers), min(len(layers), 3), 2.4, sharey=True)
+        columns = min(len(layers), 3)
+        figure, axes = _style.panels(len(layers), columns, 2.4, sharey=True)
         for axis, layer in zip(axes, layers, strict=True):
             own = frame[frame["layer"].eq(layer)]
-            for (_, _, row_id, _, centred), row in own.groupby([*ROW, "centred"], sort=False):
-                mean = row.groupby("index")["ratio"].mean()
-                dotted = {} if centred else {"linestyle": ":", "linewidth": 0.9}
-                axis.plot(mean.index, mean, **styles[row_id] | dotted)
+            for (_, _, row_id, _, thin), row in own.groupby([*ROW, "dotted"], sort=False):
+                mean = row.groupby("x")["y"].mean()
+                looks = {"linestyle": ":", "linewidth": 0.9} if thin else {}
+                axis.plot(mean.index, mean, **styles[row_id] | looks)
             axis.set_title(layer)
-            _style.log_axis(axis.xaxis, own["index"])
-        _style.percent(axes[0].yaxis)
-        _style.outer(axes, min(len(layers), 3), "directions r", "share of the variance")
+            if share:
+                _style.log_axis(axis.xaxis, own["x"])
+        if share:
+            _style.percent(axes[0].yaxis)
+        _style.outer(axes, columns, *labels)
         handles = _style.legend(frame, styles, by_compression=True)
-        handles += [Line2D([], [], color="0.4", linestyle=":", linewidth=0.9, label="mean not taken off")]
-        caption = (
-            f"{setting(known)}: share of the squared singular values of the activations on test images that "
-            "the r largest have; means over seeds"
-        )
-        return Drawn(figure, caption, handles)
+        if frame["dotted"].any():
+            handles.append(Line2D([], [], color="0.4", linestyle=":", linewidth=0.9, label=dotted))
+        return Drawn(figure, f"{setting(known)}: {caption}; means over seeds", handles)
 
-    return _style.drawings(out, "variance_ratio", contexts(merged, TRAINING), draw)
+    return _style.drawings(out, name, contexts(rows.merge(shown, on="row_id"), TRAINING), draw)
+
+
+# By the analysis that has their numbers.
+FIGURES = {"variance_ratio": variance_ratios, "embeddings": embeddings, "stability": stability}

@@ -21,6 +21,9 @@ from condlr.suite.runs import Run, key_of
 
 log = logging.getLogger(__name__)
 
+# The names under which packages are installed, where they are others than those they are imported by.
+_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+
 
 def attack_once(here: Opened, again: bool = False) -> None:
     """Attack the run's network at the strengths without a row, or at all if `again`, and log the result."""
@@ -53,7 +56,8 @@ def require(here: Opened, analyses: Mapping[str, Analysis], shifts: Iterable[Shi
     for name, analysis in analyses.items():
         for package in analysis.packages:
             if find_spec(package) is None:
-                raise UserError(f"analysis={name} needs the package {package}: pip install {package}")
+                distribution = _DISTRIBUTIONS.get(package, package)
+                raise UserError(f"analysis={name} needs the package {package}: pip install {distribution}")
         try:
             analysis.require(here)
         except ValueError as error:

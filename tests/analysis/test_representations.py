@@ -11,6 +11,8 @@ from torch import nn
 from condlr.analysis._activations import activations, penultimate
 from condlr.analysis.cushion import Cushion, frobenius
 from condlr.analysis.effective_rank import EffectiveRank, effective_rank, stable_rank
+from condlr.analysis.embeddings import Embeddings, components
+from condlr.analysis.stability import Stability, relative
 from condlr.analysis.variance_ratio import VarianceRatio, variance_ratio
 from condlr.data.base import Data, Images
 from condlr.factorization import factorize
@@ -139,6 +141,64 @@ def test_a_residual_network_has_rows_for_every_layer():
     names = [name for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     for analysis in (EffectiveRank(images=10), Cushion(images=10)):
         assert {row["layer"] for row in analysis.rows(trained)} == {*names}
+
+
+def test_embeddings_of_separable_points():
+    """Two classes apart in one direction, which is the first component: one dimension is enough."""
+    pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    labels = torch.arange(60) % 2
+    pixels = torch.randint(0, 100, (60, 1, 3, 3), dtype=torch.uint8)
+    pixels[:, 0, 1, 1] = (150 + 100 * labels).to(torch.uint8)
+    images = Images(pixels, labels)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(9, 2)).eval()
+    trained = Trained(model=net, data=Data(images, images, 2))
+    rows = [*Embeddings(dimensions=[1, 4, 20], train_images=50).rows(trained)]
+    assert [(row["dimensions"], row["classifier"]) for row in rows] == [
+        (r, classifier) for r in (1, 4, 9) for classifier in ("svm", "logistic")
+    ], "all nine, and no more"
+    assert {row["percent"] for row in rows} == {100.0}
+    assert [row["compression"] for row in rows[::2]] == [9, 9 / 4, 1]
+    shuffled = Images(pixels, labels[torch.randperm(60)])
+    wrong = Trained(model=net, data=Data(images, shuffled, 2))
+    assert all(row["percent"] < 80 for row in Embeddings(dimensions=[1], train_images=50).rows(wrong))
+
+
+@pytest.mark.parametrize("shape", [(40, 6), (6, 40)])
+def test_components_are_those_of_the_training_points(shape):
+    torch.manual_seed(0)
+    A, B = (torch.randn(*shape, dtype=torch.float64) * 1.3 ** torch.arange(shape[1]) + 5 for _ in range(2))
+    learned, tested = components(A, B, [1, 3])
+    _, sigma, Vt = torch.linalg.svd(A - A.mean(0), full_matrices=False)
+    scale = sigma[0] / (len(A) - 1) ** 0.5
+    torch.testing.assert_close(learned.abs(), ((A - A.mean(0)) @ Vt[:3].mT).abs() / scale)
+    torch.testing.assert_close(tested.abs(), ((B - A.mean(0)) @ Vt[:3].mT).abs() / scale)
+
+
+def test_stability_in_the_white_box_and_transferred():
+    net, dense = small(), small()
+    for layer in (dense[0], dense[3], dense[5]):
+        nn.init.normal_(layer.weight, std=0.1)
+    seen = []
+    trained = given(net, n=12)
+    trained.dense, trained.on_progress = dense.eval(), lambda done, total: seen.append((done, total))
+    rows = [*Stability(layers=["1"], eps=[0.05, 0.2], steps=5).rows(trained)]
+    assert [(row["made_on"], row["eps"]) for row in rows] == [
+        ("itself", 0.05), ("itself", 0.2), ("baseline", 0.05), ("baseline", 0.2)
+    ]  # fmt: skip
+    for row in rows:
+        assert 0 < row["moved"] <= row["eps"] ** 2 * (1 + 1e-5)
+        assert row["change"] > 0
+    assert rows[1]["change"] > rows[0]["change"] and rows[3]["change"] > rows[2]["change"]
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    trained.dense = None
+    assert {row["made_on"] for row in Stability(eps=[0.1], steps=2).rows(trained)} == {"itself"}
+
+
+def test_the_change_of_activations():
+    before = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    assert relative(before, before) == 0
+    assert relative(before + torch.tensor([0.0, 1.0]), before) == pytest.approx((1 / 25 + 1) / 2)
 
 
 def test_wrong_keys_are_named():

@@ -153,9 +153,19 @@ def test_the_whole_way(script, tmp_path):
     with (run / "history.csv").open() as file:
         values = [row["penalty_value"] for row in csv.DictReader(file)]
     assert values[0] == "" and float(values[2]) < float(values[1])
-    status, out, err = script("evaluate", f"run={run}", "analysis=[conditioning,cost]")
+    asked = "analysis=[conditioning,cost,variance_ratio,effective_rank,cushion,embeddings,stability]"
+    small = [
+        "analysis.stability.steps=2",
+        "analysis.stability.images=50",
+        "analysis.embeddings.dimensions=[2]",
+    ]
+    status, out, err = script(
+        "evaluate", f"run={run}", asked, *small, "analysis.variance_ratio.layers=[conv2]"
+    )
     assert status == 0, out + err
-    for name in ("collect", "tables", "report"):
+    for name in ("collect", "tables", "figures", "report"):
         status, out, err = script(name, "study=default")
         assert status == 0, out + err
+    drawn = {path.stem for path in (tmp_path / "results" / "default").glob("*.png")}
+    assert {"variance_ratio", "embeddings", "stability"} <= drawn
     assert "CondLR τ=0.1 + LR" in (tmp_path / "results" / "default" / "report.md").read_text("utf-8")

@@ -276,8 +276,8 @@ def test_variance_ratios_of_each_layer(tmp_path, drawn):
     frame = study()
     runs = frame.drop_duplicates("run_id")[["run_id", "row_id", "seed"]]
     ratios = pd.concat(
-        runs.assign(layer=layer, centred=centred, images=9, index=index, ratio=(1 + runs["seed"]) * index / 10)
-        for layer in ("stage3", "fc.input") for centred in ("True", "False") for index in (1, 2, 3)
+        runs.assign(layer=layer, centred=centred, images=9, index=r, ratio=(1 + runs["seed"]) * r / 10)
+        for layer in ("stage3", "fc.input") for centred in ("True", "False") for r in (1, 2, 3)
     )  # fmt: skip
     (made,) = representations.variance_ratios(frame, ratios, tmp_path)
     assert made.png.name == "variance_ratio.png"
