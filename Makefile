@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STUDY ?= default
 
-.PHONY: help demo test test-fast test-chaos test-slurm test-ray test-wheel tables figures report status archive restore reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks frame-cifar10 benchmark clean
+.PHONY: help demo test test-fast test-chaos test-slurm test-ray test-wheel tables figures report status archive restore reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks frame-cifar10 lr-cifar10 benchmark clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -108,6 +108,19 @@ frame-cifar10: $(VENV)/.installed  ## Train nine rows on CIFAR-10, penalties of 
 	$(RUN) scripts/evaluate.py run='runs/frame_cifar10/*-s0-*' analysis=[reconstruction,guarantees]
 	$(RUN) scripts/evaluate.py run='runs/frame_cifar10/*-s0-*' attack.images=200 attack=autoattack attack.eps=[0.004]
 	$(MAKE) --no-print-directory tables figures report STUDY=frame_cifar10
+
+lr-cifar10: $(VENV)/.installed  ## Train eight rows on CIFAR-10, low-rank activations and their rivals, attack and analyse them (hours)
+	-$(RUN) scripts/train.py experiment=lr_cifar10 $(ARGS)
+	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' analysis=[conditioning,cost,variance_ratio,effective_rank,cushion,embeddings,stability] 'analysis.variance_ratio.layers=[stage3,fc.input]' 'analysis.embeddings.layers=[stage3,fc.input]' 'analysis.stability.layers=[stage3,fc.input]'
+	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' shift=corruptions shift.images=1000
+	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' $(HARD) attack=pgd attack.eps=[0.004]
+	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' $(HARD) attack=pgd attack.steps=20 attack.loss=ce attack.eps=[8/255,10/255,16/255,20/255]
+	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' $(HARD) attack=pgd attack.steps=7 attack.loss=ce attack.eps=[8/255,10/255,16/255,20/255]
+	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' attack=deepfool
+	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' $(HARD) attack=noise
+	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*-s0-*' attack.images=200 attack=autoattack attack.eps=[0.004]
+	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*-s0-*' $(HARD) analysis=audit
+	$(MAKE) --no-print-directory tables figures report STUDY=lr_cifar10
 
 benchmark: $(VENV)/.installed  ## Measure what a training step costs here, dense, low-rank and constrained
 	$(RUN) scripts/benchmark.py $(ARGS)
