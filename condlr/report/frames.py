@@ -128,7 +128,10 @@ def _of_simba(
             continue  # such strengths are in the notes
         counts = sorted({*part["directions"]})
         lines = []
-        for row_id, row in part.groupby("row_id", sort=False):
+        for row_id in frame["row_id"].unique():
+            row = part[part["row_id"].eq(row_id)]
+            if row.empty:
+                continue
             shares = {mine.directions: _share(mine.fooled, mine.right) for mine in row.itertuples()}
             lines.append(Row(_title(frame, str(row_id)), [Value(shares.get(d, "")) for d in counts]))
             if (penalty := penalties.get(str(row_id))) in published.index:

@@ -91,9 +91,8 @@ def _picture(axis: Axes, made: pd.Series) -> None:
     shape = [int(side) for side in made["shape"].split("x")]
     levels = np.frombuffer(base64.b64decode(made["pixels"]), np.uint8).reshape(shape)
     grey = shape[0] == 1
-    axis.imshow(
-        levels[0] if grey else levels.transpose(1, 2, 0), cmap="gray" if grey else None, vmin=0, vmax=255
-    )
+    picture, colours = (levels[0], "gray") if grey else (levels.transpose(1, 2, 0), None)
+    axis.imshow(picture, cmap=colours, vmin=0, vmax=255, interpolation="none")  # pixels stay pixels
     if made["layer"] != "input":
         error = 100 * made["error"]
         text = "< 0.01 %" if error < 0.01 else f"{error:.2g} %" if error < 10 else f"{error:.0f} %"

@@ -24,7 +24,11 @@ STUDIES = {
     "mnist_attacks": [["experiment=mnist_attacks", "seed=0,1"]],
     "reproduce_mnist": [["experiment=reproduce_mnist"], ["experiment=figure2"]],
     "frame_cifar10": [
-        ["experiment=frame_cifar10", "seed=0", "row=condlr-operator-tau0.1-c0.5,condlr-tau0.1-c0.5"],
+        [
+            "experiment=frame_cifar10",
+            "seed=0",
+            "row=baseline,so,ocnn,frame,condlr-operator-tau0.1-c0.5,condlr-tau0.1-c0.5",
+        ],
     ],
     "frame_weights": [
         ["experiment=frame_weights", "penalty=none"],
