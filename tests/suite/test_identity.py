@@ -36,6 +36,10 @@ STUDIES = {
             ["experiment=frame_weights", f"penalty={name}", "penalty.weight=1e-5,1e-4,1e-3,1e-2"]
             for name in ("ocnn", "frame", "so")
         ),
+        *(
+            ["experiment=frame_weights", f"penalty={name}", "penalty.weight=1e-3,1e-2,1e-1,1"]
+            for name in ("srip", "mhe")
+        ),
         ["experiment=frame_weights", "method=condlr", "penalty=none"],
         [
             "experiment=frame_weights",
