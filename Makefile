@@ -111,7 +111,7 @@ frame-cifar10: $(VENV)/.installed  ## Train nine rows on CIFAR-10, penalties of 
 
 lr-cifar10: $(VENV)/.installed  ## Train eight rows on CIFAR-10, low-rank activations and their rivals, attack and analyse them (hours)
 	-$(RUN) scripts/train.py experiment=lr_cifar10 $(ARGS)
-	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' analysis=[conditioning,cost,variance_ratio,effective_rank,cushion,embeddings,stability] 'analysis.variance_ratio.layers=[stage3,fc.input]' 'analysis.embeddings.layers=[stage3,fc.input]' 'analysis.stability.layers=[stage3,fc.input]'
+	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' analysis=[conditioning,cost,variance_ratio,effective_rank,cushion,embeddings,stability,scatter] 'analysis.variance_ratio.layers=[stage3,fc.input]' 'analysis.embeddings.layers=[stage3,fc.input]' 'analysis.stability.layers=[stage3,fc.input]'
 	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' shift=corruptions shift.images=1000
 	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' $(HARD) attack=pgd attack.eps=[0.004]
 	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' $(HARD) attack=pgd attack.steps=20 attack.loss=ce attack.eps=[8/255,10/255,16/255,20/255]

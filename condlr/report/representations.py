@@ -1,5 +1,6 @@
 """Figures of activations: their variance, what a few dimensions of them are worth, and how far they move."""
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,8 +8,8 @@ import pandas as pd
 from matplotlib.lines import Line2D
 
 from condlr.report import _style
-from condlr.report._style import Drawing, Drawn, Known
-from condlr.report.results import ROW, TRAINING, contexts, done_runs, setting, summarize
+from condlr.report._style import WIDTH, Drawing, Drawn, Known
+from condlr.report.results import ROW, TRAINING, contexts, done_runs, row_title, setting, summarize
 
 
 def variance_ratios(cells: pd.DataFrame, ratios: pd.DataFrame, out: Path) -> Iterator[Drawing]:
@@ -61,6 +62,40 @@ def stability(cells: pd.DataFrame, moved: pd.DataFrame, out: Path) -> Iterator[D
     yield from _figure(cells, made, out, "stability", caption, axes, "made on the dense network", share=False)
 
 
+def scatter(cells: pd.DataFrame, points: pd.DataFrame, out: Path) -> Iterator[Drawing]:
+    """Test images in the plane of their activations' first two principal components, a panel for each row.
+
+    A colour for each class; of several seeds or layers the first.
+
+    Args:
+        cells, points: `cells` and `scatter`, see `condlr.report.results.read`.
+        out: where `scatter.png` and `.pdf` go; a number follows the name for a second table.
+    """
+    rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
+    made = points.loc[points["run_id"].isin(done_runs(cells))]
+    for key in ("seed", "layer"):
+        made = made[made[key].eq(made.groupby("row_id")[key].transform("first"))]
+    wanted = ["row_id", "layer", "class_", "first", "second"]
+
+    def draw(known: Known, frame: pd.DataFrame) -> Drawn:
+        parts = [*frame.groupby(ROW, sort=False)]
+        columns = min(4, len(parts))
+        figure, axes = _style.panels(len(parts), columns, WIDTH / columns - 0.2)
+        for axis, ((label, compression, _, variant), row) in zip(axes, parts, strict=True):
+            looks = {"c": row["class_"], "cmap": "tab10" if row["class_"].max() < 10 else "tab20"}
+            axis.scatter(row["first"], row["second"], s=2, linewidths=0, rasterized=True, **looks)
+            title = "\n".join(textwrap.wrap(row_title(label, compression, variant), 28))
+            axis.set(title=title, xticks=[], yticks=[], aspect="equal")
+        images = frame.groupby("row_id").size().max()
+        caption = (
+            f"{setting(known)}: {images:,} test images in the plane of the first two principal components of "
+            f"their activations ({', '.join(frame['layer'].unique())}); a colour for each class"
+        )
+        return Drawn(figure, caption)
+
+    return _style.drawings(out, "scatter", contexts(rows.merge(made[wanted], on="row_id"), TRAINING), draw)
+
+
 def _figure(
     cells: pd.DataFrame,
     made: pd.DataFrame,
@@ -101,4 +136,9 @@ def _figure(
 
 
 # By the analysis that has their numbers.
-FIGURES = {"variance_ratio": variance_ratios, "embeddings": embeddings, "stability": stability}
+FIGURES = {
+    "variance_ratio": variance_ratios,
+    "embeddings": embeddings,
+    "stability": stability,
+    "scatter": scatter,
+}

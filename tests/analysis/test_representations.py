@@ -12,6 +12,7 @@ from condlr.analysis._activations import activations, penultimate
 from condlr.analysis.cushion import Cushion, frobenius
 from condlr.analysis.effective_rank import EffectiveRank, effective_rank, stable_rank
 from condlr.analysis.embeddings import Embeddings, components
+from condlr.analysis.scatter import Scatter
 from condlr.analysis.stability import Stability, relative
 from condlr.analysis.variance_ratio import VarianceRatio, variance_ratio
 from condlr.data.base import Data, Images
@@ -173,6 +174,18 @@ def test_components_are_those_of_the_training_points(shape):
     scale = sigma[0] / (len(A) - 1) ** 0.5
     torch.testing.assert_close(learned.abs(), ((A - A.mean(0)) @ Vt[:3].mT).abs() / scale)
     torch.testing.assert_close(tested.abs(), ((B - A.mean(0)) @ Vt[:3].mT).abs() / scale)
+
+
+def test_points_in_the_plane():
+    net = small()
+    trained = given(net)
+    rows = [*Scatter(images=30).rows(trained)]
+    assert [(row["layer"], row["image"]) for row in rows] == [("5.input", image) for image in range(30)]
+    A = activations(net, trained.data.test.take(slice(30)), ["5.input"])["5.input"].double()
+    U, sigma, _ = torch.linalg.svd(A - A.mean(0), full_matrices=False)
+    wanted = (U * sigma)[:, :2] / sigma[0] * 29**0.5
+    found = torch.tensor([[float(row["first"]), float(row["second"])] for row in rows], dtype=torch.float64)
+    torch.testing.assert_close(found.abs(), wanted.abs(), rtol=1e-3, atol=1e-3)
 
 
 def test_stability_in_the_white_box_and_transferred():

@@ -288,6 +288,22 @@ def test_variance_ratios_of_each_layer(tmp_path, drawn):
     assert len(lines(first, linestyle=":")) == len(solid) == 3
 
 
+def test_images_in_the_plane_of_each_row(tmp_path, drawn):
+    frame = study()
+    runs = frame.drop_duplicates("run_id")[["run_id", "row_id", "seed"]]
+    points = pd.concat(
+        runs.assign(layer=layer, image=image, images=3, class_=image % 2, first=image, second=runs["seed"])
+        for layer in ("fc.input", "stage3") for image in (0, 1, 2)
+    )  # fmt: skip
+    (made,) = representations.scatter(frame, points, tmp_path)
+    assert made.png.name == "scatter.png" and "(fc.input)" in made.caption and "3 test images" in made.caption
+    panels = [axes for axes in drawn[0].axes if axes.get_visible()]
+    assert len(panels) == 3
+    for axes in panels:
+        (dots,) = axes.collections
+        np.testing.assert_allclose(dots.get_offsets(), [[0, 0], [1, 0], [2, 0]], err_msg="of the first seed")
+
+
 def grid(figure, lines):
     axes = figure.axes
     across = len(axes) // lines
