@@ -28,6 +28,8 @@ SUBSPACES = (*WAYS, "pca")
 MATRIX_LIMIT = 2048
 # Steps between two truncations of W.
 PERIOD = 10
+# The largest norm of P and Q. At the minimum of L_c P Q^T is a projector, of norm 1.
+LONGEST = 2.0
 # Weight of the past in the running mean and covariance of `pca`.
 MEMORY = 0.99
 
@@ -52,7 +54,8 @@ class VirtualLayer(nn.Module):
     W is truncated to rank r.
 
     Two deviations from the paper. Beyond 2048 dimensions W is kept as P Q^T, P and Q of r columns, which need
-    no truncation. And W and b have an optimiser of their own, so that any training loop serves.
+    no truncation; their norms are held at 2 at most, which bounds their mutual growth. And W and b have an
+    optimiser of their own, so that any training loop serves.
 
     Without gradients, as in a validation, nothing is learned.
 
@@ -93,7 +96,15 @@ class VirtualLayer(nn.Module):
         return vars(self) | {"noted": None}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the buffers of another training, of whatever shape."""
+        """Take over the buffers of another training.
+
+        Raises:
+            ValueError: it has another subspace or rank.
+        """
+        if "b" in state and ("covariance" in state) != (self.subspace == "pca"):
+            raise ValueError(f"the saved low-rank activations have another subspace than {self.subspace}")
+        if "P" in state and state["P"].shape[1] != min(self.rank, len(state["P"])):
+            raise ValueError(f"the saved low-rank activations have the rank {state['P'].shape[1]}")
         for name in self._buffers:
             found = state.get(name)
             setattr(self, name, None if found is None else found.detach().clone())
@@ -110,8 +121,8 @@ class VirtualLayer(nn.Module):
             if self.b is None:
                 self._start(A)
             assert self.b is not None
-            if self.b.device != A.device:  # the state was loaded from elsewhere
-                self.to(A.device)
+            if (self.b.device, self.b.dtype) != (A.device, A.dtype):  # the network was moved, or loaded
+                self.to(A.device, A.dtype)
             if A.shape[1] != len(self.b):
                 raise ValueError(f"activations of {A.shape[1]} dimensions, after others of {len(self.b)}")
             learns = torch.is_grad_enabled()
@@ -138,6 +149,7 @@ class VirtualLayer(nn.Module):
         """The factors of W, from the left."""
         return [self.W] if self.W is not None else [self.P, self.Q.mT]  # type: ignore[list-item,union-attr]
 
+    @torch.inference_mode(False)
     def _start(self, A: Tensor) -> None:
         m = A.shape[1]
         if m > MATRIX_LIMIT and self.subspace == "pca":
@@ -169,10 +181,14 @@ class VirtualLayer(nn.Module):
                 "P": moved.mT @ seen, "Q": R.mT @ (moved @ self.P), "b": (seen @ self.P.mT - R).sum(0)
             }  # fmt: skip
         scale = 2 / len(moved) / (moved.square().sum() / len(moved)).clamp_min(1)
+        finite = scale.isfinite() & R.square().sum().isfinite()  # else the batch teaches nothing
         for name, gradient in gradients.items():
             speed = getattr(self, f"speed_{name}")
-            speed.mul_(self.momentum).add_(gradient * scale)
+            speed.mul_(self.momentum).add_(torch.where(finite, gradient * scale, 0))
             getattr(self, name).sub_(self.lr * speed)
+        for name in ("P", "Q"):
+            if (factor := getattr(self, name)) is not None:
+                _hold(factor, getattr(self, f"speed_{name}"))
         if self.W is not None and (self.taken + 1) % PERIOD == 0:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "truncation", self.taken))
             self.W.copy_(truncate(self.W, self.rank, self.subspace, generator))
@@ -183,10 +199,12 @@ class VirtualLayer(nn.Module):
         assert self.mean is not None and self.covariance is not None
         assert self.W is not None and self.b is not None
         share = 1.0 if self.taken == 0 else 1 - MEMORY
-        self.mean.lerp_(A.mean(0), share)
+        finite = A.square().sum().isfinite()  # else the batch teaches nothing
+        self.mean.copy_(torch.where(finite, self.mean.lerp(A.mean(0), share), self.mean))
         centred = A - self.mean
-        self.covariance.lerp_(centred.mT @ centred / len(A), share)
-        if self.taken % PERIOD == 0 and self.covariance.isfinite().all():
+        spread = self.covariance.lerp(centred.mT @ centred / len(A), share)
+        self.covariance.copy_(torch.where(finite, spread, self.covariance))
+        if self.taken % PERIOD == 0:
             leading = torch.linalg.eigh(self.covariance).eigenvectors[:, -self.rank :]
             self.W.copy_(leading @ leading.mT)
             self.b.copy_(-self.mean)
@@ -253,7 +271,7 @@ class _Tap:
         activations = (given[0] if given else None) if self.of_input else output
         if not isinstance(activations, Tensor):
             raise TypeError(f"{self.name} is a {type(activations).__name__}, not a tensor")
-        self.layer.noted = activations
+        self.layer.noted = activations.clone()  # what follows may change it in place
 
 
 class _Saved:
@@ -312,7 +330,7 @@ def low_rank_activations(
         >>> loss = net(torch.randn(5, 8)).square().mean() + extra()
     """
     if any(isinstance(hook, _Saved) for hook in model._state_dict_hooks.values()):
-        raise ValueError("the network has low-rank activations already: remove them first")
+        raise ValueError("the network has low-rank activations: condlr.activations.remove(model) first")
     if not ranks:
         raise ValueError("ranks is empty: name at least one module")
     modules = {name: module for name, module in model.named_modules() if name}
@@ -353,9 +371,9 @@ def whole_name(model: nn.Module, name: str) -> str:
     return found[0] + name.removeprefix(place)
 
 
-def remove(model: nn.Module) -> None:
-    """Take the low-rank activations off a network; one without them stays as it is."""
-    ours = _Tap, _Saved, _Loaded
+def remove(model: nn.Module) -> bool:
+    """Take the low-rank activations off a network, and say whether there were any."""
+    ours, found = (_Tap, _Saved, _Loaded), False
     for module in model.modules():
         for hooks in (
             module._forward_hooks, module._forward_pre_hooks,
@@ -364,6 +382,15 @@ def remove(model: nn.Module) -> None:
             for key, hook in [*hooks.items()]:
                 if isinstance(getattr(hook, "hook", hook), ours):  # PyTorch wraps some
                     del hooks[key]
+                    found = True
+    return found
+
+
+def _hold(factor: Tensor, speed: Tensor) -> None:
+    """Keep the norm of P or Q at 2 at most, and its momentum from growing there."""
+    norm = torch.linalg.eigvalsh(factor.mT @ factor)[-1].clamp_min(0).sqrt()
+    factor.mul_((LONGEST / norm).clamp_max(1))
+    speed.mul_(norm <= LONGEST)
 
 
 def _through(rows: Tensor, maps: list[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from condlr._support.errors import in_range, one_of
+from condlr.activations import remove
 from condlr.exporting import export
 from condlr.layers import LowRank, LowRankConv2d, LowRankLinear
 from condlr.ranks import RANK_RULES, rank_for
@@ -157,6 +158,9 @@ def factorize(
         dense: Any = model.get_submodule(name)
         made[dense] = _low_rank(name, dense, rank, core, init, decay)
     low, lost = replaced(model, made)
+    if remove(low):
+        text = "the low-rank activations are left out of the copy: add them after factorize"
+        warnings.warn(text, stacklevel=2)
     if lost:
         warnings.warn(f"not copied to the low-rank layers: {listed(lost)}", stacklevel=2)
     if chosen and left:

@@ -1,6 +1,7 @@
 """Virtual layers: their loss, the steps of their subspace, and that nothing of them is left."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -299,7 +300,7 @@ def test_wrong_use_is_said(digits):
         with pytest.raises(ValueError, match=message):
             low_rank_activations(network(), {"1": 2}, **keys)
     extra = low_rank_activations(net, {"1": 2})
-    with pytest.raises(ValueError, match="already: remove them first"):
+    with pytest.raises(ValueError, match="remove.model. first"):
         low_rank_activations(net, {"1": 2})
     with pytest.raises(RuntimeError, match="call the network in training mode"):
         extra()
@@ -324,6 +325,89 @@ def test_a_refused_request_leaves_no_hook():
     assert not any(module._forward_hooks for module in net.modules())
     low_rank_activations(net, {"1": 2})
     assert activations.PERIOD == 10
+
+
+def test_what_changes_activations_in_place_changes_no_note(digits):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 24), nn.BatchNorm1d(24), nn.ReLU(inplace=True), nn.Linear(24, 10))
+    extra = low_rank_activations(net, {"1": 3})
+    net(digits[0])
+    assert extra.layers[0].noted.min() < 0, "of the normalisation, not of ReLU"
+
+
+@pytest.mark.parametrize("m", [12, MATRIX_LIMIT + 52])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_small_batches_keep_the_subspace_finite(m, batch):
+    torch.manual_seed(0)
+    net, extra, _ = alone(m, torch.float32)
+    basis = torch.randn(12, m) / m**0.5
+    for _ in range(300):
+        net((torch.randn(batch, 12) @ basis) * 3 + 3 / m**0.5)
+        loss = extra()
+    assert loss.isfinite()
+    for name in ("P", "Q") if m > MATRIX_LIMIT else ():
+        assert torch.linalg.matrix_norm(state_of(net)[name], 2) <= 2.001
+
+
+@pytest.mark.parametrize("subspace", SUBSPACES)
+@pytest.mark.parametrize("m", [9, MATRIX_LIMIT + 1])
+def test_a_batch_that_is_not_finite_teaches_nothing(subspace, m):
+    if subspace == "pca" and m > MATRIX_LIMIT:
+        pytest.skip("pca has no such dimensions")
+    net, extra, a = alone(m, torch.float32, subspace=subspace)
+    for scale in (1.0, math.nan, math.inf, *[1.0] * 2 * PERIOD):
+        net(scale * a / m**0.5)
+        loss = extra()
+    assert loss.isfinite()
+    assert all(value.isfinite().all() for key, value in state_of(net).items() if key != "last")
+
+
+def test_a_network_that_is_moved_to_another_type_goes_on(digits):
+    net = network()
+    extra = low_rank_activations(net, {"1": 3})
+    trained(net, extra, digits, 2)
+    images, labels = digits
+    net.double()
+    out = net(images.double())
+    (F.cross_entropy(out, labels) + extra()).backward()
+    assert state_of(net)["W"].dtype == torch.float64
+
+
+def test_a_state_of_another_subspace_is_refused(digits):
+    saved = network()
+    trained(saved, low_rank_activations(saved, {"1": 3}), digits, 2)
+    other = network()
+    low_rank_activations(other, {"1": 3}, subspace="pca")
+    with pytest.raises(ValueError, match="another subspace than pca"):
+        other.load_state_dict(saved.state_dict())
+    wide, extra, _ = alone(MATRIX_LIMIT + 1, torch.float32)
+    wide(torch.randn(4, MATRIX_LIMIT + 1))
+    extra()
+    twin = nn.Sequential(nn.Identity())
+    low_rank_activations(twin, {"0": 2})
+    with pytest.raises(ValueError, match="have the rank 3"):
+        twin.load_state_dict(wide.state_dict())
+
+
+def test_inference_in_training_mode_spoils_nothing(digits):
+    net = network()
+    extra = low_rank_activations(net, {"1": 3})
+    with torch.inference_mode():
+        net(digits[0])
+        extra()
+    assert trained(net, extra, digits, 2)
+
+
+def test_factorize_says_that_they_are_left_out(digits):
+    net = network()
+    low_rank_activations(net, {"1": 3})
+    with pytest.warns(UserWarning, match="add them after factorize"):
+        low = condlr.factorize(net, ranks={"0": 5})
+    assert not any(key.startswith("low_rank") for key in low.state_dict())
+    extra = low_rank_activations(low, {"1": 3})
+    low(digits[0])
+    assert extra().isfinite()
+    assert remove(net) and not remove(net)
 
 
 def test_the_learning_rate_may_follow_a_schedule(digits):

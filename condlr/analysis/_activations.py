@@ -59,6 +59,8 @@ def activations(model: nn.Module, images: Images | Tensor, names: Sequence[str])
     finally:
         for hook in hooks:
             hook.remove()
+    if silent := [name for name, found in parts.items() if not found]:
+        raise ValueError(f"layers: the forward pass does not call {', '.join(silent)}")
     return {name: torch.cat(found) for name, found in parts.items()}
 
 
@@ -69,4 +71,5 @@ def _pixels(images: Images) -> Iterator[Tensor]:
 def _note(name: str, parts: list[Tensor], value: object) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"layers: {name} is a {type(value).__name__}, not a tensor")
-    parts.append(value.flatten(1).float().cpu())
+    # A copy: what follows may change the value in place
+    parts.append(value.detach().flatten(1).to("cpu", torch.float32, copy=True))

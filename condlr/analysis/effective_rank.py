@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from condlr._support.errors import in_range
 from condlr.analysis._activations import activations
+from condlr.analysis._layers import blank, first_inputs
 from condlr.analysis.base import Analysis, Trained
 from condlr.analysis.conditioning import spectra
 from condlr.analysis.variance_ratio import gram_spectrum
@@ -52,7 +53,11 @@ class EffectiveRank(Analysis):
     @override
     def rows(self, trained: Trained) -> Iterator[Mapping[str, Any]]:
         images = first(trained.data.test, min(self.images, trained.test_images))
+        kinds = (nn.Linear, nn.Conv2d, LowRank)
+        called = first_inputs(trained.model, blank(trained.model, trained.data.shape), kinds)
         for name, sigma in spectra(trained.model).items():
+            if name not in called:
+                continue
             layer = trained.model.get_submodule(name)
             shape = layer.shape if isinstance(layer, LowRank) else layer.weight.flatten(1).shape  # type: ignore[union-attr,operator]
             # Layer by layer, so that only one layer's outputs are held

@@ -31,7 +31,7 @@ def truncate(W: Tensor, rank: int, way: str = "svd", generator: torch.Generator 
       and projects W on their `rank` leading left singular vectors. The mean of the members is truncated.
 
     Args:
-        W: (n, m), of any floating type; computed in its type.
+        W: (n, m), computed in its type, of 16 bits in float32.
         rank: at least 1; at least min(n, m) returns W, as does a W that is not finite.
         way: see above.
         generator: of the random draws, on the CPU; None for PyTorch's own.
@@ -43,6 +43,8 @@ def truncate(W: Tensor, rank: int, way: str = "svd", generator: torch.Generator 
     in_range("rank", rank, 1, float("inf"))
     if rank >= min(W.shape) or not W.isfinite().all():
         return W.clone()
+    if W.dtype in (torch.float16, torch.bfloat16):
+        return truncate(W.float(), rank, way, generator).to(W.dtype)
     if way == "svd":
         return _nearest(W, rank)
     if way == "randomised":
@@ -64,7 +66,7 @@ def _by_range(W: Tensor, rank: int, generator: torch.Generator | None) -> Tensor
 
 
 def _by_columns(W: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
-    norms = W.square().sum(0).double().cpu()
+    norms = W.double().square().sum(0).cpu()
     shares = norms / norms.sum() if norms.sum() > 0 else torch.full_like(norms, 1 / len(norms))
     count = min(COLUMNS * rank, W.shape[1])
     members = []

@@ -1,6 +1,5 @@
 """Pruning before training by connection sensitivity (SNIP)."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -66,12 +65,17 @@ class Snip(Method):
         return super().step(model, optimizer, images, labels, added)
 
     def _sensitivities(self, model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
-        """|w dL/dw| of each weight; a copy is run, so that running statistics do not change."""
-        trial = copy.deepcopy(model)
-        weights = [*_weights(trial)]
-        loss, _ = self.loss(trial, images, labels)
-        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
-        return [(w.detach() * g).abs() for w, g in zip(weights, gradients, strict=True)]
+        """|w dL/dw| of each weight; running statistics stay as they are."""
+        # Not a copy of the network: the engine may have wrapped this one's forward pass, for bfloat16
+        weights, kept = [*_weights(model)], [buffer.clone() for buffer in model.buffers()]
+        loss, _ = self.loss(model, images, labels)
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        for buffer, value in zip(model.buffers(), kept, strict=True):
+            buffer.copy_(value)
+        return [
+            torch.zeros_like(w) if g is None else (w.detach() * g).abs()
+            for w, g in zip(weights, gradients, strict=True)
+        ]
 
     @override
     def audit(self, model: nn.Module) -> dict[str, float]:

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from condlr._support.errors import in_range
+from condlr._support.precision import strict
 from condlr.factorization import Scheme
 from condlr.methods.base import Method
 
@@ -23,7 +24,8 @@ class Srn(Method):
     r = max(1, c min(n, m)), see `StableRank`.
 
     Attributes:
-        c: 1 bounds nothing: then it is spectral normalisation.
+        c: 1 bounds nothing: then it is spectral normalisation. Where r is 1 the weight is a constant of rank
+            1, and is not trained.
     """
 
     title: ClassVar[str] = "SRN"
@@ -74,7 +76,8 @@ class StableRank(nn.Module):
     def __init__(self, weight: Tensor, c: float):
         super().__init__()
         W = weight.detach().flatten(1)
-        self.rank = max(1.0, c * min(W.shape))
+        # A single singular value has nothing beyond it, and c = 1 bounds nothing
+        self.rank = math.inf if c == 1 or min(W.shape) == 1 else max(1.0, c * min(W.shape))
         self.register_buffer("u", nn.functional.normalize(torch.randn(len(W)).to(W), dim=0))
         self.register_buffer("v", nn.functional.normalize(torch.randn(W.shape[1]).to(W), dim=0))
         for _ in range(15):
@@ -82,17 +85,27 @@ class StableRank(nn.Module):
 
     @torch.no_grad()
     def _power_step(self, W: Tensor) -> None:
-        self.v.copy_(nn.functional.normalize(W.mT @ self.u, dim=0))
-        self.u.copy_(nn.functional.normalize(W @ self.v, dim=0))
+        for vector, matrix, other in ((self.v, W.mT, self.u), (self.u, W, self.v)):
+            moved = matrix @ other
+            length = moved.norm()
+            vector.copy_(torch.where(length > 0, moved / length, vector))
 
     @override
     def forward(self, weight: Tensor) -> Tensor:
-        W = weight.flatten(1)
-        # Without gradients a weight is only looked at, and looking must not move it
-        if self.training and torch.is_grad_enabled():
-            self._power_step(W.detach())
-        u, v = self.u.clone(), self.v.clone()  # the next pass changes them before a backward pass may be done
-        pair = torch.outer(u, v)
-        rest = W / torch.dot(u, W @ v) - pair
-        shrink = (math.sqrt(self.rank - 1) / rest.norm().clamp_min(1e-12)).clamp_max(1)
-        return (pair + rest * shrink).view_as(weight)
+        with strict(weight.device):
+            W = weight.flatten(1)
+            # Without gradients a weight is only looked at, and looking must not move it
+            if self.training and torch.is_grad_enabled():
+                self._power_step(W.detach())
+            u, v = (
+                self.u.clone(),
+                self.v.clone(),
+            )  # the next pass moves them before a backward pass may be done
+            sigma = torch.dot(u, W @ v)
+            unit = W / torch.where(sigma == 0, 1, sigma)  # a weight of zeros stays one
+            if self.rank == math.inf:
+                return unit.view_as(weight)
+            pair = torch.outer(u, v) * (sigma != 0)
+            rest = unit - pair
+            shrink = (math.sqrt(self.rank - 1) / rest.norm().clamp_min(1e-12)).clamp_max(1)
+            return (pair + rest * shrink).view_as(weight)

@@ -289,7 +289,8 @@ def _withstood(frame: pd.DataFrame) -> pd.DataFrame:
     """The cells as shares of the images that are classified right without the attack, where that is known."""
     start = frame["row_id"].map(frame[frame["eps"].eq(0)].set_index("row_id")["accuracy"])
     shares = {name: frame[name] / start for name in ("accuracy", "std")}
-    return frame.assign(**shares, n=frame["n"] * start).loc[start.gt(0)]
+    right = (frame["n"] * start).round()
+    return frame.assign(**shares, n=right).loc[right.ge(1)]
 
 
 def _of_frames_attacked(robust: "_Rows", under: str) -> Iterator[Claim]:

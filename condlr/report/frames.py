@@ -159,12 +159,13 @@ def successes(cells: pd.DataFrame) -> pd.DataFrame:
     struck = simba[simba["eps"].gt(0)].merge(start, on=keys)
     names = struck["attack"].str.extract(r"simba-(?P<basis>.*)-(?P<directions>\d+)$")
     struck = struck.assign(
-        basis=names["basis"], directions=names["directions"].astype(int),
+        basis=names["basis"], n=struck["n"].astype(int), directions=names["directions"].astype(int),
         right=(struck["n"] * struck["start"]).round(),
         fooled=(struck["n"] * (struck["start"] - struck["accuracy"])).round(),
     )  # fmt: skip
     by = ["row_id", "basis", "eps", "n", "directions"]
-    return struck.groupby(by, sort=False)[["right", "fooled"]].sum().reset_index()
+    summed = struck.groupby(by, sort=False)[["right", "fooled"]].sum().reset_index()
+    return summed.loc[summed["right"].gt(0)]
 
 
 def wilson(hits: float, trials: float, z: float = 1.959964) -> tuple[float, float]:
@@ -229,10 +230,11 @@ def _share(fooled: float, right: float) -> str:
 
 def _gained(table: pd.DataFrame, row: str, start: str, column: str, std: str = "") -> str:
     """A value of the table and what it is above that of the row `start`; empty without a value."""
-    if column not in table or pd.isna(value := table.loc[row, column]):
+    if column not in table or row not in table.index or pd.isna(value := table.loc[row, column]):
         return ""
     text = accuracy(value, table.loc[row, std] if std else math.nan)
-    return text if row == start else f"{text} ({100 * (value - table.loc[start, column]):+.2f})"
+    above = table.loc[start, column] if start in table.index else math.nan
+    return text if row == start or pd.isna(above) else f"{text} ({100 * (value - above):+.2f})"
 
 
 def _clean(frame: pd.DataFrame) -> pd.DataFrame:

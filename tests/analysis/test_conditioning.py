@@ -675,6 +675,45 @@ def test_the_bound_of_a_sum_is_the_sum_of_the_bounds():
     assert twice.constant == 2
 
 
+class InPlace(nn.Module):
+    """Sums and activations that change what another operation takes."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.layer, self.how, self.relu = nn.Linear(3, 3), how, nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        z = self.layer(x)
+        if self.how == "add_":
+            z.add_(x)
+            return z.relu()
+        if self.how == "iadd":
+            kept = z
+            kept += x
+            return kept + z
+        return self.relu(z) + z if self.how == "module" else F.relu(z, inplace=True) + z
+
+
+@pytest.mark.parametrize("how", ["add_", "iadd", "module", "function"])
+def test_a_change_in_place_that_another_operation_sees_is_refused(how):
+    with pytest.raises(
+        ValueError, match="changes in place what another|is not the output|something else than its operations"
+    ):
+        lipschitz(InPlace(how), (3,))
+
+
+def test_a_change_in_place_that_none_sees_is_bounded():
+    model = Forward(lambda x, a, relu: relu(a(x)).add_(x), nn.Linear(3, 3), nn.ReLU(inplace=True)).double()
+    norm = torch.linalg.matrix_norm(model.layers[0].weight, 2).item()
+    assert lipschitz(model, (3,)).constant == pytest.approx(norm + 1)
+
+
+def test_a_sum_of_different_shapes_is_refused():
+    model = Forward(lambda x, pool: x + pool(x), nn.AdaptiveAvgPool2d(1))
+    with pytest.raises(ValueError, match="add: a sum of tensors of different shapes"):
+        lipschitz(model, (3, 4, 4))
+
+
 def test_lipschitz_refuses_what_it_cannot_bound():
     for layer, message in (
         (nn.Conv2d(2, 2, 3, groups=2), "0: a convolution with groups=2"),

@@ -214,6 +214,25 @@ def test_the_change_of_activations():
     assert relative(before + torch.tensor([0.0, 1.0]), before) == pytest.approx((1 / 25 + 1) / 2)
 
 
+def test_values_before_a_change_in_place_and_layers_that_nobody_calls():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    assert activations(net, torch.randn(50, 4), ["0"])["0"].min() < 0
+    net.spare = None
+
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare = nn.Linear(108, 2), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.used(x.flatten(1))
+
+    trained = given(Spare())
+    assert [row["layer"] for row in EffectiveRank(images=10).rows(trained)] == ["used"]
+    with pytest.raises(ValueError, match="the forward pass does not call spare"):
+        activations(trained.model, trained.data.test, ["spare"])
+
+
 def test_wrong_keys_are_named():
     for made, key in (
         (VarianceRatio, "images"),

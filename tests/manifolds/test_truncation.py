@@ -57,6 +57,16 @@ def test_repeated_and_tiny_singular_values(way):
     assert error(W, truncate(W, 3, way)) < 1.5 * best(W, 3)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_half_precision_and_huge_entries(way):
+    W = (torch.randn(20, 3) @ torch.randn(3, 30)).to(torch.bfloat16)
+    near = truncate(W, 3, way)
+    assert near.dtype == torch.bfloat16
+    torch.testing.assert_close(near.float(), W.float(), rtol=0.1, atol=0.1)
+    huge = torch.randn(20, 3) @ torch.randn(3, 30) * 1e18
+    torch.testing.assert_close(truncate(huge, 3, way) / 1e18, huge / 1e18, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("way", ["randomised", "nystrom"])
 def test_draws_are_those_of_the_generator(way):
     W = decaying((30, 30), 0.9)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from condlr._support.precision import training
 from condlr.factorization import Scheme
 from condlr.methods.snip import Snip, top_share
 from condlr.models._resnet import Basic, ResNet
@@ -84,6 +85,21 @@ def test_the_sensitivities_change_no_running_statistics():
     plain.step()
     for a, b in zip(net.state_dict().values(), twin.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_it_prunes_alike_in_bfloat16():
+    """Where the engine has put its own forward pass before the network's."""
+    masks = {}
+    for precision in ("float32", "bf16"):
+        method, net, optimizer = started(0.5)
+        images, labels = batch()
+        with training(net, precision, torch.device("cpu")):
+            method.step(net, optimizer, images, labels)
+        weights = [layer.weight for layer in net.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        masks[precision] = torch.cat([(weight != 0).flatten() for weight in weights])
+        assert all((weight != 0).any() for weight in weights)
+        assert {int(m.num_batches_tracked) for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {1}
+    assert (masks["float32"] == masks["bf16"]).double().mean() > 0.9
 
 
 def test_ties_and_the_whole():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from condlr._support.precision import training
 from condlr.factorization import Scheme
 from condlr.methods.srn import Srn, StableRank
 from condlr.models.lenet5 import LeNet5
@@ -70,6 +71,28 @@ def test_every_layer_of_a_network_and_its_copies():
                 rank = max(1, 0.5 * min(layer.weight.flatten(1).shape))
                 assert sigma.square().sum() / sigma[0] ** 2 <= rank * 1.05
     assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in LeNet5().parameters())
+
+
+def test_training_in_bfloat16_keeps_the_vectors_in_float32():
+    net = Srn().apply(LeNet5(), Scheme(None))
+    with training(net, "bf16", torch.device("cpu")):
+        net(torch.rand(4, 1, 28, 28)).sum().backward()
+    assert net.fc1.parametrizations.weight[0].u.dtype == torch.float32
+    assert net.fc1.parametrizations.weight.original.grad.isfinite().all()
+
+
+def test_a_single_row_and_a_weight_of_zeros():
+    row = torch.randn(1, 5, dtype=torch.float64, requires_grad=True)
+    layer = settled(row.detach(), 0.7)
+    torch.testing.assert_close(layer(row).abs(), (row / row.norm()).abs())
+    assert torch.autograd.grad(layer(row)[0, 0], row)[0].norm() > 0.01, "spectral normalisation trains it"
+    zeros = torch.zeros(6, 4)
+    layer = StableRank(zeros, 0.7).train()
+    assert torch.equal(layer(zeros), zeros)
+    W = torch.randn(6, 4)
+    for _ in range(200):
+        made = layer(W)
+    assert torch.linalg.matrix_norm(made, 2).item() == pytest.approx(1, rel=1e-3), "and it recovers"
 
 
 def test_no_wrong_c():

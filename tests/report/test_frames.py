@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from condlr.report import frames
+from condlr.report import claims, frames
 from tests.report.study import PAPER
 from tests.report.test_claims import study
 
@@ -92,6 +92,26 @@ def test_success_of_simba_by_directions():
     assert step.count(" % at ") == 2 and "50.0 [" in step and "at 4" in step and "52.08" in step
     assert "96 (none), 92 (ocnn, but for 92.06), 91 (frame, but for 80.20)" in doubts
     assert "0.7 to 1.8 standard errors" in doubts
+
+
+def test_tables_in_the_making():
+    """Runs that were not shifted, or attacked at no strength 0; networks that get nothing right."""
+    cells = made()
+    runs = cells.drop_duplicates("run_id")[["run_id", "row_id", "label", "compression", "seed"]]
+    shifted = runs[runs["label"].eq(FRAME)].assign(
+        shift="corruptions", name="jpeg", severity=1, n=1000, shift_seed=0, accuracy=0.5
+    )
+    _, sheet = frames.sheets(cells, shifted, PAPER)
+    assert texts(sheet)[0] == ("ours", "Baseline + frame weight=0.001", "97.00", "50.00")
+    (sheet,) = frames.sheets(cells[cells["eps"].gt(0)], None, PAPER)
+    assert {row[2] for row in texts(sheet) if row[0] == "ours"} == {""}
+    start = made(n=1000.0, attack="simba-dct-10", norm="step").query("eps == 0")
+    start.loc[start["label"].eq(OCNN), "accuracy"] = 0.0
+    struck = start.assign(eps=0.2, accuracy=start["accuracy"] / 2)
+    _, sheet = frames.sheets(pd.concat([cells, start, struck]), None, PAPER)
+    assert "1,000 images" in sheet.caption
+    assert "Baseline + OCNN" not in [row[1] for row in texts(sheet)]
+    assert claims.claims(pd.concat([cells, start, struck]))
 
 
 @pytest.mark.parametrize(("hits", "trials"), [(0, 10), (3, 10), (594, 1980), (20, 20)])

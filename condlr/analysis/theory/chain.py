@@ -188,8 +188,21 @@ def _operations(model: nn.Module, data: list[fx.Node]) -> list[Op]:
             first, wanted = node.args[0] if node.args else None, 2 if op.kind == "sum" else 1
             if not isinstance(first, fx.Node) or len(sources) != wanted:
                 raise ValueError(f"{op.name}: does not take just a tensor, as its first argument")
+            if _in_place(model, node) and sum(not _is_shape(user) for user in first.users) > 1:
+                raise ValueError(f"{op.name}: changes in place what another operation takes, too")
             found.append(replace(op, takes=tuple(sources)))
     return found
+
+
+def _in_place(model: nn.Module, node: fx.Node) -> bool:
+    """Whether an operation changes its first argument."""
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    if node.target in (operator.iadd, "add_"):
+        return True
+    _, names = _FUNCTIONS.get(node.target, (None, ()))
+    given = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
+    return bool(given.get("inplace"))
 
 
 class _Tracer(fx.Tracer):
