@@ -88,7 +88,7 @@ def test_every_method_takes_a_step(network, name):
         network.build((3, 8, 8), 4), Scheme(0.5 if method.compresses else None, classifier="dense")
     )
     if method.compresses:
-        assert "stage1.0.conv1" in low_rank_layers(model)
+        assert "stage1.0.conv1" in low_rank_layers(model) or name == "snip", "which prunes dense layers"
     optimizer = method.optimizer(model, 0.01, 0.3)
     before = [p.detach().clone() for p in model.parameters()]
     for _ in range(2):

@@ -135,7 +135,7 @@ def test_methods_that_look_at_the_device_are_not_recorded():
     capturable = {name for name, method in METHODS.items() if method.capturable}
     assert capturable == {
         "baseline", "vanilla", "gaussian", "alternating", "condlr", "cayley_sgd", "projected_sgd",
-        "svd_prune",
+        "snip", "srn", "svd_prune",
     }  # fmt: skip
     assert not CondLR(0.1, preconditioner="released_code").capturable
     assert CondLR(0.0, "one").capturable

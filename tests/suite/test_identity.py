@@ -29,6 +29,12 @@ STUDIES = {
             "seed=0",
             "row=baseline,so,ocnn,frame,condlr-operator-tau0.1-c0.5,condlr-tau0.1-c0.5",
         ],
+        [
+            "experiment=frame_cifar10",
+            "seed=0",
+            "row=condlr-operator-tau0.1-c0.5",
+            "penalty.weight=1e-2,1e-3",
+        ],
     ],
     "frame_weights": [
         ["experiment=frame_weights", "penalty=none"],

@@ -28,6 +28,7 @@ WANTED = {
 WHATEVER_THE_DATASET = {
     "fgm_l2_relative": RELATIVE, "pgd_l2_relative": RELATIVE,
     "noise": [0, 0.05, 0.1, 0.2, 0.4], "simba": [0, 0.2],
+    "deepfool": [0, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.2, 1],
 }  # fmt: skip
 
 
