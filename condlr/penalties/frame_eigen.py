@@ -49,7 +49,11 @@ class FrameEigen(Penalty):
         torus = self.size * stride[0], self.size * stride[1]
         blocks = transfer_matrices(K, torus, stride, dilation)
         tall = blocks.shape[-2] >= blocks.shape[-1]
-        values = torch.linalg.eigvalsh(blocks.mH @ blocks if tall else blocks @ blocks.mH)
+        gram = blocks.mH @ blocks if tall else blocks @ blocks.mH
+        try:
+            values = torch.linalg.eigvalsh(gram)
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+            return K.sum() * math.nan  # a training that diverges is told as such
         squares = (values - self.A).clamp_max(0).square() + (self.B - values).clamp_max(0).square()
         # The matrices of frequencies f and -f have the same eigenvalues, and one of them is there
         twice = torch.full((self.size // 2 + 1,), 2.0, dtype=values.dtype, device=values.device)

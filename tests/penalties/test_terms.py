@@ -256,3 +256,13 @@ def test_kinds_of_layers_and_means_over_them():
 def test_wrong_keys_are_named(kind, keys, message):
     with pytest.raises(ValueError, match=message):
         kind(**keys)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_weights_that_are_not_finite_have_no_finite_term(value):
+    """So that the engine says that the training diverged, instead of a library's error."""
+    made = nn.Conv2d(3, 4, 3)
+    nn.init.constant_(made.weight, value)
+    term = FrameEigen().term(made)
+    term.backward()
+    assert not term.isfinite()
