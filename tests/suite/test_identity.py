@@ -46,6 +46,12 @@ STUDIES = {
             ["experiment=frame_weights", f"penalty={name}", "penalty.weight=1e-3,1e-2,1e-1,1"]
             for name in ("srip", "mhe")
         ),
+        [
+            "experiment=frame_weights",
+            "penalty=frame_eigen",
+            "penalty.every=10",
+            "penalty.weight=1e-2,1e-1,1",
+        ],
         ["experiment=frame_weights", "method=condlr", "penalty=none"],
         [
             "experiment=frame_weights",
