@@ -140,11 +140,6 @@ class VirtualLayer(nn.Module):
                 self.steps += 1
             return losses
 
-    def projected(self, A: Tensor) -> Tensor:
-        """W^T (a + b) - b for each row of A (n, m): the point of the subspace that L_c compares a with."""
-        assert self.b is not None
-        return _through(A + self.b, self._maps()) - self.b
-
     def _maps(self) -> list[Tensor]:
         """The factors of W, from the left."""
         return [self.W] if self.W is not None else [self.P, self.Q.mT]  # type: ignore[list-item,union-attr]
@@ -214,7 +209,6 @@ class LowRankActivations(nn.Module):
     """The virtual layers of a network; a call is their loss, projection sum L_c + norm sum L_n.
 
     Attributes:
-        names: of the activations.
         layers: a `VirtualLayer` for each.
         projection, norm: the weights of the two losses; 1 in the paper.
     """
@@ -223,7 +217,6 @@ class LowRankActivations(nn.Module):
         super().__init__()
         in_range("projection", projection, 0, math.inf)
         in_range("norm", norm, 0, math.inf)
-        self.names = [*layers]
         self.layers = nn.ModuleList(layers.values())
         self.projection, self.norm = projection, norm
 

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from condlr.report import _style
 from condlr.report._style import WIDTH, Drawing, Drawn, Known
-from condlr.report.results import ROW, TRAINING, contexts, decay, done_runs, row_title, setting, summarize
+from condlr.report.results import ROW, decay, of_rows, row_title, setting
 
 _DASHES = ("-", (0, (5, 1.2)), (0, (2.5, 1)), (0, (5, 1, 1, 1)))
 _PREFIX = "cond_"
@@ -109,12 +109,11 @@ def operators(cells: pd.DataFrame, history: pd.DataFrame, out: Path) -> Iterator
     columns = [name for name in history if name.startswith(_OPERATOR)]
     if not columns:
         return iter(())
-    history = history.loc[history["run_id"].isin(done_runs(cells))].dropna(subset=columns, how="all")
+    history = history.dropna(subset=columns, how="all")
     recorded = pd.DataFrame({
-        "row_id": history["row_id"], "seed": history["seed"], "step": history["epoch"],
+        **history[["run_id", "row_id", "seed"]], "step": history["epoch"],
         "median": history[columns].median(axis=1), "max": history[columns].max(axis=1),
     })  # fmt: skip
-    rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
 
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         styles = _style.styles(frame, by_compression=True)
@@ -134,7 +133,9 @@ def operators(cells: pd.DataFrame, history: pd.DataFrame, out: Path) -> Iterator
         )
         return Drawn(figure, caption, _style.legend(frame, styles, by_compression=True))
 
-    return _style.drawings(out, "operators", contexts(rows.merge(recorded, on="row_id"), TRAINING), draw)
+    return _style.drawings(
+        out, "operators", of_rows(cells, recorded, ["seed", "step", "median", "max"]), draw
+    )
 
 
 def product(steps: pd.DataFrame) -> pd.Series:
@@ -144,11 +145,8 @@ def product(steps: pd.DataFrame) -> pd.Series:
 
 def _tables(cells: pd.DataFrame, steps: pd.DataFrame) -> Iterator[_style.Table]:
     """The steps of each table's rows, in the table's order; only layers that its network has."""
-    rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
-    steps = steps.loc[steps["run_id"].isin(done_runs(cells))]
-    recorded = steps[["row_id", "seed", "step", *(c for c in steps if c.startswith(("train_", _PREFIX)))]]
-    merged = rows.merge(recorded, on="row_id")
-    for known, frame in contexts(merged, TRAINING):
+    recorded = ["seed", "step", *(c for c in steps if c.startswith(("train_", _PREFIX)))]
+    for known, frame in of_rows(cells, steps, recorded):
         absent = [_PREFIX + layer for layer in _layers(frame) if frame[_PREFIX + layer].isna().all()]
         frame = frame.drop(columns=absent)
         if _layers(frame):

@@ -12,12 +12,12 @@ from matplotlib.axes import Axes
 
 from condlr.report import _style
 from condlr.report._style import WIDTH, Drawing, Drawn, Known
-from condlr.report.results import ROW, TRAINING, contexts, done_runs, row_title, setting, summarize
+from condlr.report.results import ROW, done_runs, of_rows, row_title, setting
 
 # Thumbnails in a line: more of them are too small to see.
 _ACROSS = 12
 _NAMES = 1.5  # inches for the names of rows
-_COLUMNS = ["row_id", "layer", "image", "iterations", "error", "shape", "pixels"]
+_COLUMNS = ["layer", "image", "iterations", "error", "shape", "pixels"]
 
 
 def reconstructions(cells: pd.DataFrame, pictures: pd.DataFrame, out: Path) -> Iterator[Drawing]:
@@ -30,7 +30,6 @@ def reconstructions(cells: pd.DataFrame, pictures: pd.DataFrame, out: Path) -> I
         cells, pictures: `cells` and `reconstruction`, see `condlr.report.results.read`.
         out: where `reconstruction.png` and `.pdf` go; a number follows the name for a second table.
     """
-    rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
     made = pictures.loc[pictures["run_id"].isin(done_runs(cells))].sort_values("iterations", ascending=False)
     made = made.drop_duplicates(["row_id", "seed", "layer", "image"])
     made = made[made["seed"].eq(made.groupby("row_id")["seed"].transform("min"))]
@@ -65,9 +64,7 @@ def reconstructions(cells: pd.DataFrame, pictures: pd.DataFrame, out: Path) -> I
         )
         return Drawn(figure, caption)
 
-    return _style.drawings(
-        out, "reconstruction", contexts(rows.merge(made[_COLUMNS], on="row_id"), TRAINING), draw
-    )
+    return _style.drawings(out, "reconstruction", of_rows(cells, made, _COLUMNS), draw)
 
 
 def _name(key: tuple) -> str:

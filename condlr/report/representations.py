@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from condlr.report import _style
 from condlr.report._style import WIDTH, Drawing, Drawn, Known
-from condlr.report.results import ROW, TRAINING, contexts, done_runs, row_title, setting, summarize
+from condlr.report.results import ROW, done_runs, of_rows, row_title, setting
 
 
 def variance_ratios(cells: pd.DataFrame, ratios: pd.DataFrame, out: Path) -> Iterator[Drawing]:
@@ -71,11 +71,10 @@ def scatter(cells: pd.DataFrame, points: pd.DataFrame, out: Path) -> Iterator[Dr
         cells, points: `cells` and `scatter`, see `condlr.report.results.read`.
         out: where `scatter.png` and `.pdf` go; a number follows the name for a second table.
     """
-    rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
     made = points.loc[points["run_id"].isin(done_runs(cells))]
     for key in ("seed", "layer"):
         made = made[made[key].eq(made.groupby("row_id")[key].transform("first"))]
-    wanted = ["row_id", "layer", "class_", "first", "second"]
+    shown = of_rows(cells, made, ["layer", "class_", "first", "second"])
 
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         parts = [*frame.groupby(ROW, sort=False)]
@@ -93,7 +92,7 @@ def scatter(cells: pd.DataFrame, points: pd.DataFrame, out: Path) -> Iterator[Dr
         )
         return Drawn(figure, caption)
 
-    return _style.drawings(out, "scatter", contexts(rows.merge(made[wanted], on="row_id"), TRAINING), draw)
+    return _style.drawings(out, "scatter", shown, draw)
 
 
 def _figure(
@@ -107,8 +106,6 @@ def _figure(
     share: bool = True,
 ) -> Iterator[Drawing]:
     """Lines of y against x for each row, solid or dotted, a panel for each layer."""
-    rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
-    shown = made.loc[made["run_id"].isin(done_runs(cells)), ["row_id", "layer", "dotted", "x", "y"]]
 
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         layers = [*frame["layer"].drop_duplicates()]
@@ -132,7 +129,7 @@ def _figure(
             handles.append(Line2D([], [], color="0.4", linestyle=":", linewidth=0.9, label=dotted))
         return Drawn(figure, f"{setting(known)}: {caption}; means over seeds", handles)
 
-    return _style.drawings(out, name, contexts(rows.merge(shown, on="row_id"), TRAINING), draw)
+    return _style.drawings(out, name, of_rows(cells, made, ["layer", "dotted", "x", "y"]), draw)
 
 
 # By the analysis that has their numbers.

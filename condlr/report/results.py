@@ -146,6 +146,15 @@ def contexts(
         yield dict(zip(names, values, strict=True)), part
 
 
+def of_rows(
+    cells: pd.DataFrame, table: pd.DataFrame, columns: Sequence[str]
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """For each setting, columns of another table for its done runs, beside what identifies their rows."""
+    rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
+    done = table.loc[table["run_id"].isin(done_runs(cells)), ["row_id", *columns]]
+    return contexts(rows.merge(done, on="row_id"), TRAINING)
+
+
 def require_evaluated(cells: pd.DataFrame) -> None:
     """Raise `UserError` with the states of the runs if tables have nothing to show."""
     if not _evaluated(cells).any():

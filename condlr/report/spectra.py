@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from condlr.report import _style
 from condlr.report._style import Drawing, Drawn, Known, Styles
-from condlr.report.results import ROW, TRAINING, contexts, done_runs, setting, summarize
+from condlr.report.results import ROW, of_rows, setting
 
 # Drawn above the end, which would hide it where training changed little
 _START = {"color": "0.25", "linestyle": (0, (1, 2)), "linewidth": 0.9, "zorder": 3}
@@ -26,9 +26,7 @@ def spectra(cells: pd.DataFrame, values: pd.DataFrame, out: Path) -> Iterator[Dr
         cells, values: `cells` and `spectra`, see `condlr.report.results.read`.
         out: where `spectra.png` and `.pdf` go; a number follows the name for a second table.
     """
-    rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
-    values = values.loc[values["run_id"].isin(done_runs(cells))]
-    merged = rows.merge(values[["row_id", "seed", "when", "layer", "index", "singular_value"]], on="row_id")
+    tables = of_rows(cells, values, ["seed", "when", "layer", "index", "singular_value"])
 
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         layers = [*frame["layer"].drop_duplicates()]
@@ -51,7 +49,7 @@ def spectra(cells: pd.DataFrame, values: pd.DataFrame, out: Path) -> Iterator[Dr
         handles = _style.legend(frame, styles, by_compression=len(parts) == 1)
         return Drawn(figure, caption, [*handles, Line2D([], [], label="at the start", **_START)])
 
-    return _style.drawings(out, "spectra", contexts(merged, TRAINING), draw)
+    return _style.drawings(out, "spectra", tables, draw)
 
 
 def _part(axes: list[Axes], frame: pd.DataFrame, layers: list[str], styles: Styles) -> None:
