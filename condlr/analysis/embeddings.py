@@ -15,7 +15,8 @@ from condlr.analysis._activations import activations, penultimate
 from condlr.analysis.base import Analysis, Trained
 from condlr.evaluation import first
 
-CLASSIFIERS = ("svm", "logistic")
+# The classifiers, and their titles
+CLASSIFIERS = {"svm": "support vectors", "logistic": "logistic regression"}
 # The compression of embeddings whose accuracy arXiv 1804.07090 tells.
 COMPRESSION = 400
 

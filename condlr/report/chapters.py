@@ -8,9 +8,20 @@ from urllib.parse import quote
 import pandas as pd
 
 from condlr._support.rooms import find
-from condlr.report import analysis, audit, comparisons, frames, glance, shifts, tables, theorem, verdicts
+from condlr.report import (
+    analysis,
+    audit,
+    comparisons,
+    frames,
+    glance,
+    lr_layers,
+    shifts,
+    tables,
+    theorem,
+    verdicts,
+)
 from condlr.report._style import Drawing
-from condlr.report.claims import RULE, Claim, by_title
+from condlr.report.claims import TABLES, by_title
 from condlr.report.content import (
     Block,
     Commands,
@@ -24,6 +35,7 @@ from condlr.report.content import (
     Section,
     Verdicts,
 )
+from condlr.report.evidence import RULE, Claim
 from condlr.report.figures import drawings
 from condlr.report.numbers import accuracy, shown
 from condlr.report.provenance import Provenance, of_flow, provenance
@@ -66,10 +78,11 @@ def document(study: Path, paper: Path, runs_dir: Path) -> Document:
         return Document(f"{study.name}: a matrix flow", [first, theorem.LEAD], sections)
     cells, history = read(study), read(study, "history")
     audits, shifted = (read_if_there(study, name) for name in ("audit", "shift"))
+    beside = {name: table for name in TABLES if (table := read_if_there(study, name)) is not None}
     analysed = [*analysis.found(study)]
     origin = provenance(cells, read_if_there(study, "runs"), study.name)
     evaluated = bool((cells["status"].eq("done") & cells["eps"].notna()).any())
-    found = by_title(cells, shifted) if evaluated else []
+    found = by_title(cells, beside) if evaluated else []
     drawn = [*drawings(study, paper, study)] if evaluated else []
     pictures, others = drawn[: len(found)], drawn[len(found) :]
     sections = {
@@ -173,6 +186,7 @@ def _accuracy(
 ) -> Iterator[Block]:
     yield from glance.glances(cells, shifted, {name: frame for name, _, frame in analysed})
     yield from (sheet.run for sheet in frames.sheets(cells, shifted, paper))
+    yield from lr_layers.sheets(cells, paper)
     made = list(tables.tables(cells, paper, audit.Marks(audits)))
     sheets = [*comparisons.by_protocol(made), *tables.table1(made, paper)]
     sheets += [table.sheet for table in made]

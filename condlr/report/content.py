@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from condlr.report._style import Drawing
-from condlr.report.claims import Claim, Comparison
+from condlr.report.evidence import Claim, Comparison
 from condlr.report.sheet import NONE, Sheet, anchor
 
 

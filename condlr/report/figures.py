@@ -16,7 +16,7 @@ from condlr.report import (
     verdicts,
 )
 from condlr.report._style import Drawing
-from condlr.report.claims import by_title
+from condlr.report.claims import TABLES, by_title
 from condlr.report.results import read, read_if_there, require_evaluated
 
 
@@ -37,14 +37,15 @@ def drawings(study: Path, paper: Path, out: Path) -> Iterator[Drawing]:
     require_evaluated(cells)
     history = read(study, "history")
     # Read all tables before drawing: with a damaged table, no figure is drawn rather than some
-    names = ("steps", "spectra", "cost", "shift", "reconstruction")
-    steps, values, counted, shifted, pictures = (read_if_there(study, name) for name in names)
+    names = ("steps", "spectra", "cost", "reconstruction")
+    steps, values, counted, pictures = (read_if_there(study, name) for name in names)
+    beside = {name: table for name in TABLES if (table := read_if_there(study, name)) is not None}
     of_activations = [
         (draw, table)
         for name, draw in representations.FIGURES.items()
         if (table := read_if_there(study, name)) is not None
     ]
-    yield from verdicts.verdicts(by_title(cells, shifted), out)
+    yield from verdicts.verdicts(by_title(cells, beside), out)
     yield from accuracies.robustness(cells, history, paper, out)
     yield from accuracies.attacks(cells, out)
     if steps is not None:

@@ -20,6 +20,9 @@ LEGEND = (
     "on periodic images; batch normalisation is not counted. Weights (in the exported network) and training "
     "FLOPs: the part of the dense network's."
 )
+_OUTPUTS = "rank of outputs"
+# Of a column that few studies have
+_RANKS = "Rank of outputs: the effective rank of a layer's outputs, median over the layers."
 
 
 def glances(
@@ -30,7 +33,8 @@ def glances(
     Args:
         cells: see `condlr.report.results.read`.
         shifted: the table `shift`, or None.
-        analysed: the tables of analyses that there are, by name; `conditioning` and `cost` are used.
+        analysed: the tables of analyses that there are, by name; `conditioning`,
+            `effective_rank` and `cost` are used.
     """
     runs = cells.drop_duplicates("run_id").set_index("run_id")["row_id"]
     for known, frame in contexts(summarize(cells), TRAINING):
@@ -49,7 +53,8 @@ def _sheet(known: Mapping[str, Any], frame: pd.DataFrame, measures: Sequence[tup
             Value(f"{100 * row.compression:g}"), *values,  # type: ignore[operator]
         ]))  # fmt: skip
     columns = [Column("requested"), *(replace(column, spare=i) for i, (column, _) in enumerate(measures))]
-    return Sheet(f"{setting(known)}: all measures", columns, [*groups.values()], [LEGEND])
+    legend = [LEGEND, *(_RANKS for column, _ in measures if column.name == _OUTPUTS)]
+    return Sheet(f"{setting(known)}: all measures", columns, [*groups.values()], legend)
 
 
 def _clean(frame: pd.DataFrame) -> Texts:
@@ -79,6 +84,10 @@ def _per_row(
         middle = layers[layers["kind"].eq("conv")].groupby("run_id")["cond_circular"].median()
         by_row = middle.groupby(runs.reindex(middle.index)).mean().dropna()
         yield Column("operator cond"), {str(row): condition(value) for row, value in by_row.items()}
+    if (ranks := analysed.get("effective_rank")) is not None:
+        middle = ranks.assign(median=ranks.groupby("run_id")["effective_outputs"].transform("median"))
+        effective = _by_row(middle, "median", runs)
+        yield Column(_OUTPUTS), {str(row): f"{value:.1f}" for row, value in effective.items()}
     if (cost := analysed.get("cost")) is not None:
         for name, column in (("weights", "deploy_weights_ratio"), ("training FLOPs", "train_flops_ratio")):
             yield Column(name), {str(row): shown(value) for row, value in _by_row(cost, column, runs).items()}

@@ -17,7 +17,6 @@ from PIL import Image
 from condlr._support.errors import UserError
 from condlr.report import report_markdown
 from condlr.report._style import Drawing
-from condlr.report.claims import VERDICTS, places
 from condlr.report.content import (
     Block,
     Document,
@@ -31,6 +30,7 @@ from condlr.report.content import (
     numeric,
     points,
 )
+from condlr.report.evidence import VERDICTS, places
 from condlr.report.html import framed, table
 from condlr.report.markdown import plain
 from condlr.report.sheet import Sheet

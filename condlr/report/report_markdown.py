@@ -6,7 +6,6 @@ from html import escape
 from urllib.parse import quote
 
 from condlr.report._style import Drawing
-from condlr.report.claims import places
 from condlr.report.content import (
     Block,
     Commands,
@@ -23,6 +22,7 @@ from condlr.report.content import (
     numeric,
     points,
 )
+from condlr.report.evidence import places
 from condlr.report.markdown import markdown, plain
 from condlr.report.results import pipe
 from condlr.report.sheet import Sheet

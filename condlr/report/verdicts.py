@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from condlr.report import _style
 from condlr.report._style import WIDTH, Drawing, Drawn, Known
-from condlr.report.claims import Claim, Comparison, Mean, places
+from condlr.report.evidence import Claim, Comparison, Mean, places
 from condlr.report.results import colour
 
 LEGEND = (

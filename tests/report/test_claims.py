@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from condlr.report import claims
+from condlr.report import claims, evidence
 
 
 def study(robust, clean=0.99, seeds=(0.001, -0.001), n=10_000, **changes):
@@ -124,7 +124,7 @@ def test_the_number_that_decides_is_of_the_weakest_comparison():
 def test_what_settings_share_is_said_once():
     cells = study({("baseline", 0.0): 0.93, ("condlr-tau0", 0.5): 0.96})
     made = claims.by_title(pd.concat([cells.assign(n=1000), cells]))
-    assert claims.places(made[1]) == (
+    assert evidence.places(made[1]) == (
         "LeNet5 on MNIST, protocol paper, 3 epochs, FGSM at ε=0.06", ["10,000 images", "1,000 images"]
     )  # fmt: skip
 
@@ -225,10 +225,65 @@ def test_frame_regularisation_under_shifts():
 
     graded = [sets("corruptions", "jpeg", 1, better * 0.2 + 0.7), sets("corruptions", "jpeg", 5, 0.3)]
     others = [sets("corruptions", name, float("nan"), better * value + 0.5) for name, value in ORIGINS]
-    found = claims.claims(cells, pd.concat([*graded, *others]))
+    found = claims.claims(cells, {"shift": pd.concat([*graded, *others])})
     named = {claim.where.split(", ")[-2]: claim for claim in found if "shift" in claim.title}
     assert {name: claim.verdict for name, claim in named.items()} == {
         "Corruptions": "supported", "Corruptions: near": "supported", "Corruptions: far": "not supported",
     }  # fmt: skip
     assert named["Corruptions"].comparisons[0].left.value == pytest.approx(0.6)
     assert not any("shift" in claim.title for claim in claims.claims(cells))
+
+
+ACTIVATIONS = {
+    ("baseline", 0.0): 0.50,
+    ("snip", 0.5): 0.40,
+    ("srn", 0.0): 0.55,
+    ("baseline+so", 0.0): 0.90,
+    ("baseline+lr_layer", 0.0): 0.70,
+    ("baseline+lr_layer-layers=stage3,fc.input", 0.0): 0.52,
+}
+
+
+def of_activations(cells, tables=None):
+    named = {claim.title: claim for claim in claims.claims(cells, tables) if "activations" in claim.title}
+    return {name: (claim.verdict, len(claim.comparisons)) for name, claim in named.items()}
+
+
+def test_low_rank_activations_against_the_dense_network_and_pruned_ones():
+    """Two rows, each against one without LR-layers, SNIP and SRN; soft orthogonality has no part in it."""
+    cells = study(ACTIVATIONS)
+    assert of_activations(cells) == {
+        "Low-rank activations cost no accuracy": ("supported", 2),
+        "More robust with low-rank activations": ("partly", 6),
+    }
+    noisy = of_activations(cells.assign(attack="noise", norm="std"))
+    assert noisy["More robust to noise with low-rank activations"] == ("supported", 2)
+    assert "More robust with low-rank activations" not in noisy
+    assert not of_activations(study({("baseline", 0.0): 0.5, ("srn", 0.0): 0.6}))
+
+
+def test_variance_and_embeddings_of_low_rank_activations():
+    cells = study(ACTIVATIONS)
+    runs = cells.drop_duplicates("run_id")
+    low = runs["label"].str.contains("lr_layer").to_numpy()
+
+    def table(**columns):
+        return runs[["run_id", "row_id", "seed"]].assign(layer="fc.input", **columns)
+
+    ratios = [
+        table(centred=centred, images=2000, index=index, ratio=ratio)
+        for centred, index, ratio in ((True, 10, 0.6 + 0.3 * low), (False, 10, 0.5), (True, 9, 0.4))
+    ]
+    scores = [
+        table(classifier=name, train_images=5000, dimensions=r, activations=2048, percent=p)
+        for name, r, p in (("svm", 5, 60 + 20 * low), ("logistic", 5, 80 - 20 * low), ("svm", 50, 90))
+    ]  # fmt: skip
+    tables = {"variance_ratio": pd.concat(ratios), "embeddings": pd.concat(scores)}
+    found = of_activations(cells, tables)
+    assert found["A few directions hold the variance of low-rank activations"] == ("supported", 6)
+    title = "A few dimensions of low-rank activations classify well"
+    by_classifier = [claim for claim in claims.claims(cells, tables) if claim.title == title]
+    assert {claim.where.split(", ")[-2]: claim.verdict for claim in by_classifier} == {
+        "support vectors": "supported", "logistic regression": "not supported",
+    }  # fmt: skip
+    assert all("5 of 2048 dimensions" in claim.where for claim in by_classifier)

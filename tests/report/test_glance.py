@@ -7,6 +7,9 @@ from condlr.report.glance import glances
 RUNS = [("baseline", 0.0, 0), ("baseline", 0.0, 1), ("condlr-tau0.1", 0.5, 0)]
 
 
+OUTPUTS = {"conv1": [8.0, 8.0, 4.0], "conv2": [10.0, 20.0, 5.0], "fc": [90.0, 90.0, 90.0]}
+
+
 def cells(*attacks):
     """Of each run at eps 0 and at these (attack, eps, n, accuracy)."""
     return pd.DataFrame(
@@ -46,14 +49,28 @@ def test_each_measure_of_each_row():
     )
     cost = table(deploy_weights_ratio=[1, 1, 0.45], train_flops_ratio=[1, 1, 0.5])
     shifted = pd.concat([shifted, origins])
-    (sheet,) = glances(attacked, shifted, {"conditioning": layers, "cost": cost})
+    ranks = pd.concat(table(layer=name, effective_outputs=values) for name, values in OUTPUTS.items())
+    analysed = {"conditioning": layers, "cost": cost, "effective_rank": ranks}
+    (sheet,) = glances(attacked, shifted, analysed)
+    assert any(note.startswith("Rank of outputs") for note in sheet.notes)
     names, rows = shown(sheet)
     assert names == [
         "requested", "clean", "FGSM ε=0.1", "noise ε=0.2", "Corruptions", "CINIC-10: imagenet",
-        "operator cond", "weights", "training FLOPs",
+        "operator cond", "rank of outputs", "weights", "training FLOPs",
     ]  # fmt: skip
-    assert rows["Baseline"] == ["0", "100.00", "81.00", "91.00", "75.00", "50.00", "4.50", "1", "1"]
-    assert rows["CondLR τ=0.1"] == ["50", "99.00", "80.00", "90.00", "50.00", "30.00", "6.00", "0.45", "0.5"]
+    assert rows["Baseline"] == ["0", "100.00", "81.00", "91.00", "75.00", "50.00", "4.50", "15.0", "1", "1"]
+    assert rows["CondLR τ=0.1"] == [
+        "50",
+        "99.00",
+        "80.00",
+        "90.00",
+        "50.00",
+        "30.00",
+        "6.00",
+        "5.0",
+        "0.45",
+        "0.5",
+    ]
 
 
 def test_what_a_row_does_not_have_is_empty_and_one_attack_alone_has_its_table():
