@@ -60,7 +60,9 @@ class DeepFool(Attack):
     def search(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The last point of each image, and (n,) whether its gradients were all 0 at the start."""
         found, total = images.clone(), torch.zeros_like(images)
-        order = _logits(model, images).scatter(1, labels[:, None], math.inf).argsort(1, descending=True)
+        if (logits := _logits(model, images)).shape[1] < 2:
+            raise ValueError("DeepFool goes to the nearest other class, and this network has one")
+        order = logits.scatter(1, labels[:, None], math.inf).argsort(1, descending=True)
         rivals = order[:, 1 : self.classes]
         stuck = torch.zeros_like(labels, dtype=torch.bool)
         for step in range(self.steps):

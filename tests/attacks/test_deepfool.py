@@ -102,3 +102,9 @@ def test_fewer_classes_and_steps_are_weaker_and_wrong_keys_named(network, test_i
     ):
         with pytest.raises(ValueError, match=message):
             DeepFool([1], **keys)
+
+
+def test_a_network_of_one_class_is_one_line():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 1))
+    with pytest.raises(ValueError, match="the nearest other class, and this network has one"):
+        [*DeepFool([1.0]).perturb(model, torch.rand(2, 3, 2, 2), torch.zeros(2, dtype=torch.long))]
