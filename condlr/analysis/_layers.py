@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from condlr._support.modes import in_eval_mode
-from condlr.layers import LowRankConv2d
+from condlr.convolutions import LowRankConv2d
 
 
 def blank(model: nn.Module, shape: Sequence[int]) -> Tensor:

@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from condlr.analysis._layers import compact_kernel, input_sizes, obstacle
 from condlr.analysis.base import Analysis, Trained
-from condlr.layers import LowRank, LowRankConv2d
+from condlr.convolutions import LowRankConv2d
+from condlr.layers import LowRank
 from condlr.manifolds.convolution import (
     DENSE_LIMIT,
     circular_singular_values,
@@ -79,7 +80,7 @@ def operator_conditions(model: nn.Module, shape: Sequence[int]) -> dict[str, flo
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Conv2d | LowRankConv2d) and name in sizes and not obstacle(layer)
     }
-    return {name: _spread(found) for name, found in values.items() if found is not None}
+    return {name: spread(found) for name, found in values.items() if found is not None}
 
 
 @torch.no_grad()
@@ -177,11 +178,11 @@ def _operator_columns(
     row: dict[str, float | None] = dict.fromkeys(_OPERATOR)
     stride, padding, dilation = layer.stride, layer.padding, layer.dilation
     if (values := _circular(layer, kernel, size)) is not None:
-        row["norm_circular"], row["cond_circular"] = values.max().item(), _spread(values)
+        row["norm_circular"], row["cond_circular"] = values.max().item(), spread(values)
     row["norm_padded"] = padded_norm(kernel, size, stride, padding, dilation)
     row["norm_bound"] = padded_bound(kernel, size, padding, stride, dilation)
     values = padded_singular_values(kernel, size, stride, padding, dilation, dense_limit)
-    row["cond_padded"] = None if values is None else _spread(values)
+    row["cond_padded"] = None if values is None else spread(values)
     return row
 
 
@@ -197,10 +198,10 @@ def _circular(layer: nn.Conv2d | LowRankConv2d, kernel: Tensor, size: tuple[int,
 def _condition(matrix: Tensor) -> float:
     if not torch.isfinite(matrix).all():
         return math.nan
-    return _spread(torch.linalg.svdvals(matrix.double()))
+    return spread(torch.linalg.svdvals(matrix.double()))
 
 
-def _spread(sigma: Tensor) -> float:
+def spread(sigma: Tensor) -> float:
     """The largest over the smallest value; infinite if the latter is 0 up to the rounding of an SVD.
 
     NaN for values that are not numbers.

@@ -15,8 +15,9 @@ from condlr.analysis._layers import blank, first_inputs
 from condlr.analysis.base import Analysis, Trained
 from condlr.analysis.conditioning import spectra
 from condlr.analysis.variance_ratio import gram_spectrum
+from condlr.convolutions import LowRankConv2d
 from condlr.evaluation import first
-from condlr.layers import LowRank, LowRankConv2d
+from condlr.layers import LowRank
 
 
 @dataclass

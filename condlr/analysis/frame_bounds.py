@@ -12,7 +12,7 @@ from typing_extensions import override
 from condlr._support.errors import in_range
 from condlr.analysis._layers import input_sizes, obstacle
 from condlr.analysis.base import Analysis, Trained
-from condlr.layers import LowRankConv2d
+from condlr.convolutions import LowRankConv2d
 from condlr.manifolds.convolution import DENSE_LIMIT, frame_bounds, padded_frame_bounds
 from condlr.manifolds.gram import smaller_side
 

@@ -16,8 +16,8 @@ from condlr.analysis.base import Analysis, Layout, Trained
 from condlr.analysis.recovery import LinearMap, layer_map, least_squares
 from condlr.analysis.theory.bounds import in_double
 from condlr.analysis.theory.chain import Op, operations
+from condlr.convolutions import LowRankConv2d
 from condlr.evaluation import first
-from condlr.layers import LowRankConv2d
 from condlr.models.base import Standardize
 
 

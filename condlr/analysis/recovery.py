@@ -12,8 +12,9 @@ from typing_extensions import override
 from condlr._support.errors import in_range
 from condlr.analysis._layers import first_inputs, obstacle
 from condlr.analysis.base import Analysis, Trained
+from condlr.convolutions import LowRankConv2d
 from condlr.evaluation import evaluating, first
-from condlr.layers import LowRank, LowRankConv2d
+from condlr.layers import LowRank
 from condlr.manifolds.convolution import Convolution, convolution
 
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from condlr.layers import LowRankConv2d
+from condlr.convolutions import LowRankConv2d
 from condlr.penalties.base import Layer
 
 

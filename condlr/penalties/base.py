@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from condlr._support.errors import in_range, one_of
 from condlr._support.precision import strict
-from condlr.layers import LowRank, LowRankConv2d
+from condlr.convolutions import LowRankConv2d
+from condlr.layers import LowRank
 
 Layer = nn.Linear | nn.Conv2d | LowRank
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr._support.errors import in_range, one_of
-from condlr.layers import LowRankConv2d
+from condlr.convolutions import LowRankConv2d
 from condlr.manifolds.gram import Gram, Side, gram, smaller_side
 from condlr.penalties._convolutions import steps
 from condlr.penalties.base import Layer, Penalty

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr._support.errors import in_range
-from condlr.layers import LowRankConv2d
+from condlr.convolutions import LowRankConv2d
 from condlr.manifolds.convolution import transfer_matrices
 from condlr.penalties._convolutions import steps
 from condlr.penalties.base import Layer, Penalty

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from condlr.layers import LowRankConv2d
+from condlr.convolutions import LowRankConv2d
 from condlr.manifolds.gram import gram
 from condlr.penalties._convolutions import steps
 from condlr.penalties.base import Layer, Penalty

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from condlr.convolutions import LowRankConv2d
 from condlr.factorization import low_rank_layers
-from condlr.layers import LowRank, LowRankConv2d
+from condlr.layers import LowRank
 from condlr.manifolds import spectrum
 from condlr.manifolds._lapack import svd
 

@@ -26,8 +26,9 @@ from condlr.analysis.theory.bounds import certified_radii, lipschitz, pointwise_
 from condlr.analysis.theory.chain import chain, operations, outputs
 from condlr.analysis.theory.local import local_condition, worst_condition
 from condlr.analysis.theory.proposition import proposition_1
+from condlr.convolutions import LowRankConv2d
 from condlr.data.base import Images
-from condlr.layers import LowRankConv2d, LowRankLinear
+from condlr.layers import LowRankLinear
 from condlr.manifolds import convolution as operators
 from condlr.manifolds.convolution import (
     circular_singular_values,

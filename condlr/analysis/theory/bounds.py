@@ -17,7 +17,8 @@ from condlr._support.errors import in_range, one_of
 from condlr._support.modes import in_eval_mode
 from condlr.analysis._layers import blank, compact_kernel, obstacle
 from condlr.analysis.theory.chain import Op, operations, outputs
-from condlr.layers import LowRank, LowRankConv2d
+from condlr.convolutions import LowRankConv2d
+from condlr.layers import LowRank
 from condlr.manifolds.convolution import padded_bound
 from condlr.models.base import Standardize
 

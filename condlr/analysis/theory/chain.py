@@ -21,7 +21,8 @@ from typing_extensions import override
 
 from condlr._support.modes import in_eval_mode
 from condlr.analysis.theory.activations import SIGMOID, SILU, SOFTPLUS, TANH, Activation, hardtanh, leaky_relu
-from condlr.layers import LowRank, LowRankConv2d, LowRankLinear
+from condlr.convolutions import LowRankConv2d
+from condlr.layers import LowRank, LowRankLinear
 from condlr.models.base import Standardize
 
 

@@ -22,7 +22,8 @@ from condlr.analysis._layers import blank, compact_kernel, obstacle
 from condlr.analysis.theory.activations import Activation
 from condlr.analysis.theory.bounds import gains
 from condlr.analysis.theory.chain import Op, chain
-from condlr.layers import LowRank, LowRankConv2d
+from condlr.convolutions import LowRankConv2d
+from condlr.layers import LowRank
 from condlr.manifolds.convolution import DENSE_LIMIT, padded_singular_values
 from condlr.models.base import Standardize
 
