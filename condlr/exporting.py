@@ -5,6 +5,7 @@ import random
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr._support.errors import one_of
+from condlr._support.inputs import call
 from condlr.activations import remove
-from condlr.layers import LowRank, LowRankConv2d
+from condlr.attention import PROJECTIONS, LowRankMultiheadAttention, dense
+from condlr.convolutions import CONVOLUTIONS, TRANSPOSED
+from condlr.layers import LowRank
 from condlr.reading import ATTRIBUTES, read_layers
 from condlr.replacement import listed, replaced
+from condlr.sites import matches
 
 EXPORTS = ("smallest", "dense", "factored")
 
@@ -26,7 +31,7 @@ def export(
     *,
     form: str = "smallest",
 ) -> nn.Module:
-    """A copy of `model` with `nn.Linear` and `nn.Conv2d` only, which computes the same function.
+    """A copy of `model` with PyTorch's own layers only, which computes the same function.
 
     The virtual layers of `condlr.low_rank_activations` are left out.
 
@@ -51,11 +56,52 @@ def export(
     forms = export_forms(model, form, () if example is not None else None)
     if example is not None:
         forms = export_forms(model, form, _read_by(model, forms, example))
-    plain, lost = replaced(model, {layer: _plain(layer, form) for layer, form in forms.items()})
+    plain, lost = replaced(model, _made(model, {layer: _plain(layer, form) for layer, form in forms.items()}))
     remove(plain)
     if lost:
         warnings.warn(f"not copied to the plain layers: {listed(lost)}", stacklevel=2)
     return plain
+
+
+def unfactorize(
+    model: nn.Module, include: Collection[str] | str = ("*",), *, inplace: bool = False
+) -> nn.Module:
+    """A copy of `model` whose low-rank layers are dense again, with the same function: W = U S V^T.
+
+    Unlike `export` it takes a part of the layers, and leaves low-rank activations on the network.
+
+    Args:
+        model: a network with low-rank layers.
+        include: names or patterns of layers, or of modules for all layers in them. An attention is one.
+        inplace: replace the layers in `model` itself, and return it.
+
+    Raises:
+        ValueError: no low-rank layer has such a name, or the network refers to a layer where copying does not
+            follow.
+        RuntimeError: something in the network cannot be copied.
+    """
+    patterns = [include] if isinstance(include, str) else include
+    named = {module: name for name, module in model.named_modules() if isinstance(module, LowRank)}
+    inside = {layer for attention in _attentions(model) for layer in attention.modules()}
+    chosen = {layer for layer, name in named.items() if layer not in inside and matches(name, patterns)}
+    attentions = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, LowRankMultiheadAttention) and matches(name, patterns)
+    ]
+    there = [name for layer, name in named.items() if layer not in inside]
+    there += [name for name, module in model.named_modules() if module in {*_attentions(model)}]
+    if unknown := [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in there)]:
+        known = listed(there, 12) or "none"
+        raise ValueError(f"no low-rank layer or attention is named {unknown[0]!r}; there are {known}")
+    made: dict[nn.Module, nn.Module] = {layer: _plain(layer, "dense") for layer in chosen}
+    for attention in attentions:
+        made[attention] = dense(attention)
+        made[attention.out_proj] = made[attention].out_proj  # type: ignore[assignment]
+    low, lost = replaced(model, made, inplace)
+    if lost:
+        warnings.warn(f"not copied to the plain layers: {listed(lost)}", stacklevel=2)
+    return low
 
 
 def export_forms(
@@ -68,7 +114,36 @@ def export_forms(
     layers = [layer for layer in model.modules() if isinstance(layer, LowRank)]
     if read is None:
         read = read_layers(model, layers) if form != "dense" else ()
+        if any(isinstance(layer, TRANSPOSED) for layer in layers) and _sized(model):
+            read = {*read, *(layer for layer in layers if isinstance(layer, TRANSPOSED))}
+    # nn.MultiheadAttention holds its projections as dense matrices
+    read = {*read, *(part for name in _attentions(model) for part in name.modules())}
     return {layer: _form(layer, form) if layer not in read else "dense" for layer in layers}
+
+
+def _sized(model: nn.Module) -> bool:
+    """Whether a method of the network names `output_size`, which a pair of layers does not take."""
+    kinds = {cls for module in model.modules() for cls in type(module).__mro__}
+    own = [cls for cls in kinds if not cls.__module__.startswith(("torch.nn.", "condlr.", "builtins"))]
+    for function in (value for cls in own for value in vars(cls).values()):
+        if isinstance(function, FunctionType):
+            code = function.__code__
+            if "output_size" in repr((code.co_names, code.co_consts, code.co_varnames)):
+                return True
+    return False
+
+
+def _attentions(model: nn.Module) -> list[LowRankMultiheadAttention]:
+    return [module for module in model.modules() if isinstance(module, LowRankMultiheadAttention)]
+
+
+def _made(model: nn.Module, layers: Mapping[LowRank, nn.Module]) -> dict[nn.Module, nn.Module]:
+    """The new layers of PyTorch by what they replace; projections are replaced with their attention."""
+    attentions = {module: dense(module) for module in _attentions(model)}
+    projections = {module.get_submodule(part) for module in attentions for part in PROJECTIONS}
+    others = {layer: new for layer, new in layers.items() if layer not in projections}
+    outputs = {module.out_proj: new.out_proj for module, new in attentions.items()}
+    return {**attentions, **outputs, **others}
 
 
 def _form(layer: LowRank, form: str) -> str:
@@ -82,6 +157,13 @@ def _probe(layer: LowRank, asked: set[nn.Module]) -> nn.Sequential:
     """The two thin layers. Reading an attribute returns the dense layer's, and adds `layer` to `asked`."""
 
     class Probe(nn.Sequential):
+        @override
+        def forward(self, x: Any, *sizes: Any, **named: Any) -> Any:
+            if not sizes and not named:
+                return super().forward(x)
+            asked.add(layer)  # an output size, which a pair of layers does not take
+            return _plain(layer, "dense")(x, *sizes, **named)
+
         @override
         def __getattr__(self, name: str) -> Any:
             if name not in ATTRIBUTES:
@@ -103,20 +185,15 @@ def _read_by(model: nn.Module, forms: Mapping[LowRank, str], example: Any) -> se
     """The layers of which `model` reads attributes when it is run on `example`."""
     asked: set[nn.Module] = set()
     thin = {layer for layer, form in forms.items() if form == "factored"}
-    made: dict[nn.Module, nn.Module] = {
-        layer: _probe(layer, asked) if layer in thin else _plain(layer, "dense") for layer in forms
-    }
-    trial, _ = replaced(model, made)
-    named, inputs = ({}, example) if isinstance(example, tuple | list) else ({}, (example,))
-    if isinstance(example, Mapping):
-        named, inputs = example, ()
+    made = {layer: _probe(layer, asked) if layer in thin else _plain(layer, "dense") for layer in forms}
+    trial, _ = replaced(model, _made(model, made))
     devices = {p.get_device() for p in model.parameters() if p.is_cuda}
     state = random.getstate()
     try:
         with torch.no_grad(), torch.random.fork_rng([*devices]):
-            trial.eval()(*copy.deepcopy(inputs), **copy.deepcopy(named))
+            call(trial.eval(), copy.deepcopy(example))
             with suppress(Exception):  # the network may support evaluation only
-                trial.train()(*copy.deepcopy(inputs), **copy.deepcopy(named))
+                call(trial.train(), copy.deepcopy(example))
     finally:
         random.setstate(state)
     return asked
@@ -131,15 +208,24 @@ def _plain(layer: LowRank, form: str) -> nn.Module:
     S = None if layer.S is None else layer.S.double()
     left = U if S is None else U @ S if S.ndim == 2 else U * S
     weights = [right, left] if form == "factored" else [left @ right]
-    if isinstance(layer, LowRankConv2d):
+    if isinstance(layer, CONVOLUTIONS):
         window: Any = layer.kernel_size, layer.stride, layer.padding, layer.dilation
-        kind["padding_mode"] = layer.padding_mode
+        make: Any = layer.dense
+        mode = {"padding_mode": layer.padding_mode, **kind}
         inner, outer = layer.in_channels, layer.out_channels
         if form == "factored":
-            first = nn.Conv2d(inner, r, *window, bias=False, **kind)
-            parts = [first, nn.Conv2d(r, outer, 1, bias=has_bias, device="meta", dtype=layer.U.dtype)]
+            parts = [make(inner, r, *window, bias=False, **mode), make(r, outer, 1, bias=has_bias, **kind)]
         else:
-            parts = [nn.Conv2d(inner, outer, *window, bias=has_bias, **kind)]
+            parts = [make(inner, outer, *window, bias=has_bias, **mode)]
+    elif isinstance(layer, TRANSPOSED):
+        window = layer.kernel_size, layer.stride, layer.padding, layer.output_padding, 1
+        make, inner, outer = layer.dense, layer.in_channels, layer.out_channels
+        if form == "factored":
+            mix = CONVOLUTIONS[TRANSPOSED.index(type(layer))].dense
+            last = make(r, outer, *window, has_bias, layer.dilation, **kind)
+            parts, weights = [mix(inner, r, 1, bias=False, **kind), last], [left.mT, right]
+        else:
+            parts = [make(inner, outer, *window, has_bias, layer.dilation, **kind)]
     elif form == "factored":
         parts = [nn.Linear(m, r, bias=False, **kind), nn.Linear(r, n, bias=has_bias, **kind)]
     else:

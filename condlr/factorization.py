@@ -3,9 +3,8 @@
 import math
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -13,18 +12,27 @@ from torch import Tensor, nn
 
 from condlr._support.errors import in_range, one_of
 from condlr.activations import remove
+from condlr.allocation import by_budget, by_energy, by_error, by_number, limit_of, squares
+from condlr.attention import PROJECTIONS, LowRankMultiheadAttention, linear
+from condlr.convolutions import CONVOLUTIONS
 from condlr.exporting import export
-from condlr.layers import LowRank, LowRankConv2d, LowRankLinear
+from condlr.layers import CORES, LowRank
+from condlr.manifolds.nearest import nearest
+from condlr.moments import moments, weighted
 from condlr.ranks import RANK_RULES, rank_for
 from condlr.replacement import listed, replaced
+from condlr.sites import Site, around, matches, sites
 from condlr.size import Size, measure, numel
 
 __all__ = ["Scheme", "Size", "export", "factorize", "low_rank_layers", "measure"]
 
 CLASSIFIERS = ("dense", "full_rank", "compressed")
 INITS = ("spectral", "released_code")
-# Weights of these types can be factored; all are factored in float64.
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# The rules that look at the values of the weights.
+_OF_VALUES = ("energy", "error", "budget")
+
+# A value for all layers, or by the names of layers, which may be shell patterns; the first match counts.
+ByLayer = float | Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -62,17 +70,12 @@ class Scheme:
 
     def ranks(self, model: nn.Module, exclude: Collection[str] = ()) -> dict[str, int]:
         """The rank of each layer of `model` to factor, by name."""
-        obstacles = _obstacles(model)
-        layers: dict[str, Any] = {
-            name: model.get_submodule(name) for name, reason in obstacles.items() if reason is None
-        }
-        linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
-        head = linear[-1] if linear and self.classifier != "compressed" else None
-        ranks = {}
-        for name, layer in layers.items():
-            if _excluded(name, exclude):
+        found, ranks = sites(model), {}
+        head = _head(found, self.classifier)
+        for name, site in found.items():
+            if site.obstacle or matches(name, exclude):
                 continue
-            n, m = layer.weight.flatten(1).shape
+            n, m = site.shape
             if name == head:
                 if self.classifier == "full_rank":
                     ranks[name] = min(n, m)
@@ -83,40 +86,72 @@ class Scheme:
 
 def factorize(
     model: nn.Module,
-    compression: float | None = None,
+    compression: ByLayer | None = None,
     *,
-    ranks: Mapping[str, int] | None = None,
+    ranks: ByLayer | None = None,
+    energy: ByLayer | None = None,
+    error: ByLayer | None = None,
+    budget: float | None = None,
+    include: Collection[str] | str = ("*",),
     exclude: Collection[str] | str = (),
+    data: Iterable[Any] | None = None,
     rank_rule: str = "params",
     classifier: str = "compressed",
     init: str = "spectral",
     decay: float | None = None,
     core: str = "full",
+    tolerance: float = 1e-5,
+    inplace: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> nn.Module:
-    """A copy of `model` whose `nn.Linear` and `nn.Conv2d` layers are low-rank.
+    """A copy of `model` whose linear layers, convolutions and attention projections are low-rank.
 
-    Layers are replaced wherever the network refers to them, also in its own lists, dictionaries and objects,
-    so a residual or branching network keeps its structure. Hooks and attributes of layers and parameters are
-    copied. A layer that cannot be factored stays dense, and a warning names it: a grouped convolution, a
-    subclass, a parametrised layer, one with its own `forward`, or one whose weight is shared, complex or
-    quantised. Layers of other kinds (1-d and transposed convolutions, recurrent layers, attention's own
-    weights) stay unchanged; a warning says so if they have most of the parameters.
+    Factored are `nn.Linear`, `nn.Conv1d` to `nn.Conv3d`, their transposed kinds, the projections of
+    `nn.MultiheadAttention` (named `attention.q_proj`, `.k_proj`, `.v_proj`, `.out_proj`), and the `Conv1D` of
+    transformers. Layers are replaced wherever the network refers to them, also in its own lists, dictionaries
+    and objects, so a residual or branching network keeps its structure. Hooks and attributes of layers and
+    parameters are copied. A layer that cannot be factored stays dense, and a warning names it: a grouped
+    convolution, a subclass, a parametrised layer, one with its own `forward`, an adapter of peft, or one
+    whose weight is shared, complex or quantised. Layers of other kinds (recurrent ones, embeddings) stay
+    unchanged; a warning says so if they have most of the parameters.
+
+    The rank of each layer comes from exactly one of `compression`, `ranks`, `energy`, `error` and `budget`.
+    The first four are one value for all layers, or values by name: `{"encoder.*": 0.5, "head": 0.2}`. A name
+    may be a shell pattern, or that of a module for all layers in it; the first that matches a layer counts,
+    and layers that match none stay dense.
 
     Args:
-        model: any network; it is not changed.
-        compression: the fraction of weights to remove from each layer, in [0, 1).
-        ranks: the rank of each layer by name, instead of `compression`; other layers stay dense.
-        exclude: names of layers to leave dense, or of modules to leave dense with all their layers, as shell
-            patterns (`"head"`, `"stem.*"`).
-        rank_rule: `params` or `released_code`, see `condlr.ranks.rank_for`.
+        model: any network; it is not changed, unless `inplace`.
+        compression: the fraction of weights to remove from a layer, in [0, 1).
+        ranks: a rank, 1, 2 ..., or a fraction of min(n, m), as a float in (0, 1]. A rank above min(n, m) is
+            min(n, m), but an error for a layer that is named exactly.
+        energy: the smallest rank that keeps this share of the sum of the squared singular values.
+        error: the smallest rank with at most this relative error ||W - U S V^T||_F / ||W||_F.
+        budget: the share of all parameters of the network that the low-rank network may have. The ranks keep
+            as much of each layer's energy as that allows, see `condlr.allocation.by_budget`.
+        include: names or patterns of the layers and modules to factor, with all their layers.
+        exclude: names or patterns of layers and modules to leave dense (`"head"`, `"stem.*"`).
+        data: a few batches of inputs, each a tensor, a tuple of positional arguments or a mapping of
+            keywords. The factors are then nearest in the outputs on these data instead of in the weights, and
+            energy, error and budget count the energy of the outputs. Not for transposed convolutions and the
+            last projection of an attention, which are truncated without data.
+        rank_rule: of `compression`: `params` or `released_code`, see `condlr.ranks.rank_for`.
         classifier: the last linear layer is `compressed` like any other, stays `dense`, or is factored at
             `full_rank`. A classifier of few classes loses accuracy at a small rank.
         init, decay: see `Scheme`.
         core: `full` makes layers U S V^T; `diagonal` U diag(s) V^T; `none` U V^T.
+        tolerance: how much larger than the smallest possible one the error of a layer may be, relative to it.
+            Of 1e-2 instead of 1e-5, large matrices (over 512 rows and columns) take half the time.
+        inplace: replace the layers in `model` itself and return it, without a copy; also for networks that
+            cannot be copied. Make the optimiser afterwards.
+        on_progress: called with the number of layers that are done and of all.
+
+    Returns:
+        The network. Each low-rank layer has its relative error in `dense_error`; `condlr.summary` lists them.
 
     Raises:
-        ValueError: a bad setting; a name in `ranks` or `exclude` that no layer has; a layer in `ranks` that
-            cannot be factored; or the network refers to a layer where copying does not follow (a closure, a
+        ValueError: a bad setting; a name that no layer has; a named layer that cannot be factored; a budget
+            that cannot be kept; or the network refers to a layer where copying does not follow (a closure, a
             weak reference), so that the copy would keep the dense one.
         RuntimeError: something in the network cannot be copied.
 
@@ -126,71 +161,78 @@ def factorize(
         >>> small[0].rank
         5
     """
-    exclude = [exclude] if isinstance(exclude, str) else exclude
-    if (compression is None) == (ranks is None):
-        raise ValueError("give either a compression or the ranks of the layers")
+    wishes = {"compression": compression, "ranks": ranks, "energy": energy, "error": error, "budget": budget}
+    given = {name: wish for name, wish in wishes.items() if wish is not None}
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of {', '.join(wishes)}; got {', '.join(given) or 'none'}")
+    ((rule, wish),) = given.items()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"factorize needs a network, an nn.Module; got {type(model).__name__}")
+    include, exclude = (
+        (names,) if isinstance(names, str) else tuple(default if names is None else names)
+        for names, default in ((include, ("*",)), (exclude, ()))
+    )
     one_of("init", init, INITS)
-    obstacles = _obstacles(model)
-    known = {n for name, _ in model.named_parameters(remove_duplicate=False) for n in _around(name)}
-    for pattern in (*exclude, *(ranks or ())):
-        if pattern not in obstacles and not (pattern in exclude and any(fnmatch(n, pattern) for n in known)):
-            raise ValueError(
-                f"no linear or convolution layer is named {pattern!r}; there are {sorted(obstacles)}"
-            )
-    chosen = ranks is None
-    if ranks is None:
-        ranks = Scheme(compression, rank_rule, classifier, init).ranks(model, exclude)
-    elif both := [name for name in ranks if _excluded(name, exclude)]:
-        raise ValueError(f"{', '.join(both)} has a rank and is excluded")
-    elif unfit := [name for name in ranks if obstacles[name]]:
-        raise ValueError(f"{unfit[0] or 'this layer'} cannot be factored: {obstacles[unfit[0]]}")
-    left = {name: reason for name, reason in obstacles.items() if reason and not _excluded(name, exclude)}
-    if not ranks:
-        kinds = _kinds(_shares(model, exclude, ()))
+    one_of("core", core, CORES)
+    in_range("tolerance", tolerance, 0, 1)
+    one_of("classifier", classifier, CLASSIFIERS)
+    found = sites(model)
+    _require_named(model, found, wish, include, exclude)
+    wanted = {name: s for name, s in found.items() if matches(name, include) and not matches(name, exclude)}
+    left = {
+        name.rpartition(".")[0] if site.projection else name: str(site.obstacle)
+        for name, site in wanted.items()
+        if site.obstacle
+    }
+    free = {name: site for name, site in wanted.items() if not site.obstacle}
+    if not free:
+        raise ValueError(_nothing(model, exclude, left) if include else "include names no layer")
+    chosen = [name for name in free if rule == "budget" or _of(wish, name) is not None]
+    if any(free[name].matrix.is_meta for name in chosen) and (data is not None or rule in _OF_VALUES):
         raise ValueError(
-            "this network has no linear or convolution layer that can be factored "
-            "and is neither excluded nor low-rank already"
-            + (f"; its parameters are in {kinds}" if kinds else "")
-            + (f"; {_reasons(left)}" if left else "")
+            f"{'data' if data is not None else rule} needs weights; on the meta device say ranks"
         )
-    made = {}
-    for name, rank in ranks.items():
-        dense: Any = model.get_submodule(name)
-        made[dense] = _low_rank(name, dense, rank, core, init, decay)
-    low, lost = replaced(model, made)
+    batches = moments(model, [free[name] for name in chosen], data) if data is not None else {}
+    scheme = Scheme(None, rank_rule, classifier, init, decay)
+    head = None if isinstance(wish, Mapping) else _head(found, classifier)
+    by_name = _ranks(model, {name: free[name] for name in chosen}, rule, wish, scheme, head, core, batches)
+    if not by_name:
+        there = ", ".join(sorted(free))
+        raise ValueError(f"{rule} names no layer that can be factored; there are {there}")
+    by_holder: dict[nn.Module, dict[str, LowRank]] = {}
+    for done, (name, rank) in enumerate(by_name.items()):
+        site = free[name]
+        layer = _low_rank(site, rank, core, scheme, tolerance, batches.get(name))
+        by_holder.setdefault(site.holder, {})[site.projection or ""] = layer
+        if on_progress is not None:
+            on_progress(done + 1, len(by_name))
+    made: dict[nn.Module, nn.Module] = {}
+    for holder, layers in by_holder.items():
+        if isinstance(holder, nn.MultiheadAttention):
+            parts = {part: layers.get(part) or linear(holder, part) for part in PROJECTIONS}
+            made |= {holder: LowRankMultiheadAttention(holder, parts), holder.out_proj: parts["out_proj"]}
+        else:
+            made[holder] = layers[""]
+    everywhere = not isinstance(wish, Mapping)
+    apart = [name for name in found if name not in wanted or (name in free and name not in by_name)]
+    shares = _shares(model, [*exclude, *apart], by_holder)
+    low, lost = replaced(model, made, inplace)
     if remove(low):
         text = "the low-rank activations are left out of the copy: add them after factorize"
         warnings.warn(text, stacklevel=2)
     if lost:
         warnings.warn(f"not copied to the low-rank layers: {listed(lost)}", stacklevel=2)
-    if chosen and left:
+    if not everywhere:
+        left = {name: reason for name, reason in left.items() if _of(wish, name) is not None}
+    if left:
         warnings.warn(f"left dense: {_reasons(left)}", stacklevel=2)
-    if chosen:
-        spared = [name for name, reason in obstacles.items() if reason is None and name not in ranks]
-        shares = _shares(model, [*exclude, *spared], ranks)
-        if shares[""] < 0.5:
-            warnings.warn(
-                f"only {100 * shares['']:.0f} % of the parameters that are not excluded are in layers that "
-                f"were factored; left unchanged: {_kinds(shares)}",
-                stacklevel=2,
-            )
+    if everywhere and shares[""] < 0.5:
+        warnings.warn(
+            f"only {100 * shares['']:.0f} % of the parameters that are not excluded are in layers that "
+            f"were factored; left unchanged: {_kinds(shares)}",
+            stacklevel=2,
+        )
     return low
-
-
-def _low_rank(
-    name: str, dense: nn.Linear | nn.Conv2d, rank: int, core: str, init: str, decay: float | None
-) -> LowRank:
-    if not dense.weight.is_meta and not dense.weight.isfinite().all():
-        raise ValueError(f"the weight of {name} is not finite: it has no singular values")
-    if isinstance(dense, nn.Conv2d):
-        layer: LowRank = LowRankConv2d.like(dense, rank, core, nearest=init != "released_code")
-        if init == "released_code":
-            _gaussian_spectrum(layer)
-    else:
-        layer = LowRankLinear.like(dense, rank, core)
-    if decay is not None:
-        _decaying_spectrum(name, layer, decay)
-    return layer
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRank]:
@@ -198,77 +240,148 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRank]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRank)}
 
 
-def _obstacles(model: nn.Module) -> dict[str, str | None]:
-    """The reason why each linear or convolution layer, or subclass, cannot be factored; None if it can."""
-    holders = Counter(
-        parameter
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
-    return {
-        name: _obstacle(layer, holders)
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-    }
+def _head(found: Mapping[str, Site], classifier: str) -> str | None:
+    """The last linear layer that can be factored, if it is treated in its own way."""
+    linear = [name for name, s in found.items() if isinstance(s.holder, nn.Linear) and not s.obstacle]
+    return linear[-1] if linear and classifier != "compressed" else None
 
 
-def _obstacle(layer: nn.Linear | nn.Conv2d, holders: Mapping[nn.Parameter, int]) -> str | None:
-    kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
-    if type(layer) is not kind:
-        return f"a {type(layer).__name__}, which may use its weight in its own way"
-    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
-        return f"groups={layer.groups}"
-    if own := [key for key in vars(layer) if callable(getattr(kind, key, None))]:
-        return f"its {own[0]} was replaced"
-    for name in ("weight", "bias"):
-        if name not in layer._parameters or layer._parameters["weight"] is None:
-            return f"its {name} is computed from other tensors"
-        parameter = layer._parameters[name]
-        if parameter is None:
-            continue
-        if type(parameter) is not nn.Parameter:
-            return f"its {name} is a {type(parameter).__name__}"
-        if parameter.dtype not in DTYPES:
-            return f"its {name} is {str(parameter.dtype).removeprefix('torch.')}"
-        if parameter.layout != torch.strided:
-            return f"its {name} is sparse"
-        if holders[parameter] > 1:
-            return f"its {name} is shared with another layer"
-    if isinstance(layer, nn.Conv2d):
-        shape = layer.out_channels, layer.in_channels, *layer.kernel_size
+def _require_named(
+    model: nn.Module,
+    found: Mapping[str, Site],
+    wish: ByLayer | None,
+    include: Collection[str],
+    exclude: Collection[str],
+) -> None:
+    """Raise `ValueError` for a name that nothing has, and for a named layer that cannot be factored."""
+    everything = {n for name, _ in model.named_parameters(remove_duplicate=False) for n in around(name)}
+    everything |= {n for name in found for n in around(name)}
+    named = [*wish] if isinstance(wish, Mapping) else []
+    for pattern in (*include, *exclude, *named):
+        known = everything if pattern in exclude else {n for name in found for n in around(name)}
+        if not any(matches(name, [pattern]) for name in known) and (pattern, len(found)) != ("*", 0):
+            raise ValueError(
+                f"no linear or convolution layer is named {pattern!r}; there are {listed(sorted(found), 12)}"
+            )
+    if both := [name for name in named if name in found and matches(name, exclude)]:
+        raise ValueError(f"{', '.join(both)} has a rank and is excluded")
+    if unfit := [name for name in named if name in found and found[name].obstacle]:
+        raise ValueError(f"{unfit[0] or 'this layer'} cannot be factored: {found[unfit[0]].obstacle}")
+
+
+def _of(wish: ByLayer, name: str) -> tuple[str, float] | None:
+    """The name or pattern that a layer gets its value from, and the value."""
+    if not isinstance(wish, Mapping):
+        return "", wish
+    return next(((key, value) for key, value in wish.items() if matches(name, [key])), None)
+
+
+def _ranks(
+    model: nn.Module,
+    chosen: Mapping[str, Site],
+    rule: str,
+    wish: Any,
+    scheme: Scheme,
+    head: str | None,
+    core: str,
+    batches: Mapping[str, Tensor],
+) -> dict[str, int]:
+    """The rank of each layer that is to be factored; `head` is treated as `scheme` says."""
+    shapes = {name: site.shape for name, site in chosen.items() if name != head}
+    if rule == "budget":
+        total = sum(map(numel, model.parameters()))
+        limit = limit_of(wish, total, sum(n * m for n, m in shapes.values()))
+        spectra = {name: _squares(chosen[name], batches) for name in shapes}
+        try:
+            found = by_budget(spectra, shapes, limit, core)
+        except ValueError as reason:
+            raise ValueError(f"budget={wish:g} cannot be kept: {reason}") from None
     else:
-        shape = layer.out_features, layer.in_features
-    if layer.weight.shape != shape or 0 in shape:
-        return f"its weight has the shape {tuple(layer.weight.shape)}, not {shape}"
-    return None
+        found = {name: _rank(chosen[name], rule, wish, scheme, batches) for name in shapes}
+    if head is not None and head in chosen and scheme.classifier == "full_rank":
+        found[head] = min(chosen[head].shape)
+    return {name: found[name] for name in chosen if name in found}
 
 
-def _excluded(name: str, patterns: Collection[str]) -> bool:
-    """Whether a pattern matches a layer or parameter, or a module that contains it."""
-    return any(fnmatch(n, pattern) for n in _around(name) for pattern in patterns)
+def _rank(site: Site, rule: str, wish: ByLayer, scheme: Scheme, batches: Mapping[str, Tensor]) -> int:
+    n, m = site.shape
+    pattern, value = _of(wish, site.name) or ("", 0.0)
+    if rule == "compression":
+        return rank_for(scheme.rank_rule, value, n, m)
+    if rule == "ranks":
+        rank = by_number(f"ranks[{pattern!r}]" if pattern else "ranks", value, n, m)
+        if pattern == site.name and isinstance(wish, Mapping) and value > rank:
+            where = site.name or "this layer"
+            raise ValueError(f"{where}: the rank of a {n} x {m} matrix is 1 to {min(n, m)}; got {value}")
+        return rank
+    spectrum = _squares(site, batches)
+    rank = (by_energy if rule == "energy" else by_error)(spectrum, value)
+    return min(rank, n, m)
 
 
-def _around(name: str) -> list[str]:
-    """The name, and the names of the modules that contain it, without the network itself."""
-    parts = name.split(".")
-    return [".".join(parts[: k + 1]) for k in range(len(parts))]
+def _squares(site: Site, batches: Mapping[str, Tensor]) -> Tensor:
+    """The squared singular values of a layer, or the energies of its outputs."""
+    if site.name in batches:
+        return torch.linalg.eigvalsh(batches[site.name]).flip(0).clamp_min(0)[: min(site.shape)]
+    _require_finite(site)
+    return squares(site.matrix)
 
 
-def _shares(model: nn.Module, exclude: Collection[str], factored: Collection[str]) -> dict[str, float]:
+@torch.no_grad()
+def _require_finite(site: Site) -> None:
+    if not site.matrix.is_meta and not site.matrix.isfinite().all():
+        raise ValueError(
+            f"the weight of {site.name or 'this layer'} is not finite: it has no singular values"
+        )
+
+
+def _low_rank(
+    site: Site, rank: int, core: str, scheme: Scheme, tolerance: float, moment: Tensor | None
+) -> LowRank:
+    _require_finite(site)
+    dense = linear(site.holder, site.projection) if site.projection else site.holder  # type: ignore[arg-type]
+    layer = site.kind.shaped_like(dense, rank, core)
+    if scheme.init == "released_code" and site.kind in CONVOLUTIONS:
+        _gaussian_spectrum(layer)
+    elif moment is not None:
+        layer.follow(weighted(site.matrix, moment, rank))
+    else:
+        layer.follow(nearest(site.matrix.detach(), rank, tolerance))
+    if site.projection in PROJECTIONS[:3]:
+        layer.register_parameter("bias", None)
+    if scheme.decay is not None:
+        _decaying_spectrum(site.name, layer, scheme.decay)
+    return layer
+
+
+def _nothing(model: nn.Module, exclude: Collection[str], left: Mapping[str, str]) -> str:
+    """What to say where nothing can be factored."""
+    kinds = _kinds(_shares(model, exclude))
+    return (
+        "this network has no linear or convolution layer that can be factored "
+        "and is neither excluded nor low-rank already"
+        + (f"; its parameters are in {kinds}" if kinds else "")
+        + (f"; {_reasons(left)}" if left else "")
+    )
+
+
+def _shares(
+    model: nn.Module, exclude: Collection[str], factored: Collection[nn.Module] = ()
+) -> dict[str, float]:
     """The share of the parameters that are not excluded in each kind of layer, the largest first.
 
     Layers that are `factored` or already low-rank come first, under the empty name.
     """
+    ours = {part for holder in factored for part in holder.modules()}
     counts: Counter[str] = Counter({"": 0})
     seen: set[nn.Parameter] = set()
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             path = f"{name}.{key}".lstrip(".")
-            if parameter is not None and parameter not in seen and not _excluded(path, exclude):
+            if parameter is not None and parameter not in seen and not matches(path, exclude):
                 seen.add(parameter)
-                ours = name in factored or isinstance(module, LowRank)
-                counts["" if ours else type(module).__name__] += numel(parameter)
+                low = module in ours or isinstance(module, LowRank)
+                counts["" if low else type(module).__name__] += numel(parameter)
     total = sum(counts.values()) or 1
     low_rank = counts.pop("")
     return {"": low_rank / total} | {kind: count / total for kind, count in counts.most_common() if count}

@@ -14,14 +14,16 @@ from typing import Any
 from torch import nn
 
 from condlr.replacement import reachable
+from condlr.sites import KINDS
 
-# The attributes of nn.Linear and nn.Conv2d that nn.Sequential does not have: `weight`, `stride` ...
+# The attributes of linear layers and convolutions that nn.Sequential does not have: `weight`, `stride` ...
 ATTRIBUTES = {
     name
-    for layer in (nn.Linear(1, 1, device="meta"), nn.Conv2d(1, 1, 1, device="meta"))
-    for name in set(dir(layer)) - set(dir(nn.Sequential()))
+    for kind in KINDS
+    for name in set(dir(kind(1, 1, *[1] * (kind is not nn.Linear), device="meta")))
+    - set(dir(nn.Sequential()))
 }
-_METHODS = {name for name in ATTRIBUTES if callable(getattr(nn.Conv2d, name, None))}
+_METHODS = {name for name in ATTRIBUTES if any(callable(getattr(kind, name, None)) for kind in KINDS)}
 _OF_CONTAINERS = (nn.Sequential.forward, nn.Module.forward)  # the latter of nn.ModuleList and nn.ModuleDict
 # Code that uses these may reach any layer.
 _ANY = {"modules", "named_modules", "children", "named_children", "_modules", "get_submodule", "getattr"}

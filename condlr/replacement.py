@@ -13,27 +13,36 @@ from torch import Tensor, nn
 
 # The parameters of a layer; new layers have their own. Everything else is copied to them.
 _OWN = {"weight", "bias", "U", "S", "V", "Vt"}
+# Those of an attention, which are parameters and projections.
+_OWN |= {f"{part}_proj_weight" for part in "qkv"} | {"in_proj_weight", "in_proj_bias", "bias_k", "bias_v"}
+_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "out_proj"}
 _MODULE = vars(nn.Module()).keys()
 
 
-def replaced(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> tuple[nn.Module, list[str]]:
-    """A copy of `model` that has `made[layer]` wherever `model` has `layer`.
+def replaced(
+    model: nn.Module, made: Mapping[nn.Module, nn.Module], inplace: bool = False
+) -> tuple[nn.Module, list[str]]:
+    """A copy of `model`, or `model` itself, that has `made[layer]` wherever `model` has `layer`.
 
     `copy.deepcopy` gets the new layers as the copies of the old ones. So they also appear in the network's
     own lists, dictionaries, objects and bound methods. Weights of old layers are never copied. Hooks and
     attributes, also of parameters, are copied.
 
     Args:
-        model: any network; it is not changed.
+        model: any network; it is not changed, unless `inplace`.
         made: new layers, without hooks and attributes of their own.
+        inplace: put the new layers into `model` instead of a copy of it.
 
     Returns:
-        The copy, and the names of attributes and hooks that could not be copied.
+        The network, and the names of attributes and hooks that could not be copied.
 
     Raises:
-        ValueError: something would still use an old layer: a closure, a weak reference.
+        ValueError: something would still use an old layer: a closure, a weak reference; in place also a list
+            or an object of the network.
         RuntimeError: something cannot be copied.
     """
+    if inplace:
+        return model, _replace(model, made)
     memo: dict[int, Any] = {id(old): new for old, new in made.items()}
     for old, new in made.items():
         # A weight maps to itself. If something else holds it without its layer, _refuse_old raises.
@@ -42,20 +51,54 @@ def replaced(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> tuple[nn.
         if isinstance(thing, MethodType) and isinstance(thing.__self__, nn.Module) and thing.__self__ in made:
             memo[id(thing)] = getattr(made[thing.__self__], thing.__name__, thing)
     copied = _copy(model, memo)
-    known: dict[int, object] = {id(module): module for module in model.modules()}
-    lost = [
-        f"{name}.{key}".lstrip(".")
-        for name, old in model.named_modules()
-        if old in made
-        for copy_extras in (_copy_layer_extras, _copy_weight_extras)
-        for key in copy_extras(old, made[old], memo, known)
-    ]
+    lost = _copy_extras(model, made, memo)
     for parameter in model.parameters():
         other = memo.get(id(parameter))
         if other is not None and other is not parameter:
             _copy_parameter_extras(other, parameter, memo)
     _refuse_old(model, copied, made)
     return copied, lost
+
+
+def _replace(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> list[str]:
+    """`replaced` in place. Nothing changes, if something refuses."""
+    if model in made:
+        raise ValueError("the network is itself a layer to replace: inplace=False returns a new one")
+    within = {id(part): part for old in made for part in old.modules()}
+    old = {id(thing) for layer in made for thing in (layer, *_own(layer).values())}
+    seen: dict[int, object] = {id(module): module for module in model.modules() if id(module) not in within}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items() if id(module) not in within else ():
+            if key != "_modules" and any(id(thing) in old for thing in reachable([value], seen)):
+                where = f"{name}.{key}".lstrip(".")
+                raise ValueError(
+                    f"{where} refers to a layer and would still use the old one: a copy (inplace=False) "
+                    "also changes lists and objects, but no closure"
+                )
+    kept = [thing for module in model.modules() for thing in (module, *module._parameters.values())]
+    memo: dict[int, Any] = {id(thing): thing for thing in kept if thing is not None}
+    memo |= {id(layer): new for layer, new in made.items()}
+    lost = _copy_extras(model, made, memo)
+    for layer, new in made.items():
+        bias, other = layer._parameters.get("bias"), _bias(new)
+        if bias is not None and other is not None:
+            _copy_parameter_extras(other, bias, memo)
+    for module in [*model.modules()]:
+        for key, child in module._modules.items():
+            if child is not None and child in made and id(module) not in within:
+                module._modules[key] = made[child]
+    return lost
+
+
+def _copy_extras(model: nn.Module, made: Mapping[nn.Module, nn.Module], memo: dict[int, Any]) -> list[str]:
+    known: dict[int, object] = {id(module): module for module in model.modules()}
+    return [
+        f"{name}.{key}".lstrip(".")
+        for name, old in model.named_modules()
+        if old in made
+        for copy_extras in (_copy_layer_extras, _copy_weight_extras)
+        for key in copy_extras(old, made[old], memo, known)
+    ]
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:
@@ -96,8 +139,11 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # the network's own objects may raise anything
-        reason = str(error).partition("\n")[0]
-        raise RuntimeError(f"this network cannot be copied: {_uncopied(model, before)}: {reason}") from error
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(". ")
+        what = _uncopied(model, before)
+        raise RuntimeError(
+            f"this network cannot be copied: {what}: {reason}; inplace=True needs no copy"
+        ) from error
 
 
 def _uncopied(model: nn.Module, memo: Mapping[int, Any]) -> str:
@@ -122,7 +168,8 @@ def _copy_layer_extras(
         if key == "training":
             continue
         if key in ("_parameters", "_buffers", "_modules"):
-            extra = {k: v for k, v in value.items() if k not in _OWN}
+            ours = _OWN | (_PROJECTIONS if isinstance(old, nn.MultiheadAttention) else set())
+            extra = {k: v for k, v in value.items() if k not in ours}
             vars(new)[key].update(copy.deepcopy(extra, memo))
         elif key in _MODULE:
             vars(new)[key] = copy.deepcopy(value, memo)
@@ -181,6 +228,8 @@ def _refuse_old(model: nn.Module, copied: nn.Module, made: Collection[nn.Module]
             for thing in reachable([value], seen):
                 if id(thing) in old:
                     layer, where = old[id(thing)] or "the layer", f"{name}.{key}".lstrip(".")
+                    if type(value).__name__ == "Constraint":
+                        raise ValueError(f"{where} is of the training: export the network without it")
                     raise ValueError(
                         f"{where} refers to {layer} where copying does not follow (a closure, a weak "
                         f"reference, a weight without its layer) and would still use the old one: let it "

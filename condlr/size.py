@@ -1,17 +1,19 @@
 """The number of weights of a network: dense, in training and exported."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from condlr.exporting import export_forms
 from condlr.layers import LowRank
+from condlr.sites import kind_of
 
 
 @dataclass(frozen=True)
 class Size:
-    """Number of weights, without biases, of linear and convolution layers, and of the whole network.
+    """Number of weights, without biases, of linear, convolution and attention layers, and of all.
 
     Attributes:
         dense: in the dense network.
@@ -88,8 +90,11 @@ def measure(model: nn.Module) -> Size:
             factored += n * m
             trained += r * (n + m) + (0 if layer.S is None else layer.S.numel())
             deployed += n * m if forms[layer] == "dense" else r * (n + m)
-        elif isinstance(layer, nn.Linear | nn.Conv2d):
-            others += layer.weight.numel()
+        elif kind_of(layer) is not None:
+            weight: Any = layer.weight
+            others += weight.numel()
+        elif isinstance(layer, nn.MultiheadAttention):  # its last projection is a layer of its own
+            others += sum(numel(p) for name, p in layer.named_parameters(recurse=False) if "weight" in name)
         layers += any(numel(p) and p.ndim > 1 for p in layer.parameters(recurse=False))
     total = sum(map(numel, model.parameters()))
     return Size(

@@ -376,12 +376,8 @@ class Experts(nn.Module):
 @pytest.mark.parametrize(
     ("others", "kind"),
     [
-        (nn.Conv3d(8, 8, 3), "Conv3d 86 %"),
-        (nn.Conv1d(16, 16, 5), "Conv1d 83 %"),
-        (nn.ConvTranspose2d(16, 16, 5), "ConvTranspose2d 96 %"),
         (nn.LSTM(16, 32), "LSTM 96 %"),
         (nn.GRU(16, 32), "GRU 9"),
-        (nn.MultiheadAttention(16, 2), "MultiheadAttention 60 %"),
         (nn.Embedding(100, 16), "Embedding 85 %"),
         (Experts(), "Experts 75 %"),
     ],
@@ -459,3 +455,162 @@ def test_functions_of_the_network_are_still_copied_as_ever():
     low = condlr.factorize(net, 0.3)
     assert low.activation is F.gelu
     assert low.scale(torch.ones(())) == 2
+
+
+def test_layers_are_replaced_in_the_network_itself():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.ModuleDict({"a": nn.Linear(16, 8)}), nn.LayerNorm(8))
+    net[0].tag, norm = "first", net[3]
+    seen = []
+    net[2]["a"].register_forward_hook(lambda *_: seen.append(1))
+    copied = condlr.factorize(net, 0.3)
+    assert type(net[0]) is nn.Linear
+    assert condlr.factorize(net, 0.3, inplace=True) is net
+    assert [*low_rank_layers(net)] == ["0", "2.a"] and net[3] is norm and net[0].tag == "first"
+    for mine, theirs in zip(net.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    net[2]["a"](torch.randn(2, 16))
+    assert seen == [1]
+    assert condlr.unfactorize(net, "0", inplace=True) is net and type(net[0]) is nn.Linear
+    assert [*low_rank_layers(net)] == ["2.a"]
+
+
+def test_what_cannot_be_copied_is_factored_in_place():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        normed = nn.utils.weight_norm(nn.Conv1d(4, 8, 3))
+    net = nn.Sequential(normed, nn.Flatten(), nn.Linear(48, 8))
+    with pytest.raises(RuntimeError, match=r"cannot be copied: 0.weight: .*inplace=True needs no copy"):
+        condlr.factorize(net, 0.5)
+    assert type(net[2]) is nn.Linear
+    low = condlr.factorize(net, 0.5, inplace=True, include="2")
+    assert low is net and [*low_rank_layers(net)] == ["2"]
+    assert net(torch.randn(1, 4, 8)).shape == (1, 8)
+
+
+@pytest.mark.parametrize("holder", ["list", "dict", "nested"])
+def test_in_place_nothing_changes_if_the_network_also_holds_a_layer_elsewhere(holder):
+    net = Two(*HOLDERS[holder])
+    with pytest.raises(ValueError, match="held refers to a layer and would still use the old one"):
+        condlr.factorize(net, 0.5, inplace=True)
+    assert not low_rank_layers(net)
+
+
+def test_a_layer_used_twice_and_an_attention_in_place():
+    shared = nn.Linear(16, 16)
+    net = nn.ModuleList([shared, nn.MultiheadAttention(16, 2), shared])
+    condlr.factorize(net, 0.5, inplace=True)
+    assert net[0] is net[2] and isinstance(net[0], condlr.LowRankLinear)
+    assert set(low_rank_layers(net)) == {"0", *(f"1.{p}_proj" for p in ("q", "k", "v", "out"))}
+    condlr.unfactorize(net, inplace=True)
+    assert not low_rank_layers(net) and type(net[1]) is nn.MultiheadAttention
+
+
+def test_unfactorize_takes_layers_by_name():
+    low = condlr.factorize(
+        nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 8), nn.MultiheadAttention(8, 2)), 0.3
+    )
+    assert [*low_rank_layers(condlr.unfactorize(low, ["[01]"]))] == [
+        f"2.{part}_proj" for part in ("q", "k", "v", "out")
+    ]
+    assert [*low_rank_layers(condlr.unfactorize(low, "2"))] == ["0", "1"]
+    with pytest.raises(ValueError, match="no low-rank layer or attention is named 'head'; there are 0, 1, 2"):
+        condlr.unfactorize(low, "head")
+
+
+def test_progress_is_told():
+    told = []
+    condlr.factorize(LeNet5(), 0.5, on_progress=lambda done, total: told.append((done, total)))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_adapters_of_peft_are_left_alone():
+    peft = pytest.importorskip("peft")
+    net = peft.get_peft_model(Two(), peft.LoraConfig(r=4, target_modules=["a"]))
+    with pytest.warns(UserWarning, match="an adapter of peft"):
+        low = condlr.factorize(net, 0.5)
+    assert {name.removeprefix("base_model.model.") for name in low_rank_layers(low)} == {"a.base_layer", "b"}
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(condlr.export(low).merge_and_unload()(x), low(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_linear_layers_of_gpt2_are_factored():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=20, n_embd=32, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=0, n_positions=16
+    )
+    net = transformers.GPT2Model(config).eval()
+    tokens = torch.randint(20, (2, 5))
+    with torch.no_grad():
+        full = condlr.factorize(net, ranks=1.0)
+        expected = net(tokens).last_hidden_state
+        torch.testing.assert_close(full(tokens).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+        low = condlr.factorize(net, 0.5)
+        assert len(low_rank_layers(low)) == 4
+        plain = condlr.export(low)(tokens).last_hidden_state
+        torch.testing.assert_close(plain, low(tokens).last_hidden_state, rtol=1e-4, atol=1e-5)
+
+
+def test_in_place_biases_keep_their_attributes_and_hooks():
+    net, seen = nn.Sequential(nn.Linear(12, 16), nn.MultiheadAttention(16, 2)), []
+    for bias in (net[0].bias, net[1].out_proj.bias):
+        bias.tag = "mine"
+        bias.register_post_accumulate_grad_hook(lambda _: seen.append(1))
+    condlr.factorize(net, 0.5, inplace=True)
+    x = net[0](torch.randn(3, 12))
+    net[1](x, x, x)[0].sum().backward()
+    assert net[0].bias.tag == net[1].out_proj.bias.tag == "mine" and seen == [1, 1]
+
+
+@pytest.mark.parametrize("core", ["full", "diagonal", "none"])
+def test_a_layer_that_begins_at_zero_can_train(core):
+    net = nn.Sequential(nn.Linear(6, 8))
+    nn.init.zeros_(net[0].weight)
+    low = condlr.factorize(net, ranks=3, core=core)
+    assert not low[0].matrix.any()
+    (low(torch.randn(4, 6)) - 1).square().sum().backward()
+    assert any(p.grad.any() for p in (low[0].U, low[0].S, low[0].Vt) if p is not None)
+
+
+def test_a_layer_that_a_pattern_names_and_that_stays_dense_is_named():
+    net = nn.ModuleDict(
+        {"a": nn.Linear(8, 8), "b": nn.Conv1d(4, 8, 3, groups=2), "c": nn.Conv1d(4, 8, 3, groups=4)}
+    )
+    with pytest.warns(UserWarning, match=r"left dense: b \(groups=2\)$"):
+        condlr.factorize(net, ranks={"[ab]": 2})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda net: condlr.factorize(net, 0.5, core="diag"), "core must be one of"),
+        (lambda net: condlr.factorize(net, 0.5, tolerance=-1), "tolerance must be in"),
+        (lambda net: condlr.factorize([net], 0.5), "needs a network, an nn.Module; got list"),
+        (lambda net: condlr.factorize(net, ranks={}), "ranks names no layer .*; there are 0, 2"),
+        (lambda net: condlr.factorize(net, 0.5, include=[]), "include names no layer"),
+        (lambda net: condlr.factorize(net.to("meta"), energy=0.5), "energy needs weights; on the meta"),
+        (lambda net: condlr.factorize(net.to("meta"), 0.5, data=[1]), "data needs weights"),
+        (lambda net: condlr.unfactorize(net), r"attention is named '\*'; there are none"),
+        (
+            lambda net: condlr.unfactorize(condlr.factorize(net, 0.5), ["0", "typo"]),
+            "no low-rank layer or attention is named 'typo'; there are 0, 2",
+        ),
+    ],
+)  # fmt: skip
+def test_more_mistakes_are_one_line(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8)))
+
+
+def test_none_and_generators_are_names_too():
+    net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
+    assert len(low_rank_layers(condlr.factorize(net, 0.5, include=None, exclude=None))) == 2
+    assert [*low_rank_layers(condlr.factorize(net, 0.5, include=(n for n in ["2"])))] == ["2"]
+
+
+def test_on_the_meta_device():
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(2000, 1500), nn.Conv2d(3, 8, 3), nn.Linear(16, 8))
+    low = condlr.factorize(net, 0.5)
+    assert condlr.summary(low).parameters == sum(p.numel() for p in low.parameters())
+    assert str(condlr.summary(low)) and all(p.is_meta for p in low.parameters())

@@ -127,6 +127,11 @@ def test_a_layer_alone_and_a_layer_used_twice():
     assert isinstance(net[0], condlr.LowRankLinear)
 
 
+class Odd(nn.MultiheadAttention):
+    def forward(self, *inputs, **named):
+        return super().forward(*inputs, **named)
+
+
 def test_what_cannot_be_factored_stays_dense_and_is_named():
     tied = nn.Linear(6, 6)
     other = nn.Linear(6, 6)
@@ -136,7 +141,7 @@ def test_what_cannot_be_factored_stays_dense_and_is_named():
             "grouped": nn.Conv2d(4, 8, 3, groups=2),
             "tied": tied,
             "other": other,
-            "attention": nn.MultiheadAttention(8, 2),
+            "attention": Odd(8, 2),
             "normed": nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),
             "plain": nn.Linear(6, 6),
         }
@@ -145,7 +150,7 @@ def test_what_cannot_be_factored_stays_dense_and_is_named():
         factored = condlr.factorize(net, 0.3)
     assert set(low_rank_layers(factored)) == {"plain"}
     text = str(caught[0].message)
-    assert all(name in text for name in ("tied", "other", "attention.out_proj", "normed"))
+    assert all(name in text for name in ("tied", "other", "attention (a Odd", "normed"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         condlr.factorize(net, 0.3, exclude=["grouped", "tied", "other", "attention.*", "normed"])
@@ -291,15 +296,23 @@ def test_a_gaussian_start_is_half_normal():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda net: condlr.factorize(net), "either a compression or the ranks"),
-        (lambda net: condlr.factorize(net, 0.5, ranks={"fc1": 2}), "either a compression or the ranks"),
+        (lambda net: condlr.factorize(net), "exactly one of compression, ranks, .*; got none"),
+        (lambda net: condlr.factorize(net, 0.5, ranks={"fc1": 2}), "; got compression, ranks"),
         (lambda net: condlr.factorize(net, 1.0), "compression must be in"),
         (lambda net: condlr.factorize(net, 0.5, rank_rule="half"), "rank_rule must be one of"),
         (lambda net: condlr.factorize(net, 0.5, classifier="big"), "classifier must be one of"),
         (lambda net: condlr.factorize(net, 0.5, init="zeros"), "init must be one of"),
         (lambda net: condlr.factorize(net, 0.5, exclude=["head"]), "no linear or convolution layer is named"),
         (lambda net: condlr.factorize(net, ranks={"fc9": 2}), "no linear or convolution layer is named"),
-        (lambda net: condlr.factorize(net, ranks={"*": 2}), "no linear or convolution layer is named"),
+        (lambda net: condlr.factorize(net, ranks={"head*": 2}), "no linear or convolution layer is named"),
+        (lambda net: condlr.factorize(net, 0.5, include="head"), "no linear or convolution layer is named"),
+        (lambda net: condlr.factorize(net, ranks=0), r"ranks must be a rank of at least 1 or a fraction"),
+        (lambda net: condlr.factorize(net, ranks={"fc*": 2.5}), r"ranks\['fc\*'\] must be a rank"),
+        (lambda net: condlr.factorize(net, energy=1.5), "energy must be in"),
+        (lambda net: condlr.factorize(net, error=-0.1), "error must be in"),
+        (lambda net: condlr.factorize(net, budget=1e-4), "budget=0.0001 cannot be kept"),
+        (lambda net: condlr.factorize(net, 0.5, data=[]), "data has no batch"),
+        (lambda net: condlr.factorize(nn.Linear(4, 4), 0.5, inplace=True), "itself a layer"),
         (
             lambda net: condlr.factorize(net, ranks={"fc1": 2}, exclude="fc*"),
             "fc1 has a rank and is excluded",

@@ -1,0 +1,37 @@
+"""Inputs of any network, and running it without a trace."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from condlr._support.modes import in_eval_mode
+
+
+def call(model: nn.Module, example: Any) -> Any:
+    """Run the network on a tensor, a tuple or list of positional arguments, or a mapping of keywords."""
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example) if isinstance(example, tuple | list) else model(example)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run the network in evaluation mode; its modes, buffers and random numbers are as before afterwards.
+
+    Every layer is called: PyTorch's fast path of attention, which reads weights instead, is off.
+    """
+    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers() if not buffer.is_meta}
+    devices = {p.get_device() for p in model.parameters() if p.is_cuda}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with in_eval_mode(model), torch.random.fork_rng([*devices]):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
