@@ -4,7 +4,7 @@
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.3)
     condlr.constrain(optimizer, model, tau=0.1)          # CondLR, under any optimiser
     ...                                                  # any training loop
-    plain = condlr.export(model)                         # nn.Linear / nn.Conv2d only
+    plain = condlr.export(model)                         # PyTorch's own layers only
 
 The names below are imported at their first use, so that the command line checks its arguments before it
 imports torch.
@@ -16,9 +16,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from condlr.activations import low_rank_activations
     from condlr.constraint import Constraint, audit, constrain, project
-    from condlr.factorization import export, factorize, measure
+    from condlr.convolutions import LowRankConv2d
+    from condlr.exporting import export, unfactorize
+    from condlr.factorization import factorize
     from condlr.forms import choose_forms, set_forms
-    from condlr.layers import LowRankConv2d, LowRankLinear
+    from condlr.groups import parameter_groups
+    from condlr.layers import LowRankLinear
+    from condlr.operators import operator_norm, singular_values
+    from condlr.overview import summary
+    from condlr.size import measure
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,23 +38,33 @@ __all__ = [
     "factorize",
     "low_rank_activations",
     "measure",
+    "operator_norm",
+    "parameter_groups",
     "project",
     "set_forms",
+    "singular_values",
+    "summary",
+    "unfactorize",
 ]
 
 _HOME = {
     "factorize": "condlr.factorization",
-    "export": "condlr.factorization",
-    "measure": "condlr.factorization",
+    "unfactorize": "condlr.exporting",
+    "export": "condlr.exporting",
+    "measure": "condlr.size",
+    "summary": "condlr.overview",
     "LowRankLinear": "condlr.layers",
-    "LowRankConv2d": "condlr.layers",
+    "LowRankConv2d": "condlr.convolutions",
     "choose_forms": "condlr.forms",
     "set_forms": "condlr.forms",
     "low_rank_activations": "condlr.activations",
     "constrain": "condlr.constraint",
     "Constraint": "condlr.constraint",
+    "parameter_groups": "condlr.groups",
     "project": "condlr.constraint",
     "audit": "condlr.constraint",
+    "operator_norm": "condlr.operators",
+    "singular_values": "condlr.operators",
 }
 
 

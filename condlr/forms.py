@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,28 +15,30 @@ from torch import Tensor, nn
 from condlr._support import machine
 from condlr._support.errors import one_of
 from condlr._support.files import write
-from condlr._support.modes import in_eval_mode
+from condlr._support.inputs import call, untouched
+from condlr.convolutions import CONVOLUTIONS, TRANSPOSED
 from condlr.factorization import low_rank_layers
-from condlr.layers import FORMS, LowRank, LowRankConv2d
+from condlr.layers import FORMS, LowRank
 
+_CONVOLUTIONS = (*CONVOLUTIONS, *TRANSPOSED)
 # Rounds of timing; fewer if they take longer than _SECONDS in all.
 _ROUNDS, _SECONDS = 9, 0.3
 # An unusual form must save at least this share of the time: less is noise.
 _WORTHWHILE = 0.05
 
 
-def choose_forms(model: nn.Module, images: Tensor) -> dict[str, str]:
+def choose_forms(model: nn.Module, example: Any) -> dict[str, str]:
     """Give each low-rank layer of `model` the form (see `LowRank.form`) that is fastest in training.
 
     The forward and backward pass of each layer is timed, for about a second in all, on the input that it
-    gets when the network sees `images`. Results are kept in `$XDG_CACHE_HOME/condlr/forms.json` (`~/.cache`
+    gets when the network sees `example`. Results are kept in `$XDG_CACHE_HOME/condlr/forms.json` (`~/.cache`
     by default), so that layers of the same shapes are timed once per machine, and all runs use the same
     forms. Results from a busy machine are not kept. The network's weights, buffers and random state do not
     change.
 
     Args:
         model: on its device.
-        images: a batch of the same size as in training.
+        example: a batch as in training: a tensor, a tuple of positional arguments, or a mapping of keywords.
 
     Returns:
         The chosen forms by layer name; `set_forms` makes the same choice elsewhere.
@@ -55,8 +58,8 @@ def choose_forms(model: nn.Module, images: Tensor) -> dict[str, str]:
 
     hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in names]
     try:
-        with in_eval_mode(model), torch.enable_grad():
-            model(images)
+        with untouched(model), torch.enable_grad():
+            call(model, example)
     finally:
         for hook in hooks:
             hook.remove()
@@ -93,7 +96,7 @@ def forms(model: nn.Module) -> dict[str, str]:
 
 def _forms_of(layer: LowRank) -> tuple[str, ...]:
     """The candidates. A convolution is never chained: it has many more pixels than U has rows."""
-    chained = layer.S is not None and layer.S.ndim == 2 and not isinstance(layer, LowRankConv2d)
+    chained = layer.S is not None and layer.S.ndim == 2 and not isinstance(layer, _CONVOLUTIONS)
     return tuple(form for form in FORMS if chained or form != "chained")
 
 
@@ -146,8 +149,10 @@ def _key(layer: LowRank, x: Tensor) -> str:
         trained,
     ]
     facts += [tuple(x.shape), x.stride(), x.dtype, x.requires_grad, torch.is_autocast_enabled(x.device.type)]
-    if isinstance(layer, LowRankConv2d):
+    if isinstance(layer, _CONVOLUTIONS):
         facts += [layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.padding_mode]
+    if isinstance(layer, TRANSPOSED):
+        facts += ["transposed", layer.output_padding]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 

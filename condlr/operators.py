@@ -1,0 +1,182 @@
+"""Norm and singular values of a layer as the operator that it is on images of a size."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from condlr._support.errors import in_range, one_of
+from condlr.convolutions import CONVOLUTIONS, TRANSPOSED, LowRankConv3d, LowRankConvTranspose3d
+from condlr.layers import LowRank
+from condlr.manifolds.convolution import (
+    DENSE_LIMIT,
+    circular_singular_values,
+    padded_norm,
+    padded_singular_values,
+)
+
+BOUNDARIES = ("layer", "zeros", "circular")
+
+# Up to so many singular values all are computed: a short iteration may miss the first for one close to it.
+_FEW = 500
+
+_PLAIN = (nn.Conv1d, nn.Conv2d, *CONVOLUTIONS[:2])
+_ADJOINT = (nn.ConvTranspose1d, nn.ConvTranspose2d, *TRANSPOSED[:2])
+_CUBES = (nn.Conv3d, nn.ConvTranspose3d, LowRankConv3d, LowRankConvTranspose3d)
+
+
+@torch.no_grad()
+def operator_norm(
+    layer: nn.Module, shape: Sequence[int] = (), *, boundary: str = "layer", tolerance: float = 1e-6
+) -> float:
+    """The largest singular value of a layer as a linear map, without its bias: its Lipschitz constant.
+
+    It is not the norm of the reshaped kernel, which can be smaller by a factor of sqrt(kh kw), and larger.
+
+    Args:
+        layer: a linear layer, a convolution in one or two dimensions, or a transposed one, dense or low-rank,
+            with groups, strides and dilation.
+        shape: of one input, (channels, height, width) or (channels, length); not for a linear layer.
+        boundary: `layer`, as the layer pads; `zeros`, with its padding by zeros; `circular`, on a periodic
+            image, exact by FFT, which needs a stride that divides the size.
+        tolerance: of the iteration for zero padding (Lanczos), relative to the squared norm.
+
+    Returns:
+        A number, computed in float64.
+
+    Raises:
+        ValueError: another layer or shape; a padding mode that is neither `zeros` nor `circular`, with the
+            boundary `layer`; a stride that does not divide the size, with `circular`.
+
+    Example:
+        >>> operator_norm(nn.Conv2d(3, 16, 3, padding=1), (3, 32, 32)) > 0
+        True
+    """
+    in_range("tolerance", tolerance, 0, 1)
+    if (weight := _matrix(layer, shape)) is not None:
+        return torch.linalg.matrix_norm(weight, 2).item()
+    kernels, size, window, periodic = _described(layer, shape, boundary)
+    if periodic:
+        return max(circular_singular_values(K, size, *window[::2]).max().item() for K in kernels)
+    return max(_padded_norm(K, size, window, tolerance) for K in kernels)
+
+
+@torch.no_grad()
+def singular_values(
+    layer: nn.Module, shape: Sequence[int] = (), *, boundary: str = "layer", limit: int = DENSE_LIMIT
+) -> Tensor:
+    """All singular values of a layer as a linear map, without its bias, in float64, descending.
+
+    On periodic images they are exact (Sedghi, Gupta and Long, ICLR 2019; strided by frequencies that
+    coincide). With zero padding they are those of the explicit operator, from its smaller Gram matrix where
+    it is large; then values below 1e-6 of the largest are lost in rounding.
+
+    Args:
+        layer, shape, boundary: see `operator_norm`.
+        limit: the most singular values with zero padding; time goes with their cube.
+
+    Returns:
+        (k,), k the smaller number of inputs and outputs.
+
+    Raises:
+        ValueError: as `operator_norm`; or there are more than `limit` values.
+
+    Example:
+        >>> singular_values(nn.Conv2d(1, 1, 1, bias=False), (1, 4, 4)).shape
+        torch.Size([16])
+    """
+    if (weight := _matrix(layer, shape)) is not None:
+        return torch.linalg.svdvals(weight)
+    kernels, size, window, periodic = _described(layer, shape, boundary)
+    if periodic:
+        found = [circular_singular_values(K, size, *window[::2]).flatten() for K in kernels]
+    else:
+        found = [padded_singular_values(K, size, *window, limit=limit) for K in kernels]
+        if any(values is None for values in found):
+            raise ValueError(
+                f"the operator has more than {limit} singular values: operator_norm finds the largest, "
+                "boundary='circular' all of them on periodic images, and a larger limit takes time and memory"
+            )
+    return torch.cat([values for values in found if values is not None]).sort(descending=True).values
+
+
+def _padded_norm(kernel: Tensor, size: tuple[int, int], window: Sequence[Any], tolerance: float) -> float:
+    if (values := padded_singular_values(kernel, size, *window, limit=_FEW)) is not None:
+        return values.max().item()
+    return padded_norm(kernel, size, *window, tolerance=tolerance)
+
+
+def _matrix(layer: Any, shape: Sequence[int]) -> Tensor | None:
+    """The matrix of a linear layer in float64; None for others."""
+    if isinstance(layer, (*_PLAIN, *_ADJOINT, *_CUBES)) or not isinstance(layer, nn.Linear | LowRank):
+        return None
+    weight = layer.weight if isinstance(layer, nn.Linear) else layer.matrix
+    _require_values(weight)
+    if len(shape) > 0 and shape[-1] != weight.shape[1]:
+        raise ValueError(f"a linear layer of {weight.shape[1]} inputs needs no shape; got {tuple(shape)}")
+    return weight.double()
+
+
+def _require_values(weight: Tensor) -> None:
+    """Raise `ValueError` for weights without singular values."""
+    if is_lazy(weight) or weight.is_meta:
+        raise ValueError("the layer has no weights yet")
+    if not weight.isfinite().all():
+        raise ValueError("the weight is not finite: it has no singular values")
+
+
+def _described(
+    layer: Any, shape: Sequence[int], boundary: str
+) -> tuple[list[Tensor], tuple[int, int], tuple[Any, Any, Any], bool]:
+    """The kernels of its groups, the images' size, (stride, padding, dilation), and whether it wraps."""
+    one_of("boundary", boundary, BOUNDARIES)
+    if isinstance(layer, _CUBES):
+        raise ValueError("convolutions in three dimensions are not supported")
+    if not isinstance(layer, (*_PLAIN, *_ADJOINT)):
+        raise ValueError(f"a {type(layer).__name__} is no linear layer and no convolution")
+    weight = layer.weight.detach().as_subclass(Tensor) if not is_lazy(layer.weight) else layer.weight
+    _require_values(weight)
+    if not isinstance(shape, Sequence):
+        raise ValueError(f"shape is that of one input, such as (3, 32, 32); got {shape!r}")
+    dims, groups = len(layer.kernel_size), getattr(layer, "groups", 1)
+    channels = layer.in_channels
+    if len(shape) != dims + 1 or shape[0] != channels or min(shape) < 1:
+        wanted = "height, width" if dims == 2 else "length"
+        raise ValueError(f"shape is that of one input, ({channels}, {wanted}); got {tuple(shape)}")
+    if boundary == "layer" and layer.padding_mode not in ("zeros", "circular"):
+        raise ValueError(
+            f"padding_mode={layer.padding_mode!r} is no convolution at the edge: "
+            "say boundary='zeros' or 'circular'"
+        )
+    periodic = boundary == "circular" or (boundary == "layer" and layer.padding_mode == "circular")
+    size, stride, dilation = tuple(shape[1:]), layer.stride, layer.dilation
+    padding: Any = layer.padding
+    if isinstance(layer, _ADJOINT):
+        # It is the adjoint of a convolution of its outputs
+        if any(o >= s for o, s in zip(layer.output_padding, stride, strict=True)):
+            raise ValueError("an output_padding of at least the stride is not supported")
+        terms = zip(size, stride, padding, dilation, layer.kernel_size, layer.output_padding, strict=True)
+        outputs = tuple((n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, s, p, d, k, o in terms)
+        size = tuple(n * s for n, s in zip(size, stride, strict=True)) if periodic else outputs
+    if boundary == "layer" and periodic:
+        _require_whole(layer, padding)
+    kernels = [K.double() for K in weight.chunk(groups)]
+    if dims == 1:
+        kernels = [K.unsqueeze(2) for K in kernels]
+        size, stride, dilation = (1, *size), (1, *stride), (1, *dilation)
+        padding = padding if isinstance(padding, str) else (0, *padding)
+    return kernels, (size[0], size[1]), (stride, padding, dilation), periodic
+
+
+def _require_whole(layer: Any, padding: Any) -> None:
+    """Raise `ValueError` unless circular padding makes the layer a convolution of a periodic image."""
+    needed = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    given = needed if padding == "same" else [2 * p for p in padding] if padding != "valid" else [0]
+    if list(given) != needed:
+        raise ValueError(
+            "with this circular padding the layer is no convolution of a periodic image, which needs "
+            f"padding {[math.ceil(t / 2) for t in needed]}: say boundary='circular' for the values with it"
+        )

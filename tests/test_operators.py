@@ -1,0 +1,120 @@
+"""Norm and singular values of layers as operators, against explicitly built matrices."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import condlr
+
+# PyTorch says that even kernels may be padded by a copy
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding=")
+
+CASES = {
+    "conv2d": (nn.Conv2d(3, 5, 3, padding=1), (3, 7, 6)),
+    "strided": (nn.Conv2d(3, 5, 3, stride=2, padding=1), (3, 8, 7)),
+    "dilated": (nn.Conv2d(2, 4, 3, padding=2, dilation=2), (2, 6, 6)),
+    "groups": (nn.Conv2d(4, 6, 3, padding=1, groups=2), (4, 5, 5)),
+    "depthwise": (nn.Conv2d(4, 4, 3, groups=4, bias=False), (4, 5, 5)),
+    "same": (nn.Conv2d(2, 3, (3, 2), padding="same"), (2, 5, 4)),
+    "valid": (nn.Conv2d(2, 3, 3, padding="valid"), (2, 5, 4)),
+    "circular": (nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular"), (3, 6, 6)),
+    "circular, strided": (nn.Conv2d(3, 5, 3, stride=2, padding=1, padding_mode="circular"), (3, 6, 8)),
+    "conv1d": (nn.Conv1d(3, 4, 3, stride=2, padding=1), (3, 9)),
+    "conv1d same": (nn.Conv1d(3, 4, 5, padding="same"), (3, 9)),
+    "conv1d same, even": (nn.Conv1d(3, 4, 4, padding="same", dilation=2), (3, 9)),
+    "conv1d circular": (nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular"), (3, 6)),
+    "transposed": (nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1), (4, 4, 3)),
+    "transposed1d": (nn.ConvTranspose1d(4, 3, 4, stride=3), (4, 5)),
+    "transposed groups": (nn.ConvTranspose2d(4, 6, 2, groups=2), (4, 4, 4)),
+    "linear": (nn.Linear(7, 5), (7,)),
+}
+
+
+def explicit(layer, shape):
+    """All singular values, from the images of unit vectors."""
+    units = torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
+    zero = layer(torch.zeros(1, *shape, dtype=torch.float64))
+    return torch.linalg.svdvals((layer(units) - zero).flatten(1))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_they_are_those_of_the_explicit_matrix(name):
+    layer, shape = CASES[name]
+    layer = layer.double()
+    expected = explicit(layer, shape)
+    asked = () if name == "linear" else shape
+    torch.testing.assert_close(condlr.singular_values(layer, asked), expected, rtol=1e-6, atol=1e-9)
+    assert condlr.operator_norm(layer, asked) == pytest.approx(expected[0].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "groups" not in name and name != "depthwise"])
+def test_low_rank_layers_have_them_too(name):
+    layer, shape = CASES[name]
+    low = condlr.factorize(layer.double(), ranks=2)
+    expected = explicit(low, shape)
+    asked = () if name == "linear" else shape
+    torch.testing.assert_close(condlr.singular_values(low, asked), expected, rtol=1e-6, atol=1e-6)
+    assert condlr.operator_norm(low, asked) == pytest.approx(expected[0].item(), rel=1e-6)
+
+
+def test_the_boundary_can_be_chosen():
+    zeros, wraps = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular")
+    wraps.load_state_dict(zeros.state_dict())
+    shape = (3, 6, 6)
+    for boundary, layer in (("circular", wraps), ("zeros", zeros)):
+        expected = explicit(layer.double(), shape)
+        for other in (zeros, wraps):
+            found = condlr.singular_values(other, shape, boundary=boundary)
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+            norm = condlr.operator_norm(other, shape, boundary=boundary)
+            assert norm == pytest.approx(expected[0].item(), rel=1e-6)
+    up = nn.ConvTranspose2d(3, 5, 2, stride=2).double()
+    periodic = condlr.singular_values(up, (3, 4, 4), boundary="circular")
+    torch.testing.assert_close(periodic, explicit(up, (3, 4, 4)), msg="kernels that do not overlap")
+
+
+def test_a_large_operator_has_its_norm_and_says_what_else_there_is():
+    layer = nn.Conv2d(16, 16, 3, padding=1)
+    norm = condlr.operator_norm(layer, (16, 32, 32))
+    assert norm <= condlr.operator_norm(layer, (16, 32, 32), boundary="circular") * (1 + 1e-6)
+    assert len(condlr.singular_values(layer, (16, 32, 32), boundary="circular")) == 16 * 32 * 32
+    with pytest.raises(ValueError, match="more than 3500 singular values: operator_norm finds the largest"):
+        condlr.singular_values(layer, (16, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "options", "message"),
+    [
+        (nn.Conv2d(3, 5, 3), (1, 8, 8), {}, r"one input, \(3, height, width\); got \(1, 8, 8\)"),
+        (nn.Conv2d(3, 5, 3), (3, 8), {}, "height, width"),
+        (nn.Conv1d(3, 5, 3), (3, 8, 8), {}, r"\(3, length\)"),
+        (nn.Conv2d(3, 5, 9), (3, 4, 4), {}, "larger than the padded image"),
+        (nn.Conv2d(3, 5, 3, stride=2), (3, 7, 7), {"boundary": "circular"}, "divide"),
+        (nn.Conv2d(3, 5, 3, padding_mode="reflect"), (3, 7, 7), {}, "reflect' is no convolution"),
+        (nn.Conv2d(3, 5, 3, padding=2, padding_mode="circular"), (3, 7, 7), {}, r"needs padding \[1, 1\]"),
+        (nn.Conv3d(3, 5, 3), (3, 7, 7, 7), {}, "three dimensions"),
+        (nn.ReLU(), (3, 7, 7), {}, "a ReLU is no linear layer"),
+        (nn.ConvTranspose2d(3, 5, 3, dilation=2, output_padding=1), (3, 7, 7), {}, "output_padding of"),
+        (nn.LazyLinear(3), (), {}, "no weights yet"),
+        (nn.Linear(3, 3, device="meta"), (), {}, "no weights yet"),
+        (nn.Linear(3, 3), (7,), {}, "a linear layer of 3 inputs needs no shape"),
+        (nn.Conv2d(3, 5, 3), 3, {}, "such as"),
+        (nn.Conv2d(3, 5, 3), (3, 8, 8), {"boundary": "mirror"}, "boundary must be one of"),
+    ],
+)  # fmt: skip
+def test_what_has_no_such_values_is_one_line(layer, shape, options, message):
+    for call in (condlr.operator_norm, condlr.singular_values):
+        with pytest.raises(ValueError, match=message):
+            call(layer, shape, **options)
+
+
+def test_weights_that_are_not_finite_have_no_singular_values():
+    for layer, shape in ((nn.Conv2d(3, 5, 3), (3, 8, 8)), (nn.Linear(3, 3), ())):
+        layer.weight.data.fill_(torch.inf)
+        for call in (condlr.operator_norm, condlr.singular_values):
+            with pytest.raises(ValueError, match="not finite"):
+                call(layer, shape)
+    with pytest.raises(ValueError, match="tolerance must be in"):
+        condlr.operator_norm(nn.Linear(3, 3), tolerance=-1)
