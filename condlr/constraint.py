@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -68,10 +68,15 @@ def constrain(
 
     The constraint acts on the layers that `model` has at each step: a layer that replaces another one is
     constrained from the next step on, if the optimiser has its factors. For weights that change outside of
-    steps, such as averages over steps, use `project`.
+    steps, such as averages over steps, use `project`. After a step the gradients of U
+    and V are the directions G_1 and G_2; read those of the backward pass before it.
+
+    tau may follow a schedule: `constraint.tau = 0.5` holds from the next step on. A trained network, whose S
+    is ill-conditioned, loses less if tau falls to its last value over some epochs.
 
     Args:
-        optimizer: has the factors among its parameters. It must take one gradient in a step: LBFGS, or any
+        optimizer: has the factors among its parameters; a wrapper such as those of accelerate and Lightning
+            stands for the optimiser in it. It must take one gradient in a step: LBFGS, or any
             other optimiser that evaluates its closure twice, is refused. Use no weight decay on U and V. The
             retraction undoes plain decay, but decay that passes through momentum or Adam's second moment
             turns U and V (SGD with momentum 0.9 and decay 1e-2: by 3 % of their movement).
@@ -103,7 +108,8 @@ def constrain(
         PyTorch; a copy of the `Constraint` refers to the copies of its optimiser and model.
 
     Raises:
-        ValueError: a bad setting; no U S V^T layer of the model is in the optimiser; LBFGS.
+        ValueError: a bad setting; no U S V^T layer of the model is in the optimiser; LBFGS; factors that are
+            sharded over processes (FSDP), since the constraint is one of whole matrices.
     """
     return Constraint(
         optimizer, model, Options(tau, centre, preconditioner, momentum, retraction, projection, transport)
@@ -133,10 +139,15 @@ class Options:
             raise ValueError("preconditioner=released_code is a function of the band: it needs a finite tau")
 
 
+class NothingHeld(ValueError):
+    """No layer of the model is in the optimiser."""
+
+
 class Constraint:
     """The constraint that `constrain` attached to an optimiser."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, options: Options):
+        optimizer = _innermost(optimizer)
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
                 "LBFGS takes several gradients in a step and is not constrained between them: "
@@ -150,7 +161,7 @@ class Constraint:
         self._forget_step()
         self._update_held()
         if not self._held:
-            raise ValueError(
+            raise NothingHeld(
                 "no U S V^T layer of this model is in the optimizer: factorize the model first "
                 "(core='full'), and make the optimizer from the parameters of the model that it returns"
             )
@@ -180,6 +191,26 @@ class Constraint:
         attached, self._hooks = self._hooks, []
         if attached:
             self._attach()
+
+    @property
+    def tau(self) -> float:
+        """The conditioning tolerance; a new one holds from the next step on.
+
+        It is not saved with the optimiser: a schedule sets it again after loading.
+        """
+        return self.options.tau
+
+    @tau.setter
+    def tau(self, tau: float) -> None:
+        options = replace(self.options, tau=tau)
+        if options.preconditioner == "released_code" and (tau == 0) != (self.options.tau == 0):
+            raise ValueError(
+                "preconditioner=released_code has another scalar for tau=0: keep tau at 0, or above"
+            )
+        if tau != self.options.tau:
+            for held in self._held.values():
+                held.settled = False  # S is not in the new band before the next step
+        self.options = options
 
     @property
     def layers(self) -> dict[str, LowRank]:
@@ -216,6 +247,7 @@ class Constraint:
         if seen == self._seen:
             return
         self._device = next((p.device for p in parameters), torch.device("cpu"))
+        _refuse_sharded(self._model, parameters)
         now, trained = {}, {*parameters}
         for name, layer in triples(self._model).items():
             held = Held(name, layer, layer.U, core_of(layer), layer.Vt)
@@ -496,6 +528,8 @@ def project(model: nn.Module, tau: float = 0.1) -> list[str]:
         orthonormalize(layer)
         if not audited(layer)["cond_S"] <= limits(tau)["cond_S"]:
             S = core_of(layer)
+            if not S.any():
+                raise ValueError(f"the S of {name or 'the layer'} is zero: it has no condition number")
             S.copy_(spectrum.project(S.double(), tau)[0])
         changed.append(name)
     return changed
@@ -540,6 +574,29 @@ def _set_gradients(targets: Sequence[nn.Parameter], directions: Tensor) -> None:
 
 def _group(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict:
     return next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimiser itself, of a wrapper that has no step hooks of its own."""
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer):
+            kind = type(optimizer).__name__
+            raise ValueError(f"a {kind} is no torch.optim.Optimizer, and has none in .optimizer")
+        optimizer = inner
+    return optimizer
+
+
+def _refuse_sharded(model: nn.Module, parameters: Iterable[Tensor]) -> None:
+    """Raise `ValueError` if factors are spread over processes, as FSDP does it."""
+    wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    factors = (X for m in model.modules() if isinstance(m, LowRank) for X in m._parameters.values())
+    sharded = any(type(X).__name__ == "DTensor" or hasattr(X, "device_mesh") for X in factors)
+    if wrapped or sharded:
+        raise ValueError(
+            "the factors are sharded over processes (FSDP), and the constraint needs whole matrices: use "
+            "DistributedDataParallel, under which they are small enough to be whole in each process"
+        )
 
 
 def _require_plain_sgd(optimizer: torch.optim.Optimizer) -> None:

@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import math
 import pickle
 import warnings
 
@@ -547,3 +548,104 @@ def test_a_network_can_be_traced_and_takes_any_batch(core, form, call):
     condlr.set_forms(net, form)
     x = torch.randn(7, 3, 4, 4)
     torch.testing.assert_close(call(net, x), net(x))
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimiser around another, without hooks of its own, as accelerate and Lightning have it."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def step(self, closure=None):
+        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+
+
+def test_a_wrapped_optimiser_stands_for_the_one_in_it():
+    net = condlr.factorize(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4)), 0.5)
+    inner = torch.optim.AdamW(net.parameters(), lr=0.1)
+    wrapped = Wrapper(Wrapper(inner))
+    constraint = condlr.constrain(wrapped, net)
+    assert constraint.optimizer is inner
+    net(torch.randn(5, 12)).square().sum().backward()
+    wrapped.step()
+    assert constraint.check()["cond_S"] <= 1.1 * (1 + 1e-4)
+    with pytest.raises(ValueError, match="a list is no torch.optim.Optimizer"):
+        condlr.constrain([inner], net)
+
+
+def test_tau_may_follow_a_schedule():
+    torch.manual_seed(0)
+    net = condlr.factorize(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4)), 0.5)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    constraint = condlr.constrain(optimizer, net, tau=4.0)
+    x = torch.randn(5, 12)
+    for tau in (4.0, 1.0, 0.2, 0.0, 0.5):
+        constraint.tau = tau
+        constraint.check()  # before the step S may be outside of a band that has become narrower
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        optimizer.step()
+        assert constraint.check()["cond_S"] <= (1 + tau) * (1 + 1e-4)
+    assert constraint.tau == constraint.options.tau == 0.5
+    with pytest.raises(ValueError, match="tau must be in"):
+        constraint.tau = -1
+    assert constraint.tau == 0.5
+
+
+def test_a_trained_network_loses_less_if_tau_falls():
+    """Measured as the change of W: most of it would come in one step."""
+    torch.manual_seed(0)
+    W = torch.linalg.qr(torch.randn(16, 16)).Q * torch.arange(1, 17) ** -1.0
+    dense = nn.Sequential(nn.Linear(16, 16, bias=False))
+    dense[0].weight.data = W
+    changes = {}
+    for start in (0.1, math.inf):
+        net = condlr.factorize(dense, ranks=8)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+        constraint = condlr.constrain(optimizer, net, tau=start)
+        before = net[0].matrix.detach().clone()
+        net(torch.randn(4, 16)).sum().backward()
+        optimizer.step()
+        changes[start] = (net[0].matrix - before).norm() / before.norm()
+        assert constraint.check()
+    assert changes[math.inf] < 1e-5 < 0.3 < changes[0.1]
+
+
+def test_the_released_codes_scalar_allows_no_way_to_or_from_zero():
+    net = condlr.factorize(nn.Sequential(nn.Linear(8, 8)), 0.5)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    constraint = condlr.constrain(optimizer, net, tau=0.1, preconditioner="released_code")
+    constraint.tau = 0.5
+    with pytest.raises(ValueError, match="keep tau at 0, or above"):
+        constraint.tau = 0.0
+
+
+def test_sharded_factors_are_refused_and_whole_ones_are_not(tmp_path):
+    """FSDP spreads each factor over processes; DDP leaves it whole."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+
+        def network():
+            return condlr.factorize(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4)), 0.5)
+
+        cpu = torch.device("cpu")
+        for wrap in (
+            lambda net: fully_shard(net, mesh=mesh),
+            lambda net: FullyShardedDataParallel(net, device_id=cpu, use_orig_params=True),
+            lambda net: FullyShardedDataParallel(net, device_id=cpu),
+        ):
+            net = wrap(network())
+            with pytest.raises(ValueError, match=r"sharded over processes \(FSDP\).*DistributedDataParallel"):
+                condlr.constrain(torch.optim.AdamW(net.parameters()), net)
+        net = nn.parallel.DistributedDataParallel(network())
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+        constraint = condlr.constrain(optimizer, net)
+        net(torch.randn(5, 12)).square().sum().backward()
+        optimizer.step()
+        assert constraint.check()["cond_S"] <= 1.1 * (1 + 1e-4)
+    finally:
+        dist.destroy_process_group()

@@ -14,7 +14,11 @@ FLOORS = [
     {"_support"},
     {"manifolds"},
     {"activations"},
-    {"exporting", "factorization", "forms", "held", "layers", "ranks", "reading", "replacement", "size"},
+    {"product"},
+    {"layers"},
+    {"attention", "convolutions"},
+    {"allocation", "ranks", "replacement", "sites"},
+    {"exporting", "factorization", "forms", "groups", "held", "moments", "reading", "size"},
     {"constraint"},
     {"data", "models"},
     {"attacks"},
@@ -22,12 +26,15 @@ FLOORS = [
     {"methods", "penalties"},
     {"shifts"},
     {"analysis"},
+    {"operators", "overview"},
+    {"integrations"},
     {"suite"},
     {"report"},
 ]
 # What the library may not know at all, and what one of its functions may ask for when it is called.
 FOREIGN = {"hydra", "omegaconf", "pandas", "matplotlib", "rich"}
 EXTRAS = {"torchvision", "scipy", "sklearn", "numpy", "PIL", "pyautoattack", "foolbox", "safetensors"}
+EXTRAS |= {"accelerate", "lightning", "peft", "transformers"}
 
 
 def modules():
@@ -96,12 +103,18 @@ def test_no_files_import_each_other_in_a_circle():
     assert not below
 
 
-@pytest.mark.parametrize("module", [m for m in IMPORTS if room(m) not in ("suite", "report")])
+@pytest.mark.parametrize("module", [m for m in IMPORTS if room(m) not in ("suite", "report", "integrations")])
 def test_the_library_knows_no_suite_and_stands_on_torch_alone(module):
     for other, now in IMPORTS[module]:
         package = other.partition(".")[0]
         assert package not in FOREIGN, f"{module} imports {other}"
         assert not (now and package in EXTRAS), f"{module} imports {other} before it is asked for it"
+
+
+@pytest.mark.parametrize("module", [m for m in IMPORTS if room(m) == "integrations"])
+def test_an_integration_knows_the_library_that_it_is_named_after_alone(module):
+    packages = {other.partition(".")[0] for other, _ in IMPORTS[module]}
+    assert not packages & FOREIGN and packages & EXTRAS <= {module.rpartition(".")[2]}
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""CondLR in the trainers of other libraries."""

@@ -1,0 +1,81 @@
+"""A callback for Lightning.
+
+model.net = condlr.factorize(model.net, 0.5)     # in the constructor of the LightningModule
+trainer = lightning.Trainer(callbacks=[CondLR(tau=0.1)])
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from typing_extensions import override
+
+from condlr.exporting import export
+from condlr.integrations._constraints import Constraints, checked
+
+
+class CondLR(Callback):
+    """Constrain the low-rank layers of a LightningModule, log how well they keep it, export them at the end.
+
+    It works with automatic and manual optimisation, and in mixed precision. The state of the constraint is
+    saved with the optimisers, so a training that resumes from a checkpoint goes on with the same bits. The
+    figures `condlr/cond_S` and `condlr/orthonormality_error` go to whatever loggers the trainer has.
+
+    Args:
+        tau: see `condlr.constrain`; or a function from the epoch to tau.
+        every: steps between two figures; 0 logs none.
+        exports: set `exported` at the end of the training.
+        options: further arguments of `condlr.constrain`.
+
+    Attributes:
+        exported: the network with plain layers; None before the end.
+    """
+
+    def __init__(
+        self,
+        tau: float | Callable[[int], float] = 0.1,
+        *,
+        every: int = 50,
+        exports: bool = False,
+        **options: Any,
+    ):
+        self.tau, self.every, self.exports, self.options = tau, every, exports, options
+        checked(tau, options)
+        self.exported: nn.Module | None = None
+        self._constraints: Constraints | None = None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # After a training its optimisers are still constrained, so that their state can be saved
+        if self._constraints is not None:
+            self._constraints.remove()
+        options = {"tau": self._tau(trainer.current_epoch), **self.options}
+        self._constraints = Constraints(trainer.optimizers, pl_module, options)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._constraints is not None and callable(self.tau):
+            self._constraints.set_tau(self._tau(trainer.current_epoch))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._constraints is not None and self.every and (trainer.global_step % self.every == 0):
+            pl_module.log_dict(self._constraints.figures())
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._constraints is not None:
+            self._constraints.warn()
+        if self.exports:
+            # A copy of the module must not copy the trainer with its data
+            pl_module.trainer, kept = None, pl_module.trainer  # type: ignore[assignment]
+            try:
+                self.exported = export(pl_module)
+            finally:
+                pl_module.trainer = kept
+
+    def _tau(self, epoch: int) -> float:
+        return self.tau(epoch) if callable(self.tau) else self.tau
