@@ -18,6 +18,8 @@ from condlr.suite.values import typed
 def main(config: DictConfig) -> None:
     """Write <results_dir>/benchmark/<device>.csv, .json, .md, .png and .pdf; print the table."""
     asked = typed(Benchmark, config)
+    if asked.peers:
+        return compare(asked)
 
     import pandas as pd
     from rich.console import Console
@@ -89,6 +91,42 @@ def main(config: DictConfig) -> None:
         console.print(shown(report.PENALTIES, report.penalties(facts), (0,)))
         console.print(report.penalties_legend(facts))
     console.print(*map(str, figures), sep="\n")
+
+
+def compare(asked: Benchmark) -> None:
+    """Write <results_dir>/benchmark_peers/<device>.csv and .md; print the table."""
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from condlr._support.files import write_csv, write_text
+    from condlr.report import peers as report
+    from condlr.suite.benchmark import file_name
+    from condlr.suite.environment import environment
+    from condlr.suite.loading import pick_device
+    from condlr.suite.peers import peers
+
+    device = pick_device(asked.device)
+    name, out = file_name(device), Path(asked.results_dir) / "benchmark_peers"
+    out.mkdir(parents=True, exist_ok=True)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("benchmark")
+
+        def show(text: str, done: int, total: int) -> None:
+            progress.update(task, description=text, completed=done, total=total)
+
+        found = [*peers(asked.repeats, device, show)]
+    write_csv(out / f"{name}.csv", [line._asdict() for line in found])
+    facts = environment() | {"device": name, "threads": torch.get_num_threads()}
+    write_text(out / f"{name}.md", report.markdown(found, facts))
+    view = Table(title=name, box=None, header_style="bold")
+    for number, title in enumerate(report.HEADER):
+        view.add_column(title, justify="left" if number in report.LEFT else "right")
+    for line in found:
+        view.add_row(*report.cells(line))
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(view)
 
 
 if __name__ == "__main__":

@@ -153,6 +153,7 @@ class Benchmark:
     penalties: int
     data_root: str
     results_dir: str
+    peers: bool = False
 
     def __post_init__(self) -> None:
         for network in self.networks:

@@ -3,7 +3,9 @@
 import csv
 import errno
 import json
+import runpy
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -11,11 +13,11 @@ from torch import nn
 import condlr
 from condlr._support.rooms import available, find
 from condlr.penalties.base import Penalty
-from condlr.suite import benchmark
+from condlr.suite import benchmark, peers
 from condlr.suite.benchmark import OPTIONS
 from condlr.suite.naive import NaiveLayer, constrain_naively, naive
 from condlr.suite.programs import Benchmark
-from tests.helpers import complains
+from tests.helpers import ROOT, complains
 
 COLUMNS = [
     "network", "rank_rule", "compression", "tau", "form", "part", "milliseconds", "images_per_s", "peak_mb",
@@ -151,3 +153,30 @@ def test_what_was_measured_is_kept_whatever_becomes_of_the_rest(script, tmp_path
 )
 def test_wrong_input_is_one_line(script, arguments, pattern):
     complains(script("benchmark", "networks=[lenet5]", "repeats=1", *arguments), pattern)
+
+
+@pytest.mark.slow
+def test_peers_that_are_installed_take_turns_and_keep_what_they_promise(tmp_path, monkeypatch):
+    """Without geoopt and geotorch, which are no dependencies, PyTorch's own maps are left."""
+    small = {
+        "Linear": (lambda: nn.Linear(80, 70), (4, 80)),
+        "Conv2d": (lambda: nn.Conv2d(9, 65, 3), (2, 9, 5, 5)),
+    }
+    monkeypatch.setattr(peers, "LAYERS", small)
+    monkeypatch.setattr(peers, "_ENOUGH", 0.0)
+    program = runpy.run_path(str(ROOT / "scripts" / "benchmark.py"))
+    keys = {"networks": ["lenet5"], "rank_rules": [], "compressions": [], "tau": 0.1, "batch_size": 4}
+    more = {"epoch": False, "collect": 0, "penalties": 0, "data_root": "data", "results_dir": str(tmp_path)}
+    asked = Benchmark(**keys, **more, repeats=2, precision="float32", device="cpu", peers=True)
+    program["compare"](asked)
+    (table,), (page,) = (tmp_path.rglob(f"*.{kind}") for kind in ("csv", "md"))
+    lines = pd.read_csv(table).to_dict("records")
+    assert {line["layer"] for line in lines} == {*small}
+    rows = {line["program"]: line for line in lines if line["layer"] == "Linear"}
+    assert [*rows][:3] == ["dense", "U S V^T, free", "condlr"]
+    assert {f"torch {name}" for name in peers.MAPS} <= rows.keys()
+    assert rows["dense"]["of_dense"] == rows["U S V^T, free"]["of_free"] == 1
+    assert rows["condlr"]["condition"] <= 1.1 * (1 + 1e-4) < rows["U S V^T, free"]["condition"]
+    kept = [row["orthonormality"] for row in rows.values() if "orthonormal" in row["promise"]]
+    assert len(kept) >= 4 and max(kept) < 1e-5
+    assert page.read_text().count("\n| Linear |") == len(rows)
