@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STUDY ?= default
 
-.PHONY: help demo test test-fast test-chaos test-slurm test-ray test-wheel tables figures report status archive restore reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks frame-cifar10 lr-cifar10 benchmark clean
+.PHONY: help api demo test test-fast test-networks test-chaos test-slurm test-ray test-wheel tables figures report status archive restore reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks frame-cifar10 lr-cifar10 benchmark clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -16,6 +16,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+api: $(VENV)/.installed  ## Make a page of every call of the library from its docstrings (build/api)
+	$(RUN) -m pdoc condlr '!condlr.suite' '!condlr.report' --docformat google --output-directory build/api
 
 demo: $(VENV)/.installed  ## Train four rows on real digits, attack them; table, figures, report
 	$(RUN) scripts/train.py experiment=demo
@@ -40,6 +43,9 @@ test-wheel: $(VENV)/.installed  ## Build the wheel; install it into a fresh envi
 test-ray: $(VENV)/.installed  ## Kill workers and parents of a sweep under Ray, on two pretended GPUs (minutes)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[ray]'
 	$(RUN) -m pytest -m ray -s -vv tests/ray
+
+test-networks: $(VENV)/.installed  ## Factor, constrain, train and export networks of torchvision, timm, transformers (minutes)
+	$(RUN) -m pytest -m networks -s tests/networks
 
 # As root, with Debian's packages slurm-wlm munge slurmdbd mariadb-server; elsewhere the tests skip themselves and say so
 test-slurm: $(VENV)/.installed  ## Kill and preempt the jobs of a sweep on a real Slurm that is started for it (seven minutes)

@@ -77,6 +77,12 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-        for name in ("slurm", "ray", "wheel", "chaos"):  # minutes each, and only for those who ask for them
+        for name in (
+            "slurm",
+            "ray",
+            "wheel",
+            "chaos",
+            "networks",
+        ):  # minutes each, and only for those who ask for them
             if item.get_closest_marker(name) and name not in config.option.markexpr:
                 item.add_marker(pytest.mark.skip(reason=f"make test-{name}"))

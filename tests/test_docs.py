@@ -4,10 +4,12 @@ import csv
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -42,7 +44,7 @@ def test_the_ten_lines_of_the_readme(capsys):
 
 
 def test_the_library_example(capsys):
-    example, virtual = blocks("python", (ROOT / "docs" / "library.md").read_text())
+    example, _, virtual = blocks("python", (ROOT / "docs" / "library.md").read_text())
     model = nn.Sequential()
     model.add_module("body", nn.Linear(20, 30))
     model.add_module("head", nn.Linear(30, 3))
@@ -56,6 +58,49 @@ def test_the_library_example(capsys):
     exec(virtual, scope)
     scope["loss"].backward()
     assert scope["plain"].state_dict().keys() == {"layer4.weight", "layer4.bias"}
+
+
+EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_as_it_stands(path, tmp_path, monkeypatch, capsys):
+    """Those on digits reach what they should; the one on CIFAR-10 sees 64 made images."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [path.name, str(tmp_path), "1"])
+    if path.stem == "resnet18":
+        few_images(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scope = runpy.run_path(str(path), run_name="__main__")
+    assert "cond_S" in capsys.readouterr().out
+    model = next(scope[name] for name in ("model", "module") if name in scope)
+    assert condlr.audit(model)["cond_S"] <= 1.1 * (1 + 1e-4)
+    if "accuracy" in scope and not callable(scope["accuracy"]):
+        assert scope["accuracy"] > 0.85
+    assert path.stem != "resnet18" or (tmp_path / "resnet18.pt").exists()
+
+
+def few_images(patch):
+    """torchvision's CIFAR-10 has 64 images, and nothing is fetched."""
+    from torchvision.datasets import CIFAR10
+
+    def made(self, root, train, transform, download):
+        self.transform, self.target_transform = transform, None
+        generator = torch.Generator().manual_seed(0)
+        self.data = torch.randint(256, (64, 32, 32, 3), generator=generator).to(torch.uint8).numpy()
+        self.targets = torch.randint(10, (64,), generator=generator).tolist()
+
+    patch.setattr(CIFAR10, "__init__", made)
+
+
+def test_the_page_of_the_library_names_every_example_and_call():
+    page = (ROOT / "docs" / "library.md").read_text()
+    for path in EXAMPLES:
+        assert f"(examples/{path.name})" in page
+    for name in condlr.__all__:
+        assert name.startswith("LowRank") or name in page, name
 
 
 @pages
