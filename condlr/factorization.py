@@ -199,24 +199,15 @@ def factorize(
     if not by_name:
         there = ", ".join(sorted(free))
         raise ValueError(f"{rule} names no layer that can be factored; there are {there}")
-    by_holder: dict[nn.Module, dict[str, LowRank]] = {}
-    for done, (name, rank) in enumerate(by_name.items()):
-        site = free[name]
-        layer = _low_rank(site, rank, core, scheme, tolerance, batches.get(name))
-        by_holder.setdefault(site.holder, {})[site.projection or ""] = layer
+    layers: dict[Site, LowRank] = {}
+    for name, rank in by_name.items():
+        layers[free[name]] = _low_rank(free[name], rank, core, scheme, tolerance, batches.get(name))
         if on_progress is not None:
-            on_progress(done + 1, len(by_name))
-    made: dict[nn.Module, nn.Module] = {}
-    for holder, layers in by_holder.items():
-        if isinstance(holder, nn.MultiheadAttention):
-            parts = {part: layers.get(part) or linear(holder, part) for part in PROJECTIONS}
-            made |= {holder: LowRankMultiheadAttention(holder, parts), holder.out_proj: parts["out_proj"]}
-        else:
-            made[holder] = layers[""]
+            on_progress(len(layers), len(by_name))
     everywhere = not isinstance(wish, Mapping)
     apart = [name for name in found if name not in wanted or (name in free and name not in by_name)]
-    shares = _shares(model, [*exclude, *apart], by_holder)
-    low, lost = replaced(model, made, inplace)
+    shares = _shares(model, [*exclude, *apart], {site.holder for site in layers})
+    low, lost = replaced(model, _replacements(layers), inplace)
     if remove(low):
         text = "the low-rank activations are left out of the copy: add them after factorize"
         warnings.warn(text, stacklevel=2)
@@ -233,6 +224,21 @@ def factorize(
             stacklevel=2,
         )
     return low
+
+
+def _replacements(layers: Mapping[Site, LowRank]) -> dict[nn.Module, nn.Module]:
+    """The new module for each old one; an attention is replaced with all its projections."""
+    by_holder: dict[nn.Module, dict[str, LowRank]] = {}
+    for site, layer in layers.items():
+        by_holder.setdefault(site.holder, {})[site.projection or ""] = layer
+    made: dict[nn.Module, nn.Module] = {}
+    for holder, parts in by_holder.items():
+        if isinstance(holder, nn.MultiheadAttention):
+            every = {part: parts.get(part) or linear(holder, part) for part in PROJECTIONS}
+            made |= {holder: LowRankMultiheadAttention(holder, every), holder.out_proj: every["out_proj"]}
+        else:
+            made[holder] = parts[""]
+    return made
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRank]:
