@@ -27,8 +27,9 @@ STUDIES = {
         [
             "experiment=frame_cifar10",
             "seed=0",
-            "row=baseline,so,ocnn,frame,condlr-operator-tau0.1-c0.5,condlr-tau0.1-c0.5",
+            "row=baseline,mhe,so,srip,ocnn,frame,frame_eigen,condlr-operator-tau0.1-c0.5,condlr-tau0.1-c0.5",
         ],
+        ["experiment=frame_cifar10", "seed=1", "row=frame_eigen"],
         [
             "experiment=frame_cifar10",
             "seed=0",
