@@ -192,3 +192,11 @@ def test_networks_that_would_take_pytorchs_fast_path():
     assert len(low_rank_layers(condlr.factorize(net, ranks=3, data=[batch]))) == 12
     assert all(row.macs for row in condlr.summary(net, batch) if row.kind == "Linear")
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_buffers_that_cannot_be_written_are_left_alone():
+    net = nn.Sequential(nn.Linear(6, 8))
+    net.register_buffer("mask", torch.ones(1, 6).expand(4, 6))
+    with torch.inference_mode():
+        net.register_buffer("made", torch.ones(3))
+    assert condlr.summary(net, torch.randn(4, 6)).rows[0].macs == 48
