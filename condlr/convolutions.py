@@ -43,6 +43,24 @@ class _Convolution(LowRank):
         return f"{text}, rank={self.rank}, stride={self.stride}" + options(self)
 
 
+class _In1d(_Convolution):
+    @override
+    def _mixed(self, z: Tensor, M: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv1d(z, M[:, :, None], bias)
+
+
+class _In2d(_Convolution):
+    @override
+    def _mixed(self, z: Tensor, M: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(z, M[:, :, None, None], bias)
+
+
+class _In3d(_Convolution):
+    @override
+    def _mixed(self, z: Tensor, M: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv3d(z, M[:, :, None, None, None], bias)
+
+
 class _Conv(_Convolution):
     """A convolution whose kernel, viewed as out x (in * area), is U S V^T (see `LowRank` for other cores).
 
@@ -113,7 +131,7 @@ class _Conv(_Convolution):
         return self._mixed(self._mixed(z, core, None), self.U, self.bias)
 
 
-class LowRankConv1d(_Conv):
+class LowRankConv1d(_In1d, _Conv):
     """A replacement of `nn.Conv1d`; see `_Conv`."""
 
     dense = nn.Conv1d
@@ -126,12 +144,8 @@ class LowRankConv1d(_Conv):
     def _convolved(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv1d(x, kernel, bias, self.stride, self._padding, self.dilation)
 
-    @override
-    def _mixed(self, z: Tensor, M: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv1d(z, M[:, :, None], bias)
 
-
-class LowRankConv2d(_Conv):
+class LowRankConv2d(_In2d, _Conv):
     """A replacement of `nn.Conv2d`; see `_Conv`."""
 
     dense = nn.Conv2d
@@ -144,12 +158,8 @@ class LowRankConv2d(_Conv):
     def _convolved(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, kernel, bias, self.stride, self._padding, self.dilation)
 
-    @override
-    def _mixed(self, z: Tensor, M: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(z, M[:, :, None, None], bias)
 
-
-class LowRankConv3d(_Conv):
+class LowRankConv3d(_In3d, _Conv):
     """A replacement of `nn.Conv3d`; see `_Conv`."""
 
     dense = nn.Conv3d
@@ -162,10 +172,6 @@ class LowRankConv3d(_Conv):
     @override
     def _convolved(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv3d(x, kernel, bias, self.stride, self._padding, self.dilation)
-
-    @override
-    def _mixed(self, z: Tensor, M: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv3d(z, M[:, :, None, None, None], bias)
 
 
 class _ConvTranspose(_Convolution):
@@ -241,7 +247,7 @@ class _ConvTranspose(_Convolution):
         return self._spread(z, self.filters, self.bias, missing)
 
 
-class LowRankConvTranspose1d(_ConvTranspose):
+class LowRankConvTranspose1d(_In1d, _ConvTranspose):
     """A replacement of `nn.ConvTranspose1d`; see `_ConvTranspose`."""
 
     dense = nn.ConvTranspose1d
@@ -254,12 +260,8 @@ class LowRankConvTranspose1d(_ConvTranspose):
     def _spread(self, z: Tensor, kernel: Tensor, bias: Tensor | None, missing: list[int]) -> Tensor:
         return F.conv_transpose1d(z, kernel, bias, self.stride, self.padding, missing, 1, self.dilation)
 
-    @override
-    def _mixed(self, z: Tensor, M: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv1d(z, M[:, :, None], bias)
 
-
-class LowRankConvTranspose2d(_ConvTranspose):
+class LowRankConvTranspose2d(_In2d, _ConvTranspose):
     """A replacement of `nn.ConvTranspose2d`; see `_ConvTranspose`."""
 
     dense = nn.ConvTranspose2d
@@ -272,12 +274,8 @@ class LowRankConvTranspose2d(_ConvTranspose):
     def _spread(self, z: Tensor, kernel: Tensor, bias: Tensor | None, missing: list[int]) -> Tensor:
         return F.conv_transpose2d(z, kernel, bias, self.stride, self.padding, missing, 1, self.dilation)
 
-    @override
-    def _mixed(self, z: Tensor, M: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(z, M[:, :, None, None], bias)
 
-
-class LowRankConvTranspose3d(_ConvTranspose):
+class LowRankConvTranspose3d(_In3d, _ConvTranspose):
     """A replacement of `nn.ConvTranspose3d`; see `_ConvTranspose`."""
 
     dense = nn.ConvTranspose3d
@@ -290,10 +288,6 @@ class LowRankConvTranspose3d(_ConvTranspose):
     @override
     def _spread(self, z: Tensor, kernel: Tensor, bias: Tensor | None, missing: list[int]) -> Tensor:
         return F.conv_transpose3d(z, kernel, bias, self.stride, self.padding, missing, 1, self.dilation)
-
-    @override
-    def _mixed(self, z: Tensor, M: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv3d(z, M[:, :, None, None, None], bias)
 
 
 CONVOLUTIONS: tuple[type[_Conv], ...] = (LowRankConv1d, LowRankConv2d, LowRankConv3d)

@@ -56,7 +56,9 @@ def export(
     forms = export_forms(model, form, () if example is not None else None)
     if example is not None:
         forms = export_forms(model, form, _read_by(model, forms, example))
-    plain, lost = replaced(model, _made(model, {layer: _plain(layer, form) for layer, form in forms.items()}))
+    plain, lost = replaced(
+        model, _made(_attentions(model), {layer: _plain(layer, form) for layer, form in forms.items()})
+    )
     remove(plain)
     if lost:
         warnings.warn(f"not copied to the plain layers: {listed(lost)}", stacklevel=2)
@@ -81,23 +83,20 @@ def unfactorize(
         RuntimeError: something in the network cannot be copied.
     """
     patterns = [include] if isinstance(include, str) else include
-    named = {module: name for name, module in model.named_modules() if isinstance(module, LowRank)}
     inside = {layer for attention in _attentions(model) for layer in attention.modules()}
-    chosen = {layer for layer, name in named.items() if layer not in inside and matches(name, patterns)}
-    attentions = [
-        module
+    named = {
+        module: name
         for name, module in model.named_modules()
-        if isinstance(module, LowRankMultiheadAttention) and matches(name, patterns)
-    ]
-    there = [name for layer, name in named.items() if layer not in inside]
-    there += [name for name, module in model.named_modules() if module in {*_attentions(model)}]
+        if isinstance(module, LowRankMultiheadAttention)
+        or (isinstance(module, LowRank) and module not in inside)
+    }
+    there = [*named.values()]
     if unknown := [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in there)]:
         known = listed(there, 12) or "none"
         raise ValueError(f"no low-rank layer or attention is named {unknown[0]!r}; there are {known}")
-    made: dict[nn.Module, nn.Module] = {layer: _plain(layer, "dense") for layer in chosen}
-    for attention in attentions:
-        made[attention] = dense(attention)
-        made[attention.out_proj] = made[attention].out_proj  # type: ignore[assignment]
+    chosen = [module for module, name in named.items() if matches(name, patterns)]
+    layers = {layer: _plain(layer, "dense") for layer in chosen if isinstance(layer, LowRank)}
+    made = _made([module for module in chosen if isinstance(module, LowRankMultiheadAttention)], layers)
     low, lost = replaced(model, made, inplace)
     if lost:
         warnings.warn(f"not copied to the plain layers: {listed(lost)}", stacklevel=2)
@@ -137,13 +136,15 @@ def _attentions(model: nn.Module) -> list[LowRankMultiheadAttention]:
     return [module for module in model.modules() if isinstance(module, LowRankMultiheadAttention)]
 
 
-def _made(model: nn.Module, layers: Mapping[LowRank, nn.Module]) -> dict[nn.Module, nn.Module]:
+def _made(
+    attentions: Sequence[LowRankMultiheadAttention], layers: Mapping[LowRank, nn.Module]
+) -> dict[nn.Module, nn.Module]:
     """The new layers of PyTorch by what they replace; projections are replaced with their attention."""
-    attentions = {module: dense(module) for module in _attentions(model)}
+    plain = {module: dense(module) for module in attentions}
     projections = {module.get_submodule(part) for module in attentions for part in PROJECTIONS}
     others = {layer: new for layer, new in layers.items() if layer not in projections}
-    outputs = {module.out_proj: new.out_proj for module, new in attentions.items()}
-    return {**attentions, **outputs, **others}
+    outputs = {module.out_proj: new.out_proj for module, new in plain.items()}
+    return {**plain, **outputs, **others}
 
 
 def _form(layer: LowRank, form: str) -> str:
@@ -186,7 +187,7 @@ def _read_by(model: nn.Module, forms: Mapping[LowRank, str], example: Any) -> se
     asked: set[nn.Module] = set()
     thin = {layer for layer, form in forms.items() if form == "factored"}
     made = {layer: _probe(layer, asked) if layer in thin else _plain(layer, "dense") for layer in forms}
-    trial, _ = replaced(model, _made(model, made))
+    trial, _ = replaced(model, _made(_attentions(model), made))
     devices = {p.get_device() for p in model.parameters() if p.is_cuda}
     state = random.getstate()
     try:

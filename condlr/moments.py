@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from condlr._support.inputs import call, untouched
 from condlr.attention import INPUTS
 from condlr.convolutions import TRANSPOSED
-from condlr.manifolds.nearest import Truncation
+from condlr.manifolds.nearest import Truncation, within
 from condlr.sites import Site
 
 
@@ -87,9 +87,4 @@ def weighted(W: Tensor, moment: Tensor, rank: int) -> Truncation:
     gram = W @ W.mT
     moment = moment.to(W) / moment.trace().clamp_min(1e-300)
     P = torch.linalg.eigh(moment + 1e-10 * gram / gram.trace().clamp_min(1e-300)).eigenvectors[:, -rank:]
-    Q, R = torch.linalg.qr(W.mT @ P)
-    right, sigma, left = torch.linalg.svd(R)
-    total = W.square().sum()
-    rest = (total - sigma.square().sum()).clamp_min(0)
-    error = (rest / total).sqrt().item() if total > 0 else 0.0
-    return Truncation(P @ left.mT, sigma, Q @ right, error, None)
+    return within(W, P)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from condlr._support.inputs import call, untouched
+from condlr.analysis._layers import compact_kernel
+from condlr.analysis.conditioning import circular, spread
 from condlr.attention import PROJECTIONS, LowRankMultiheadAttention
 from condlr.convolutions import TRANSPOSED, LowRankConv2d
 from condlr.layers import LowRank
@@ -101,9 +103,7 @@ class _Column(NamedTuple):
         if self.key == "matrix":
             return f"{row.n} x {row.m}"
         value = getattr(row, self.key)
-        return (
-            (value or "(network)") if self.key == "layer" else value if self.key == "kind" else _text(value)
-        )
+        return "(network)" if value == "" else _text(value)
 
 
 _COLUMNS = (
@@ -161,7 +161,7 @@ def _row(name: str, layer: Any, seen: _Seen | None) -> LayerRow:
         error, cond_S = layer.dense_error, None
         if not layer.U.is_meta:
             finite = bool(layer.matrix.isfinite().all())
-            cond_S = _condition(layer.singular_values()) if finite else math.nan
+            cond_S = spread(layer.singular_values()) if finite else math.nan
     else:
         kind: Any = kind_of(layer)
         n, m = kind.matrix_of(layer).shape
@@ -204,25 +204,13 @@ def _made(layer: nn.Module) -> bool:
 def _operator(layer: Any, seen: _Seen | None) -> float | None:
     if seen is None or not isinstance(layer, nn.Conv2d | LowRankConv2d) or next(layer.parameters()).is_meta:
         return None
-    from condlr.analysis._layers import compact_kernel
-    from condlr.manifolds.convolution import circular_singular_values
-
-    if any(n % s for n, s in zip(seen.size, layer.stride, strict=True)):
-        return None
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
-        return _condition(singular_values(layer, (layer.in_channels, *seen.size), boundary="circular"))
-    kernel = compact_kernel(layer)
-    if not kernel.isfinite().all():
-        return math.nan
-    return _condition(circular_singular_values(kernel, [*seen.size], layer.stride, layer.dilation))
-
-
-def _condition(values: Tensor) -> float:
-    """The largest over the smallest; infinite if that is 0 to rounding; NaN where a value is."""
-    largest, smallest = values.max().item(), values.min().item()
-    if math.isnan(largest):
-        return math.nan
-    return largest / smallest if smallest > 1e-15 * largest else math.inf
+        if any(n % s for n, s in zip(seen.size, layer.stride, strict=True)):
+            return None
+        return spread(singular_values(layer, (layer.in_channels, *seen.size), boundary="circular"))
+    height, width = seen.size
+    values = circular(layer, compact_kernel(layer), (height, width))
+    return None if values is None else spread(values)
 
 
 @torch.no_grad()

@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from condlr.attention import PROJECTIONS
+
 # The parameters of a layer; new layers have their own. Everything else is copied to them.
 _OWN = {"weight", "bias", "U", "S", "V", "Vt"}
 # Those of an attention, which are parameters and projections.
 _OWN |= {f"{part}_proj_weight" for part in "qkv"} | {"in_proj_weight", "in_proj_bias", "bias_k", "bias_v"}
-_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "out_proj"}
 _MODULE = vars(nn.Module()).keys()
 
 
@@ -168,7 +169,7 @@ def _copy_layer_extras(
         if key == "training":
             continue
         if key in ("_parameters", "_buffers", "_modules"):
-            ours = _OWN | (_PROJECTIONS if isinstance(old, nn.MultiheadAttention) else set())
+            ours = _OWN | ({*PROJECTIONS} if isinstance(old, nn.MultiheadAttention) else set())
             extra = {k: v for k, v in value.items() if k not in ours}
             vars(new)[key].update(copy.deepcopy(extra, memo))
         elif key in _MODULE:

@@ -76,7 +76,7 @@ def operator_conditions(model: nn.Module, shape: Sequence[int]) -> dict[str, flo
     """
     sizes = input_sizes(model, shape)
     values = {
-        name: _circular(layer, compact_kernel(layer), sizes[name])
+        name: circular(layer, compact_kernel(layer), sizes[name])
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Conv2d | LowRankConv2d) and name in sizes and not obstacle(layer)
     }
@@ -177,7 +177,7 @@ def _operator_columns(
         return dict.fromkeys(_OPERATOR, math.nan)
     row: dict[str, float | None] = dict.fromkeys(_OPERATOR)
     stride, padding, dilation = layer.stride, layer.padding, layer.dilation
-    if (values := _circular(layer, kernel, size)) is not None:
+    if (values := circular(layer, kernel, size)) is not None:
         row["norm_circular"], row["cond_circular"] = values.max().item(), spread(values)
     row["norm_padded"] = padded_norm(kernel, size, stride, padding, dilation)
     row["norm_bound"] = padded_bound(kernel, size, padding, stride, dilation)
@@ -186,7 +186,7 @@ def _operator_columns(
     return row
 
 
-def _circular(layer: nn.Conv2d | LowRankConv2d, kernel: Tensor, size: tuple[int, int]) -> Tensor | None:
+def circular(layer: nn.Conv2d | LowRankConv2d, kernel: Tensor, size: tuple[int, int]) -> Tensor | None:
     """Singular values of the operator on periodic images; None if the stride does not divide their size."""
     if any(n % s for n, s in zip(size, layer.stride, strict=True)):
         return None

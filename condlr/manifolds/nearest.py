@@ -62,9 +62,7 @@ def nearest(W: Tensor, rank: int, tolerance: float = 1e-5) -> Truncation:
         return found._replace(P=found.Q, Q=found.P)
     P = W.new_empty(0)
     if n > SMALL and not W.is_meta:
-        if not (largest := W.abs().max().item()) > 0:
-            W = W.new_zeros(n, m)
-        elif largest < _TINY:  # the squares of tiny weights vanish
+        if 0 < (largest := W.abs().max().item()) < _TINY:  # the squares of tiny weights vanish
             found = nearest(W.double() / largest, rank, tolerance)
             return found._replace(sigma=found.sigma * largest)
         P = _leading(W, rank, tolerance) if rank <= _SHARE * n else P
@@ -74,9 +72,15 @@ def nearest(W: Tensor, rank: int, tolerance: float = 1e-5) -> Truncation:
         rest, total = sigma[rank:].square().sum(), sigma.square().sum()
         mean = None if W.is_meta else sigma.mean().item()
         return Truncation(left[:, :rank], sigma[:rank], right[:rank].mT, _error(rest, total), mean)
-    # The nearest matrix within the subspace is P P^T W. W^T P = Q R has its singular values in R, r x r.
-    W = _wide(W)
-    P = torch.linalg.qr(P.double()).Q
+    return within(_wide(W), torch.linalg.qr(P.double()).Q)
+
+
+@torch.no_grad()
+def within(W: Tensor, P: Tensor) -> Truncation:
+    """The nearest matrix whose columns are in the span of P, (n, r), orthonormal in float64: P P^T W.
+
+    W^T P = Q R has the singular values in R, r x r.
+    """
     Q, R = torch.linalg.qr((W.mT @ P.to(W)).double())
     right, sigma, left = torch.linalg.svd(R)
     P, Q = P @ left.mT, Q @ right
