@@ -12,32 +12,48 @@ from condlr.constraint import Constraint, NothingHeld, Options, constrain
 from condlr.held import worst
 
 
-def checked(tau: float | Callable[[int], float], options: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for options that `condlr.constrain` would not take, before the training starts."""
-    known = {field.name for field in fields(Options)}
-    if unknown := sorted({*options} - known):
-        raise ValueError(f"condlr.constrain has no option {', '.join(unknown)}; it has {', '.join(known)}")
-    Options(**{"tau": 0.1 if callable(tau) else tau, **options})
-
-
 class Constraints:
-    """The constraints of all optimisers of a training that have low-rank layers of `model`."""
+    """The constraints of a training, on all its optimisers that have low-rank layers of the model.
 
-    def __init__(self, optimizers: Iterable[Any], model: nn.Module, options: Mapping[str, Any]):
+    Args:
+        tau: see `condlr.constrain`; or a function from the epoch to tau.
+        options: further arguments of `condlr.constrain`.
+
+    Raises:
+        ValueError: an option that `condlr.constrain` would not take.
+    """
+
+    def __init__(self, tau: float | Callable[[int], float], options: Mapping[str, Any]):
+        known = {field.name for field in fields(Options)}
+        if unknown := sorted({*options} - known):
+            raise ValueError(
+                f"condlr.constrain has no option {', '.join(unknown)}; it has {', '.join(known)}"
+            )
+        Options(**{"tau": 0.1 if callable(tau) else tau, **options})
+        self._tau, self._options = tau, options
         self._made: list[Constraint] = []
+
+    def start(self, optimizers: Iterable[Any], model: nn.Module, epoch: int) -> None:
+        """Constrain a training; that of an earlier one ends only now, so that its state could be saved."""
+        for constraint in self._made:
+            constraint.remove()
+        self._made = []
         missing: NothingHeld | None = None
         for optimizer in optimizers:
             try:
-                self._made.append(constrain(optimizer, model, **options))
+                self._made.append(constrain(optimizer, model, self._of(epoch), **self._options))
             except NothingHeld as error:  # an optimiser of other layers
                 missing = error
         if not self._made:
             raise missing or ValueError("the trainer has no optimizer")
 
-    def set_tau(self, tau: float) -> None:
-        """Let a tolerance hold from the next step on."""
-        for constraint in self._made:
-            constraint.tau = tau
+    def follow(self, epoch: int) -> None:
+        """Let the tolerance of an epoch hold from the next step on."""
+        for constraint in self._made if callable(self._tau) else ():
+            constraint.tau = self._of(epoch)
+
+    def _of(self, epoch: int) -> float:
+        return self._tau(epoch) if callable(self._tau) else self._tau
 
     def figures(self) -> dict[str, float]:
         """What to log: the largest cond(S) and the largest error of orthonormality."""
@@ -51,8 +67,3 @@ class Constraints:
         except ConstraintBreach as breach:
             text = f"{breach}: were the weights averaged? condlr.project(model, tau) puts them right"
             warnings.warn(text, stacklevel=3)
-
-    def remove(self) -> None:
-        """Detach the constraints from their optimisers."""
-        for constraint in self._made:
-            constraint.remove()

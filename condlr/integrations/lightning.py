@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import override
 
 from condlr.exporting import export
-from condlr.integrations._constraints import Constraints, checked
+from condlr.integrations._constraints import Constraints
 
 
 class CondLR(Callback):
@@ -40,35 +40,28 @@ class CondLR(Callback):
         exports: bool = False,
         **options: Any,
     ):
-        self.tau, self.every, self.exports, self.options = tau, every, exports, options
-        checked(tau, options)
+        self.every, self.exports = every, exports
         self.exported: nn.Module | None = None
-        self._constraints: Constraints | None = None
+        self._constraints = Constraints(tau, options)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # After a training its optimisers are still constrained, so that their state can be saved
-        if self._constraints is not None:
-            self._constraints.remove()
-        options = {"tau": self._tau(trainer.current_epoch), **self.options}
-        self._constraints = Constraints(trainer.optimizers, pl_module, options)
+        self._constraints.start(trainer.optimizers, pl_module, trainer.current_epoch)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._constraints is not None and callable(self.tau):
-            self._constraints.set_tau(self._tau(trainer.current_epoch))
+        self._constraints.follow(trainer.current_epoch)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._constraints is not None and self.every and (trainer.global_step % self.every == 0):
+        if self.every and trainer.global_step % self.every == 0:
             pl_module.log_dict(self._constraints.figures())
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._constraints is not None:
-            self._constraints.warn()
+        self._constraints.warn()
         if self.exports:
             # A copy of the module must not copy the trainer with its data
             pl_module.trainer, kept = None, pl_module.trainer  # type: ignore[assignment]
@@ -76,6 +69,3 @@ class CondLR(Callback):
                 self.exported = export(pl_module)
             finally:
                 pl_module.trainer = kept
-
-    def _tau(self, epoch: int) -> float:
-        return self.tau(epoch) if callable(self.tau) else self.tau

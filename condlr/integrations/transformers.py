@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from typing_extensions import override
 
 from condlr.exporting import export
-from condlr.integrations._constraints import Constraints, checked
+from condlr.integrations._constraints import Constraints
 
 
 class CondLR(TrainerCallback):
@@ -34,10 +34,9 @@ class CondLR(TrainerCallback):
     """
 
     def __init__(self, tau: float | Callable[[int], float] = 0.1, *, exports: bool = False, **options: Any):
-        self.tau, self.exports, self.options = tau, exports, options
-        checked(tau, options)
+        self.exports = exports
         self.exported: nn.Module | None = None
-        self._constraints: Constraints | None = None
+        self._constraints = Constraints(tau, options)
 
     def add_to(self, trainer: Trainer) -> "CondLR":
         """Add the callback to a trainer, before its reports; return it."""
@@ -48,24 +47,19 @@ class CondLR(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # After a training its optimiser is still constrained, so that its state can be saved
-        if self._constraints is not None:
-            self._constraints.remove()
-        options = {"tau": self._tau(state), **self.options}
-        self._constraints = Constraints([kwargs["optimizer"]], kwargs["model"], options)
+        self._constraints.start([kwargs["optimizer"]], kwargs["model"], int(state.epoch or 0))
 
     @override
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._constraints is not None and callable(self.tau):
-            self._constraints.set_tau(self._tau(state))
+        self._constraints.follow(int(state.epoch or 0))
 
     @override
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._constraints is not None and "loss" in (kwargs.get("logs") or {}):
+        if "loss" in (kwargs.get("logs") or {}):
             figures = self._constraints.figures()
             kwargs["logs"].update(figures)
             if state.log_history:
@@ -75,10 +69,6 @@ class CondLR(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._constraints is not None:
-            self._constraints.warn()
+        self._constraints.warn()
         if self.exports:
             self.exported = export(kwargs["model"])
-
-    def _tau(self, state: TrainerState) -> float:
-        return self.tau(int(state.epoch or 0)) if callable(self.tau) else self.tau
