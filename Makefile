@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STUDY ?= default
 
-.PHONY: help api demo test test-fast test-networks test-chaos test-slurm test-ray test-wheel tables figures report status archive restore reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks frame-cifar10 lr-cifar10 benchmark clean
+.PHONY: help api demo test test-fast test-networks test-chaos test-slurm test-ray test-wheel tables figures report status archive restore reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks frame-cifar10 lr-cifar10 lr-cifar100 benchmark clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -127,6 +127,11 @@ lr-cifar10: $(VENV)/.installed  ## Train eight rows on CIFAR-10, low-rank activa
 	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*-s0-*' attack.images=200 attack=autoattack attack.eps=[0.004]
 	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*-s0-*' $(HARD) analysis=audit
 	$(MAKE) --no-print-directory tables figures report STUDY=lr_cifar10
+
+lr-cifar100: $(VENV)/.installed  ## Train three rows of ResNet-50 on CIFAR-100's superclasses, and classify its classes (hours on a GPU)
+	-$(RUN) scripts/train.py experiment=lr_cifar100 $(ARGS)
+	$(RUN) scripts/evaluate.py run='runs/lr_cifar100/*' analysis=[variance_ratio,embeddings,transfer,scatter]
+	$(MAKE) --no-print-directory tables figures report STUDY=lr_cifar100
 
 benchmark: $(VENV)/.installed  ## Measure what a training step costs here, dense, low-rank and constrained
 	$(RUN) scripts/benchmark.py $(ARGS)

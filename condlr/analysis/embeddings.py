@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from typing_extensions import override
 from condlr._support.errors import in_range
 from condlr.analysis._activations import activations, penultimate
 from condlr.analysis.base import Analysis, Trained
+from condlr.data.base import Images
 from condlr.evaluation import first
 
 # The classifiers, and their titles
@@ -41,11 +42,11 @@ class Embeddings(Analysis):
     caption: ClassVar[str] = "Accuracy of linear classifiers on the first principal components"
     legend: ClassVar[str] = (
         "Components of the activations of {train_images} training images; r: their number; of: that of the "
-        "activations; compression: the one by the other. Accuracy on all test images, in percent."
+        "activations; compression: the latter by the former. Accuracy on all test images, in percent."
     )
     keys: ClassVar[tuple[str, ...]] = ("layer", "train_images", "dimensions", "classifier")
     columns: ClassVar[Mapping[str, str]] = {
-        "layer": "{layer}", "r": "{dimensions}", "of": "{activations}", "compression": "{compression}",
+        "layer": "{layer}", "r": "{dimensions}", "of": "{activations}", "compression": "{reduction}",
         "classifier": "{classifier}", "accuracy": "{percent:.2f}",
     }  # fmt: skip
     order: ClassVar[int] = 43
@@ -62,10 +63,14 @@ class Embeddings(Analysis):
 
     @override
     def rows(self, trained: Trained) -> Iterator[Mapping[str, Any]]:
+        return self.scores(trained, lambda images: images.labels)
+
+    def scores(self, trained: Trained, of: Callable[[Images], Tensor]) -> Iterator[dict[str, Any]]:
+        """The rows where the classifiers learn the labels that `of` takes from the images."""
         data, model = trained.data, trained.model
         names = self.layers or [penultimate(model, data.shape)]
         images = first(data.train, min(self.train_images, len(data.train)))
-        labels, truth = (_labels(part) for part in (images, data.test))
+        labels, truth = (of(part).cpu() for part in (images, data.test))
         for name in names:  # one at a time: some have many dimensions
             A, B = (activations(model, part, [name])[name].double() for part in (images, data.test))
             learned, tested = components(A, B, self._dimensions(A.shape[1], len(A)))
@@ -75,7 +80,7 @@ class Embeddings(Analysis):
                     share = accuracy(classifier, learned[:, :r], labels, tested[:, :r], truth)
                     yield {
                         "layer": name, "train_images": len(images), "dimensions": r, "classifier": classifier,
-                        "activations": m, "compression": m / r, "percent": 100 * share,
+                        "activations": m, "reduction": m / r, "percent": 100 * share,
                     }  # fmt: skip
 
     def _dimensions(self, m: int, n: int) -> list[int]:
@@ -108,7 +113,3 @@ def accuracy(classifier: str, learned: Tensor, labels: Tensor, tested: Tensor, t
         warnings.simplefilter("ignore", ConvergenceWarning)  # the last digits do not matter here
         made.fit(learned.numpy(), labels.numpy())
     return float(made.score(tested.numpy(), truth.numpy()))
-
-
-def _labels(images: Any) -> Tensor:
-    return images.labels.cpu()

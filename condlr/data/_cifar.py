@@ -102,8 +102,10 @@ class Cifar(Dataset):
 
     def _images(self, records: bytearray) -> Images:
         table, columns = self._table(records), len(self.classes)
-        labels = table[:, [*self.classes].index(self.kind)].long()
-        return Images(table[:, columns:].reshape(-1, 3, 32, 32).contiguous(), labels)
+        kinds = {kind: table[:, column].long() for column, kind in enumerate(self.classes)}
+        labels = kinds.pop(self.kind)
+        others = {kind.removesuffix("_labels"): labels for kind, labels in kinds.items()}
+        return Images(table[:, columns:].reshape(-1, 3, 32, 32).contiguous(), labels, others)
 
     def _read(self, path: Path) -> bytearray:
         content, size = path.read_bytes(), len(self.classes) + _PIXELS

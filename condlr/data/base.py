@@ -3,8 +3,8 @@
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -22,21 +22,27 @@ class Images:
     Attributes:
         pixels: (n, channels, height, width), uint8.
         labels: (n,), int64.
+        others: other labels of the same images, by name; a network does not learn them.
     """
 
     pixels: Tensor
     labels: Tensor
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, index: Tensor | slice) -> "Images":
         """The images at `index`, in its order."""
-        return Images(self.pixels[index], self.labels[index])
+        return self._each(lambda values: values[index])
 
     def to(self, device: torch.device) -> "Images":
         """The same images on `device`."""
-        return Images(self.pixels.to(device), self.labels.to(device))
+        return self._each(lambda values: values.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Images":
+        others = {name: change(labels) for name, labels in self.others.items()}
+        return Images(change(self.pixels), change(self.labels), others)
 
     def batches(
         self,

@@ -74,6 +74,11 @@ def analyse(here: Opened, name: str, analysis: Analysis, again: bool = False) ->
     with Steps(f"{name} of {here.config.row['label']}") as steps:
         here.on_progress = steps.at
         rows = [*analysis.rows(here)]
+    if clash := here.config.row.keys() & {name for row in rows for name in row}:
+        raise UserError(
+            f"analysis={name} has a column {', '.join(sorted(clash))}, as tables have for the run itself: "
+            f"give it another name in the rows of {type(analysis).__name__}"
+        )
     here.run.add_rows(table, rows)
     return rows
 

@@ -14,6 +14,7 @@ from condlr.analysis.effective_rank import EffectiveRank, effective_rank, stable
 from condlr.analysis.embeddings import Embeddings, components
 from condlr.analysis.scatter import Scatter
 from condlr.analysis.stability import Stability, relative
+from condlr.analysis.transfer import Transfer
 from condlr.analysis.variance_ratio import VarianceRatio, variance_ratio
 from condlr.data.base import Data, Images
 from condlr.factorization import factorize
@@ -159,10 +160,31 @@ def test_embeddings_of_separable_points():
         (r, classifier) for r in (1, 4, 9) for classifier in ("svm", "logistic")
     ], "all nine, and no more"
     assert {row["percent"] for row in rows} == {100.0}
-    assert [row["compression"] for row in rows[::2]] == [9, 9 / 4, 1]
+    assert [row["reduction"] for row in rows[::2]] == [9, 9 / 4, 1]
     shuffled = Images(pixels, labels[torch.randperm(60)])
     wrong = Trained(model=net, data=Data(images, shuffled, 2))
     assert all(row["percent"] < 80 for row in Embeddings(dimensions=[1], train_images=50).rows(wrong))
+
+
+def test_transfer_to_labels_that_were_not_learned():
+    """Of four classes in two superclasses, apart in two pixels, one dimension knows two."""
+    pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    fine = torch.arange(80) % 4
+    pixels = torch.full((80, 1, 3, 3), 100, dtype=torch.uint8)
+    pixels[:, 0, 0, 0] += (100 * (fine // 2)).to(torch.uint8)
+    pixels[:, 0, 1, 1] += (30 * (fine % 2) + torch.randint(0, 5, (80,))).to(torch.uint8)
+    images = Images(pixels, fine // 2, {"fine": fine})
+    net = nn.Sequential(nn.Flatten(), nn.Linear(9, 2)).eval()
+    rows = [
+        *Transfer(dimensions=[1, 2], train_images=60).rows(Trained(model=net, data=Data(images, images, 2)))
+    ]
+    shares = {(row["labels"], row["dimensions"], row["classifier"]): row["percent"] for row in rows}
+    assert shares["fine", 1, "svm"] == 50
+    assert shares["fine", 2, "logistic"] == 100
+    plain = Images(pixels, fine)
+    with pytest.raises(ValueError, match="only the labels that were learned; CIFAR-100 has two kinds"):
+        Transfer().require(Trained(model=net, data=Data(plain, plain, 4)))
 
 
 @pytest.mark.parametrize("shape", [(40, 6), (6, 40)])

@@ -64,6 +64,12 @@ def test_both_versions_are_the_same_images(cifar, labels, classes, column):
     assert torch.equal(python.train.pixels, pixels)
     assert python.standard == (cifar100.MEAN, cifar100.DEVIATION)
     assert Cifar100(standardize=False).load(root).standard is None
+    other = "coarse" if labels == "fine" else "fine"
+    held_out = python.hold_out(0.2, 0).shortened(20, 10)
+    assert held_out.test.others[other].tolist() == batches["test"][3 - column][:10].tolist()
+    for images in (held_out.train, held_out.held_out):
+        fine, coarse = (images.labels, images.others[other])[:: 1 if labels == "fine" else -1]
+        assert torch.equal(fine // 5, coarse), "labels of the same images"
 
 
 def test_official_pickles_are_known_and_others_are_said(cifar, official, caplog):

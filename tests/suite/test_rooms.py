@@ -144,6 +144,9 @@ def test_one_file_and_one_yaml_go_the_whole_way(script, rooms, tmp_path, monkeyp
         script(*both, "attack.eps=[0.3]"), "analysis=seen needs the package no_such_package: pip install"
     )
     monkeypatch.setattr(module.Seen, "packages", ("json",))
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Seen, "rows", lambda *_: [{"what": "x", "compression": 2.0, "by": "y"}])
+        complains(script("evaluate", f"run={run}", "analysis=seen"), "seen has a column compression, as tabl")
     assert before == {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
 
     # One attack, two analyses and a shift open the run once
