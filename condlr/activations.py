@@ -248,8 +248,12 @@ class LowRankActivations(nn.Module):
         Raises:
             RuntimeError: there was none since the last call.
         """
+        return torch.stack(self.terms()).sum()
+
+    def terms(self) -> list[Tensor]:
+        """The loss of each layer."""
         losses = [layer() for layer in self.layers]
-        return sum(self.projection * near + self.norm * unit for near, unit in losses)  # type: ignore[return-value]
+        return [self.projection * near + self.norm * unit for near, unit in losses]
 
 
 class _Tap:

@@ -2,13 +2,14 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from condlr._support.errors import in_range, one_of
 from condlr._support.precision import strict
@@ -20,37 +21,27 @@ Layer = nn.Linear | nn.Conv2d | LowRank
 
 @dataclass
 class Penalty(ABC):
-    """weight * the sum or mean of `term(layer)` over the named layers, added to the loss.
+    """weight * the sum or mean of `terms(model)`, added to the loss.
 
-    A subclass is a dataclass in a file of its name. It defines `term`; its fields are its options, the keys
-    of `conf/penalty/<name>.yaml`.
+    A subclass is a dataclass in a file of its name; its fields are its options, the keys of
+    `conf/penalty/<name>.yaml`. One of weights extends `LayerPenalty`.
 
     Attributes:
         title: its name in tables.
         acts: the values of `acts_on`.
-        takes: the kinds of layers it can penalise; it skips all others.
-        capturable: whether its term can be recorded as a CUDA graph.
+        capturable: whether its terms can be recorded as a CUDA graph.
         period: the number of steps after which its cost repeats.
         weight: lambda.
-        layers: names of linear and convolution layers, dense or low-rank, as shell patterns.
-        acts_on: `weight`, the whole weight of a layer, or `V`, the factor V^T of a low-rank layer. In a
-            convolution V^T is itself a convolution onto r channels. `V` skips dense layers.
+        layers: names of what is penalised.
+        acts_on: what is penalised there.
         over_layers: `sum` or `mean`.
         every: j; every j-th step has the term, at j times the weight.
         milestones, factors: from each milestone (an epoch, counted from 0) on, the weight is `weight` times
             its factor.
-
-    Example:
-        >>> from condlr.penalties.so import So
-        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> penalty = So(weight=0.1, layers=["0"])
-        >>> penalty(net).shape
-        torch.Size([])
     """
 
     title: ClassVar[str]
-    acts: ClassVar[tuple[str, ...]] = ("weight", "V")
-    takes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d, LowRank)
+    acts: ClassVar[tuple[str, ...]]
     capturable: ClassVar[bool] = True
     period: ClassVar[int] = 1
 
@@ -76,28 +67,27 @@ class Penalty(ABC):
         self._scheduled: Tensor | None = None
 
     @abstractmethod
-    def term(self, layer: Layer) -> Tensor:
-        """The penalised quantity of one layer, a scalar on its device."""
+    def named(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The modules that are penalised.
 
-    def matrix(self, layer: Layer) -> Tensor:
-        """`kernel` as a matrix, out x (in kh kw)."""
-        return self.kernel(layer).flatten(1)
+        Raises:
+            ValueError: there are none.
+        """
 
-    def kernel(self, layer: Layer) -> Tensor:
-        """(out, in, kh, kw): the weight of the layer, or its factor V^T; a matrix is a kernel of 1 x 1."""
-        if self.acts_on == "V":
-            assert isinstance(layer, LowRank)
-            W = layer.filters if isinstance(layer, LowRankConv2d) else layer.Vt
-        else:
-            W = layer.weight
-            assert isinstance(W, Tensor)
-            W = W.as_subclass(Tensor)  # a low-rank layer gives a read-only `Product`
-        return W if W.ndim == 4 else W[:, :, None, None]
+    @abstractmethod
+    def terms(self, model: nn.Module) -> list[Tensor]:
+        """The penalised quantity of each of them, scalars on their device."""
 
     def __call__(self, model: nn.Module) -> Tensor:
         """The term to add to the loss, with the weight that `begin_epoch` set."""
         weight = self.every * self.weight if self._scheduled is None else self._scheduled
         return weight * self.quantity(model)
+
+    def quantity(self, model: nn.Module) -> Tensor:
+        """The sum or mean of `terms`, in strict float32."""
+        with strict(next(model.parameters()).device):
+            terms = torch.stack(self.terms(model))
+            return terms.sum() if self.over_layers == "sum" else terms.mean()
 
     def attach(self, model: nn.Module) -> None:
         """Called before a training. A penalty that needs more than the weights puts its hooks here.
@@ -122,35 +112,6 @@ class Penalty(ABC):
         """A function that computes the term without the pass of `images` through the network, to be timed."""
         return lambda: self(model)
 
-    def quantity(self, model: nn.Module) -> Tensor:
-        """The sum or mean over the layers without the weight, in strict float32.
-
-        Raises:
-            ValueError: there is no such layer.
-        """
-        named = self.named(model)
-        with strict(next(named[0].parameters()).device):
-            terms = torch.stack([self.term(layer) for layer in named])
-            return terms.sum() if self.over_layers == "sum" else terms.mean()
-
-    def named(self, model: nn.Module) -> list[Layer]:
-        """The layers that are penalised.
-
-        Raises:
-            ValueError: there are none.
-        """
-        kinds = tuple(kind for kind in self.takes if self.acts_on == "weight" or issubclass(kind, LowRank))
-        named = [
-            layer
-            for name, layer in model.named_modules()
-            if isinstance(layer, kinds) and any(fnmatch(name, pattern) for pattern in self.layers)
-        ]
-        if not named:
-            dense = "linear or convolution" if nn.Linear in self.takes else "convolution"
-            kind = f"low-rank {dense}" if self.acts_on == "V" else dense
-            raise ValueError(f"penalty.layers: no {kind} layer is named {self.layers}")
-        return named  # type: ignore[return-value]
-
     def due(self, step: int) -> bool:
         """Whether a step, counted from 0 over the whole training, has the term."""
         return step % self.every == 0
@@ -169,3 +130,62 @@ class Penalty(ABC):
         if self._scheduled is None or self._scheduled.device != device:
             self._scheduled = torch.zeros((), device=device)
         self._scheduled.fill_(self.every * self.weight_at(epoch))
+
+
+@dataclass
+class LayerPenalty(Penalty):
+    """A penalty of the weights of linear and convolution layers; a subclass defines `term`.
+
+    Attributes:
+        takes: the kinds of layers it can penalise; it skips all others.
+        layers: names of layers, dense or low-rank, as shell patterns.
+        acts_on: `weight`, the whole weight of a layer, or `V`, the factor V^T of a low-rank layer. In a
+            convolution V^T is itself a convolution onto r channels. `V` skips dense layers.
+
+    Example:
+        >>> from condlr.penalties.so import So
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> penalty = So(weight=0.1, layers=["0"])
+        >>> penalty(net).shape
+        torch.Size([])
+    """
+
+    acts: ClassVar[tuple[str, ...]] = ("weight", "V")
+    takes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d, LowRank)
+
+    @abstractmethod
+    def term(self, layer: Layer) -> Tensor:
+        """The penalised quantity of one layer, a scalar on its device."""
+
+    @override
+    def terms(self, model: nn.Module) -> list[Tensor]:
+        return [self.term(layer) for layer in self.named(model)]
+
+    @override
+    def named(self, model: nn.Module) -> list[Layer]:
+        kinds = tuple(kind for kind in self.takes if self.acts_on == "weight" or issubclass(kind, LowRank))
+        named = [
+            layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, kinds) and any(fnmatch(name, pattern) for pattern in self.layers)
+        ]
+        if not named:
+            dense = "linear or convolution" if nn.Linear in self.takes else "convolution"
+            kind = f"low-rank {dense}" if self.acts_on == "V" else dense
+            raise ValueError(f"penalty.layers: no {kind} layer is named {self.layers}")
+        return named  # type: ignore[return-value]
+
+    def matrix(self, layer: Layer) -> Tensor:
+        """`kernel` as a matrix, out x (in kh kw)."""
+        return self.kernel(layer).flatten(1)
+
+    def kernel(self, layer: Layer) -> Tensor:
+        """(out, in, kh, kw): the weight of the layer, or its factor V^T; a matrix is a kernel of 1 x 1."""
+        if self.acts_on == "V":
+            assert isinstance(layer, LowRank)
+            W = layer.filters if isinstance(layer, LowRankConv2d) else layer.Vt
+        else:
+            W = layer.weight
+            assert isinstance(W, Tensor)
+            W = W.as_subclass(Tensor)  # a low-rank layer gives a read-only `Product`
+        return W if W.ndim == 4 else W[:, :, None, None]

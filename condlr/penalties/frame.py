@@ -11,11 +11,11 @@ from condlr._support.errors import in_range, one_of
 from condlr.convolutions import LowRankConv2d
 from condlr.manifolds.gram import Gram, Side, gram, smaller_side
 from condlr.penalties._convolutions import steps
-from condlr.penalties.base import Layer, Penalty
+from condlr.penalties.base import Layer, LayerPenalty
 
 
 @dataclass
-class Frame(Penalty):
+class Frame(LayerPenalty):
     r"""(1/n) sum_i min(v_ii - A - r_i, 0)^2 + min(B - v_ii - r_i, 0)^2, r_i = sum_{j != i} |v_ij|.
 
     V = W^T W, n x n, of the convolution as an operator on images. Where the term is 0 both V - A I and

@@ -12,11 +12,11 @@ from condlr._support.errors import in_range
 from condlr.convolutions import LowRankConv2d
 from condlr.manifolds.convolution import transfer_matrices
 from condlr.penalties._convolutions import steps
-from condlr.penalties.base import Layer, Penalty
+from condlr.penalties.base import Layer, LayerPenalty
 
 
 @dataclass
-class FrameEigen(Penalty):
+class FrameEigen(LayerPenalty):
     """(1/n) sum_i min(lambda_i - A, 0)^2 + min(B - lambda_i, 0)^2 over the eigenvalues of W^T W or W W^T.
 
     Of the smaller side of the operator W on periodic images of `size` x `size` (times the stride), whose

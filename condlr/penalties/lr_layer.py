@@ -19,7 +19,7 @@ from condlr.activations import (
     remove,
     whole_name,
 )
-from condlr.penalties.base import Layer, Penalty
+from condlr.penalties.base import Penalty
 
 
 @dataclass
@@ -62,13 +62,15 @@ class LrLayer(Penalty):
         self._extra: LowRankActivations | None = None
 
     @override
-    def named(self, model: nn.Module) -> list[Layer]:
+    def named(self, model: nn.Module) -> list[nn.Module]:
         names = (whole_name(model, name).removesuffix(INPUT) for name in self.layers)
-        return [model.get_submodule(name) for name in names]  # type: ignore[misc]
+        return [model.get_submodule(name) for name in names]
 
     @override
-    def term(self, layer: Layer) -> Tensor:
-        raise NotImplementedError("the term is one of activations, see `quantity`")
+    def terms(self, model: nn.Module) -> list[Tensor]:
+        if self._extra is None:
+            raise RuntimeError("attach the penalty to the network before its forward pass")
+        return self._extra.terms()
 
     @override
     def attach(self, model: nn.Module) -> None:
@@ -112,14 +114,6 @@ class LrLayer(Penalty):
 
         term()  # the first call makes W
         return term
-
-    @override
-    def quantity(self, model: nn.Module) -> Tensor:
-        """L_c + norm L_n of the last batch, summed or averaged over the activations."""
-        if self._extra is None:
-            raise RuntimeError("attach the penalty to the network before its forward pass")
-        total = self._extra()
-        return total if self.over_layers == "sum" else total / len(self.layers)
 
     @override
     def measured(self, model: nn.Module) -> float | None:

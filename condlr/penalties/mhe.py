@@ -9,11 +9,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from condlr._support.errors import one_of
-from condlr.penalties.base import Layer, Penalty
+from condlr.penalties.base import Layer, LayerPenalty
 
 
 @dataclass
-class Mhe(Penalty):
+class Mhe(LayerPenalty):
     """The mean energy of all pairs of a layer's filters, seen as points on the unit sphere.
 
     With w_i the i-th row of the layer's matrix, out x (in kh kw), divided by its norm, and d the distance of

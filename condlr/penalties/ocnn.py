@@ -11,11 +11,11 @@ from typing_extensions import override
 from condlr.convolutions import LowRankConv2d
 from condlr.manifolds.gram import gram
 from condlr.penalties._convolutions import steps
-from condlr.penalties.base import Layer, Penalty
+from condlr.penalties.base import Layer, LayerPenalty
 
 
 @dataclass
-class Ocnn(Penalty):
+class Ocnn(LayerPenalty):
     """||Conv(K, K; P, S) - I_r0||_F^2 with P = floor((k - 1) / S) S, their Eq. 8: W W^T = I for the operator.
 
     I_r0 is the identity at lag 0 and zero at all others. Where the operator has more rows than columns the

@@ -8,11 +8,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from condlr.layers import LowRank
-from condlr.penalties.base import Layer, Penalty
+from condlr.penalties.base import Layer, LayerPenalty
 
 
 @dataclass
-class So(Penalty):
+class So(LayerPenalty):
     r"""||W W^T - I||_F^2, or ||W^T W - I||_F^2 if W has more rows than columns: the smaller Gram matrix.
 
     W is the layer's n x m matrix; a kernel is viewed as out x (in kh kw). The smaller side is that of the

@@ -8,11 +8,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from condlr._support.errors import one_of
-from condlr.penalties.base import Layer, Penalty
+from condlr.penalties.base import Layer, LayerPenalty
 
 
 @dataclass
-class Srip(Penalty):
+class Srip(LayerPenalty):
     """sigma(G - I)^power, G the smaller Gram matrix of the layer's matrix, out x (in kh kw).
 
     sigma is estimated by one power step (their Eq. 7): from a random v, u = (G - I) v and
