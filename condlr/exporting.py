@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from typing_extensions import override
 
 from condlr._support.errors import one_of
@@ -33,7 +34,8 @@ def export(
 ) -> nn.Module:
     """A copy of `model` with PyTorch's own layers only, which computes the same function.
 
-    The virtual layers of `condlr.low_rank_activations` are left out.
+    The virtual layers of `condlr.low_rank_activations` are left out, and the parametrisations of condlr's own
+    methods become plain weights.
 
     A pair of thin layers, V^T and then U S, has no `weight` or `stride`. If the network reads such an
     attribute of a layer, that layer becomes dense in any form. Reads are found by running `example`. Without
@@ -60,6 +62,9 @@ def export(
         model, _made(_attentions(model), {layer: _plain(layer, form) for layer, form in forms.items()})
     )
     remove(plain)
+    for module in plain.modules():
+        if is_parametrized(module):
+            _settle(module)
     if lost:
         warnings.warn(f"not copied to the plain layers: {listed(lost)}", stacklevel=2)
     return plain
@@ -118,6 +123,23 @@ def export_forms(
     # nn.MultiheadAttention holds its projections as dense matrices
     read = {*read, *(part for name in _attentions(model) for part in name.modules())}
     return {layer: _form(layer, form) if layer not in read else "dense" for layer in layers}
+
+
+def _settle(layer: Any) -> None:
+    """Make the values of a layer's parametrisations its parameters, if all of them are ours.
+
+    PyTorch's `remove_parametrizations` also takes the property from the class, which the layer's original
+    shares with this copy of it.
+    """
+    chains = dict(layer.parametrizations.items())
+    if not all(type(part).__module__.startswith("condlr.") for chain in chains.values() for part in chain):
+        return
+    with torch.no_grad():
+        values = {name: getattr(layer, name).clone() for name in chains}
+    del layer.parametrizations
+    layer.__class__ = type(layer).__bases__[0]
+    for name, value in values.items():
+        layer.register_parameter(name, nn.Parameter(value, chains[name].original.requires_grad))
 
 
 def _sized(model: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import condlr
 from condlr._support.precision import training
 from condlr.factorization import Scheme
 from condlr.methods.srn import Srn, StableRank
@@ -71,6 +72,24 @@ def test_every_layer_of_a_network_and_its_copies():
                 rank = max(1, 0.5 * min(layer.weight.flatten(1).shape))
                 assert sigma.square().sum() / sigma[0] ** 2 <= rank * 1.05
     assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in LeNet5().parameters())
+
+
+def test_an_export_is_plain_and_the_network_stays_as_it_was():
+    net = Srn(c=0.5).apply(LeNet5(), Scheme(None)).eval()
+    nn.utils.parametrizations.weight_norm(net.fc2, "bias", dim=None)  # not ours
+    images = torch.rand(3, 1, 28, 28)
+    plain, wanted = condlr.export(net), net(images)
+    torch.testing.assert_close(plain(images), wanted)
+    assert type(plain.conv1) is nn.Conv2d and type(plain.fc1) is nn.Linear
+    assert plain.conv1.weight.requires_grad and plain.conv1.weight.is_leaf
+    assert {*plain.fc2.parametrizations} == {"weight", "bias"}, "two kinds on one layer are left alone"
+    assert torch.equal(net(images), wanted)
+    net.train()(images).sum().backward()
+    assert net.fc1.parametrizations.weight.original.grad.isfinite().all()
+    assert plain.fc1.weight.grad is None
+    reloaded = LeNet5()
+    exported = condlr.export(Srn(c=0.5).apply(LeNet5(), Scheme(None)))
+    reloaded.load_state_dict(exported.state_dict())
 
 
 def test_training_in_bfloat16_keeps_the_vectors_in_float32():
