@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import re
 import sys
 import tarfile
 from dataclasses import field, make_dataclass
@@ -37,6 +38,16 @@ STUDIES = {
             "penalty.weight=1e-2,1e-3",
         ],
     ],
+    "lr_weights": [
+        ["experiment=lr_weights", "penalty=none"],
+        ["experiment=lr_weights", "penalty.weight=1e-3,1e-2,1e-1,1"],
+        [
+            "experiment=lr_weights",
+            "penalty.layers=[stage3,fc.input]",
+            "penalty.ranks=[100,10]",
+            "penalty.weight=1e-3,1e-2",
+        ],
+    ],
     "frame_weights": [
         ["experiment=frame_weights", "penalty=none"],
         *(
@@ -67,13 +78,18 @@ STUDIES = {
 WITHOUT_PRECISION = {"mnist_rows": 32, "cifar10_first_steps": 17}
 
 
+def split(values):
+    """The values of a sweep; a list in brackets is one."""
+    return re.split(r",(?![^\[]*\])", values)
+
+
 def planned(arguments):
     """Each run of a sweep, checked."""
-    given = {key: value.split(",") for key, _, value in (a.partition("=") for a in arguments)}
+    given = {key: split(value) for key, _, value in (a.partition("=") for a in arguments)}
     with initialize_config_dir(str(CONF), version_base="1.3"):
         first = [f"{key}={values[0]}" for key, values in given.items()]
         params = compose("train", overrides=first, return_hydra_config=True).hydra.sweeper.params
-        asked = {key: str(value).replace(" ", "").split(",") for key, value in (params or {}).items()} | given
+        asked = {key: split(str(value).replace(" ", "")) for key, value in (params or {}).items()} | given
         seeds = asked.pop("seed", [str(compose("train", first).seed)])
         for values in itertools.product(*asked.values()):
             overrides = [f"{key}={value}" for key, value in zip(asked, values, strict=True)]
