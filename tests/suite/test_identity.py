@@ -30,7 +30,11 @@ STUDIES = {
             "seed=0",
             "row=baseline,mhe,so,srip,ocnn,frame,frame_eigen,condlr-operator-tau0.1-c0.5,condlr-tau0.1-c0.5",
         ],
-        ["experiment=frame_cifar10", "seed=1", "row=baseline,so,frame_eigen"],
+        [
+            "experiment=frame_cifar10",
+            "seed=1",
+            "row=baseline,so,frame_eigen,condlr-tau0.1-c0.5,condlr-operator-tau0.1-c0.5",
+        ],
         [
             "experiment=frame_cifar10",
             "seed=0",
