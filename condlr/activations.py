@@ -12,6 +12,7 @@ The LR-layer of Sanyal, Kanade, Torr and Dokania, "Robustness via Deep Low-Rank 
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -366,6 +367,23 @@ def whole_name(model: nn.Module, name: str) -> str:
         which = f"several of {', '.join(found)}" if found else f"none of {', '.join(names)}"
         raise ValueError(f"layers: {place!r} names {which}")
     return found[0] + name.removeprefix(place)
+
+
+def short_name(model: nn.Module, name: str) -> str:
+    """The shortest name by which `whole_name` finds the same activations: one way to write what has several.
+
+    Raises:
+        ValueError: see `whole_name`.
+    """
+    whole = whole_name(model, name)
+    parts = whole.removesuffix(INPUT).split(".")
+    ending = INPUT if whole.endswith(INPUT) else ""
+    for first in reversed(range(1, len(parts))):
+        short = ".".join(parts[first:]) + ending
+        with suppress(ValueError):
+            if whole_name(model, short) == whole:
+                return short
+    return whole
 
 
 def remove(model: nn.Module) -> bool:

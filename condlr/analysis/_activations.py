@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from condlr.activations import INPUT, whole_name
+from condlr.activations import INPUT, short_name, whole_name
 from condlr.analysis._layers import blank, first_inputs
 from condlr.data.base import Images
 from condlr.evaluation import evaluating
@@ -27,6 +27,15 @@ def penultimate(model: nn.Module, shape: Sequence[int]) -> str:
     if not linear:
         raise ValueError("the network has no linear layer: name the modules in `layers`")
     return f"{linear[-1]}{INPUT}"
+
+
+def chosen(model: nn.Module, layers: Sequence[str], shape: Sequence[int]) -> list[str]:
+    """The names of `layers` as tables have them; of none `penultimate`. However they are typed, each is once.
+
+    Raises:
+        ValueError: see `condlr.activations.whole_name`, or `penultimate`.
+    """
+    return [*dict.fromkeys(short_name(model, name) for name in layers or [penultimate(model, shape)])]
 
 
 @torch.no_grad()

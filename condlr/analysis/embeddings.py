@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from condlr._support.errors import in_range
-from condlr.analysis._activations import activations, penultimate
+from condlr.analysis._activations import activations, chosen
 from condlr.analysis.base import Analysis, Trained
 from condlr.data.base import Images
 from condlr.evaluation import first
@@ -68,7 +68,7 @@ class Embeddings(Analysis):
     def scores(self, trained: Trained, of: Callable[[Images], Tensor]) -> Iterator[dict[str, Any]]:
         """The rows where the classifiers learn the labels that `of` takes from the images."""
         data, model = trained.data, trained.model
-        names = self.layers or [penultimate(model, data.shape)]
+        names = chosen(model, self.layers, data.shape)
         images = first(data.train, min(self.train_images, len(data.train)))
         labels, truth = (of(part).cpu() for part in (images, data.test))
         for name in names:  # one at a time: some have many dimensions

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from condlr._support.errors import in_range
-from condlr.analysis._activations import activations, penultimate
+from condlr.analysis._activations import activations, chosen
 from condlr.analysis.base import Analysis, Layout, Trained
 from condlr.analysis.embeddings import components
 from condlr.evaluation import first
@@ -41,7 +41,7 @@ class Scatter(Analysis):
 
     @override
     def rows(self, trained: Trained) -> Iterator[Mapping[str, Any]]:
-        names = self.layers or [penultimate(trained.model, trained.data.shape)]
+        names = chosen(trained.model, self.layers, trained.data.shape)
         images = first(trained.data.test, min(self.images, trained.test_images))
         for name, A in activations(trained.model, images, names).items():
             points, _ = components(A.double(), A[:1].double(), [min(2, A.shape[1])])

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from condlr._support.errors import in_range
 from condlr._support.seeds import derive_seed
-from condlr.analysis._activations import activations, penultimate
+from condlr.analysis._activations import activations, chosen
 from condlr.analysis.base import Analysis, Trained
 from condlr.attacks.pgd import Pgd
 from condlr.data.base import Images
@@ -61,7 +61,7 @@ class Stability(Analysis):
     @override
     def rows(self, trained: Trained) -> Iterator[Mapping[str, Any]]:
         model, images = trained.model, first(trained.data.test, min(self.images, trained.test_images))
-        names = self.layers or [penultimate(model, trained.data.shape)]
+        names = chosen(model, self.layers, trained.data.shape)
         before = activations(model, images, names)
         sources = {WHITE: model} | ({BLACK: trained.dense} if trained.dense is not None else {})
         done, total = 0, len(sources) * len(self.eps)

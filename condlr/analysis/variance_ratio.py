@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from condlr._support.errors import in_range
-from condlr.analysis._activations import activations, penultimate
+from condlr.analysis._activations import activations, chosen
 from condlr.analysis.base import Analysis, Layout, Trained
 from condlr.evaluation import first
 
@@ -57,7 +57,7 @@ class VarianceRatio(Analysis):
 
     @override
     def rows(self, trained: Trained) -> Iterator[Mapping[str, Any]]:
-        names = self.layers or [penultimate(trained.model, trained.data.shape)]
+        names = chosen(trained.model, self.layers, trained.data.shape)
         images = first(trained.data.test, self.count(trained))
         for name, A in activations(trained.model, images, names).items():
             for centred in (False, True):

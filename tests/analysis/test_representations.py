@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from condlr.analysis._activations import activations, penultimate
+from condlr.analysis._activations import activations, chosen, penultimate
 from condlr.analysis.cushion import Cushion, frobenius
 from condlr.analysis.effective_rank import EffectiveRank, effective_rank, stable_rank
 from condlr.analysis.embeddings import Embeddings, components
@@ -68,6 +68,16 @@ def test_the_variance_ratio_is_that_of_singular_values(shape):
     A = torch.randn(*shape) * 2.0 ** -torch.arange(shape[1])
     values = np.linalg.svd(A.double().numpy(), compute_uv=False) ** 2
     np.testing.assert_allclose(variance_ratio(A), values.cumsum() / values.sum(), rtol=1e-9)
+
+
+def test_a_layer_has_one_name_however_it_is_typed():
+    net = nn.Sequential()
+    net.add_module("network", small())
+    net.add_module("5", nn.Identity())
+    assert chosen(net, [], (3, 6, 6)) == ["network.5.input"], "5 is another module"
+    assert chosen(net, ["network.3.input", "3.input", "3"], (3, 6, 6)) == ["3.input", "3"]
+    with pytest.raises(ValueError, match="'9' names none of"):
+        chosen(net, ["9"], (3, 6, 6))
 
 
 def test_rows_of_variance_ratios():
