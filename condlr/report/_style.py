@@ -23,7 +23,10 @@ PALETTE = (
     "#E69F00", "#882255", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#999933", "#D55E00", "#661100",
 )  # fmt: skip
 WIDTH = 7.0  # inches: the width of a page's text
-_SPARE_COLOURS = ("#6699CC", "#888888", "#44AA99", "#AA4499", "#332288")
+_SPARE_COLOURS = (
+    "#6699CC", "#888888", "#44AA99", "#AA4499", "#332288", "#DDAA33", "#117733", "#CC6677", "#66CCEE",
+    "#997700",
+)  # fmt: skip
 _DASHES = {0.0: "-", 0.5: "-", 0.8: (0, (4, 1.5))}
 _MARKS = ("D", "o", "s", "^", "v", "P")
 
@@ -114,7 +117,8 @@ def rows_of(frame: pd.DataFrame) -> pd.DataFrame:
 
 def styles(frame: pd.DataFrame, by_compression: bool) -> Styles:
     """A colour for each method and variant; with `by_compression`, a dash for each compression."""
-    spare, taken, found = cycle(_SPARE_COLOURS), set(), {}
+    drawn = {colour(label) for label in frame["label"].unique()}
+    spare, taken, found = cycle([other for other in _SPARE_COLOURS if other not in drawn]), set(), {}
     by_compression = by_compression and len({*frame["compression"]} - {0.0}) > 1
     for label, compression, row_id, _ in rows_of(frame).itertuples(index=False):
         own = None if (label, compression) in taken else colour(label)

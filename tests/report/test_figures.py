@@ -163,6 +163,14 @@ def test_variants_have_colours_of_their_own():
     assert len({(str(s["color"]), str(s["linestyle"])) for s in styles.values()}) == 6
 
 
+def test_ten_rows_without_a_colour_of_their_own_take_none_that_a_row_has():
+    labels = ["baseline", "snip", "srn", *(f"baseline+{name}" for name in "abcdefgh")]
+    frames = [study().assign(label=label, row_id=label, compression=0.0) for label in labels]
+    styles = _style.styles(results.summarize(pd.concat(frames)), by_compression=True)
+    assert styles["snip"]["color"] == results.colour("snip")
+    assert len({s["color"] for s in styles.values()}) == len(labels)
+
+
 def test_many_rows_get_panels_by_compression(tmp_path, drawn):
     frame = seventeen()
     parts = _style.groups(results.summarize(frame))
