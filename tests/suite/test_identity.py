@@ -42,6 +42,11 @@ STUDIES = {
             "penalty.weight=1e-2,1e-3",
         ],
     ],
+    "lr_cifar10": [
+        ["experiment=lr_cifar10", "row=baseline,condlr-tau0.1-c0.5", "seed=0,1"],
+        ["experiment=lr_cifar10", "row=lr1,snip-c0.5,srn,frame", "seed=0"],
+        ["experiment=lr_cifar10", "row=lr1", "penalty.weight=1e-1", "seed=0"],
+    ],
     "lr_weights": [
         ["experiment=lr_weights", "penalty=none"],
         ["experiment=lr_weights", "penalty.weight=1e-3,1e-2,1e-1,1"],
