@@ -98,7 +98,7 @@ def _(content: Verdicts) -> str:
     for claim, where in zip(content.claims, own, strict=True):
         number = f"{points(claim.decisive)} points, {claim.decisive}"
         lines.append(f"- **{claim.verdict}**{plain(f', {where}' if where else '')}: {plain(number)}")
-    fold = Folded(COMPARISONS, [comparisons(content)])
+    fold = Folded(COMPARISONS, [Fragment(comparisons(content))])
     return "\n".join([*lines, "", block(fold)])
 
 

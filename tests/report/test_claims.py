@@ -1,9 +1,14 @@
 """The paper's claims put to runs: what counts as support, and what does not."""
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
 from condlr.report import claims, evidence
+from condlr.report._style import Drawing
+from condlr.report.content import Verdicts
+from condlr.report.report_markdown import block
 
 
 def study(robust, clean=0.99, seeds=(0.001, -0.001), n=10_000, **changes):
@@ -29,6 +34,18 @@ def verdicts(cells):
 
 CONDLR = {(label, c): v for c, v in ((0.5, 0.96), (0.8, 0.95)) for label in claims.CONSTRAINED}
 OTHERS = {(label, c): v for c, v in ((0.5, 0.92), (0.8, 0.90)) for label in claims.UNCONSTRAINED}
+
+
+def test_each_comparison_is_a_line_of_the_page_with_its_signs():
+    low = {("condlr-tau0", 0.5): 0.90, ("condlr-tau0", 0.8): 0.88}
+    found = claims.claims(
+        study({("baseline", 0.0): 0.93, ("vanilla", 0.5): 0.95, ("vanilla", 0.8): 0.95} | low)
+    )
+    own = [claim for claim in found if claim.title == "CondLR is the most robust at each compression"]
+    page = block(Verdicts(own, Drawing(Path("a.png"), Path("a.pdf"), "claims")))
+    lines = [line for line in page.partition("<details>")[2].splitlines() if line.startswith("- ")]
+    assert len(lines) == sum(len(claim.evidence) for claim in own) == 2
+    assert all(line.endswith("(&lt;)") for line in lines), "< escaped once"
 
 
 def test_a_paper_whose_claims_all_hold():
