@@ -21,7 +21,6 @@ class Transfer(Embeddings):
 
     title: ClassVar[str] = "Transfer to other labels"
     caption: ClassVar[str] = "Accuracy of linear classifiers of labels that the network has not learned"
-    legend: ClassVar[str] = Embeddings.legend
     keys: ClassVar[tuple[str, ...]] = ("labels", *Embeddings.keys)
     columns: ClassVar[Mapping[str, str]] = {"labels": "{labels}", **Embeddings.columns}
     order: ClassVar[int] = 44
