@@ -73,9 +73,10 @@ class Embeddings(Analysis):
         labels, truth = (of(part).cpu() for part in (images, data.test))
         for name in names:  # one at a time: some have many dimensions
             A, B = (activations(model, part, [name])[name].double() for part in (images, data.test))
-            learned, tested = components(A, B, self._dimensions(A.shape[1], len(A)))
             m = A.shape[1]
-            for r in self._dimensions(m, len(A)):
+            dimensions = self._dimensions(m, len(A))
+            learned, tested = components(A, B, dimensions)
+            for r in dimensions:
                 for classifier in CLASSIFIERS:
                     share = accuracy(classifier, learned[:, :r], labels, tested[:, :r], truth)
                     yield {
