@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+# Of x86 and of ARM processors
+_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}
+
 
 def name(device: torch.device) -> str:
     """The GPU, or the processor and the number of threads in use."""
@@ -24,13 +27,23 @@ def busy() -> bool:
         return False
 
 
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether `device` is a processor that says what it has, and has no instructions for bfloat16."""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", _cpuinfo(), re.MULTILINE)
+    return device.type == "cpu" and found is not None and _BFLOAT16.isdisjoint(found[1].split())
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        return ""
+
+
 @cache
 def _processor() -> str:
     """The processor's name; a name without digits, as on virtual machines, gets its family and model."""
-    try:
-        text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
-    except OSError:
-        text = ""
+    text = _cpuinfo()
     known = {key: value.strip() for key, value in re.findall(r"^([\w ]+?)\s*:(.*)$", text, re.MULTILINE)}
     found = known.get("model name") or platform.processor() or platform.machine()
     if not re.search(r"\d", found) and "cpu family" in known:

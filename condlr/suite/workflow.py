@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from condlr._support import machine
 from condlr._support.errors import Diverged, Interrupted, UserError
 from condlr._support.locks import Lock
 from condlr._support.precision import training
@@ -127,6 +128,8 @@ def _trained(
         choose_run_forms(trainer, config)
     run.note(forms=forms(model))
     row = config.row
+    if config.precision == "bf16" and machine.emulates_bfloat16(trainer.device):
+        log.warning("precision=bf16: this processor only emulates it, and is faster with precision=float32")
 
     with LiveLine(f"{row['label']} {row['compression']:g} s{row['seed']}") as line, signals.deferred():
 

@@ -37,3 +37,14 @@ def test_a_system_without_cpuinfo_has_a_name(monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", missing)
     assert machine._processor()
+
+
+@pytest.mark.parametrize(
+    ("flags", "emulates"),
+    [("flags\t\t: fpu avx2", True), ("flags\t\t: fpu avx512_bf16", False),
+     ("Features\t: fp asimd bf16", False), ("", False)],
+)  # fmt: skip
+def test_a_processor_without_bfloat16_is_known(monkeypatch, flags, emulates):
+    monkeypatch.setattr(machine, "_cpuinfo", lambda: f"processor\t: 0\n{flags}\n" * 2)
+    assert machine.emulates_bfloat16(torch.device("cpu")) == emulates
+    assert not machine.emulates_bfloat16(torch.device("cuda"))
