@@ -2,13 +2,9 @@
 
 Retractions have two forms: by LAPACK (`qr`, `polar`), which is right for every matrix, and a fast one for
 matrices near the manifold, which leaves others to LAPACK.
-
-The maps of Cayley SGD follow Li, Fuxin and Todorovic (ICLR 2020, arXiv 2002.01113). Their skew-symmetric
-n x n matrix is stored as W = A X^T - X A^T with an n x r matrix A.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,119 +125,6 @@ def orthonormality_error(X: Tensor) -> Tensor:
     return (gram - torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)).abs().amax((-2, -1))
 
 
-class Skew(NamedTuple):
-    """The skew-symmetric W = A X^T - X A^T of a point X and a direction M, see `skew`.
-
-    Attributes:
-        X, A: (..., n, r).
-        T: (..., r, r), with M = A + X T.
-        XX, XA, AA: the r x r products X^T X, X^T A and A^T A.
-    """
-
-    X: Tensor
-    A: Tensor
-    T: Tensor
-    XX: Tensor
-    XA: Tensor
-    AA: Tensor
-
-
-def skew(X: Tensor, M: Tensor) -> Skew:
-    """W = What - What^T with What = M X^T - X (X^T M X^T) / 2 (Li et al., Algorithm 1), as a `Skew`.
-
-    By definition A = M - X (X^T M) / 2. A symmetric B in A - X B cancels in W; B = sym(X^T M) / 2 is
-    subtracted here, so that no large terms cancel in rounding. The cost is of order n r^2.
-
-    Args:
-        X: (..., n, r).
-        M: (..., n, r), a Euclidean gradient or momentum.
-    """
-    XM, XX = X.mT @ M, X.mT @ X
-    T = (3 * XM + XM.mT) / 4
-    A = M - X @ T
-    return Skew(X, A, T, XX, XM - XX @ T, A.mT @ A)
-
-
-def tangent(W: Skew) -> Tensor:
-    """W X, (..., n, r); for orthonormal X the projection of M onto the tangent space, M - X sym(X^T M).
-
-    If M is the gradient, this is the Riemannian gradient of the embedded metric (Absil and Malick, 2012).
-    """
-    return W.A @ W.XX - W.X @ W.XA.mT
-
-
-def skew_norm(W: Skew, kind: str) -> Tensor:
-    """A norm of W, which bounds its spectral norm; shape (...).
-
-    Args:
-        W: see `skew`.
-        kind: `frobenius`, from r x r matrices; `one`, the largest column sum of |W|, as in the code of Li et
-            al., from n x n entries, of which r columns are formed at a time.
-    """
-    one_of("norm", kind, ("frobenius", "one"))
-    X, A = W.X, W.A
-    if kind == "frobenius":
-        square = 2 * (W.AA * W.XX - W.XA * W.XA.mT).sum((-2, -1))
-        return square.clamp_min(0).sqrt()
-    sums = [
-        (A @ X[..., rows, :].mT - X @ A[..., rows, :].mT).abs().sum(-2).amax(-1)
-        for rows in (slice(i, i + X.shape[-1]) for i in range(0, X.shape[-2], X.shape[-1]))
-    ]
-    return torch.stack(sums).amax(0)
-
-
-def cayley(W: Skew, step: Tensor | float) -> Tensor:
-    """The Cayley transform (I + step/2 W)^{-1} (I - step/2 W) X: a descent from X along W X.
-
-    step W = P Q^T with P = [step A, X] and Q = [X, -step A], so by the Woodbury identity the result is
-    X - P (I + Q^T P / 2)^{-1} Q^T X, a system of 2 r equations (Wen and Yin, Math. Program. 2013). It is an
-    orthogonal matrix times X, so X^T X does not change, up to rounding that grows with step |W|.
-
-    Args:
-        W: see `skew`.
-        step: >= 0, a number or a tensor of shape (...).
-    """
-    step = _column(step, W.X)
-    XA, AA = step * W.XA, step * (step * W.AA)
-    small = torch.cat([torch.cat([XA, W.XX], -1), torch.cat([-AA, -XA.mT], -1)], -2)
-    identity = torch.eye(small.shape[-1], dtype=small.dtype, device=small.device)
-    moved, _ = torch.linalg.solve_ex(identity + small / 2, torch.cat([W.XX, -XA.mT], -2))
-    r = W.X.shape[-1]
-    return W.X - (step * W.A @ moved[..., :r, :] + W.X @ moved[..., r:, :])
-
-
-def cayley_iterate(W: Skew, step: Tensor | float, iterations: int, first: str = "tangent") -> Tensor:
-    """The fixed-point iteration Y <- X - step/2 W (X + Y) of Li et al. for `cayley`.
-
-    Every iterate is X + X C + A D, so only the r x r matrices C and D are iterated. With z = step |W| in the
-    spectral norm, the error of s iterations from the tangent is at most 2 (z/2)^{s+2} / (1 - z/2); the
-    squared norms of columns shrink by z^4 / 4 + O(z^6) for s = 2.
-
-    Args:
-        W, step: see `cayley`. The iteration contracts for z < 2.
-        iterations: s >= 0.
-        first: Y = X - step W X (`tangent`), or X - step M (`momentum`), which is not tangent.
-    """
-    one_of("first", first, ("tangent", "momentum"))
-    step = _column(step, W.X)
-    identity = torch.eye(W.X.shape[-1], dtype=W.X.dtype, device=W.X.device)
-    if first == "tangent":
-        C, D = step * W.XA.mT, -step * W.XX
-    else:
-        C, D = -step * W.T, -step * identity
-    for _ in range(iterations):
-        C = 2 * identity + C  # W is applied to X + Y
-        C, D = step / 2 * (W.XA.mT @ C + W.AA @ D), -step / 2 * (W.XX @ C + W.XA @ D)
-    return W.X + (W.X @ C + W.A @ D)
-
-
 def newton_schulz(X: Tensor) -> Tensor:
     """X (3 I - X^T X) / 2: a step towards the polar factor, which squares a small error of X^T X = I."""
     return (3 * X - X @ (X.mT @ X)) / 2
-
-
-def _column(step: Tensor | float, X: Tensor) -> Tensor | float:
-    """The step of each matrix of a batch, in a shape that multiplies with the matrices."""
-    if not isinstance(step, Tensor):
-        return step  # a CUDA graph can record a number, but not copy it from the host
-    return step.to(X)[..., None, None]

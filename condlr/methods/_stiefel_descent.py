@@ -10,7 +10,7 @@ from typing_extensions import override
 from condlr._support.errors import ConstraintBreach, in_range, one_of
 from condlr._support.precision import strict
 from condlr.factorization import low_rank_layers
-from condlr.manifolds import stiefel
+from condlr.manifolds import cayley, stiefel
 from condlr.methods.baseline import Baseline
 
 TOLERANCE = 1e-5
@@ -28,7 +28,7 @@ class StiefelDescent(Baseline, ABC):
 
         m = mu b + g,    b <- W(m) X,    X <- curve(W(m), step),
 
-    where W(m) X is the projection of m onto the tangent space at X (`condlr.manifolds.stiefel.skew`). For the
+    where W(m) X is the projection of m onto the tangent space at X (`condlr.manifolds.cayley.skew`). For the
     gradient this gives the Riemannian gradient of the embedded metric, G - X sym(X^T G); for the old buffer
     it is a transport by projection. The two methods differ only in their curve.
 
@@ -95,7 +95,7 @@ class StiefelDescent(Baseline, ABC):
         return {name: p for name, p in matrices.items() if not (self.tall == "free" and name in tall)}
 
     @abstractmethod
-    def curve(self, W: stiefel.Skew, step: Tensor | float) -> Tensor:
+    def curve(self, W: cayley.Skew, step: Tensor | float) -> Tensor:
         """The point that a step from X along -W X leads to, (n, r)."""
 
     @property
@@ -120,7 +120,7 @@ class StiefelDescent(Baseline, ABC):
 class _Hooks:
     def __init__(self, method: StiefelDescent, held: list[nn.Parameter]):
         self.method, self.held = method, held
-        self.moving: dict[nn.Parameter, stiefel.Skew] = {}
+        self.moving: dict[nn.Parameter, cayley.Skew] = {}
 
     @torch.no_grad()
     def before_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
@@ -145,20 +145,30 @@ class _Hooks:
         mu = optimizer.param_groups[0]["momentum"]
         kept = 0.0 if buffer is None else mu * _matrix(weight, buffer)
         M = kept + _matrix(weight, weight.grad)
-        # SGD computes buffer <- mu buffer + grad: this grad makes the buffer W(M) X.
-        self.moving[weight] = W = stiefel.skew(X, M)
-        _write(weight, weight.grad, stiefel.tangent(W) - kept)
+        self.moving[weight] = W = cayley.skew(X, M)
+        if mu:  # SGD computes buffer <- mu buffer + grad: this grad makes the buffer W(M) X
+            _write(weight, weight.grad, W.tangent - kept)
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         lr = optimizer.param_groups[0]["lr"]
         with strict(self.held[0].device):
             for weight, W in self.moving.items():
-                step = lr
-                if self.method.cap != "none":
-                    step = (1 / (stiefel.skew_norm(W, self.method.cap) + 1e-8)).clamp_max(lr)
-                _write(weight, weight, self.method.curve(W, step))
+                _write(weight, weight, self.method.curve(W, self._step(W, lr)))
         self.moving.clear()
+
+    def _step(self, W: cayley.Skew, lr: float) -> Tensor | float:
+        """The capped step."""
+        cap = self.method.cap
+        if cap == "none":
+            return lr
+        if cap == "one" and not W.X.is_cuda:
+            # |W|_1 <= sqrt(n) |column| <= sqrt(n / 2) |W|_F, since every column is a row, too. On a GPU the
+            # question would wait for the device.
+            bound = (len(W.X) / 2) ** 0.5 * W.norm("frobenius").item()
+            if lr * bound < 1 - 1e-3:
+                return lr
+        return (1 / (W.norm(cap) + 1e-8)).clamp_max(lr)
 
 
 def _is_tall(weight: Tensor) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from condlr._support.errors import in_range, one_of
-from condlr.manifolds import stiefel
+from condlr.manifolds import cayley, stiefel
 from condlr.methods._stiefel_descent import StiefelDescent
 
 
@@ -39,7 +39,7 @@ class CayleySgd(StiefelDescent):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("transform", self.transform, ("iterative", "exact"))
-        one_of("first", self.first, ("tangent", "momentum"))
+        one_of("first", self.first, cayley.FIRSTS)
         in_range("inner_iterations", self.inner_iterations, 0, float("inf"))
 
     @property
@@ -53,10 +53,10 @@ class CayleySgd(StiefelDescent):
         return super().capturable and self.transform == "iterative"  # no LU factorisation
 
     @override
-    def curve(self, W: stiefel.Skew, step: Tensor | float) -> Tensor:
+    def curve(self, W: cayley.Skew, step: Tensor | float) -> Tensor:
         if self.transform == "iterative":
-            return stiefel.cayley_iterate(W, step, self.inner_iterations, self.first)
-        Y = stiefel.cayley(W, step)
+            return W.iterate(step, self.inner_iterations, self.first)
+        Y = W.transform(step)
         if not self.exact:
             return Y
         return stiefel.qr(Y) if self.cap == "none" else stiefel.newton_schulz(Y)

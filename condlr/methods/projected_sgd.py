@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from condlr._support.errors import one_of
-from condlr.manifolds import stiefel
+from condlr.manifolds import cayley, stiefel
 from condlr.methods._stiefel_descent import StiefelDescent
 
 
@@ -34,5 +34,5 @@ class ProjectedSgd(StiefelDescent):
         one_of("retraction", self.retraction, stiefel.RETRACTIONS)
 
     @override
-    def curve(self, W: stiefel.Skew, step: Tensor | float) -> Tensor:
-        return stiefel.retract([W.X - step * stiefel.tangent(W)], self.retraction)[0]
+    def curve(self, W: cayley.Skew, step: Tensor | float) -> Tensor:
+        return stiefel.retract([W.X - step * W.tangent], self.retraction)[0]

@@ -13,8 +13,14 @@ from matplotlib.patches import Patch
 from condlr.report._style import saved, style
 from condlr.report.results import pipe
 
-FORMS = {"dense": "dense", "unconstrained": "U S Vᵀ, free", "condlr": "CondLR", "naive": "CondLR, naive"}
-_COLOURS = {"dense": "#000000", "unconstrained": "#D55E00", "condlr": "#0072B2", "naive": "#999999"}
+FORMS = {
+    "dense": "dense", "cayley_sgd": "Cayley SGD", "projected_sgd": "projected SGD",
+    "unconstrained": "U S Vᵀ, free", "condlr": "CondLR", "naive": "CondLR, naive",
+}  # fmt: skip
+_COLOURS = {
+    "dense": "#000000", "cayley_sgd": "#E69F00", "projected_sgd": "#882255",
+    "unconstrained": "#D55E00", "condlr": "#0072B2", "naive": "#999999",
+}  # fmt: skip
 _RULES = {"params": "params", "released_code": "released code"}
 
 HEADER = (
@@ -105,7 +111,8 @@ def legend(facts: dict[str, Any]) -> str:
         "Of peak: the products and convolutions of a step against "
         f"{facts['peak_gflops']:,.0f} GFLOP/s, the rate of one large matrix "
         "product (a convolution may be faster). On the ranks of the released code CondLR takes that code's "
-        "options, and computes what the naive form computes; on the others its own, which cost more."
+        "options, and computes what the naive form computes; on the others its own, which cost more. Cayley "
+        "and projected SGD are those of the released code."
     )
     if "epoch_seconds" in facts:
         epoch, steps = facts["epoch_seconds"], facts["steps_seconds"]

@@ -29,7 +29,9 @@ from condlr.factorization import Scheme
 from condlr.forms import choose_forms, forms
 from condlr.methods.base import Method
 from condlr.methods.baseline import Baseline
+from condlr.methods.cayley_sgd import CayleySgd
 from condlr.methods.condlr import CondLR
+from condlr.methods.projected_sgd import ProjectedSgd
 from condlr.models.base import Architecture
 from condlr.models.lenet5 import LeNet5Options
 from condlr.models.vgg16 import Vgg16
@@ -50,8 +52,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "params": {},
     "released_code": {"centre": "mean", "preconditioner": "released_code", "momentum": "before_projection"},
 }
+# As the first public program trains orthonormal weights.
+STIEFEL: dict[str, Any] = {
+    "momentum": "inactive", "cap": "one", "tall": "free", "start": "as_is", "unit_rows": True,
+    "qr_period": 101,
+}  # fmt: skip
 PARTS = ("forward_backward", "constraint", "step")
 
+_CAPTURABLE = ("dense", "unconstrained", "condlr")
 # Seconds of steps of one form in a turn.
 _TURN = 0.1
 _PRODUCT = 2048
@@ -198,11 +206,12 @@ def programs(asked: Benchmark, network: str, device: torch.device) -> list[Progr
             "form": form,
         }
         # Small steps: hundreds of them on one batch must not change the amount of work.
-        optimizer = Method.optimizer(method, model, lr=1e-3, momentum=0.3)
+        kind_of = type(method) if form in ("cayley_sgd", "projected_sgd") else Method
+        optimizer = kind_of.optimizer(method, model, lr=1e-3, momentum=0.3)
         released = scheme.rank_rule == "released_code" and form == "condlr"
         program = Program(
             row, model, optimizer, *batch, asked.precision,
-            constrained=form in ("condlr", "naive"), capturable=form != "naive" and not released,
+            constrained=form in ("condlr", "naive"), capturable=form in _CAPTURABLE and not released,
         )  # fmt: skip
         if program.constrained:
             assert tau is not None
@@ -216,7 +225,10 @@ def programs(asked: Benchmark, network: str, device: torch.device) -> list[Progr
             optimizer.register_step_post_hook(program.tick)
         made.append(program)
 
-    add("dense", Baseline(), Scheme(None, classifier="dense"))
+    dense = Scheme(None, classifier="dense")
+    add("dense", Baseline(), dense)
+    add("cayley_sgd", CayleySgd(inner_iterations=4, first="momentum", **STIEFEL), dense)
+    add("projected_sgd", ProjectedSgd(**STIEFEL), dense)
     for rank_rule in asked.rank_rules:
         for compression in asked.compressions:
             scheme = Scheme(compression, rank_rule, "dense")

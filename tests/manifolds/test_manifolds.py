@@ -171,80 +171,6 @@ def test_what_is_not_finite_stays_so_and_raises_nothing():
         assert not torch.isfinite(result).any()
 
 
-# The maps of Cayley SGD, on directions M that are hard in the same ways, for X with and without
-# orthonormal columns.
-
-
-def formed(X, M):
-    """The n x n matrix W, as Li et al. write it."""
-    half = M @ X.T - X @ (X.T @ M @ X.T) / 2
-    return half - half.T
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("orthonormal", [True, False])
-@pytest.mark.parametrize("name", [name for name in HARD if name not in ("tiny", "huge")])
-def test_skew_maps_are_those_of_the_matrix_formed(name, orthonormal, dtype):
-    """tangent, norms, the Cayley transform and its iterates, on a batch of two, at several steps."""
-    n, sigma = HARD[name]
-    M = torch.stack([with_spectrum(n, len(sigma), sigma) for _ in range(2)])
-    X = torch.randn_like(M)
-    X = stiefel.qr(X) if orthonormal else X / X.norm(dim=-2, keepdim=True)
-    W = stiefel.skew(X.to(dtype), M.to(dtype))
-    tolerance = {"atol": 2e-5 if dtype == torch.float32 else 1e-11, "rtol": 0}
-    for i in range(2):
-        x, m = X[i].numpy(), M[i].numpy()
-        w = formed(x, m)
-        size = np.linalg.norm(w, 2)
-        np.testing.assert_allclose(stiefel.tangent(W)[i], w @ x, **tolerance)
-        for kind, order in (("frobenius", "fro"), ("one", 1)):
-            found = stiefel.skew_norm(W, kind)[i].item()
-            assert found == pytest.approx(
-                np.linalg.norm(w, order), rel=1e-4 if dtype == torch.float32 else 1e-9
-            )
-        for z in (0.01, 0.5, 1.0):  # step |W|
-            step = torch.full((2,), z / size, dtype=dtype)
-            identity, half = np.eye(n), float(step[i]) / 2 * w
-            exact = np.linalg.solve(identity + half, (identity - half) @ x)
-            np.testing.assert_allclose(stiefel.cayley(W, step)[i], exact, **tolerance)
-            for first in ("tangent", "momentum"):
-                Y = x - float(step[i]) * (w @ x if first == "tangent" else m)
-                for _ in range(3):
-                    Y = x - half @ (x + Y)
-                found = stiefel.cayley_iterate(W, step, 3, first)[i]
-                np.testing.assert_allclose(found, Y, **tolerance)
-            if orthonormal:
-                assert np.linalg.norm(Y - exact, 2) <= 2 * (z / 2) ** 4 / (1 - z / 2) or first == "momentum"
-
-
-def test_tangent_is_the_projection_on_the_tangent_space():
-    X = stiefel.qr(torch.randn(3, 12, 4, dtype=torch.float64))
-    G = torch.randn(3, 12, 4, dtype=torch.float64)
-    xi = stiefel.tangent(stiefel.skew(X, G))
-    product = X.mT @ G
-    torch.testing.assert_close(xi, G - X @ (product + product.mT) / 2)
-    torch.testing.assert_close(X.mT @ xi, -(X.mT @ xi).mT)  # tangent
-    torch.testing.assert_close(stiefel.tangent(stiefel.skew(X, xi)), xi)  # a projection
-
-
-def test_a_zero_direction_moves_nothing():
-    X = stiefel.qr(torch.randn(6, 3))
-    W = stiefel.skew(X, torch.zeros(6, 3))
-    assert torch.equal(stiefel.cayley(W, 0.1), X)
-    assert torch.equal(stiefel.cayley_iterate(W, 0.1, 2), X)
-    assert stiefel.skew_norm(W, "one") == stiefel.skew_norm(W, "frobenius") == 0
-
-
-def test_iterates_shrink_columns_by_a_quarter_of_the_fourth_power():
-    X = stiefel.qr(torch.randn(30, 6, dtype=torch.float64))
-    W = stiefel.skew(X, torch.randn(30, 6, dtype=torch.float64))
-    size = np.linalg.norm(formed(X.numpy(), (W.A + X @ W.T).numpy()), 2)
-    for z in (0.1, 0.3):
-        Y = stiefel.cayley_iterate(W, z / size, 2)
-        smallest = torch.linalg.eigvalsh(Y.mT @ Y)[0].item()
-        assert 1 - z**4 / 4 <= smallest + 1e-14 < 1
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_newton_schulz_squares_a_small_error(dtype):
     X = stiefel.qr(torch.randn(2, 20, 5, dtype=dtype))
@@ -272,17 +198,6 @@ def test_the_qr_shortcut_is_a_multiple_of_the_qr_factor(name, kind):
         np.testing.assert_allclose(q, centre * Q * np.sign(np.diag(R)), atol=1e-7 * centre)
         assert scipy.linalg.svdvals(q) == pytest.approx(np.full(r, centre))
     assert spectrum.scaled_orthogonal(S.float(), kind).dtype == torch.float32
-
-
-def test_the_frobenius_norm_survives_a_large_normal_part():
-    """A symmetric X^T M is no part of W: it must not drown what is, in float32."""
-    for seed in range(20):
-        torch.manual_seed(seed)
-        X = stiefel.qr(torch.randn(50, 10))
-        B = torch.randn(10, 10)
-        M = 1e4 * X @ (B + B.mT) + torch.randn(50, 10)
-        size = np.linalg.norm(formed(X.double().numpy(), M.double().numpy()), "fro")
-        assert stiefel.skew_norm(stiefel.skew(X, M), "frobenius").item() == pytest.approx(size, rel=0.05)
 
 
 def test_a_singular_matrix_in_a_batch_leaves_the_others_alone():

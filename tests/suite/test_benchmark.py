@@ -67,7 +67,7 @@ def test_a_small_benchmark(script, tmp_path):
     assert list(rows[0]) == COLUMNS
     forms = [(row["rank_rule"], row["form"]) for row in rows if row["part"] == "step"]
     assert forms == [
-        ("", "dense"),
+        *(("", form) for form in ("dense", "cayley_sgd", "projected_sgd")),
         *(("params", form) for form in ("unconstrained", "condlr", "naive")),
         *(("released_code", form) for form in ("unconstrained", "condlr", "naive")),
     ]
@@ -104,7 +104,7 @@ def test_a_small_benchmark(script, tmp_path):
 def test_operations_and_memory_are_counted():
     """Of a dense LeNet5: 4.59 MFLOP an image forward, 13.18 with its backward pass."""
     asked = Benchmark(["lenet5"], [], [], 0.1, 8, 1, "float32", "cpu", False, 0, 0, "", "")
-    (dense,) = benchmark.programs(asked, "lenet5", torch.device("cpu"))
+    dense, *_ = benchmark.programs(asked, "lenet5", torch.device("cpu"))
     dense.turn()
     dense.weigh()
     assert dense.flops / 8 == pytest.approx(13.18e6, rel=0.01)
@@ -131,7 +131,9 @@ def test_what_was_measured_is_kept_whatever_becomes_of_the_rest(script, tmp_path
     ]
     complains(script("benchmark", *small), "No space left on device.*make room")
     (path,) = (tmp_path / "results" / "benchmark").glob("*.csv")
-    assert [row["form"] for row in csv.DictReader(path.open())] == ["dense", "dense"]
+    assert [row["form"] for row in csv.DictReader(path.open())] == [
+        form for form in ("dense", "cayley_sgd", "projected_sgd") for _ in range(2)
+    ]
     assert json.loads(path.with_suffix(".json").read_text())["batch_size"] == 2
 
 
