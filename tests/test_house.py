@@ -22,7 +22,7 @@ FLOORS = [
     {"constraint"},
     {"data", "models"},
     {"attacks"},
-    {"evaluation"},
+    {"adversarial", "evaluation"},
     {"methods", "penalties"},
     {"shifts"},
     {"analysis"},

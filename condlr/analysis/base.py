@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import nn
 
+from condlr.adversarial import Adversarial
 from condlr.attacks.base import Attack
 from condlr.data.base import Data
 from condlr.methods.base import Method
@@ -27,6 +28,7 @@ class Start:
         build: makes the network, on the CPU.
         method, lr, momentum: of the training.
         penalty: added to the loss, or None.
+        adversarial: the attack on each batch, or None.
     """
 
     build: Callable[[], nn.Module]
@@ -34,6 +36,7 @@ class Start:
     lr: float
     momentum: float
     penalty: Penalty | None = None
+    adversarial: Adversarial | None = None
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimiser that would train `model`; making it may change the weights, for some methods."""

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
+from condlr.adversarial import Adversarial
 from condlr.analysis.base import Analysis, Start, Trained
 from condlr.factorization import export, measure
 from condlr.penalties.base import Penalty
@@ -24,8 +25,8 @@ from condlr.penalties.base import Penalty
 class CountedCost(Analysis):
     """The cost of a network in training and exported, compared with the dense one, see `Cost`.
 
-    A penalty's operations, computed once in a step, are divided by the images of its batch, and by its
-    `every`. Decompositions, such as eigenvalues, are not counted.
+    The attack of adversarial training counts. A penalty's operations, computed once in a step, are divided by
+    the images of its batch, and by its `every`. Decompositions, such as eigenvalues, are not counted.
     """
 
     title: ClassVar[str] = "Cost, counted"
@@ -51,8 +52,9 @@ class CountedCost(Analysis):
         def counted(network: nn.Module, of: Start) -> Cost:
             counted = cost(network, trained.data.shape, trained.batch_size, of.optimizer)
             shape = counted.batch_size, *trained.data.shape
-            penalty = penalty_flops(of.penalty, network, shape) / shape[0] if of.penalty else 0
-            return replace(counted, train_flops=of.method.passes * counted.train_flops + penalty)
+            added = penalty_flops(of.penalty, network, shape) if of.penalty else 0
+            added += attack_flops(of.adversarial, network, shape) if of.adversarial else 0
+            return replace(counted, train_flops=of.method.passes * counted.train_flops + added / shape[0])
 
         device = trained.data.test.pixels.device
         dense = counted(trained.dense_start.build().to(device), trained.dense_start)
@@ -194,6 +196,14 @@ def penalty_flops(penalty: Penalty, model: nn.Module, shape: tuple[int, ...]) ->
     with _random_state_kept(model):  # some penalties draw a start
         term = own.alone(trained, torch.rand(shape, device=like.device, dtype=like.dtype))
         return flops(lambda: term().backward()) / penalty.every
+
+
+def attack_flops(attack: Adversarial, model: nn.Module, shape: tuple[int, ...]) -> float:
+    """Operations of adversarial training's attack on a batch of images of this shape."""
+    attacked = copy.deepcopy(model).requires_grad_(False).eval()
+    like = next(attacked.parameters())
+    images = torch.zeros(shape, device=like.device, dtype=like.dtype, requires_grad=True)
+    return attack.gradients * attack.share * flops(lambda: attacked(images).sum().backward())
 
 
 def flops(work: Callable[[], object]) -> int:

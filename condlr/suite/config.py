@@ -66,6 +66,7 @@ class Protocol:
         held_out: fraction of the training images kept for validation.
         stop_at: the accuracy on these images at which training ends, at the end of an epoch; null: never. It
             makes networks of one accuracy, to compare what else they do.
+        adversarial: the attack on each batch, keys of `condlr.adversarial.Adversarial`; null: none.
         rank_rule, classifier, init, decay: see `condlr.factorization.Scheme`.
         augmentation: of training images, `none`, `crop` or `crop_flip` (`condlr.data._augmentation`).
         batch_norm_momentum: of running statistics, in PyTorch's convention; `conf/model` refers to it.
@@ -91,6 +92,7 @@ class Protocol:
     decay: float | None = None
     weight_decay: float | None = None
     stop_at: float | None = None
+    adversarial: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         in_range("epochs", self.epochs, 1, math.inf)
@@ -248,6 +250,7 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         del given["flow"]
     plain = convert(_Schema, given)
     values = {field.name: plain[field.name] for field in fields(_Schema)}
+    values["protocol"] |= {"adversarial": _adversarial(values["protocol"]["adversarial"])}
     protocol = construct(Protocol, values["protocol"], "protocol")
     try:
         in_range("compression", values["compression"], 0, 1, half_open=True)
@@ -317,6 +320,21 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         Path(values["runs_dir"]), Path(values["data_root"]), values["device"], values["precision"],
         values["forms"], values["record_every"], values["record_operators"], penalty,
     )  # fmt: skip
+
+
+def _adversarial(keys: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """All keys of adversarial training, checked."""
+    if keys is None:
+        return None
+    from condlr.adversarial import Adversarial
+
+    try:
+        known = {**keys, "eps": strengths(keys["eps"])[0]} if "eps" in keys else keys
+    except ValueError as error:
+        raise UserError(f"protocol.adversarial.{error}") from None
+    complete = convert(Adversarial, known, "protocol.adversarial")
+    construct(Adversarial, complete, "protocol.adversarial")
+    return {key: value for key, value in complete.items() if value is not None}
 
 
 def _identity(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from condlr._support.errors import Diverged
 from condlr._support.memory import keep_freed_memory
 from condlr._support.precision import require, training
 from condlr._support.seeds import derive_seed
+from condlr.adversarial import Adversarial
 from condlr.analysis.conditioning import layer_conditions, operator_conditions
 from condlr.data._augmentation import AUGMENTATIONS
 from condlr.data.base import Data
@@ -107,6 +108,8 @@ class Trainer:
         require(self.precision, self.device)
         if self.penalty:
             self.penalty.attach(self.model)  # raises now if no layer fits
+        attacked = self.protocol.adversarial
+        self._adversarial = None if attacked is None else Adversarial(**attacked)
         self.totals = EpochTotals.zero(self.device)
         self._recorded = (0.0, 0.0, 0)
         fixed = self.penalty is None or self.penalty.capturable
@@ -188,6 +191,7 @@ class Trainer:
         clock = time.perf_counter()
         with training(self.model, self.precision, self.device):
             for images, labels in remaining:
+                images = self._attacked(images, labels)
                 steps[self.penalty is not None and self.penalty.due(self.step)](images, labels)
                 self.totals.images += len(labels)
                 self.batch, self.step = self.batch + 1, self.step + 1
@@ -245,6 +249,14 @@ class Trainer:
             return augment(pixels, generator)
 
         return change
+
+    def _attacked(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The images of a batch after the protocol's attack, drawn from (seed, epoch, batch)."""
+        if self._adversarial is None:
+            return images
+        seed = derive_seed(self.seed, "adversarial", self.epoch, self.batch)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return self._adversarial(self.model, images, labels, generator)
 
     def require_finite(self) -> None:
         """Raise `Diverged` if the loss or a weight is not finite."""

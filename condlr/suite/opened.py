@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from condlr._support.errors import UserError
+from condlr.adversarial import Adversarial
 from condlr.analysis.base import Start
 from condlr.attacks.base import Attack
 from condlr.data.base import Data
@@ -77,7 +78,9 @@ class Opened:
 
     def _start(self, config: RunConfig) -> Start:
         protocol, network = config.protocol, lambda: build(config, self.data)
-        return Start(network, config.method, protocol.lr, protocol.momentum, config.penalty)
+        attacked = protocol.adversarial
+        attack = None if attacked is None else Adversarial(**attacked)
+        return Start(network, config.method, protocol.lr, protocol.momentum, config.penalty, attack)
 
     @cached_property
     def _dense_run(self) -> Run:
