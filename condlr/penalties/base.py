@@ -171,7 +171,7 @@ class LayerPenalty(Penalty):
         ]
         if not named:
             dense = "linear or convolution" if nn.Linear in self.takes else "convolution"
-            kind = f"low-rank {dense}" if self.acts_on == "V" else dense
+            kind = dense if self.acts_on == "weight" else f"low-rank {dense}"
             raise ValueError(f"penalty.layers: no {kind} layer is named {self.layers}")
         return named  # type: ignore[return-value]
 
