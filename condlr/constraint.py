@@ -49,6 +49,7 @@ def constrain(
     retraction: str = "qr",
     projection: str = "svd",
     transport: bool = False,
+    cap: float = math.inf,
 ) -> "Constraint":
     r"""Keep the low-rank layers of `model` in CondLR's constraint, under any optimiser.
 
@@ -101,6 +102,8 @@ def constrain(
             `rms`, since the mean needs singular values. For tau > 0 both are the same.
         transport: re-express S in the new bases, S <- (U_1^T U_0) S (V_0^T V_1), before its projection, as
             DLRT does and CondLR does not.
+        cap: the largest singular value of S, with tau = infinity: a bound of the norm alone, the control of
+            what the condition number does. From the first step on |W|_2 <= cap (1 + 1e-5).
 
     Returns:
         The `Constraint`, to audit the layers or remove the hooks. Its state between steps is saved in the
@@ -112,7 +115,9 @@ def constrain(
             sharded over processes (FSDP), since the constraint is one of whole matrices.
     """
     return Constraint(
-        optimizer, model, Options(tau, centre, preconditioner, momentum, retraction, projection, transport)
+        optimizer,
+        model,
+        Options(tau, centre, preconditioner, momentum, retraction, projection, transport, cap),
     )
 
 
@@ -127,6 +132,7 @@ class Options:
     retraction: str = "qr"
     projection: str = "svd"
     transport: bool = False
+    cap: float = math.inf
 
     def __post_init__(self) -> None:
         in_range("tau", self.tau, 0, math.inf)
@@ -137,6 +143,10 @@ class Options:
         one_of("projection", self.projection, PROJECTIONS)
         if self.preconditioner == "released_code" and math.isinf(self.tau):
             raise ValueError("preconditioner=released_code is a function of the band: it needs a finite tau")
+        if not self.cap > 0:
+            raise ValueError(f"cap must be > 0; got {self.cap}")
+        if math.isfinite(self.cap) and math.isfinite(self.tau):
+            raise ValueError("cap bounds the norm alone: it needs tau=inf")
 
 
 class NothingHeld(ValueError):
@@ -467,7 +477,9 @@ class Constraint:
                 held.S.copy_(held.U.mT @ self._bases[held.U] @ held.S)
             if held.Vt in self._bases:
                 held.S.copy_(held.S @ self._bases[held.Vt] @ held.Vt.mT)
-        if math.isfinite(self.options.tau):
+        if math.isfinite(self.options.cap):
+            _copy(group.S, spectrum.cap(_batch(group.S), self.options.cap))
+        elif math.isfinite(self.options.tau):
             _copy(group.S, self._project(group))
 
     def _project(self, group: "_Group") -> Tensor:

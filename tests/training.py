@@ -9,7 +9,10 @@ from condlr.methods.cayley_sgd import CayleySgd
 from condlr.methods.condlr import CondLR
 from condlr.methods.dlrt import Dlrt
 from condlr.methods.projected_sgd import ProjectedSgd
+from condlr.methods.robust_dlrt import RobustDlrt
 from condlr.methods.snip import Snip
+from condlr.methods.spectral_cap import SpectralCap
+from condlr.methods.spel import Spel
 from condlr.methods.srn import Srn
 from condlr.methods.svd_prune import SvdPrune
 from condlr.methods.vanilla import Vanilla
@@ -33,7 +36,11 @@ METHODS = {
     "projected_sgd": ProjectedSgd(),
     "dlrt": Dlrt(),
     "dlrt_adaptive": Dlrt(theta=0.1),
+    "robust_dlrt": RobustDlrt(period=3, clip=float("inf")),
+    "robust_dlrt_fixed": RobustDlrt(theta=0.0, period=3, clip=float("inf")),
     "snip": Snip(),
+    "spectral_cap": SpectralCap(0.5),
+    "spel": Spel(),
     "srn": Srn(),
     "svd_prune": SvdPrune(),
     "svd_prune_full": SvdPrune("full", energy=0.05, phases=[0.3, 0.6]),

@@ -29,6 +29,7 @@ class Start:
         method, lr, momentum: of the training.
         penalty: added to the loss, or None.
         adversarial: the attack on each batch, or None.
+        kind: of the optimiser, `sgd` or `adamw`.
     """
 
     build: Callable[[], nn.Module]
@@ -37,10 +38,12 @@ class Start:
     momentum: float
     penalty: Penalty | None = None
     adversarial: Adversarial | None = None
+    kind: str = "sgd"
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimiser that would train `model`; making it may change the weights, for some methods."""
-        return self.method.optimizer(model, self.lr, self.momentum)
+        kind: dict[str, Any] = {} if self.kind == "sgd" else {"kind": self.kind}
+        return self.method.optimizer(model, self.lr, self.momentum, **kind)
 
 
 class Trained(Protocol):

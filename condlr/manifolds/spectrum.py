@@ -69,6 +69,24 @@ def project(S: Tensor, tau: float, kind: str = "rms") -> tuple[Tensor, Tensor]:
     return (P * clipped.unsqueeze(-2)) @ Qh, clipped
 
 
+def cap(S: Tensor, largest: float) -> Tensor:
+    """The nearest matrix to S whose singular values are at most `largest` (arXiv 2507.13338); no lower bound.
+
+    With S^T S = Q diag(sigma^2) Q^T it is S Q diag(min(1, largest / sigma)) Q^T. Small singular values, which
+    a Gram matrix has inaccurately, are multiplied by 1.
+
+    Args:
+        S: (..., r, r), floating.
+        largest: > 0.
+
+    Returns:
+        (..., r, r); NaN if S is not finite.
+    """
+    squares, Q = eigh(_fast.gram(S))
+    factors = (largest * squares.clamp_min(largest**2).rsqrt()).clamp_max(1)
+    return ((S @ Q) * factors.unsqueeze(-2)) @ Q.mT
+
+
 class Triplet(NamedTuple):
     """A matrix as left right^T, with left^T left = diag(sigma^2) and right^T right = I.
 
@@ -179,6 +197,12 @@ def condition_number(A: Tensor) -> Tensor:
     """sigma_max / sigma_min over all min(n, m) singular values, in float64; inf if A is singular."""
     sigma = svd(A.double())[1]
     return torch.where(sigma[..., -1] == 0, torch.inf, sigma[..., 0] / sigma[..., -1])
+
+
+def leading(W: Tensor) -> Tensor:
+    """The left singular vector of the largest singular value of W, (n, m), n <= m; from W W^T in float64."""
+    A = W.double()
+    return eigh(A @ A.mT)[1][:, -1].to(W)
 
 
 def rms(S: Tensor) -> Tensor:

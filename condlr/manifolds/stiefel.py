@@ -88,6 +88,29 @@ def fast_polar(Y: Tensor) -> Tensor:
     return _fast.times(Y, (P * eigenvalues.rsqrt().unsqueeze(-2)) @ P.mT)
 
 
+def sign(Y: Tensor) -> Tensor:
+    """The matrix sign P Q^T of Y = P diag(s) Q^T over the s that are not zero: the gradient of sum s_j.
+
+    For a Y of full rank it is the polar factor; the null space of Y is taken to 0. From the eigenvectors of
+    the smaller Gram matrix in float64: s below 1e-7 of the largest counts as zero.
+
+    Args:
+        Y: (n, m), floating.
+
+    Returns:
+        (n, m), of the dtype of Y; NaN if Y is not finite.
+    """
+    A = Y.double()
+    wide = A if A.shape[0] <= A.shape[1] else A.mT
+    squares, P = eigh(wide @ wide.mT)
+    kept = squares > 1e-14 * squares[-1]
+    inverse = torch.where(kept, squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt(), 0.0)
+    P, inverse = P.to(Y), inverse.to(Y)
+    short = Y if wide is A else Y.mT
+    found = (P * inverse) @ (P.mT @ short)
+    return found if wide is A else found.mT
+
+
 def retract(Ys: Sequence[Tensor], kind: str = "qr") -> list[Tensor]:
     """Retract each Y to the manifold by `cholesky_qr` or `fast_polar`.
 

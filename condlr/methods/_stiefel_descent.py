@@ -63,9 +63,14 @@ class StiefelDescent(Baseline, ABC):
     def capturable(self) -> bool:
         return self.qr_period == 0  # a graph would not see the count of steps
 
+    @property
+    @override
+    def optimizers(self) -> tuple[str, ...]:
+        return ("sgd",)
+
     @override
     def optimizer(
-        self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0
+        self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0, kind: str = "sgd"
     ) -> torch.optim.Optimizer:
         held = [*self.held(model).values()]
         if not held:

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from condlr.factorization import Scheme, factorize
 
+OPTIMIZERS = ("sgd", "adamw")
+
 Term = Callable[[nn.Module], Tensor]
 
 
@@ -71,10 +73,24 @@ class Method:
             return model
         return factorize(model, ranks=ranks, init=scheme.init, decay=scheme.decay, core=core)
 
+    @property
+    def optimizers(self) -> tuple[str, ...]:
+        """The kinds of optimisers that the method can train with, `sgd` and `adamw`."""
+        return OPTIMIZERS
+
     def optimizer(
-        self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0
+        self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0, kind: str = "sgd"
     ) -> torch.optim.Optimizer:
-        """A plain optimiser, with constraints as step hooks. Default: SGD with momentum."""
+        """A plain optimiser, with constraints as step hooks. Default: SGD with momentum, or AdamW.
+
+        AdamW has its own decay rates of moments, and takes no `momentum`. The engine gives `weight_decay` and
+        `kind` only where the protocol has them.
+        """
+        if kind == "adamw":
+            cuda = any(p.is_cuda for p in model.parameters())
+            return torch.optim.AdamW(
+                model.parameters(), lr=lr, weight_decay=weight_decay, foreach=True, capturable=cuda
+            )
         return torch.optim.SGD(
             model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, foreach=True
         )
@@ -87,6 +103,9 @@ class Method:
         A method that does something once keeps a flag in the optimiser's parameter groups, which a checkpoint
         restores. Default: nothing.
         """
+
+    def end_epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Called after the last batch of an epoch, before its row in the history. Default: nothing."""
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """The method's own term of the loss. Default: none."""

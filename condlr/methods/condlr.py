@@ -38,7 +38,7 @@ class CondLR(Method):
         self._constraint: Constraint | None = None
 
     def _options(self) -> Options:
-        return Options(**{field.name: getattr(self, field.name) for field in fields(Options)})
+        return Options(**{field.name: getattr(self, field.name) for field in fields(self)})
 
     @property
     def _unit(self) -> bool:
@@ -70,11 +70,16 @@ class CondLR(Method):
         # In a wide band S may become too ill-conditioned for the fast maps, which a graph cannot leave.
         return not by_qr and (self.tau <= 1 or self.preconditioner == "scalar")
 
+    @property
+    @override
+    def optimizers(self) -> tuple[str, ...]:
+        return ("sgd",) if self.momentum == "before_projection" else super().optimizers
+
     @override
     def optimizer(
-        self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0
+        self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0, kind: str = "sgd"
     ) -> torch.optim.Optimizer:
-        optimizer = super().optimizer(model, lr, momentum, weight_decay)
+        optimizer = super().optimizer(model, lr, momentum, weight_decay, kind)
         self._constraint = Constraint(optimizer, model, self._options())
         return optimizer
 

@@ -14,7 +14,8 @@ from condlr._support.errors import ConstraintBreach, in_range
 from condlr._support.precision import strict
 from condlr.factorization import Scheme, factorize, low_rank_layers
 from condlr.layers import LowRank
-from condlr.manifolds import spectrum, stiefel
+from condlr.manifolds import stiefel
+from condlr.methods._bases import half_rank, is_free, kept, transport, truncate
 from condlr.methods.base import Method, Term
 from condlr.methods.vanilla import step_along
 
@@ -76,11 +77,11 @@ class Dlrt(Method):
 
     @override
     def optimizer(
-        self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0
+        self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0, kind: str = "sgd"
     ) -> torch.optim.Optimizer:
         if not low_rank_layers(model):
             raise ValueError("this network has no layer that DLRT can factor")
-        return super().optimizer(model, lr, momentum, weight_decay)
+        return super().optimizer(model, lr, momentum, weight_decay, kind)
 
     @override
     def step(
@@ -91,7 +92,7 @@ class Dlrt(Method):
         labels: Tensor,
         added: Term | None = None,
     ) -> tuple[Tensor, Tensor]:
-        layers = {name: layer for name, layer in low_rank_layers(model).items() if _is_free(layer)}
+        layers = {name: layer for name, layer in low_rank_layers(model).items() if is_free(layer)}
         objective = _Objective(model, lambda network: self.loss(network, images, labels, added))
         loss, logits, gradients = _basis_gradients(objective, layers)
         moving = {layers[name]: pair for name, pair in gradients.items()}
@@ -113,7 +114,8 @@ class Dlrt(Method):
         step_along(model, optimizer, objective()[0], {*model.parameters()} - bases)
         with strict(images.device):
             for layer in adaptive:
-                self._truncate(layer, optimizer)
+                most = half_rank(layer)
+                truncate(layer, optimizer, lambda sigma, most=most: kept(sigma, self.theta, 2, most))
         return loss, logits
 
     @override
@@ -140,20 +142,7 @@ class Dlrt(Method):
         U, V = stiefel.qr(K), stiefel.qr(L)
         M, N = U.mT @ U0, V.mT @ V0
         layer.set_factors(U, M @ S0 @ N.mT, V)
-        _transport(layer, optimizer, M, N)
-
-    @torch.no_grad()
-    def _truncate(self, layer: LowRank, optimizer: torch.optim.Optimizer) -> None:
-        assert layer.S is not None
-        P, sigma, Qh = spectrum.svd(layer.S.double())
-        # tails[r] is the norm of the singular values that rank r discards
-        tails = sigma.square().flip(0).cumsum(0).flip(0).sqrt()
-        rank = int((tails > self.theta * tails[0]).sum())
-        rank = max(min(max(rank, 2), min(layer.shape) // 2), 1)
-        P, Q = P[:, :rank].to(layer.S), Qh[:rank].mT.to(layer.S)
-        U, V = stiefel.qr(layer.U @ P), stiefel.qr(layer.V @ Q)
-        layer.set_factors(U, torch.diag(sigma[:rank]).to(layer.S), V)
-        _transport(layer, optimizer, P.mT, Q.mT)
+        transport(layer, optimizer, M, N)
 
 
 class _Objective(nn.Module):
@@ -189,23 +178,3 @@ def _basis_gradients(
     pairs = zip(layers, zip(gradients[::2], gradients[1::2], strict=True), strict=True)
     used = {name: (K, L.mT) for name, (K, L) in pairs if K is not None and L is not None}
     return loss.detach(), logits.detach(), used
-
-
-def _is_free(layer: LowRank) -> bool:
-    """Whether all factors are trained; a layer with a frozen factor takes part in the S-step only."""
-    return all(factor is not None and factor.requires_grad for factor in (layer.U, layer.S, layer.Vt))
-
-
-def _transport(layer: LowRank, optimizer: torch.optim.Optimizer, M: Tensor, N: Tensor) -> None:
-    """Re-express the momentum of K = W V, L = W^T U and S in new bases: M = U_1^T U_0, N = V_1^T V_0."""
-    assert layer.S is not None
-    for factor, left, right in ((layer.U, None, N), (layer.S, M, N), (layer.Vt, None, M)):
-        state = optimizer.state.get(factor, {})
-        buffer = state.get("momentum_buffer")
-        if buffer is None:
-            continue
-        if factor is layer.Vt:
-            state["momentum_buffer"] = (buffer.mT @ right.mT).mT.contiguous()
-        else:
-            moved = buffer @ right.mT
-            state["momentum_buffer"] = moved if left is None else left @ moved

@@ -41,9 +41,9 @@ class Snip(Method):
 
     @override
     def optimizer(
-        self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0
+        self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0, kind: str = "sgd"
     ) -> torch.optim.Optimizer:
-        optimizer = super().optimizer(model, lr, momentum, weight_decay)
+        optimizer = super().optimizer(model, lr, momentum, weight_decay, kind)
         optimizer.register_step_pre_hook(_hold_zeros)
         return optimizer
 

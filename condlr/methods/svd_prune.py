@@ -107,8 +107,9 @@ class SvdPrune(Method):
                 kept = kept_by_energy(layer.S.detach(), self.energy)
                 for factor, of in ((layer.U, 1), (layer.S, 0), (layer.Vt, 0)):
                     state = optimizer.state.get(factor, {})
-                    if state.get("momentum_buffer") is not None:
-                        state["momentum_buffer"] = state["momentum_buffer"].index_select(of, kept)
+                    for moment, value in state.items():
+                        if isinstance(value, Tensor) and value.shape == factor.shape:
+                            state[moment] = value.index_select(of, kept)
                 U, S, V = (factor.detach()[..., kept] for factor in (layer.U, layer.S, layer.V))
                 layer.set_factors(U, S, V)
             group[_PRUNED] = True

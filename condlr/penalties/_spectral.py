@@ -4,7 +4,6 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -42,19 +41,3 @@ class SpectralPenalty(LayerPenalty):
         if any(isinstance(layer, LowRank) and (layer.S is None or layer.S.ndim == 1) for layer in named):
             raise ValueError("this penalty needs layers U S V^T with a matrix S, as those of CondLR and DLRT")
         return named
-
-
-def top(W: Tensor) -> Tensor:
-    """The square of the largest singular value of W, n x m, n <= m; its gradient is 2 u u^T W."""
-    u = eigenvectors(W)[1][:, -1]
-    return (u @ W).square().sum()
-
-
-def eigenvectors(W: Tensor) -> tuple[Tensor, Tensor]:
-    """The eigenvalues of W W^T in float64, ascending, and the eigenvectors in W's dtype; no gradients."""
-    D = W.detach().double()
-    try:
-        values, P = torch.linalg.eigh(D @ D.mT)
-    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage] (not finite: so is the loss)
-        values, P = torch.full_like(D[:, 0], torch.nan), torch.full_like(D @ D.mT, torch.nan)
-    return values, P.to(W)

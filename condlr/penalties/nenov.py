@@ -6,7 +6,8 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from condlr.penalties._spectral import SpectralPenalty, top
+from condlr.manifolds.spectrum import leading
+from condlr.penalties._spectral import SpectralPenalty
 
 
 @dataclass
@@ -21,4 +22,4 @@ class Nenov(SpectralPenalty):
 
     @override
     def of_matrix(self, W: Tensor) -> Tensor:
-        return top(W) / 2 - W.square().sum() / (2 * len(W))
+        return (leading(W.detach()) @ W).square().sum() / 2 - W.square().sum() / (2 * len(W))

@@ -59,10 +59,12 @@ class Protocol:
     Attributes:
         name: `paper`, `released_code`, `demo` or a user's own.
         epochs, batch_size: as usual; the last, smaller batch of an epoch is used.
-        lr, momentum, weight_decay: of SGD; a null weight_decay is none. Weights that a method keeps
+        optimizer: `sgd` or `adamw`, null for `sgd`; AdamW takes no momentum.
+        lr, momentum, weight_decay: of it; a null weight_decay is none. Weights that a method keeps
             orthonormal are not decayed: that would change their length alone.
         lr_milestones, lr_factor: at each milestone (an epoch, counted from 0) lr is multiplied by the
             factor.
+        schedule: `cosine`, lr (1 + cos(pi epoch / epochs)) / 2 in each epoch; null: by milestones.
         held_out: fraction of the training images kept for validation.
         stop_at: the accuracy on these images at which training ends, at the end of an epoch; null: never. It
             makes networks of one accuracy, to compare what else they do.
@@ -93,6 +95,8 @@ class Protocol:
     weight_decay: float | None = None
     stop_at: float | None = None
     adversarial: dict[str, Any] | None = None
+    optimizer: str | None = None
+    schedule: str | None = None
 
     def __post_init__(self) -> None:
         in_range("epochs", self.epochs, 1, math.inf)
@@ -109,6 +113,10 @@ class Protocol:
             in_range("stop_at", self.stop_at, 0, 1)
             if not self.held_out:
                 raise ValueError("stop_at is an accuracy on held-out images: set held_out, such as 0.1")
+        one_of("optimizer", self.optimizer or "sgd", ("sgd", "adamw"))
+        one_of("schedule", self.schedule or "cosine", ("cosine",))
+        if self.schedule and self.lr_milestones:
+            raise ValueError("schedule=cosine takes no milestones: set lr_milestones=[]")
         if any(m < 1 for m in self.lr_milestones) or sorted(self.lr_milestones) != self.lr_milestones:
             raise ValueError(f"lr_milestones must be epochs in ascending order; got {self.lr_milestones}")
 
@@ -279,6 +287,9 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
             raise UserError(f"protocol.methods.{name}: there is no such method; choose from {choices}")
         if name == method_keys["name"] and (unknown := [key for key in keys if key not in method_keys]):
             raise UserError(f"protocol.methods.{name}.{unknown[0]}: the method {name} has no such key")
+    if (kind := protocol.optimizer or "sgd") not in method.optimizers:
+        able = " or ".join(method.optimizers)
+        raise UserError(f"protocol.optimizer={kind}: the method {method_keys['name']} trains with {able}")
     model, model_keys = choose("model", "models", values["model"], Architecture)
     # `conf/attack` refers to a dataset's strengths; they are part of the attack
     of_images = {key: value for key, value in values["dataset"].items() if key != "strengths"}

@@ -100,9 +100,9 @@ class Trainer:
     record_operators: bool = False
 
     def __post_init__(self) -> None:
-        # A method that overrides `optimizer` need not know of weight decay unless it is asked for
-        decay = self.protocol.weight_decay
-        keys = {} if decay is None else {"weight_decay": decay}
+        # A method that overrides `optimizer` need not know of what the protocol does not ask for
+        asked = {"weight_decay": self.protocol.weight_decay, "kind": self.protocol.optimizer}
+        keys: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
         self.optimizer = self.method.optimizer(self.model, self.protocol.lr, self.protocol.momentum, **keys)
         self.device = self.data.train.pixels.device
         require(self.precision, self.device)
@@ -125,6 +125,8 @@ class Trainer:
     @property
     def lr(self) -> float:
         """The learning rate of the current epoch."""
+        if self.protocol.schedule == "cosine":
+            return self.protocol.lr * (1 + math.cos(math.pi * self.epoch / self.protocol.epochs)) / 2
         passed = sum(self.epoch >= milestone for milestone in self.protocol.lr_milestones)
         return self.protocol.lr * self.protocol.lr_factor**passed
 
@@ -203,6 +205,7 @@ class Trainer:
                     self.records.append(self._record())
                 on_batch(self)
                 clock = time.perf_counter()
+        self.method.end_epoch(self.model, self.optimizer)
         self.require_finite()
         self.totals.seconds += time.perf_counter() - clock  # require_finite waited for the device
 

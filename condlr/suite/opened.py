@@ -80,7 +80,10 @@ class Opened:
         protocol, network = config.protocol, lambda: build(config, self.data)
         attacked = protocol.adversarial
         attack = None if attacked is None else Adversarial(**attacked)
-        return Start(network, config.method, protocol.lr, protocol.momentum, config.penalty, attack)
+        return Start(
+            network, config.method, protocol.lr, protocol.momentum, config.penalty, attack,
+            protocol.optimizer or "sgd",
+        )  # fmt: skip
 
     @cached_property
     def _dense_run(self) -> Run:

@@ -216,3 +216,39 @@ def test_condition_numbers_of_singular_matrices_are_infinite():
     assert found[1] == 1
     assert found[2] > 1e15
     assert spectrum.condition_number(torch.full((2, 2), torch.nan)).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [name for name in HARD if name != "ill-conditioned"])
+def test_the_sign_of_a_matrix_is_its_polar_factor_on_the_row_space(name, dtype):
+    n, sigma = HARD[name]
+    W = with_spectrum(n, len(sigma), sigma)
+    P, d, Qh = torch.linalg.svd(W, full_matrices=False)
+    kept = d > 1e-6 * d[0]
+    wanted = P[:, kept] @ Qh[kept]
+    found = stiefel.sign(W.to(dtype))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-4 if dtype == torch.float32 else 1e-7)
+    torch.testing.assert_close(stiefel.sign(W.mT.to(dtype)), found.mT, rtol=0, atol=1e-5)
+
+
+def test_the_sign_of_zero_is_zero():
+    assert torch.equal(stiefel.sign(torch.zeros(4, 3)), torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("largest", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("name", HARD)
+def test_the_cap_is_the_nearest_matrix_below_it(name, largest):
+    """In float64 beside an SVD, in float32 to rounding; what is below the cap stays."""
+    sigma = HARD[name][1]
+    S = with_spectrum(len(sigma), len(sigma), sigma)
+    P, d, Qh = torch.linalg.svd(S)
+    wanted = (P * d.clamp_max(largest)) @ Qh
+    size = min(largest, float(d[0]))
+    torch.testing.assert_close(spectrum.cap(S, largest), wanted, rtol=0, atol=1e-10 * size)
+    low = spectrum.cap(S.float(), largest).double()
+    torch.testing.assert_close(low, wanted, rtol=0, atol=2e-5 * size)
+    assert torch.linalg.svdvals(low)[0] <= largest * (1 + 1e-5)
+    batch = torch.stack([S, torch.zeros_like(S)])
+    torch.testing.assert_close(spectrum.cap(batch, largest)[0], spectrum.cap(S, largest))
+    assert not spectrum.cap(batch, largest)[1].any()

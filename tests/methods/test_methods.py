@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from condlr._support.errors import ConstraintBreach
+from condlr.constraint import Options
 from condlr.data.base import Data
 from condlr.data.digits import Digits
 from condlr.factorization import Scheme, low_rank_layers
@@ -20,6 +21,8 @@ from condlr.methods.cayley_sgd import CayleySgd
 from condlr.methods.condlr import CondLR
 from condlr.methods.dlrt import Dlrt
 from condlr.methods.projected_sgd import ProjectedSgd
+from condlr.methods.spectral_cap import SpectralCap
+from condlr.methods.spel import Spel
 from condlr.methods.svd_prune import SvdPrune, kept_by_energy, sparsity
 from condlr.methods.vanilla import Vanilla
 from condlr.models.lenet5 import LeNet5
@@ -247,6 +250,59 @@ def test_a_weight_off_the_manifold_is_a_breach():
         model[3].weight[0, 0] += 1e-3
     with pytest.raises(ConstraintBreach, match=r"the weight 3.weight has left the Stiefel manifold"):
         method.audit(model)
+
+
+def msign(A):
+    P, d, Qh = np.linalg.svd(A, full_matrices=False)
+    return P @ np.diag(d > 1e-7 * d[0]) @ Qh  # a gradient of few images has few
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.4])
+def test_spel_is_its_equations(mu):
+    """b <- mu b + G, X <- msign(X - lr msign(b)), and SGD for the biases."""
+    method = Spel()
+    model, optimizer = start(method, momentum=mu)
+    Xs, buffers = matrices(model), {}
+    assert all(np.allclose(svd, 1) for svd in (np.linalg.svd(X, compute_uv=False) for X in Xs.values()))
+    for number in range(3):
+        images, labels = batch(number)
+        G, _ = gradients(Xs, biases(model), images, labels)
+        for name, X in Xs.items():
+            buffers[name] = mu * buffers.get(name, 0.0) + G[name]
+            Xs[name] = msign(X - LR * msign(buffers[name]))
+        method.step(model, optimizer, images, labels)
+        for name, W in matrices(model).items():
+            np.testing.assert_allclose(W, Xs[name], atol=1e-7)
+    method.audit(model)
+    with torch.no_grad():
+        model[3].weight[0, 0] += 1e-3
+    with pytest.raises(ConstraintBreach, match=r"the weight 3.weight has left the Stiefel manifold"):
+        method.audit(model)
+
+
+@pytest.mark.parametrize("cap", [0.3, 0.9])
+def test_spectral_cap_bounds_the_norm_alone(cap):
+    """After every step the singular values are at most the cap; the smallest may vanish."""
+    method = SpectralCap(cap)
+    model, optimizer = start(method)
+    for number in range(4):
+        method.step(model, optimizer, *batch(number))
+        for layer in low_rank_layers(model).values():
+            assert torch.linalg.svdvals(layer.matrix)[0] <= cap * (1 + 1e-9)
+    found = method.audit(model)
+    assert found["norm"] <= cap * (1 + 1e-9) and found["orthonormality_error"] < 1e-12
+    (layer, *_) = low_rank_layers(model).values()
+    with torch.no_grad():
+        layer.S.mul_(2)
+    with pytest.raises(ConstraintBreach, match="a norm is above the cap"):
+        method.audit(model)
+
+
+def test_a_cap_and_a_band_exclude_each_other():
+    with pytest.raises(ValueError, match="cap bounds the norm alone: it needs tau=inf"):
+        Options(0.1, cap=1.0)
+    with pytest.raises(ValueError, match="cap must be > 0"):
+        SpectralCap(0.0)
 
 
 # DLRT

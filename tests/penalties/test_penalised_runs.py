@@ -53,7 +53,7 @@ def test_the_dense_network_beside_it_has_no_penalty():
         (["penalty=so", "penalty.layers=[fc9]"], "penalty.layers: no linear or convolution layer is named"),
         (
             ["penalty=so", "penalty.name=glue"],
-            "penalties: there is no 'glue'; choose from condition, dso, frame, frame_eigen, group_lasso, lr_layer, mhe,",
+            "penalties: there is no 'glue'; choose from condition, dso, frame, frame_eigen, group_lasso,",
         ),
         (["penalty=3"], "the command line makes no config"),
     ],

@@ -1,0 +1,63 @@
+"""What DLRT and RobustDLRT share: buffers that move with the bases of a layer, and truncation."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from condlr.layers import LowRank
+from condlr.manifolds import spectrum, stiefel
+
+# The first moments of SGD and Adam, and Adam's second, a mean of squares
+_FIRST, _SECOND = ("momentum_buffer", "exp_avg"), ("exp_avg_sq",)
+
+
+def transport(layer: LowRank, optimizer: torch.optim.Optimizer, M: Tensor, N: Tensor) -> None:
+    r"""Re-express the optimiser's buffers of K = W V, L = W^T U and S in new bases.
+
+    With M = U_1^T U_0 and N = V_1^T V_0 a first moment m of S becomes M m N^T, that of U, whose columns
+    belong to V, m N^T, and that of V^T M m. A second moment v becomes the square of its root moved alike, as
+    in RobustDLRT (arXiv 2505.08022).
+    """
+    assert layer.S is not None
+    for factor, left, right in ((layer.U, None, N), (layer.S, M, N), (layer.Vt, M, None)):
+        state = optimizer.state.get(factor, {})
+        for name in (*_FIRST, *_SECOND):
+            if (buffer := state.get(name)) is None:
+                continue
+            moved = buffer.sqrt() if name in _SECOND else buffer
+            moved = moved if right is None else moved @ right.mT
+            moved = moved if left is None else left @ moved
+            state[name] = (moved.square() if name in _SECOND else moved).contiguous()
+
+
+@torch.no_grad()
+def truncate(layer: LowRank, optimizer: torch.optim.Optimizer, rank: Callable[[Tensor], int]) -> None:
+    """Keep the largest singular values of S, in the bases of its singular vectors.
+
+    Args:
+        rank: how many to keep, of their values, descending.
+    """
+    assert layer.S is not None
+    P, sigma, Qh = spectrum.svd(layer.S.double())
+    r = rank(sigma)
+    P, Q = P[:, :r].to(layer.S), Qh[:r].mT.to(layer.S)
+    U, V = stiefel.qr(layer.U @ P), stiefel.qr(layer.V @ Q)
+    layer.set_factors(U, torch.diag(sigma[:r]).to(layer.S), V)
+    transport(layer, optimizer, P.mT, Q.mT)
+
+
+def kept(sigma: Tensor, theta: float, least: int, most: int) -> int:
+    """The smallest rank whose discarded singular values have a norm of at most theta ||sigma||."""
+    tails = sigma.square().flip(0).cumsum(0).flip(0).sqrt()  # tails[r] is what rank r discards
+    return min(max(int((tails > theta * tails[0]).sum()), least), most)
+
+
+def is_free(layer: LowRank) -> bool:
+    """Whether all factors are trained; a layer with a frozen factor keeps its bases."""
+    return all(factor is not None and factor.requires_grad for factor in (layer.U, layer.S, layer.Vt))
+
+
+def half_rank(layer: LowRank) -> int:
+    """The largest rank that an adaptive rank may have: half of min(n, m), and 1 at least."""
+    return max(min(layer.shape) // 2, 1)

@@ -1,0 +1,83 @@
+"""A bound of the norm alone: the control of what a bounded condition number does (arXiv 2507.13338)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+from typing_extensions import override
+
+from condlr._support.errors import ConstraintBreach, one_of
+from condlr.constraint import PRECONDITIONERS, Constraint, Options
+from condlr.factorization import low_rank_layers
+from condlr.manifolds import spectrum
+from condlr.methods.base import Method
+
+# Of rounding in float32.
+TOLERANCE = 1e-4
+
+
+@dataclass
+class SpectralCap(Method):
+    """W = U S V^T as CondLR trains it, with singular values of at most `cap`, and no lower bound.
+
+    U and V are kept orthonormal by the same steps and retractions. After each step the singular values of S
+    are clipped to [0, cap], as Newhouse et al. clip those of dense weights. So it differs from CondLR in the
+    lower end of the band, and in one bound for all layers.
+
+    Attributes:
+        cap: the largest singular value of every low-rank layer.
+        preconditioner: see `condlr.constrain`; `scalar`, since the inverse of an S without a lower bound has
+            none.
+    """
+
+    title: ClassVar[str] = "Norm"
+    order: ClassVar[int] = 3
+    colours: ClassVar[Mapping[str, str]] = {"spectral_cap": "#AA4499"}
+
+    cap: float = 1.0
+    preconditioner: str = "scalar"
+
+    def __post_init__(self) -> None:
+        one_of("preconditioner", self.preconditioner, PRECONDITIONERS[:2])
+        Options(math.inf, preconditioner=self.preconditioner, cap=self.cap)
+        self._constraint: Constraint | None = None
+
+    @override
+    def label(self) -> str:
+        return f"spectral_cap-{self.cap:.10g}"
+
+    @classmethod
+    @override
+    def title_of(cls, label: str) -> str:
+        _, *options = label.split("-")
+        return " ".join([f"{cls.title} ≤ {options[0]}" if options else cls.title, *options[1:]])
+
+    @property
+    @override
+    def in_label(self) -> tuple[str, ...]:
+        return ("cap",)
+
+    @override
+    def optimizer(
+        self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0, kind: str = "sgd"
+    ) -> torch.optim.Optimizer:
+        optimizer = super().optimizer(model, lr, momentum, weight_decay, kind)
+        options = Options(math.inf, preconditioner=self.preconditioner, cap=self.cap)
+        self._constraint = Constraint(optimizer, model, options)
+        return optimizer
+
+    @override
+    def audit(self, model: nn.Module) -> dict[str, float]:
+        assert self._constraint is not None, "audit follows optimizer"
+        found = self._constraint.check()
+        norms = [
+            spectrum.svd(layer.S.detach().double())[1].amax().item()
+            for layer in low_rank_layers(model).values()
+            if layer.S is not None
+        ]
+        if not max(norms) <= self.cap * (1 + TOLERANCE):
+            raise ConstraintBreach(f"a norm is above the cap: {max(norms):.6g} > {self.cap:g}")
+        return {"orthonormality_error": found["orthonormality_error"], "norm": max(norms)}
