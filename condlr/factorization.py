@@ -83,6 +83,14 @@ class Scheme:
                 ranks[name] = rank_for(self.rank_rule, self.compression, n, m)
         return ranks
 
+    def deployed(self, model: nn.Module) -> int:
+        """Weights of the layers of the exported network, without biases."""
+        ranks = self.ranks(model)
+        shapes = {name: site.shape for name, site in sites(model).items()}
+        return sum(
+            min(n * m, ranks[name] * (n + m)) if name in ranks else n * m for name, (n, m) in shapes.items()
+        )
+
 
 def factorize(
     model: nn.Module,

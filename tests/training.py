@@ -39,7 +39,7 @@ METHODS = {
     "robust_dlrt": RobustDlrt(period=3, clip=float("inf")),
     "robust_dlrt_fixed": RobustDlrt(theta=0.0, period=3, clip=float("inf")),
     "snip": Snip(),
-    "spectral_cap": SpectralCap(0.5),
+    "spectral_cap": SpectralCap(1.5),
     "spel": Spel(),
     "srn": Srn(),
     "svd_prune": SvdPrune(),

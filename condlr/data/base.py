@@ -168,6 +168,11 @@ class Dataset(ABC):
             if (count := getattr(self, name)) is not None:
                 in_range(name, count, 1, math.inf)
 
+    @property
+    def number_of_classes(self) -> int:
+        """Known without the files."""
+        return 10
+
     @abstractmethod
     def load(self, root: Path) -> Data:
         """Read the official files below `root`.

@@ -44,6 +44,11 @@ class Cifar100(Cifar):
 
     labels: str = "fine"
 
+    @property
+    @override
+    def number_of_classes(self) -> int:
+        return self.classes[f"{self.labels}_labels"]
+
     @override
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -66,6 +66,13 @@ class Method:
         """The network to train, made from the dense one. Default: with U S V^T layers."""
         return self.factored(model, scheme)
 
+    def deployed(self, model: nn.Module, scheme: Scheme) -> int:
+        """Weights of linear and convolution layers in the exported network, for the dense one.
+
+        Default: those of low-rank layers of the scheme's ranks. A rank that adapts may end elsewhere.
+        """
+        return scheme.deployed(model)
+
     def factored(self, model: nn.Module, scheme: Scheme, core: str = "full") -> nn.Module:
         """`model` with the low-rank layers of `scheme`; `model` itself if there are none."""
         ranks = scheme.ranks(model)

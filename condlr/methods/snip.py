@@ -1,7 +1,7 @@
 """Pruning before training by connection sensitivity (SNIP)."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +38,10 @@ class Snip(Method):
     def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
         self._kept = 1 - (scheme.compression or 0.0)
         return model
+
+    @override
+    def deployed(self, model: nn.Module, scheme: Scheme) -> int:
+        return round((1 - (scheme.compression or 0.0)) * replace(scheme, compression=None).deployed(model))
 
     @override
     def optimizer(

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -45,6 +46,7 @@ _NOT_IDENTITY = (
     "record_every",
     "record_operators",
     "attack",
+    "budget",
 )
 # Keys whose null is part of a run's identity; they are older than the rule in `_identity`.
 _NULL_COUNTS = ("compression", "train_images", "test_images")
@@ -141,6 +143,7 @@ class _Schema:
     record_every: int = 0
     record_operators: bool = False
     penalty: Any = None
+    budget: float | None = None
 
 
 @dataclass(frozen=True)
@@ -317,6 +320,9 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         scheme = Scheme(compression, protocol.rank_rule, protocol.classifier, protocol.init, protocol.decay)
     except ValueError as error:
         raise UserError(f"protocol.{error}") from None
+    if values["budget"] is not None and method.compresses:
+        compression = _compression_for(values["budget"], method, scheme, model, dataset)
+        scheme = replace(scheme, compression=compression)
 
     label, penalty, penalty_keys = _label(method, method_keys, protocol), None, None
     if values["penalty"] is not None:
@@ -331,6 +337,26 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         Path(values["runs_dir"]), Path(values["data_root"]), values["device"], values["precision"],
         values["forms"], values["record_every"], values["record_operators"], penalty,
     )  # fmt: skip
+
+
+def _compression_for(
+    budget: float, method: "Method", scheme: "Scheme", model: "Architecture", dataset: "Dataset"
+) -> float:
+    """The smallest compression, in ten thousandths, whose exported network has at most `budget` weights."""
+    import torch
+
+    if dataset.shape is None:
+        raise UserError("budget: the images of this dataset have no known shape; set compression instead")
+    with torch.device("meta"):
+        network = model.build(dataset.shape, dataset.number_of_classes)
+    steps = range(10_000)
+
+    def kept(step: int) -> int:
+        return method.deployed(network, replace(scheme, compression=step / len(steps)))
+
+    if kept(steps[-1]) > budget:
+        raise UserError(f"budget={budget:g}: this network needs {kept(steps[-1]):,} weights with rank 1")
+    return bisect_left(steps, True, key=lambda step: kept(step) <= budget) / len(steps)
 
 
 def _adversarial(keys: Mapping[str, Any] | None) -> dict[str, Any] | None:
