@@ -1,7 +1,7 @@
 """The conclusions of the papers, tested on our runs.
 
 CondLR: arXiv 2306.01485, section 5. Frame regularisation: the slides of Grigoriev, Gneushev and Matveev.
-Low-rank activations: arXiv 1804.07090.
+Low-rank activations: arXiv 1804.07090. Rivals: see `condlr.report.rivals`.
 """
 
 import re
@@ -12,6 +12,7 @@ import pandas as pd
 
 from condlr.report.evidence import Claim, Comparison, Rows, judged
 from condlr.report.results import TRAINING, attack_title, contexts, decay, setting, summarize
+from condlr.report.rivals import of_rivals
 from condlr.report.shifts import shift_names
 
 CONSTRAINED = ("condlr-tau0", "condlr-tau0.1", "condlr-tau0.5")
@@ -89,6 +90,7 @@ def _of_attacks(cells: pd.DataFrame) -> Iterator[Claim]:
             under = f"{attack_title(str(known['attack']))} at ε={eps:g}"
             robust, where = Rows(frame, eps), f"{setting(known)}, {under}, {images}"
             yield from _of_robustness(robust, where)
+            yield from of_rivals(robust, CONSTRAINED, where)
             noise = str(known["attack"]).startswith("noise")
             yield from (_of_activations_and_noise if noise else _of_activations_attacked)(robust, where)
             if str(known["attack"]).startswith("simba"):

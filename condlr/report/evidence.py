@@ -1,6 +1,7 @@
 """How far runs support the claim that one row is above another, and the numbers that decide."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -134,15 +135,19 @@ class Rows:
         keys = [(label, compression) for compression in compressions for label in labels]
         return [self._means[key] for key in keys if key in self._means]
 
+    def everywhere(self, labels: Iterable[str]) -> list[Mean]:
+        """The means of these rows at whatever compression."""
+        wanted = {*labels}
+        return [mean for mean in self._means.values() if mean.label in wanted]
+
     def penalised(self, *penalties: str) -> list[Mean]:
         """The means of the dense network with these penalties, of whatever weight."""
         starts = tuple(f"baseline+{penalty}-" for penalty in penalties)
         return [mean for mean in self._means.values() if f"{mean.label}-".startswith(starts)]
 
     def starting(self, *methods: str) -> list[Mean]:
-        """The means of the rows of these methods, of whatever options and compression."""
-        starts = tuple(f"{method}-" for method in methods)
-        return [mean for mean in self._means.values() if starts and f"{mean.label}-".startswith(starts)]
+        """The means of the rows of these methods, of whatever options, penalty and compression."""
+        return [mean for mean in self._means.values() if re.split("[-+]", mean.label)[0] in methods]
 
     @staticmethod
     def pairs(left: Sequence[Mean], right: Sequence[Mean]) -> list[Comparison]:

@@ -1,0 +1,68 @@
+"""What reviewers ask of CondLR and its rivals, put to runs of equal weights."""
+
+from collections.abc import Iterator, Sequence
+
+from condlr.report.evidence import Claim, Comparison, Mean, Rows, judged
+
+# Penalties that make spectra, or rows, compressible
+COMPRESSIBLE = ("nuclear", "group_lasso")
+
+
+def of_rivals(robust: Rows, constrained: Sequence[str], under: str) -> Iterator[Claim]:
+    """The questions on robustness.
+
+    Args:
+        robust: the rows under one attack.
+        constrained: the labels of CondLR's rows.
+        under: the setting.
+    """
+    ours = robust.everywhere(constrained)
+    robust_dlrt = robust.starting("robust_dlrt")
+    with_r = [mean for mean in robust_dlrt if "+condition" in mean.label]
+    yield judged(
+        "More robust than RobustDLRT",
+        "At equal weights CondLR is more robust than RobustDLRT.",
+        under,
+        _alike(ours, with_r),
+    )
+    yield judged(
+        "The condition number, and not the norm alone",
+        "At equal weights CondLR is more robust than the same training with a bound of the norm alone.",
+        under,
+        _alike(ours, robust.starting("spectral_cap")),
+    )
+    soft = [mean for mean in robust.starting("condlr") if "+condition" in mean.label]
+    yield judged(
+        "A hard band is better than a soft penalty",
+        "At equal weights CondLR is more robust than the same training with the penalty R of RobustDLRT in "
+        "place of the band.",
+        under,
+        _alike(ours, soft),
+    )
+    plain = [mean for mean in robust.starting("dlrt") if "+" not in mean.label]
+    yield judged(
+        "RobustDLRT is more robust than DLRT",
+        "At equal weights RobustDLRT is more robust than DLRT (published for VGG16 on CIFAR-10).",
+        under,
+        _alike(with_r, plain),
+    )
+    dense = robust.of(["baseline"], 0)
+    yield judged(
+        "The penalty R makes the dense network more robust",
+        "A dense network with RobustDLRT's penalty is more robust than one without (published for one data "
+        "set).",
+        under,
+        robust.pairs(robust.penalised("condition"), dense),
+    )
+    yield judged(
+        "Compressible spectra lower robustness",
+        "Penalties that make a network compressible, the nuclear norm and the group lasso, lower its "
+        "robustness (arXiv 2507.17725: the contrary claim).",
+        under,
+        robust.pairs(dense, robust.penalised(*COMPRESSIBLE)),
+    )
+
+
+def _alike(left: Sequence[Mean], right: Sequence[Mean]) -> list[Comparison]:
+    """Each of the left with each of the right at the same compression."""
+    return [Comparison(a, b) for b in right for a in left if a.compression == b.compression]
