@@ -59,6 +59,7 @@ def drawings(study: Path, paper: Path, out: Path) -> Iterator[Drawing]:
     for draw, table in of_activations:
         yield from draw(cells, table, out)
     yield from tradeoffs.compression(cells, out)
+    yield from tradeoffs.weights(cells, counted, out)
     yield from tradeoffs.cost(cells, counted, out)
 
 

@@ -93,6 +93,54 @@ def cost(cells: pd.DataFrame, counted: pd.DataFrame | None, out: Path) -> Iterat
     return _style.drawings(out, "cost", tables, draw)
 
 
+def weights(cells: pd.DataFrame, counted: pd.DataFrame | None, out: Path) -> Iterator[Drawing]:
+    """Accuracy, clean and at the largest eps of each attack, against the weights that are kept in deployment.
+
+    A line for each method with several budgets, and a point for each dense one.
+
+    Args:
+        cells: see `condlr.report.results.read`.
+        counted: the table `cost`, which has the weights; without it, or without rows of three compressions,
+            there is no figure.
+        out: where `weights.png` and `.pdf` go; a number follows the name for a second table.
+    """
+    if counted is None:
+        return
+    kept = counted.groupby("row_id")["deploy_weights"].mean()
+    frames = (
+        (known, frame[frame["row_id"].isin(kept.index)])
+        for known, frame in contexts(summarize(cells), TRAINING)
+    )
+
+    def draw(known: Known, frame: pd.DataFrame) -> Drawn:
+        frame = frame.assign(kept=frame["row_id"].map(kept)).sort_values("kept", kind="stable")
+        styles = _style.styles(frame, by_compression=False)
+        shown = _at_full_strength(frame)
+        columns = min(len(shown), 3)
+        figure, axes = _style.panels(len(shown), columns, 2.6, sharex=True)
+        for axis, (name, part) in zip(axes, shown.items(), strict=True):
+            for _, line in part.groupby(["label", "variant"], sort=False):
+                colour = styles[line["row_id"].iloc[0]]["color"]
+                axis.errorbar(
+                    line["kept"], line["accuracy"], yerr=line["std"], elinewidth=0.9, color=colour,
+                    marker="o" if len(line) > 1 else "s", markersize=4, linewidth=1.2,
+                )  # fmt: skip
+            _style.log_axis(axis.xaxis, frame["kept"])
+            _style.percent(axis.yaxis)
+            axis.set_title(textwrap.fill(name, 72 // columns))
+        _style.outer(axes, columns, "weights kept in deployment", "accuracy")
+        caption = (
+            f"{setting(known)}: accuracy against the weights of the exported network (squares: rows of one "
+            "size); bars: one standard deviation over seeds"
+        )
+        return Drawn(figure, caption, _methods(frame, styles), 4)
+
+    budgets = (
+        table for table in frames if table[1].loc[table[1]["compression"].gt(0), "compression"].nunique() > 2
+    )
+    yield from _style.drawings(out, "weights", budgets, draw)
+
+
 def _at_full_strength(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The data of each panel, by its title: no attack, then each attack at its largest eps."""
     clean = frame[frame["eps"].eq(0)].sort_values("n", ascending=False, kind="stable")

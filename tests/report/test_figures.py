@@ -372,6 +372,34 @@ def test_cost_in_seconds_and_where_counted_in_flops(tmp_path, drawn):
     assert drawn[2].axes[0].get_xscale() == "log"
 
 
+def budgets():
+    """Two methods at three budgets, and a dense row; and what they keep."""
+    dense = study()[lambda frame: frame["label"].eq("baseline")]
+    low = study()[lambda frame: frame["label"].ne("baseline")]
+    parts = [dense]
+    for compression, less in ((0.5, 0.0), (0.8, 0.01), (0.9375, 0.03)):
+        names = {"run_id": low["run_id"] + str(compression), "row_id": low["label"] + str(compression)}
+        parts.append(low.assign(compression=compression, accuracy=low["accuracy"] - less, **names))
+    frame = pd.concat(parts, ignore_index=True)
+    rows = frame.drop_duplicates("run_id")[["run_id", "row_id", "compression"]]
+    return frame, rows.assign(deploy_weights=430_500 * (1 - rows["compression"]))
+
+
+def test_weights_are_those_kept_in_deployment(tmp_path, drawn):
+    frame, counted = budgets()
+    list(tradeoffs.weights(frame, counted, tmp_path))
+    clean, attacked = drawn[0].axes
+    assert clean.get_xscale() == "log" and attacked.get_xlabel() == "weights kept in deployment"
+    lines = {
+        line.get_color(): line.get_xydata() for line in attacked.get_lines() if len(line.get_xdata()) < 4
+    }
+    assert lines[results.colour("vanilla")][:, 0] == pytest.approx([26906.25, 86100, 215250])
+    assert lines[results.colour("vanilla")][:, 1] == pytest.approx([0.89, 0.91, 0.92])
+    assert lines[results.colour("baseline")] == pytest.approx(np.array([[430_500, 0.90]]))
+    assert not [*tradeoffs.weights(frame, None, tmp_path)], "nothing counted"
+    assert not [*tradeoffs.weights(study(), counted, tmp_path)], "one budget alone"
+
+
 TABLES = ("cells", "history", "steps", "spectra")
 
 
