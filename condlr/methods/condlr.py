@@ -53,7 +53,8 @@ class CondLR(Method):
     def title_of(cls, label: str) -> str:
         _, *options = label.split("-")
         if options:
-            options[0] = "s=1" if options[0] == "unit" else options[0].replace("tauinf", "τ=∞").replace("tau", "τ=")
+            known = {"unit": "s=1", "tauinf": "τ=∞"}
+            options[0] = known.get(options[0], options[0].replace("tau", "τ="))
         return " ".join([cls.title, *options])
 
     @property
