@@ -122,8 +122,8 @@ lr-cifar10: $(VENV)/.installed  ## Train eight rows on CIFAR-10, low-rank activa
 	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' $(HARD) attack=pgd attack.eps=[0.004]
 	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' $(HARD) attack=pgd attack.steps=20 attack.loss=ce attack.eps=[8/255,10/255,16/255,20/255]
 	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' $(HARD) attack=pgd attack.steps=7 attack.loss=ce attack.eps=[8/255,10/255,16/255,20/255]
-	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' attack=deepfool attack.eps=[0,0.01,0.02,0.04,0.06,0.08,0.1,0.2,1]
-	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' $(HARD) attack=noise attack.eps=[0,0.05,0.1,0.2,0.4]
+	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' attack=deepfool
+	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*' $(HARD) attack=noise
 	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*-s0-*' attack.images=200 attack=autoattack attack.eps=[0.004]
 	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*-s0-*' $(HARD) analysis=audit
 	$(MAKE) --no-print-directory tables figures report STUDY=lr_cifar10

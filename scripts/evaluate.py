@@ -9,12 +9,13 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from condlr._support.errors import NoWeights, UserError
 from condlr.suite.cli import command
-from condlr.suite.config import RunConfig, check
+from condlr.suite.config import CONF, RunConfig, check
 from condlr.suite.programs import Evaluation
 from condlr.suite.runs import Run
 from condlr.suite.values import typed
@@ -103,19 +104,32 @@ def _as_asked(run: Run, asked: Evaluation) -> RunConfig:
     attack = dict(asked.attack)
     if attack.get("eps") is None:
         check(before | {"attack": attack | {"eps": [0.0]}})  # report other mistakes first
-        attack["eps"] = _strengths(before.get("attack", {}), attack)
+        attack["eps"] = _strengths(before, attack)
     again = before | {"attack": attack, "device": asked.device}
     if asked.data_root:
         again["data_root"] = asked.data_root
     return check(again)
 
 
-def _strengths(before: dict[str, Any], asked: dict[str, Any]) -> list[float]:
-    """The run's strengths, if they are in the requested norm."""
-    norm = asked.get("norm", "linf")
-    if before.get("norm", "linf") != norm or "eps" not in before:
-        raise UserError(f"attack.eps: name the strengths in the norm {norm}, for example attack.eps=[0.1]")
-    return before["eps"]
+def _strengths(before: dict[str, Any], asked: dict[str, Any]) -> Any:
+    """The strengths of the run's own attack, if it has the norm, else those of the attack's file."""
+    norm, own = asked.get("norm", "linf"), before.get("attack", {})
+    if own.get("norm", "linf") == norm and "eps" in own:
+        return own["eps"]
+    files = {"attack": HydraConfig.get().runtime.choices["attack"], "dataset": before["dataset"]["name"]}
+    known = OmegaConf.create(
+        {
+            group: OmegaConf.load(path)
+            for group, name in files.items()
+            if (path := CONF / group / f"{name}.yaml").exists()
+        }
+    )
+    try:
+        if OmegaConf.select(known, "attack.norm") == norm:
+            return OmegaConf.to_container(known.attack, resolve=True)["eps"]  # pyright: ignore
+    except OmegaConfBaseException:
+        pass
+    raise UserError(f"attack.eps: name the strengths in the norm {norm}, for example attack.eps=[0.1]")
 
 
 if __name__ == "__main__":

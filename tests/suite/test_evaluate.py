@@ -212,13 +212,28 @@ def test_images_of_a_network_whose_weights_are_elsewhere_cannot_be_made(script, 
 
 
 @pytest.mark.parametrize(
+    ("attack", "norm", "strengths"),
+    [("noise", "std", [0, 0.05, 0.1, 0.2, 0.4]), ("pgd_l2", "l2", [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5])],
+)
+def test_an_attack_of_another_norm_has_strengths_of_its_own(script, runs, attack, norm, strengths):
+    """Those of its file, which may refer to the dataset's."""
+    steps = ["attack.steps=1"] if attack == "pgd_l2" else []
+    status, _, err = script(
+        "evaluate", f"run={runs['condlr']}", f"attack={attack}", "attack.images=5", *steps
+    )
+    assert status == 0, err
+    found = [row for row in rows(runs["condlr"], "evaluation.csv") if row["norm"] == norm and row["n"] == "5"]
+    assert [float(row["eps"]) for row in found] == strengths
+
+
+@pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
         (["attack=pgd", "attack.loss=hinge"], "attack.loss must be one of ce, margin"),
         (["attack=pgd", "attack.norm=l3", "attack.eps=[0.1]"], "attack.norm must be one of linf"),
         (["attack=pgd", "attack.steps=0"], "attack.steps must be in"),
         (["attack=pgd", "attack.images=0"], "attack.images must be in"),
-        (["attack=pgd_l2"], "attack.eps: name the strengths in the norm l2"),
+        (["attack=pgd", "attack.norm=l2"], "attack.eps: name the strengths in the norm l2"),
         (["attack.images=100000"], "attack.images=100000, but there are only"),
         (["attack=simba", "attack.eps=[0.2]", "attack.iterations=[]"], "attack.iterations is empty"),
         (["attack=transfer", "attack.source=nowhere"], "nowhere is not a run"),

@@ -1,13 +1,11 @@
 """The strengths of each attack on each dataset, as a config composes them."""
 
-import re
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from condlr.suite.config import CONF, check
-from tests.helpers import ROOT
 
 PIXELS = [0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06]
 FINER = [0, 0.001, 0.002, 0.003, 0.004, 0.005, 0.006]
@@ -75,12 +73,3 @@ def test_a_config_from_before_datasets_had_strengths_is_the_same_run():
 def test_strengths_that_are_asked_for_come_first():
     assert check(composed("attack.eps=[0.2]")).attack.eps == [0.2]
     assert check(composed("experiment=demo")).attack.eps == RELATIVE
-
-
-def test_what_make_evaluates_names_strengths_where_the_runs_have_none_in_that_norm():
-    """All protocols attack in the norm linf while a network is trained."""
-    lines = re.findall(r"scripts/evaluate\.py (.*attack=(\w+).*)", (ROOT / "Makefile").read_text())
-    assert len(lines) > 10
-    for line, name in lines:
-        norm = OmegaConf.load(CONF / "attack" / f"{name}.yaml").norm
-        assert norm == "linf" or "attack.eps=[" in line, line
