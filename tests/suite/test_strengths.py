@@ -1,6 +1,5 @@
 """The strengths of each attack on each dataset, as a config composes them."""
 
-
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
