@@ -137,3 +137,27 @@ def test_a_network_keeps_the_promise_and_is_exported(name, optimizer, capsys):
         )
     assert found["cond_S"] <= (1 + TAU) * (1 + 1e-4)
     assert error < 1e-3
+
+
+@pytest.mark.parametrize("core", ["full", "none"])
+def test_onnx_computes_the_same(core, tmp_path):
+    """With a batch size that is free, of low-rank layers and of what `export` makes of them."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 20), nn.ReLU(), nn.Linear(20, 4)
+    low = condlr.factorize(nn.Sequential(*layers).eval(), 0.5, core=core)
+    for number, net in enumerate((low, condlr.export(low, torch.randn(2, 3, 8, 8)))):
+        path = tmp_path / f"{number}.onnx"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                net.eval(), (torch.randn(2, 3, 8, 8),), path, dynamo=True, verbose=False,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+            )  # fmt: skip
+        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        (name,) = (given.name for given in session.get_inputs())
+        for count in (1, 5):
+            x = torch.randn(count, 3, 8, 8)
+            (found,) = session.run(None, {name: x.numpy()})
+            torch.testing.assert_close(torch.as_tensor(found), net(x).detach(), rtol=1e-4, atol=1e-5)
