@@ -37,7 +37,6 @@ METHODS = {
     "dlrt": Dlrt(),
     "dlrt_adaptive": Dlrt(theta=0.1),
     "robust_dlrt": RobustDlrt(period=3, clip=float("inf")),
-    "robust_dlrt_fixed": RobustDlrt(theta=0.0, period=3, clip=float("inf")),
     "snip": Snip(),
     "spectral_cap": SpectralCap(1.5),
     "spel": Spel(),
