@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STUDY ?= default
 
-.PHONY: help api demo test test-fast test-networks test-chaos test-slurm test-ray test-wheel tables figures report status archive restore reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks frame-cifar10 lr-cifar10 lr-cifar100 rivals-mnist benchmark clean
+.PHONY: help api demo test test-fast test-networks test-long test-chaos test-slurm test-ray test-wheel tables figures report status archive restore reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks frame-cifar10 lr-cifar10 lr-cifar100 rivals-mnist benchmark clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -32,6 +32,9 @@ test: $(VENV)/.installed  ## Lint, type check and test
 
 test-fast: $(VENV)/.installed  ## The tests that sweep nothing and take no seconds
 	$(RUN) -m pytest -n 2 --dist worksteal -m 'not slow'
+
+test-long: $(VENV)/.installed  ## Train with each method, penalty and network in full (minutes)
+	$(RUN) -m pytest -n 2 --dist worksteal -m long
 
 test-chaos: $(VENV)/.installed  ## Kill a sweep's processes, fill and spoil its disk; it must end as if left alone (minutes)
 	$(RUN) -m pytest -m chaos -s tests/chaos

@@ -82,6 +82,7 @@ def pytest_collection_modifyitems(config, items):
             "ray",
             "wheel",
             "chaos",
+            "long",
             "networks",
         ):  # minutes each, and only for those who ask for them
             if item.get_closest_marker(name) and name not in config.option.markexpr:

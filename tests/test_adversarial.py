@@ -122,7 +122,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(name, data):
         assert torch.equal(value, second.model.state_dict()[name]), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_makes_a_network_more_robust(data):
     attack, found = Pgd(eps=[EPS], steps=10), {}
     for adversarial in (None, {"eps": EPS, "steps": 3}):

@@ -552,7 +552,8 @@ LOW_RANK = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "classifier"),
-    [(method, classifier) for method in LOW_RANK for classifier in ("dense", "full_rank")]
+    [(method, "dense") for method in LOW_RANK]
+    + [pytest.param(method, "full_rank", marks=pytest.mark.long) for method in LOW_RANK]
     + [(ProjectedSgd(), "dense"), (CayleySgd(transform="exact"), "dense")],
     ids=lambda value: value if isinstance(value, str) else f"{value.label()}-{vars(value)}"[:70],
 )

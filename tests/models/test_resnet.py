@@ -80,6 +80,7 @@ def test_wrong_options_are_named(network, keys):
         network(**keys)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("network", [ResNet18(width=16), ResNet50(width=16), WideResNet16(width=1)])
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_takes_a_step(network, name):

@@ -28,6 +28,7 @@ def trainer(method, data, **keys):
     return Trainer(model, METHODS[method], data, protocol(epochs=3), seed=0, penalty=LrLayer(**LAYERS | keys))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_it_combines_with_every_method(method, data):
     run = trainer(method, data)

@@ -119,7 +119,7 @@ def distance(model):
     return (torch.cat(found).square() - 1).square().mean().item()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_penalised_falls_under_every_method(name, data):
     ends = {}

@@ -32,7 +32,9 @@ def whole(request, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop_at", [1, 4, 10])
+@pytest.mark.parametrize(
+    "stop_at", [4, pytest.param(1, marks=pytest.mark.long), pytest.param(10, marks=pytest.mark.long)]
+)
 def test_an_interrupted_run_ends_with_the_same_bits(whole, stop_at, tmp_path):
     whole, another = whole
     first = another()
@@ -161,7 +163,7 @@ def test_every_method_sees_the_images_in_the_same_order(data, monkeypatch):
     assert torch.equal(first.sort().values, data.train.labels.sort().values)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 # The other forms of Cayley SGD take their time, and differ in rounding or in the first steps alone.
 @pytest.mark.parametrize("name", [name for name in METHODS if name[:7] != "cayley_" or name == "cayley_sgd"])
 def test_every_method_learns(name, data):
