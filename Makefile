@@ -27,13 +27,13 @@ demo: $(VENV)/.installed  ## Train four rows on real digits, attack them; table,
 test: $(VENV)/.installed  ## Lint, type check and test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	@# The type checker has one thread: alone it leaves a core idle
-	$(RUN) -m basedpyright & types=$$!; $(RUN) -m pytest -n 2 --dist worksteal; tests=$$?; wait $$types && exit $$tests
+	@# The type checker has one thread, and tests wait for processes of their own: three workers fill two cores
+	$(RUN) -m basedpyright & types=$$!; $(RUN) -m pytest -n 3 --dist worksteal; tests=$$?; wait $$types && exit $$tests
 
 test-fast: $(VENV)/.installed  ## The tests that sweep nothing and take no seconds
 	$(RUN) -m pytest -n 2 --dist worksteal -m 'not slow'
 
-test-long: $(VENV)/.installed  ## Train with each method, penalty and network in full (minutes)
+test-long: $(VENV)/.installed  ## Train with each method, penalty and network in full, and other long tests (minutes)
 	$(RUN) -m pytest -n 2 --dist worksteal -m long
 
 test-chaos: $(VENV)/.installed  ## Kill a sweep's processes, fill and spoil its disk; it must end as if left alone (minutes)

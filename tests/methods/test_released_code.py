@@ -156,6 +156,7 @@ def compare(config, theirs_of, data):
     return [model for _, model, *_ in ours]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tau", [0, 0.1, 0.5])
 @pytest.mark.parametrize("compression", [0.5, 0.8])
 def test_condlr(tau, compression, data):

@@ -138,7 +138,7 @@ def test_without_attaching_it_says_so():
         LrLayer()(LeNet5())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_way(script, tmp_path):
     row = [
         "method=condlr",

@@ -472,6 +472,7 @@ HOSTILE = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_users_own_settings_change_no_figure(plain, tmp_path):
     copied(plain, tmp_path)
     with mpl.rc_context(HOSTILE):
@@ -483,6 +484,7 @@ def test_a_users_own_settings_change_no_figure(plain, tmp_path):
         assert path.read_bytes() == (plain / path.name).read_bytes(), path.name
 
 
+@pytest.mark.long
 def test_a_notebooks_backend_and_a_matplotlibrc_are_in_nobodys_way(plain, tmp_path):
     """In a process of its own: they are read when matplotlib is imported."""
     results_of = tmp_path / "results" / "one"

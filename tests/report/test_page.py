@@ -122,6 +122,7 @@ def change(study, name, **columns):
     pd.read_csv(path).assign(**columns).to_csv(path, index=False)
 
 
+@pytest.mark.long
 def test_both_formats_have_the_same_sections_rows_and_figures(trained, content):
     parsed, text = Parsed(page.render(content)), report_markdown.render(content)
     headings = [section.heading for section in content.sections]
@@ -218,6 +219,7 @@ def test_what_recording_cost_is_a_part_of_the_training(trained):
     assert dict(both.facts())["commit"] == "abc (1 runs); def (with changes that were not committed) (1 runs)"
 
 
+@pytest.mark.long
 def test_runs_that_are_not_there_are_counted(study):
     cells = pd.read_csv(study / "cells.csv")
     assert provenance(cells, None, "s").planned is None

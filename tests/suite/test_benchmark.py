@@ -48,7 +48,7 @@ def test_the_naive_form_is_the_same_arithmetic():
         torch.testing.assert_close(own, value, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_small_benchmark(script, tmp_path):
     status, out, err = script(
         "benchmark",

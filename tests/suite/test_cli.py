@@ -392,7 +392,7 @@ def test_an_attack_with_another_clamp_than_the_protocols_stands_beside_that_of_t
     assert rows == unclamped | {("fgsm", 0), ("fgsm", 0.1)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "method",
     [
@@ -622,7 +622,7 @@ def test_training_afresh_forgets_the_old_evaluation(script, run):
     assert [float(row["eps"]) for row in csv.DictReader((run / "evaluation.csv").open())] == [0, 0.1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_with_unusual_options_have_names_of_their_own(script, tmp_path):
     script("train", "-m", *SMALL, "method.retraction=qr,polar", "study=variants")
     names = sorted(path.name.split("-s0-")[0] for path in (tmp_path / "runs" / "variants").glob("lenet5-*"))
@@ -711,7 +711,7 @@ def test_theorem_1_end_to_end(script, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_ill_conditioned_start_through_the_command_line(script, tmp_path):
     start = [
         *SMALL,
@@ -832,7 +832,7 @@ def test_the_commit_is_that_of_our_own_repository(tmp_path, monkeypatch, no_repo
     assert environment.commit() == f"{head}+"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_script_needs_a_terminal_that_can_show_all_it_says(script, tmp_path, monkeypatch):
     """Files are UTF-8 all the same, also where the locale is not."""
 
@@ -868,7 +868,7 @@ def test_no_script_needs_a_terminal_that_can_show_all_it_says(script, tmp_path, 
     assert "Größe ∞" in log.read_text("utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_files_are_written_before_their_reader_has_had_enough(script, tmp_path, monkeypatch):
     """As in `tables.py study=two | head -1`."""
     for method in ("baseline", "condlr"):
