@@ -134,10 +134,11 @@ def test_all_committed_studies_of_networks_are_looked_at():
     assert {path.parent.name for path in RESULTS.glob("*/cells.csv")} == {*STUDIES}
 
 
-def test_archived_runs_have_the_ids_of_their_configs():
-    with tarfile.open(RESULTS / "table2" / "runs.tar.gz") as archive:
+@pytest.mark.parametrize("study", ["table2", "rivals_mnist"])
+def test_archived_runs_have_the_ids_of_their_configs(study):
+    with tarfile.open(RESULTS / study / "runs.tar.gz") as archive:
         configs = [member for member in archive if member.name.endswith("/config.yaml")]
-        assert len(configs) >= 2
+        assert configs
         for member in configs:
             config = check(OmegaConf.create(archive.extractfile(member).read().decode()))
             assert config.run_id == member.name.split("/")[1]
