@@ -11,7 +11,7 @@ import condlr
 BATCH, STEPS, TAU = 16, 4, 0.2
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed"),
 ]
 

@@ -167,6 +167,7 @@ def test_condlr(tau, compression, data):
     assert all([model.get_submodule(x).rank for x in LAYERS] == ranks for model in models)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "curve"), [("cayley_sgd", "cayley"), ("projected_sgd", "qr")])
 def test_stiefel_methods(method, curve, data):
     config = configured(f"method={method}")

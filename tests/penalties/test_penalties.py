@@ -180,7 +180,7 @@ def test_both_steps_of_alternating_descent_take_the_penalty():
     assert not torch.equal(V1, layer.Vt)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("acts_on", ["weight", "V"])
 @pytest.mark.parametrize("kind", PENALTIES)
 def test_each_penalty_moves_what_it_penalises(kind, acts_on, data):
