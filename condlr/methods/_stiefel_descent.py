@@ -1,4 +1,4 @@
-"""The base of Cayley SGD and projected SGD: dense weights with orthonormal rows or columns."""
+"""The base of Cayley SGD, projected SGD and SPEL: dense weights with orthonormal rows or columns."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -19,7 +19,57 @@ _STEPS = "stiefel_steps"
 
 
 @dataclass
-class StiefelDescent(Baseline, ABC):
+class Orthonormal(Baseline, ABC):
+    """Dense weights that are kept orthonormal, as out x (in kh kw) matrices, by step hooks of SGD."""
+
+    @property
+    @override
+    def optimizers(self) -> tuple[str, ...]:
+        return ("sgd",)
+
+    def held(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights of `model` that are kept on the manifold, by name, without frozen ones."""
+        return {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
+
+    def sgd(
+        self, model: nn.Module, lr: float, momentum: float, weight_decay: float, of_held: float
+    ) -> tuple[torch.optim.SGD, list[nn.Parameter]]:
+        """SGD for all weights, and those that are held, which are its first group; these do not decay.
+
+        Args:
+            of_held: the momentum of the weights that are held.
+        """
+        held = [*self.held(model).values()]
+        if not held:
+            raise ValueError("this network has no weight that can be kept on the Stiefel manifold")
+        others = [p for p in model.parameters() if not any(p is weight for weight in held)]
+        groups = [
+            {"params": held, "momentum": of_held},
+            *([{"params": others, "momentum": momentum, "weight_decay": weight_decay}] if others else []),
+        ]
+        return torch.optim.SGD(groups, lr=lr, foreach=True), held
+
+    @property
+    def exact(self) -> bool:
+        """Whether X^T X = I is guaranteed after every step."""
+        return True
+
+    @override
+    def audit(self, model: nn.Module) -> dict[str, float]:
+        errors = {
+            name: stiefel.orthonormality_error(matrix_of(p, p)).item() for name, p in self.held(model).items()
+        }
+        worst = max(errors, key=lambda name: errors[name])
+        if self.exact and not errors[worst] <= TOLERANCE:
+            raise ConstraintBreach(
+                f"the weight {worst} has left the Stiefel manifold: "
+                f"orthonormality_error {errors[worst]:.3g} > {TOLERANCE:.3g}"
+            )
+        return {"orthonormality_error": errors[worst]}
+
+
+@dataclass
+class StiefelDescent(Orthonormal, ABC):
     """SGD on the Stiefel manifold: each step follows a curve through X along a tangent direction.
 
     Every weight of two or more dimensions is viewed as an out x (in kh kw) matrix. Its rows are kept
@@ -63,63 +113,36 @@ class StiefelDescent(Baseline, ABC):
     def capturable(self) -> bool:
         return self.qr_period == 0  # a graph would not see the count of steps
 
-    @property
-    @override
-    def optimizers(self) -> tuple[str, ...]:
-        return ("sgd",)
-
     @override
     def optimizer(
         self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0, kind: str = "sgd"
     ) -> torch.optim.Optimizer:
-        held = [*self.held(model).values()]
-        if not held:
-            raise ValueError("this network has no weight that can be kept on the Stiefel manifold")
-        others = [p for p in model.parameters() if not any(p is weight for weight in held)]
+        active = self.momentum == "active"
+        optimizer, held = self.sgd(model, lr, momentum, weight_decay, momentum if active else 0.0)
         if self.start == "orthonormal":
             for weight in held:
-                _write(weight, weight, stiefel.qr(_matrix(weight, weight)))
-        optimizer = torch.optim.SGD(
-            [
-                {"params": held, "momentum": momentum if self.momentum == "active" else 0.0},
-                *([{"params": others, "momentum": momentum, "weight_decay": weight_decay}] if others else []),
-            ],
-            lr=lr,
-            foreach=True,
-        )
+                write(weight, weight, stiefel.qr(matrix_of(weight, weight)))
         hooks = _Hooks(self, held)
         optimizer.register_step_pre_hook(hooks.before_step)
         optimizer.register_step_post_hook(hooks.after_step)
         return optimizer
 
+    @override
     def held(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The weights of `model` that are kept on the manifold, by name, without frozen ones."""
+        held = super().held(model)
+        if self.tall == "transpose":
+            return held
         transposes = {layer.Vt for layer in low_rank_layers(model).values()}
-        matrices = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
-        tall = {name for name, p in matrices.items() if _is_tall(p.mT if p in transposes else p)}
-        return {name: p for name, p in matrices.items() if not (self.tall == "free" and name in tall)}
+        return {name: p for name, p in held.items() if not _is_tall(p.mT if p in transposes else p)}
 
     @abstractmethod
     def curve(self, W: cayley.Skew, step: Tensor | float) -> Tensor:
         """The point that a step from X along -W X leads to, (n, r)."""
 
     @property
-    def exact(self) -> bool:
-        """Whether X^T X = I is guaranteed after every step."""
-        return self.start == "orthonormal" and not self.unit_rows
-
     @override
-    def audit(self, model: nn.Module) -> dict[str, float]:
-        errors = {
-            name: stiefel.orthonormality_error(_matrix(p, p)).item() for name, p in self.held(model).items()
-        }
-        worst = max(errors, key=lambda name: errors[name])
-        if self.exact and not errors[worst] <= TOLERANCE:
-            raise ConstraintBreach(
-                f"the weight {worst} has left the Stiefel manifold: "
-                f"orthonormality_error {errors[worst]:.3g} > {TOLERANCE:.3g}"
-            )
-        return {"orthonormality_error": errors[worst]}
+    def exact(self) -> bool:
+        return self.start == "orthonormal" and not self.unit_rows
 
 
 class _Hooks:
@@ -141,25 +164,25 @@ class _Hooks:
     def _direct(self, optimizer: torch.optim.Optimizer, weight: nn.Parameter, orthonormalize: bool) -> None:
         """Replace the gradient so that SGD's buffer becomes tangent; keep W for `after_step`."""
         assert weight.grad is not None
-        X = _matrix(weight, weight)
+        X = matrix_of(weight, weight)
         if self.method.unit_rows:
             X = X / (X.norm(dim=0) + 1e-8)
         if orthonormalize:
             X = stiefel.qr(X)
         buffer = optimizer.state[weight].get("momentum_buffer") if weight in optimizer.state else None
         mu = optimizer.param_groups[0]["momentum"]
-        kept = 0.0 if buffer is None else mu * _matrix(weight, buffer)
-        M = kept + _matrix(weight, weight.grad)
+        kept = 0.0 if buffer is None else mu * matrix_of(weight, buffer)
+        M = kept + matrix_of(weight, weight.grad)
         self.moving[weight] = W = cayley.skew(X, M)
         if mu:  # SGD computes buffer <- mu buffer + grad: this grad makes the buffer W(M) X
-            _write(weight, weight.grad, W.tangent - kept)
+            write(weight, weight.grad, W.tangent - kept)
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         lr = optimizer.param_groups[0]["lr"]
         with strict(self.held[0].device):
             for weight, W in self.moving.items():
-                _write(weight, weight, self.method.curve(W, self._step(W, lr)))
+                write(weight, weight, self.method.curve(W, self._step(W, lr)))
         self.moving.clear()
 
     def _step(self, W: cayley.Skew, lr: float) -> Tensor | float:
@@ -181,13 +204,13 @@ def _is_tall(weight: Tensor) -> bool:
     return n > m
 
 
-def _matrix(weight: Tensor, value: Tensor) -> Tensor:
+def matrix_of(weight: Tensor, value: Tensor) -> Tensor:
     """`value`, of the shape of `weight`, as a matrix; that of the weight itself has orthonormal columns."""
     matrix = value.detach().flatten(1)
     return matrix.clone() if _is_tall(weight) else matrix.mT.clone()
 
 
 @torch.no_grad()
-def _write(weight: Tensor, target: Tensor, matrix: Tensor) -> None:
-    """Write a matrix into `target`; the inverse of `_matrix`."""
+def write(weight: Tensor, target: Tensor, matrix: Tensor) -> None:
+    """Write a matrix into `target`; the inverse of `matrix_of`."""
     target.copy_((matrix if _is_tall(weight) else matrix.mT).reshape(weight.shape))

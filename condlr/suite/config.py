@@ -23,6 +23,7 @@ from condlr.suite.folders import folder
 from condlr.suite.values import choose, construct, convert, expanded, resolved
 
 if TYPE_CHECKING:
+    from condlr.adversarial import Adversarial
     from condlr.attacks.base import Attack
     from condlr.data.base import Dataset
     from condlr.factorization import Scheme
@@ -121,6 +122,13 @@ class Protocol:
             raise ValueError("schedule=cosine takes no milestones: set lr_milestones=[]")
         if any(m < 1 for m in self.lr_milestones) or sorted(self.lr_milestones) != self.lr_milestones:
             raise ValueError(f"lr_milestones must be epochs in ascending order; got {self.lr_milestones}")
+
+    @property
+    def attack(self) -> "Adversarial | None":
+        """The attack of adversarial training."""
+        from condlr.adversarial import Adversarial
+
+        return None if self.adversarial is None else Adversarial(**self.adversarial)
 
 
 @dataclass

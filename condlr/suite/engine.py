@@ -16,7 +16,6 @@ from condlr._support.errors import Diverged
 from condlr._support.memory import keep_freed_memory
 from condlr._support.precision import require, training
 from condlr._support.seeds import derive_seed
-from condlr.adversarial import Adversarial
 from condlr.analysis.conditioning import layer_conditions, operator_conditions
 from condlr.data._augmentation import AUGMENTATIONS
 from condlr.data.base import Data
@@ -108,8 +107,7 @@ class Trainer:
         require(self.precision, self.device)
         if self.penalty:
             self.penalty.attach(self.model)  # raises now if no layer fits
-        attacked = self.protocol.adversarial
-        self._adversarial = None if attacked is None else Adversarial(**attacked)
+        self._adversarial = self.protocol.attack
         self.totals = EpochTotals.zero(self.device)
         self._recorded = (0.0, 0.0, 0)
         fixed = self.penalty is None or self.penalty.capturable

@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import nn
 
 from condlr._support.errors import UserError
-from condlr.adversarial import Adversarial
 from condlr.analysis.base import Start
 from condlr.attacks.base import Attack
 from condlr.data.base import Data
@@ -78,10 +77,8 @@ class Opened:
 
     def _start(self, config: RunConfig) -> Start:
         protocol, network = config.protocol, lambda: build(config, self.data)
-        attacked = protocol.adversarial
-        attack = None if attacked is None else Adversarial(**attacked)
         return Start(
-            network, config.method, protocol.lr, protocol.momentum, config.penalty, attack,
+            network, config.method, protocol.lr, protocol.momentum, config.penalty, protocol.attack,
             protocol.optimizer or "sgd",
         )  # fmt: skip
 
