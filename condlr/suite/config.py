@@ -20,6 +20,7 @@ from condlr._support.errors import UserError, in_range, one_of
 from condlr._support.rooms import available
 from condlr._support.strengths import strengths
 from condlr.suite.folders import folder
+from condlr.suite.origin import Origin, origin
 from condlr.suite.values import choose, construct, convert, expanded, resolved
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ class _Schema:
     record_operators: bool = False
     penalty: Any = None
     budget: float | None = None
+    start: Any = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ class RunConfig:
         label: the method's label with its unusual options, and the penalty's after a +: `condlr-tau0.1+so`.
         attack: evaluated at the end. It is not part of the identity: asking for another attack on a
             finished run attacks it, and does not train it again.
+        origin: the run that it begins with; None: random weights.
     """
 
     identity: dict[str, Any]
@@ -183,6 +186,7 @@ class RunConfig:
     record_every: int
     record_operators: bool
     penalty: "Penalty | None" = None
+    origin: Origin | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -224,11 +228,12 @@ class RunConfig:
 
     @property
     def _differing(self) -> dict[str, Any]:
-        """Unusual settings that are not the protocol's: the precision, the dataset's options."""
+        """Unusual settings that are not the protocol's: the precision, the dataset's options, the start."""
         usual = {field.name: field.default for field in fields(self.dataset)}
         keys = self.identity["dataset"].items()
         unusual = {key: value for key, value in keys if key != "name" and value != usual.get(key)}
-        return unusual | ({} if self.precision == "float32" else {"precision": self.precision})
+        unusual |= {} if self.precision == "float32" else {"precision": self.precision}
+        return unusual | ({} if self.origin is None else {"start": self.origin.name})
 
     @property
     def directory(self) -> Path:
@@ -338,13 +343,27 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
             raise UserError(f"penalty must be a group of keys, as in penalty=so; got {values['penalty']!r}")
         penalty, penalty_keys = choose("penalty", "penalties", values["penalty"], Penalty)
         label += f"+{'-'.join([penalty_keys['name'], *_unusual(penalty, penalty_keys)])}"
+    begun = origin(values["start"], dataset_keys["name"], model_keys["name"], values["seed"])
+    if begun is not None:
+        _require_kept(protocol, method_keys)
     found = {"dataset": dataset_keys, "model": model_keys, "method": method_keys, "penalty": penalty_keys}
+    found["start"] = None if begun is None else begun.name
     return RunConfig(
         _identity(values | found | {"compression": compression}), label,
         dataset, model, method, scheme, protocol, attack, values["seed"], values["study"],
         Path(values["runs_dir"]), Path(values["data_root"]), values["device"], values["precision"],
-        values["forms"], values["record_every"], values["record_operators"], penalty,
+        values["forms"], values["record_every"], values["record_operators"], penalty, begun,
     )  # fmt: skip
+
+
+def _require_kept(protocol: Protocol, method: Mapping[str, Any]) -> None:
+    """Raise `UserError` for settings that would draw anew what a start has learned."""
+    inits = {"protocol.init": protocol.init, "method.init": method.get("init", "spectral")}
+    for key, init in inits.items():
+        if init != "spectral":
+            raise UserError(f"{key}={init} draws weights anew: with start, set {key}=spectral")
+    if protocol.decay is not None:
+        raise UserError("protocol.decay sets singular values anew: with start, set protocol.decay=null")
 
 
 def _compression_for(

@@ -1,6 +1,7 @@
 """From a run's config to its data and its network."""
 
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -8,18 +9,25 @@ from torch import nn
 from condlr._support.errors import UserError
 from condlr._support.seeds import derive_seed
 from condlr.data.base import Data
+from condlr.exporting import unfactorize
 from condlr.factorization import low_rank_layers
 from condlr.forms import set_forms
 from condlr.models.base import standardized
-from condlr.suite.config import RunConfig
+from condlr.suite.config import RunConfig, check
 from condlr.suite.runs import Run
 
 
-def build(config: RunConfig, data: Data) -> nn.Module:
-    """The initial network of a run, drawn from its seed alone."""
+def build(config: RunConfig, data: Data, begun: bool = True) -> nn.Module:
+    """The initial network of a run, drawn from its seed, or made from the run that it starts from.
+
+    Args:
+        begun: whether to look at the weights of that run; where others replace them, it may be gone.
+    """
     torch.manual_seed(derive_seed(config.seed, "init"))
     try:
         dense = standardized(config.model.build(data.shape, data.classes), data.standard)
+        if begun and config.origin is not None:
+            _begin(dense, Path(config.origin.run), data)
         model = config.method.apply(dense, config.scheme)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -30,7 +38,7 @@ def build(config: RunConfig, data: Data) -> nn.Module:
 
 def load_network(run: Run, config: RunConfig, data: Data) -> nn.Module:
     """The trained network of a run, on the device of `data`, in eval mode."""
-    model, weights = build(config, data), run.load_model()
+    model, weights = build(config, data, begun=False), run.load_model()
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -38,6 +46,18 @@ def load_network(run: Run, config: RunConfig, data: Data) -> nn.Module:
     with suppress(ValueError):  # run.json was edited; a form changes the result only by rounding
         set_forms(model, run.info.get("forms", {}))
     return model.to(data.test.pixels.device).eval()
+
+
+def _begin(dense: nn.Module, directory: Path, data: Data) -> None:
+    """Give a dense network the weights of a trained one."""
+    run = Run(directory)
+    try:
+        network = load_network(run, check(run.read_config()), data)
+        dense.load_state_dict((unfactorize(network) if low_rank_layers(network) else network).state_dict())
+    except UserError as error:
+        raise UserError(f"start: {error}") from error
+    except RuntimeError as error:
+        raise UserError(f"start: the network of {directory} is another one: {error}") from error
 
 
 def load_data(config: RunConfig, device: torch.device) -> Data:

@@ -13,7 +13,7 @@ from condlr._support.errors import UserError
 from condlr._support.rooms import find
 
 # Keys that name a file or directory. No shell expands `~` behind `key=`, so we do.
-_PATHS = ("run", "runs_dir", "data_root", "results_dir", "paper")
+_PATHS = ("run", "start", "runs_dir", "data_root", "results_dir", "paper")
 
 T = TypeVar("T")
 

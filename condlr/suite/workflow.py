@@ -90,7 +90,7 @@ def _train(run: Run, config: RunConfig, written: dict[str, Any], signals: Signal
     with run.recording(**facts, **environment()):
         device = pick_device(config.device)
         run.note(device=describe(device))
-        run.write_config(written)
+        run.write_config(written | ({"start": config.origin.as_dict()} if config.origin else {}))
         data = load_data(config, device)
         here = Opened(run, config)
         here.data = data
