@@ -134,12 +134,12 @@ class Protocol:
 
 @dataclass
 class _Schema:
-    """The top level of a run's config; the groups whose keys depend on their choice are checked later."""
+    """The top level of a run's config; its groups are checked later."""
 
     dataset: dict[str, Any]
     model: dict[str, Any]
     method: dict[str, Any]
-    protocol: Protocol
+    protocol: dict[str, Any]
     attack: dict[str, Any]
     compression: float
     seed: int
@@ -274,7 +274,8 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         del given["flow"]
     plain = convert(_Schema, given)
     values = {field.name: plain[field.name] for field in fields(_Schema)}
-    values["protocol"] |= {"adversarial": _adversarial(values["protocol"]["adversarial"])}
+    values["protocol"] = convert(Protocol, values["protocol"], "protocol")
+    values["protocol"]["adversarial"] = _adversarial(values["protocol"]["adversarial"])
     protocol = construct(Protocol, values["protocol"], "protocol")
     try:
         in_range("compression", values["compression"], 0, 1, half_open=True)

@@ -184,18 +184,19 @@ class Run:
 
     def read_config(self) -> dict[str, Any]:
         """The resolved config in config.yaml."""
-        from omegaconf import OmegaConf
+        import yaml
 
         path = self.directory / "config.yaml"
         try:
-            config = OmegaConf.to_container(OmegaConf.load(path))
+            # OmegaConf's parser takes 30 ms, libyaml 1
+            config = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         except FileNotFoundError:
             raise UserError(f"{self.directory} is not a run: it has no config.yaml") from None
         except Exception as error:  # a YAML parser's errors share no base with OmegaConf's
             raise UserError(f"{path} cannot be read ({type(error).__name__})") from error
         if not isinstance(config, dict):
             raise UserError(f"{path} is not a run's config")
-        return config  # type: ignore[return-value]
+        return config
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write a table such as history.csv; None is an empty field."""

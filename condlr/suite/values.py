@@ -1,9 +1,12 @@
 """From the text of a config to values of the types that a dataclass declares."""
 
 import os
+import pickle
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -81,20 +84,28 @@ def one_line(error: BaseException) -> str:
 
 def convert(schema: type, values: Mapping[str, Any], group: str = "") -> dict[str, Any]:
     """`values` converted to the types of a dataclass's fields, with defaults filled in."""
+    free = [field.name for field in fields(schema) if field.type == dict[str, Any]]
+    apart = {key: values[key] for key in free if isinstance(values.get(key), dict)}  # of any types
+    typed = pickle.dumps(dict(values) | dict.fromkeys(apart, {}))
+    plain = pickle.loads(_converted(schema, typed, group)) | deepcopy(apart)
+    if missing := _missing(plain):
+        raise UserError(f"{group}.{missing[0]} is missing" if group else f"{missing[0]} is missing")
+    return plain
+
+
+@lru_cache(maxsize=512)  # OmegaConf takes 10 ms for a group, and the runs of a sweep share theirs
+def _converted(schema: type, pickled: bytes, group: str) -> bytes:
+    values = pickle.loads(pickled)
     prefix = f"{group}." if group else ""
     known = [field.name for field in fields(schema)]
     if unknown := [key for key in values if key not in known]:
         choices = f"the keys of {group} are {', '.join(known)}" if known else f"{group} has no other keys"
         raise UserError(f"{prefix}{unknown[0]}: there is no such key; {choices if group else 'see --help'}")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), dict(values))
-        plain = OmegaConf.to_container(merged)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), values)
+        return pickle.dumps(OmegaConf.to_container(merged))
     except OmegaConfBaseException as error:
         raise UserError(prefix + one_line(error)) from error
-    assert isinstance(plain, dict)
-    if missing := _missing(plain):
-        raise UserError(f"{prefix}{missing[0]} is missing")
-    return plain  # type: ignore[return-value]
 
 
 def _missing(values: Mapping[Any, Any], prefix: str = "") -> list[str]:

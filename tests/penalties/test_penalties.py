@@ -220,7 +220,7 @@ def test_every_other_step(data):
     [*((name, "so") for name in ("baseline", "condlr", "dlrt", "alternating", "svd_prune")),
      *(("condlr", kind) for kind in PENALTIES)],
 )  # fmt: skip
-@pytest.mark.parametrize("stop_at", [2, 7])
+@pytest.mark.parametrize("stop_at", [7, pytest.param(2, marks=pytest.mark.long)])
 def test_an_interrupted_run_ends_with_the_same_bits(name, kind, stop_at, data, tmp_path):
     whole, first, second = (trainer(name, data, PENALTIES[kind](**SCHEDULED, every=2)) for _ in range(3))
     whole.fit()

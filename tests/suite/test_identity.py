@@ -99,12 +99,16 @@ def planned(arguments):
         first = [f"{key}={values[0]}" for key, values in given.items()]
         params = compose("train", overrides=first, return_hydra_config=True).hydra.sweeper.params
         asked = {key: split(str(value).replace(" ", "")) for key, value in (params or {}).items()} | given
-        seeds = asked.pop("seed", [str(compose("train", first).seed)])
+        # Composing takes long, and no other key of a config depends on these
+        later = {key: asked.pop(key) for key in [*asked] if key in ("seed", "penalty.weight")}
+        later.setdefault("seed", [str(compose("train", first).seed)])
         for values in itertools.product(*asked.values()):
             overrides = [f"{key}={value}" for key, value in zip(asked, values, strict=True)]
-            config = OmegaConf.to_container(compose("train", overrides=overrides), resolve=True)
-            for seed in seeds:
-                yield check(config | {"seed": int(seed)})
+            config = compose("train", overrides=overrides)
+            for others in itertools.product(*later.values()):
+                for key, value in zip(later, others, strict=True):
+                    OmegaConf.update(config, key, float(value) if "." in key else int(value))
+                yield check(OmegaConf.to_container(config, resolve=True))
 
 
 def collected(study, name="cells"):
