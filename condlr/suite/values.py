@@ -86,7 +86,7 @@ def convert(schema: type, values: Mapping[str, Any], group: str = "") -> dict[st
     """`values` converted to the types of a dataclass's fields, with defaults filled in."""
     free = [field.name for field in fields(schema) if field.type == dict[str, Any]]
     apart = {key: values[key] for key in free if isinstance(values.get(key), dict)}  # of any types
-    typed = pickle.dumps(dict(values) | dict.fromkeys(apart, {}))
+    typed = pickle.dumps(dict(values) | {key: {} for key in apart})
     plain = pickle.loads(_converted(schema, typed, group)) | deepcopy(apart)
     if missing := _missing(plain):
         raise UserError(f"{group}.{missing[0]} is missing" if group else f"{missing[0]} is missing")
