@@ -4,6 +4,7 @@ CondLR: arXiv 2306.01485, section 5. Frame regularisation: the slides of Grigori
 Low-rank activations: arXiv 1804.07090. Rivals: see `condlr.report.rivals`.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -236,8 +237,12 @@ def _withstood(frame: pd.DataFrame) -> pd.DataFrame:
     """The cells as shares of the images that are classified right without the attack, where that is known."""
     start = frame["row_id"].map(frame[frame["eps"].eq(0)].set_index("row_id")["accuracy"])
     shares = {name: frame[name] / start for name in ("accuracy", "std")}
+    pairs = [
+        tuple((seed, value / share if share else math.nan) for seed, value in every)
+        for every, share in zip(frame["by_seed"], start, strict=True)
+    ]
     right = (frame["n"] * start).round()
-    return frame.assign(**shares, n=right).loc[right.ge(1)]
+    return frame.assign(**shares, by_seed=pairs, n=right).loc[right.ge(1)]
 
 
 def _of_frames_attacked(robust: "Rows", under: str) -> Iterator[Claim]:

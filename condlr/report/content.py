@@ -120,11 +120,20 @@ class Document:
     sections: Sequence[Section] = field(default_factory=list)
 
 
+# The heading of `detectable`
+SEEN = "detectable in 4 of 5 studies"
+
 _NUMBER = re.compile(r"([*]{2})?[+−-]?[\d,.]+(e[+-]?\d+)?( ?%)?( ±[\d.]+)?( †)?([*]{2})?|∞")
 
 
+def detectable(claim: Claim) -> str:
+    """The difference in points that such runs would show; empty where they decide, or nothing is known."""
+    least = 100 * claim.decisive.detectable
+    return f"{least:.2f}" if claim.verdict == "undecided" and not math.isnan(least) else ""
+
+
 def points(comparison: Comparison) -> str:
-    """A difference of accuracies in percentage points, ± two standard errors if they are known."""
+    """A difference of accuracies in percentage points, ± the margin that it must exceed, if that is known."""
     spread = "" if math.isnan(comparison.margin) else f" ±{100 * comparison.margin:.2f}"
     return f"{round(100 * comparison.difference, 2) + 0.0:+.2f}{spread}".replace("-", "−")
 

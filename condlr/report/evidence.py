@@ -3,11 +3,12 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import numpy as np
 import pandas as pd
+from scipy import special
 
 from condlr.report.numbers import accuracy
 from condlr.report.results import title
@@ -16,13 +17,20 @@ from condlr.report.sheet import anchor
 VERDICTS = ("supported", "partly", "not supported", "undecided")
 
 RULE = (
-    "Two rows are told apart (>, <; otherwise ≈) where their means differ by more than two standard errors "
-    "of the difference. The variance of a mean is that between seeds, but no less than that of drawing the "
-    "test images, over the number of seeds; a row of one seed or two, which say little of it, has the mean "
-    "variance of its table's rows, and where no row has two seeds nothing is told apart. A claim of several "
-    "comparisons is supported, if all are decided for it; partly so, if some are; not supported, if some are "
-    "decided against it and none for it; undecided, if none is decided. ±: standard deviation between seeds."
+    "Two rows are told apart (>, <; otherwise ≈) at the level of 5 %, corrected by Holm's method for the "
+    "number of comparisons of the claim. Rows of the same three seeds or more are compared seed by seed, by "
+    "Student's t of the differences; others by the normal distribution. The variance of a mean is that "
+    "between seeds, but no less than that of drawing the test images, over the number of seeds; a row of one "
+    "seed or two, which say little of it, has the mean variance of its table's rows, and where no row has "
+    "two seeds nothing is told apart. A claim of several comparisons is supported, if all are decided for "
+    "it; partly so, if some are; not supported, if some are decided against it and none for it; undecided, "
+    "if none is decided. ± beside an accuracy is the standard deviation between seeds, beside a difference "
+    "the margin that it must exceed."
 )
+# The level of a claim, and the normal quantile of a power of 80 %
+_LEVEL, _POWER = 0.05, 0.8416
+# So many seeds say something of the differences between two rows
+_PAIRED = 3
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Mean:
-    """A row's accuracy, and the variance of its mean."""
+    """A row's accuracy, the variance of its mean, and the accuracy of each seed."""
 
     name: str
     label: str
@@ -69,6 +77,8 @@ class Mean:
     value: float
     std: float
     variance: float
+    floor: float
+    seeds: tuple[tuple[int, float], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name} {accuracy(self.value, self.std)}"
@@ -81,11 +91,16 @@ class Mean:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The claim that `left` is above `right`, or no more than `slack` below it."""
+    """The claim that `left` is above `right`, or no more than `slack` below it.
+
+    Attributes:
+        level: the probability with which equal rows may be told apart, see `corrected`.
+    """
 
     left: Mean
     right: Mean
     slack: float = 0.0
+    level: float = _LEVEL
 
     @property
     def difference(self) -> float:
@@ -93,21 +108,52 @@ class Comparison:
         return self.left.value - self.right.value
 
     @property
+    def _differences(self) -> list[float]:
+        """Seed by seed, where both rows have the same seeds, and enough of them."""
+        left, right = dict(self.left.seeds), dict(self.right.seeds)
+        same = left.keys() == right.keys() and len(left) >= _PAIRED
+        return [left[seed] - right[seed] for seed in left] if same else []
+
+    @property
+    def error(self) -> float:
+        """The standard error of the difference; NaN where no row has two seeds."""
+        if differences := self._differences:
+            between = float(np.var(differences, ddof=1)) / len(differences)
+            return math.sqrt(max(between, self.left.floor + self.right.floor))
+        return math.sqrt(self.left.variance + self.right.variance)
+
+    @property
+    def probability(self) -> float:
+        """The probability of a difference as large as this one, in either direction, between equal rows."""
+        if not self.error > 0:
+            return 1.0 if math.isnan(self.error) or not self._above else 0.0
+        score, freedom = abs(self._above) / self.error, len(self._differences) - 1
+        return 2 * float(special.stdtr(freedom, -score) if freedom > 0 else special.ndtr(-score))
+
+    @property
     def margin(self) -> float:
-        """Two standard errors of the difference; NaN where no row has two seeds."""
-        return 2 * math.sqrt(self.left.variance + self.right.variance)
+        """What the difference must exceed to be told from none; NaN where no row has two seeds."""
+        freedom, tail = len(self._differences) - 1, self.level / 2
+        return self.error * -float(special.stdtrit(freedom, tail) if freedom > 0 else special.ndtri(tail))
+
+    @property
+    def detectable(self) -> float:
+        """The difference that would be told from none in four studies of five like this one."""
+        return self.margin + _POWER * self.error
+
+    @property
+    def _above(self) -> float:
+        return self.difference + self.slack
 
     @property
     def score(self) -> float:
         """Above 1 the claim is confirmed, below -1 it is refuted; between, it is not decided."""
-        above = self.difference + self.slack
-        return above / self.margin if self.margin > 0 else above
+        return self._above / self.margin if self.margin > 0 else self._above
 
     @property
     def sign(self) -> int:
         """1: decided for the claim; -1: against it; 0: not decided."""
-        above = self.difference + self.slack
-        return int(math.copysign(1, above)) if abs(above) > self.margin else 0  # NaN: not decided
+        return int(math.copysign(1, self._above)) if abs(self._above) > self.margin else 0  # NaN: not decided
 
     def __str__(self) -> str:
         less = f" less {100 * self.slack:g} point" if self.slack else ""
@@ -124,11 +170,14 @@ class Rows:
         for row in rows.itertuples():
             seeds, p = int(row.seeds), float(row.accuracy)  # type: ignore[arg-type]
             between = row.std**2 if seeds > 2 else usual  # type: ignore[operator]
-            variance = np.maximum(between, p * (1 - p) / int(row.n)) / seeds  # type: ignore[arg-type]
+            drawn = p * (1 - p) / int(row.n)  # type: ignore[arg-type]
+            variance = np.maximum(between, drawn) / seeds  # type: ignore[call-overload]
             percent = f" {100 * row.compression:g} %" if row.compression else ""  # type: ignore[operator]
             key = str(row.label), float(row.compression)  # type: ignore[arg-type]
             name = f"{title(str(row.label))}{percent}"
-            self._means[key] = Mean(name, *key, p, float(row.std), variance)  # type: ignore[arg-type]
+            self._means[key] = Mean(
+                name, *key, p, float(row.std), variance, drawn / seeds, row.by_seed  # type: ignore[arg-type]
+            )  # fmt: skip
 
     def of(self, labels: Iterable[str], *compressions: float) -> list[Mean]:
         """The means of those of these rows that exist."""
@@ -155,8 +204,25 @@ class Rows:
         return [Comparison(a, b) for b in right for a in left]
 
 
-def judged(name: str, statement: str, where: str, comparisons: Sequence[Comparison]) -> Claim:
+def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons at the levels of Holm's method: one wrong decision among all, with probability 5 %.
+
+    The smallest of m probabilities is held against 5 % / m, the next against 5 % / (m - 1), and so on. The
+    first that fails ends it: the others have its level, at which they fail, too.
+    """
+    order = sorted(range(len(comparisons)), key=lambda place: comparisons[place].probability)
+    found, level, failed = [*comparisons], _LEVEL, False
+    for rank, place in enumerate(order):
+        if not failed:
+            level = _LEVEL / (len(order) - rank)
+            failed = comparisons[place].probability >= level
+        found[place] = replace(comparisons[place], level=level)
+    return found
+
+
+def judged(name: str, statement: str, where: str, among: Sequence[Comparison]) -> Claim:
     """The claim with its verdict."""
+    comparisons = corrected(among)
     signs = [comparison.sign for comparison in comparisons]
     pro, contra = signs.count(1), signs.count(-1)
     if not signs:

@@ -18,6 +18,7 @@ from condlr._support.errors import UserError
 from condlr.report import report_markdown
 from condlr.report._style import Drawing
 from condlr.report.content import (
+    SEEN,
     Block,
     Document,
     Folded,
@@ -27,6 +28,7 @@ from condlr.report.content import (
     Section,
     Verdicts,
     alternative,
+    detectable,
     numeric,
     points,
 )
@@ -91,10 +93,10 @@ def _image(drawing: Drawing) -> str:
 def _(content: Verdicts) -> str:
     first, (_, own) = content.claims[0], places(content.claims)
     rows = [
-        (f"**{claim.verdict}**", where, points(claim.decisive), str(claim.decisive))
+        (f"**{claim.verdict}**", where, points(claim.decisive), str(claim.decisive), detectable(claim))
         for claim, where in zip(content.claims, own, strict=True)
     ]
-    numbers = Grid(["verdict", "where", "points", "comparison that decides"], rows).filled
+    numbers = Grid(["verdict", "where", "points", "comparison that decides", SEEN], rows).filled
     fold = Folded(report_markdown.COMPARISONS, [Fragment(report_markdown.comparisons(content))])
     return "\n".join([
         f'<article class="claim" id="{first.anchor}">', f"<h3>{inline(first.title)}</h3>",

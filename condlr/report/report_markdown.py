@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 from condlr.report._style import Drawing
 from condlr.report.content import (
+    SEEN,
     Block,
     Commands,
     Document,
@@ -19,6 +20,7 @@ from condlr.report.content import (
     Section,
     Verdicts,
     alternative,
+    detectable,
     numeric,
     points,
 )
@@ -97,6 +99,7 @@ def _(content: Verdicts) -> str:
     lines += [_picture(content.drawing), ""]
     for claim, where in zip(content.claims, own, strict=True):
         number = f"{points(claim.decisive)} points, {claim.decisive}"
+        number += f"; {SEEN}: {least} points" if (least := detectable(claim)) else ""
         lines.append(f"- **{claim.verdict}**{plain(f', {where}' if where else '')}: {plain(number)}")
     fold = Folded(COMPARISONS, [Fragment(comparisons(content))])
     return "\n".join([*lines, "", block(fold)])

@@ -123,16 +123,24 @@ def summarize(cells: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         A line for each cell, with the columns of CONTEXT and ROW, eps, accuracy, std (NaN for one
-        seed), seeds, and the means of cond, cond_all, seconds, train_compression, deploy_compression.
+        seed), seeds, by_seed (pairs of a seed and its accuracy), and the means of cond, cond_all, seconds,
+        train_compression, deploy_compression.
         `variant` tells rows of one label apart: the options in which they differ.
     """
     require_evaluated(cells)
     done = cells[_evaluated(cells)].fillna({"options": "", "settings": ""}).reset_index(drop=True)
-    done = done.assign(variant=_variants(done), n=done["n"].astype(int))
+    pairs = [*zip(done["seed"].astype(int), done["accuracy"].astype(float), strict=True)]
+    done = done.assign(variant=_variants(done), n=done["n"].astype(int), pair=pairs)
     means = {name: (name, "mean") for name in _MEANS}
     frame = (
         done.groupby([*CONTEXT, *ROW, "eps"], dropna=False, sort=False)
-        .agg(accuracy=("accuracy", "mean"), std=("accuracy", "std"), seeds=("seed", "nunique"), **means)
+        .agg(
+            accuracy=("accuracy", "mean"),
+            std=("accuracy", "std"),
+            seeds=("seed", "nunique"),
+            by_seed=("pair", tuple),
+            **means,
+        )
         .reset_index()
     )
     return ordered(frame, ["compression", "label", "variant", "row_id", "eps"]).reset_index(drop=True)
