@@ -20,6 +20,7 @@ from condlr.held import (
     orthonormalize,
     require_float,
     required,
+    transport_moments,
     transpose_old_moments,
     triples,
     worst,
@@ -28,7 +29,7 @@ from condlr.layers import LowRank
 from condlr.manifolds import spectrum, stiefel
 
 PRECONDITIONERS = ("exact", "scalar", "released_code")
-MOMENTA = ("after_projection", "before_projection")
+MOMENTA = ("after_projection", "before_projection", "transported")
 PROJECTIONS = ("svd", "qr")
 
 # Up to this tau, cond(S) is so small that the inverse of a Gram matrix is accurate.
@@ -96,6 +97,9 @@ def constrain(
         momentum: `after_projection`: the optimiser accumulates G1 and G2 (paper); any optimiser.
             `before_projection`: it accumulates Euclidean gradients, and the sum is projected, scaled and kept
             as the buffer (authors' code); needs SGD without dampening, nesterov, maximize, fused.
+            `transported`: as `after_projection`, and after each step the moments of SGD, Adam and their like
+            move with the bases (geometric momentum, see `condlr.held.transport_moments`; for low-rank
+            training arXiv 2506.17475).
         retraction: `qr` with positive diagonal (paper), or `polar`.
         projection: of S onto the band: `svd`, the nearest matrix; for tau = 0, `qr` takes s Q with S = Q R
             (allowed by the paper, done by the authors' code). Its s is 1 for the centre `one`, else the
@@ -371,7 +375,7 @@ class Constraint:
         self._warn_without_gradient()
         with strict(self._device):
             for group in self._moving:
-                if self.options.transport:
+                if self.options.transport or self.options.momentum == "transported":
                     self._bases |= {X: X.detach().clone() for X in (*group.U, *group.Vt)}
                 self._direct(group)
 
@@ -388,6 +392,10 @@ class Constraint:
                     _copy(group.U, found[0])
                 if group.Vt:
                     _copy(group.Vt, found[-1].mT)
+                if self.options.momentum == "transported":
+                    for held in group.held:
+                        U0, Vt0 = (self._bases.get(X, X) for X in (held.U, held.Vt))
+                        transport_moments(held, optimizer.state, U0, Vt0)
                 if group.S:
                     self._constrain_core(group)
         self._forget_step()
@@ -446,7 +454,7 @@ class Constraint:
     def _gradient(self, X: nn.Parameter) -> Tensor:
         """The gradient of X. With `before_projection`, SGD's momentum is moved from its buffer into it."""
         assert X.grad is not None
-        if self.options.momentum == "after_projection" or X not in self.optimizer.state:
+        if self.options.momentum != "before_projection" or X not in self.optimizer.state:
             return X.grad
         buffer = self.optimizer.state[X].get("momentum_buffer")
         if buffer is None:
@@ -473,6 +481,8 @@ class Constraint:
         """Transport S to the new bases, if asked, and project it onto the band."""
         for held in group.held:
             held.settled = True
+            if not self.options.transport:
+                continue
             if held.U in self._bases:
                 held.S.copy_(held.U.mT @ self._bases[held.U] @ held.S)
             if held.Vt in self._bases:

@@ -19,6 +19,9 @@ CONDITION_TOLERANCE = 1e-4
 # For a large tau, rounding moves the smallest singular value: cond(S) may exceed 1 + tau by this times tau.
 ROUNDING = 1e-6
 
+# The first moments of SGD and Adam, and Adam's second, a mean of squares
+FIRST_MOMENTS, SECOND_MOMENTS = ("momentum_buffer", "exp_avg"), ("exp_avg_sq",)
+
 # The keys of an older condlr in an optimiser's state_dict, where layers were identified by name
 _OLD_SCALES, _OLD_SETTLED = "condlr_scales", "condlr_settled"
 _OLD_INVERSES = ("condlr_core", "condlr_left", "condlr_right")
@@ -129,6 +132,32 @@ def require_float(name: str, U: Tensor) -> None:
     """Raise `ValueError` unless U is float32 or float64."""
     if U.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the factors of {name} are {U.dtype}: keep them in float32, use autocast")
+
+
+def transport_moments(held: Held, states: Mapping[Tensor, dict[str, Any]], U0: Tensor, Vt0: Tensor) -> None:
+    r"""Move an optimiser's moments of a layer from the bases of before a step, U_0 and V_0, to U_1 and V_1.
+
+    First moments of U and V lose what is not horizontal at the new bases, and that of S is re-expressed,
+
+        m_U <- (I - U_1 U_1^T) m_U,    m_V <- (I - V_1 V_1^T) m_V,    m_S <- M m_S N^T,
+
+    with M = U_1^T U_0 and N = V_1^T V_0. A second moment of S becomes the square of its root moved alike.
+    """
+    U, Vt = held.U, held.Vt
+    M, N = U.mT @ U0, Vt @ Vt0.mT
+
+    def of(factor: Tensor, names: tuple[str, ...]) -> Iterable[Tensor]:
+        known = (states.get(factor, {}).get(name) for name in names)
+        return [moment for moment in known if moment is not None and moment.shape == factor.shape]
+
+    for moment in of(U, FIRST_MOMENTS):
+        moment.sub_(U @ (U.mT @ moment))
+    for moment in of(Vt, FIRST_MOMENTS):
+        moment.sub_((moment @ Vt.mT) @ Vt)
+    for moment in of(held.S, FIRST_MOMENTS):
+        moment.copy_(M @ moment @ N.mT)
+    for moment in of(held.S, SECOND_MOMENTS):
+        moment.copy_((M @ moment.sqrt() @ N.mT).square())
 
 
 def old_memory(group: Mapping[str, Any], state: dict[str, Any], name: str) -> dict[str, Any] | None:

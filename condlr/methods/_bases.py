@@ -5,11 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from condlr.held import FIRST_MOMENTS, SECOND_MOMENTS
 from condlr.layers import LowRank
 from condlr.manifolds import spectrum, stiefel
-
-# The first moments of SGD and Adam, and Adam's second, a mean of squares
-_FIRST, _SECOND = ("momentum_buffer", "exp_avg"), ("exp_avg_sq",)
 
 
 def transport(layer: LowRank, optimizer: torch.optim.Optimizer, M: Tensor, N: Tensor) -> None:
@@ -22,13 +20,13 @@ def transport(layer: LowRank, optimizer: torch.optim.Optimizer, M: Tensor, N: Te
     assert layer.S is not None
     for factor, left, right in ((layer.U, None, N), (layer.S, M, N), (layer.Vt, M, None)):
         state = optimizer.state.get(factor, {})
-        for name in (*_FIRST, *_SECOND):
+        for name in (*FIRST_MOMENTS, *SECOND_MOMENTS):
             if (buffer := state.get(name)) is None:
                 continue
-            moved = buffer.sqrt() if name in _SECOND else buffer
+            moved = buffer.sqrt() if name in SECOND_MOMENTS else buffer
             moved = moved if right is None else moved @ right.mT
             moved = moved if left is None else left @ moved
-            state[name] = (moved.square() if name in _SECOND else moved).contiguous()
+            state[name] = (moved.square() if name in SECOND_MOMENTS else moved).contiguous()
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import nn
 
 import condlr
 from condlr._support.errors import ConstraintBreach
-from condlr.constraint import Constraint
+from condlr.constraint import MOMENTA, Constraint
 from condlr.factorization import low_rank_layers
 from condlr.manifolds import _fast, stiefel
 from condlr.methods.condlr import CondLR
@@ -78,18 +78,23 @@ class Reference:
         g, pre = self.gradients(), self.preconditioner(kind, tau, centre)
         for name, X in (("U", self.U), ("V", self.V)):
             project = np.eye(len(X)) - X @ X.T
-            if momentum == "after_projection":
+            if momentum != "before_projection":
                 self.buffers[name] = mu * self.buffers[name] + project @ g[name] @ pre[name]
             else:
                 self.buffers[name] = project @ (mu * self.buffers[name] + g[name]) @ pre[name]
         self.buffers["S"] = mu * self.buffers["S"] + g["S"]
+        U0, V0 = self.U, self.V
         self.U, self.V = (qf(X - lr * self.buffers[k]) for X, k in ((self.U, "U"), (self.V, "V")))
         self.S, sigma = clip(self.S - lr * self.buffers["S"], tau, centre)
+        if momentum == "transported":
+            for name, X in (("U", self.U), ("V", self.V)):
+                self.buffers[name] = self.buffers[name] - X @ X.T @ self.buffers[name]
+            self.buffers["S"] = self.U.T @ U0 @ self.buffers["S"] @ V0.T @ self.V
         self.scale = (sigma[-1] / sigma[0]) ** 2
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.3])
-@pytest.mark.parametrize("momentum", ["after_projection", "before_projection"])
+@pytest.mark.parametrize("momentum", MOMENTA)
 @pytest.mark.parametrize("preconditioner", ["exact", "scalar", "released_code"])
 @pytest.mark.parametrize("centre", ["rms", "mean", "one"])
 @pytest.mark.parametrize("tau", [0.0, 0.1, 0.5])
@@ -167,6 +172,7 @@ def test_the_promise_holds_in_float32_at_any_learning_rate(lr, tau, retraction):
         )
 
 
+@pytest.mark.parametrize("momentum", ["after_projection", "transported"])
 @pytest.mark.parametrize(
     "make",
     [
@@ -176,17 +182,31 @@ def test_the_promise_holds_in_float32_at_any_learning_rate(lr, tau, retraction):
         lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
     ],
 )
-def test_it_works_with_any_optimizer(make):
+def test_it_works_with_any_optimizer(make, momentum):
     layer, X, T = problem(dtype=torch.float32)
     optimizer = make(layer.parameters())
-    constraint = condlr.constrain(optimizer, layer, tau=0.3)
+    constraint = condlr.constrain(optimizer, layer, tau=0.3, momentum=momentum)
     first = (layer(X) - T).square().mean().item()
     descend(layer, optimizer, X, T, 100)
     constraint.check()
     assert (layer(X) - T).square().mean().item() < first
 
 
-@pytest.mark.parametrize("momentum", ["after_projection", "before_projection"])
+def test_moments_are_horizontal_and_adams_second_moment_stays_one_of_squares():
+    layer, X, T = problem()
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
+    condlr.constrain(optimizer, layer, tau=0.3, momentum="transported")
+    for _ in range(5):
+        descend(layer, optimizer, X, T, 1)
+        for factor, inner in ((layer.U, layer.U.mT), (layer.Vt.mT, layer.Vt)):
+            state = optimizer.state[layer.U if factor is layer.U else layer.Vt]["exp_avg"]
+            moment = state if factor is layer.U else state.mT
+            assert (inner @ moment).abs().max() <= 1e-12 * moment.abs().max()
+        second = optimizer.state[layer.S]["exp_avg_sq"]
+        assert (second >= 0).all() and second.max() > 0
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
 @pytest.mark.parametrize(
     ("preconditioner", "tau"), [("exact", 0.1), ("released_code", 0.0), ("released_code", 0.5)]
 )
