@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from condlr._support.errors import in_range, one_of
 from condlr.activations import remove
-from condlr.allocation import by_budget, by_energy, by_error, by_number, limit_of, squares
+from condlr.allocation import by_budget, by_energy, by_error, by_number, limit_of, squares, weights
 from condlr.attention import PROJECTIONS, LowRankMultiheadAttention, linear
 from condlr.convolutions import CONVOLUTIONS
 from condlr.exporting import export
@@ -82,6 +82,20 @@ class Scheme:
             elif self.compression is not None:
                 ranks[name] = rank_for(self.rank_rule, self.compression, n, m)
         return ranks
+
+    def ranks_by_energy(self, model: nn.Module) -> dict[str, int]:
+        """The ranks of the layers of `ranks`, allocated anew by the spectra of their weights.
+
+        U and V^T together have at most as many weights as with `ranks`, and keep the most energy, see
+        `condlr.allocation.by_budget`. A classifier at full rank stays there.
+        """
+        found, ranks = sites(model), self.ranks(model)
+        head = _head(found, self.classifier)
+        moved = {name: rank for name, rank in ranks.items() if name != head}
+        shapes = {name: found[name].shape for name in moved}
+        limit = sum(weights("none", *shapes[name], rank) for name, rank in moved.items())
+        spectra = {name: squares(found[name].matrix) for name in moved}
+        return ranks | by_budget(spectra, shapes, limit, "none")
 
     def deployed(self, model: nn.Module) -> int:
         """Weights of the layers of the exported network, without biases."""

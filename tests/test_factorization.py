@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import condlr
-from condlr.factorization import low_rank_layers
+from condlr.factorization import Scheme, low_rank_layers
 from condlr.models.lenet5 import LeNet5
 from condlr.models.vgg16 import Vgg16
 
@@ -614,3 +614,31 @@ def test_on_the_meta_device():
     low = condlr.factorize(net, 0.5)
     assert condlr.summary(low).parameters == sum(p.numel() for p in low.parameters())
     assert str(condlr.summary(low)) and all(p.is_meta for p in low.parameters())
+
+
+@pytest.mark.parametrize("classifier", ["dense", "full_rank", "compressed"])
+def test_ranks_by_energy_take_no_more_weights_and_keep_more_of_each_layers_energy(classifier):
+    torch.manual_seed(0)
+    model = LeNet5()
+    scheme = Scheme(0.8, classifier=classifier)
+    uniform, found = scheme.ranks(model), scheme.ranks_by_energy(model)
+    assert found.keys() == uniform.keys()
+    matrices = {name: model.get_submodule(name).weight.detach().flatten(1).double() for name in uniform}
+    if classifier == "full_rank":
+        assert found["fc2"] == uniform["fc2"] == 10
+        del matrices["fc2"]
+
+    def kept(ranks):
+        shares = []
+        for name, W in matrices.items():
+            squares = torch.linalg.svdvals(W).square()
+            shares.append((squares[: ranks[name]].sum() / squares.sum()).item())
+        return sum(shares)
+
+    def count(ranks):
+        return sum(ranks[name] * sum(W.shape) for name, W in matrices.items())
+
+    assert count(uniform) - max(sum(W.shape) for W in matrices.values()) < count(found) <= count(uniform)
+    assert kept(found) > kept(uniform)
+    low = condlr.factorize(model, ranks=found)
+    assert {name: low.get_submodule(name).rank for name in found} == found

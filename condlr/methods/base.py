@@ -73,9 +73,11 @@ class Method:
         """
         return scheme.deployed(model)
 
-    def factored(self, model: nn.Module, scheme: Scheme, core: str = "full") -> nn.Module:
-        """`model` with the low-rank layers of `scheme`; `model` itself if there are none."""
-        ranks = scheme.ranks(model)
+    def factored(
+        self, model: nn.Module, scheme: Scheme, core: str = "full", ranks: Mapping[str, int] | None = None
+    ) -> nn.Module:
+        """`model` with the low-rank layers of `scheme`, or of `ranks`; `model` itself if there are none."""
+        ranks = scheme.ranks(model) if ranks is None else ranks
         if not ranks:
             return model
         return factorize(model, ranks=ranks, init=scheme.init, decay=scheme.decay, core=core)

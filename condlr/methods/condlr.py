@@ -8,13 +8,21 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from condlr._support.errors import one_of
 from condlr.constraint import Constraint, Options
+from condlr.factorization import Scheme
 from condlr.methods.base import Method
 
 
 @dataclass
 class CondLR(Method):
-    """The rows CondLR of the tables; with tau = 0 and `centre=one`, the row "mean". See `constrain`."""
+    """The rows CondLR of the tables; with tau = 0 and `centre=one`, the row "mean".
+
+    Attributes:
+        ranks: None: the compression in each layer; `energy`: as many weights, allocated between the layers
+            by the spectra of the first weights, see `Scheme.ranks_by_energy`.
+        tau, ...: see `condlr.constrain`.
+    """
 
     title: ClassVar[str] = "CondLR"
     order: ClassVar[int] = 3
@@ -32,13 +40,21 @@ class CondLR(Method):
     retraction: str = "qr"
     projection: str = "svd"
     transport: bool = False
+    ranks: str | None = None
 
     def __post_init__(self) -> None:
+        one_of("ranks", self.ranks or "energy", ("energy",))
         self._options()
         self._constraint: Constraint | None = None
 
     def _options(self) -> Options:
-        return Options(**{field.name: getattr(self, field.name) for field in fields(self)})
+        return Options(
+            **{
+                field.name: getattr(self, field.name)
+                for field in fields(Options)
+                if hasattr(self, field.name)
+            }
+        )
 
     @property
     def _unit(self) -> bool:
@@ -75,6 +91,12 @@ class CondLR(Method):
     @override
     def optimizers(self) -> tuple[str, ...]:
         return ("sgd",) if self.momentum == "before_projection" else super().optimizers
+
+    @override
+    def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
+        if self.ranks is None or scheme.compression is None:
+            return self.factored(model, scheme)
+        return self.factored(model, scheme, ranks=scheme.ranks_by_energy(model))
 
     @override
     def optimizer(
