@@ -1,7 +1,8 @@
 """Norm and singular values of a layer as the operator that it is on images of a size."""
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,14 @@ from condlr.manifolds.convolution import (
     padded_norm,
     padded_singular_values,
 )
+from condlr.manifolds.lanczos import largest_singular_values
 
 BOUNDARIES = ("layer", "zeros", "circular")
+
+_TOO_MANY = (
+    "the operator has more than {limit} singular values: operator_norm finds the largest, {periodically}"
+    "and a larger limit takes time and memory"
+)
 
 # Up to so many singular values all are computed: a short iteration may miss the first for one close to it.
 _FEW = 500
@@ -37,19 +44,20 @@ def operator_norm(
     It is not the norm of the reshaped kernel, which can be smaller by a factor of sqrt(kh kw), and larger.
 
     Args:
-        layer: a linear layer, a convolution in one or two dimensions, or a transposed one, dense or low-rank,
-            with groups, strides and dilation.
+        layer: a linear layer, a convolution in one to three dimensions, or a transposed one, dense or
+            low-rank, with groups, strides and dilation.
         shape: of one input, (channels, height, width) or (channels, length); not for a linear layer.
         boundary: `layer`, as the layer pads; `zeros`, with its padding by zeros; `circular`, on a periodic
-            image, exact by FFT, which needs a stride that divides the size.
-        tolerance: of the iteration for zero padding (Lanczos), relative to the squared norm.
+            image, exact by FFT, which needs a stride that divides the size. The last two are for one and two
+            dimensions.
+        tolerance: of the iteration (Lanczos) without periodic images, relative to the squared norm.
 
     Returns:
         A number, computed in float64.
 
     Raises:
-        ValueError: another layer or shape; a padding mode that is neither `zeros` nor `circular`, with the
-            boundary `layer`; a stride that does not divide the size, with `circular`.
+        ValueError: another layer or shape; another boundary than `layer` in three dimensions or with an
+            output_padding of at least the stride; a stride that does not divide the size, with `circular`.
 
     Example:
         >>> operator_norm(nn.Conv2d(3, 16, 3, padding=1), (3, 32, 32)) > 0
@@ -58,6 +66,9 @@ def operator_norm(
     in_range("tolerance", tolerance, 0, 1)
     if (weight := _matrix(layer, shape)) is not None:
         return torch.linalg.matrix_norm(weight, 2).item()
+    _require_shape(layer, shape, boundary)
+    if _is_unusual(layer, boundary):
+        return _norm_of_map(layer, shape, tolerance)
     kernels, size, window, periodic = _described(layer, shape, boundary)
     if periodic:
         return max(circular_singular_values(K, size, *window[::2]).max().item() for K in kernels)
@@ -71,12 +82,12 @@ def singular_values(
     """All singular values of a layer as a linear map, without its bias, in float64, descending.
 
     On periodic images they are exact (Sedghi, Gupta and Long, ICLR 2019; strided by frequencies that
-    coincide). With zero padding they are those of the explicit operator, from its smaller Gram matrix where
-    it is large; then values below 1e-6 of the largest are lost in rounding.
+    coincide). Otherwise they are those of the explicit operator, from its smaller Gram matrix where it is
+    large; then values below 1e-6 of the largest are lost in rounding.
 
     Args:
         layer, shape, boundary: see `operator_norm`.
-        limit: the most singular values with zero padding; time goes with their cube.
+        limit: the most singular values without periodic images; time goes with their cube.
 
     Returns:
         (k,), k the smaller number of inputs and outputs.
@@ -90,16 +101,17 @@ def singular_values(
     """
     if (weight := _matrix(layer, shape)) is not None:
         return torch.linalg.svdvals(weight)
+    _require_shape(layer, shape, boundary)
+    if _is_unusual(layer, boundary):
+        return _values_of_map(layer, shape, limit)
     kernels, size, window, periodic = _described(layer, shape, boundary)
     if periodic:
         found = [circular_singular_values(K, size, *window[::2]).flatten() for K in kernels]
     else:
         found = [padded_singular_values(K, size, *window, limit=limit) for K in kernels]
         if any(values is None for values in found):
-            raise ValueError(
-                f"the operator has more than {limit} singular values: operator_norm finds the largest, "
-                "boundary='circular' all of them on periodic images, and a larger limit takes time and memory"
-            )
+            periodically = "boundary='circular' all of them on periodic images, "
+            raise ValueError(_TOO_MANY.format(limit=limit, periodically=periodically))
     return torch.cat([values for values in found if values is not None]).sort(descending=True).values
 
 
@@ -128,41 +140,93 @@ def _require_values(weight: Tensor) -> None:
         raise ValueError("the weight is not finite: it has no singular values")
 
 
+def _require_shape(layer: Any, shape: Sequence[int], boundary: str) -> None:
+    """Raise `ValueError` for another layer, boundary or shape."""
+    one_of("boundary", boundary, BOUNDARIES)
+    if not isinstance(layer, (*_PLAIN, *_ADJOINT, *_CUBES)):
+        raise ValueError(f"a {type(layer).__name__} is no linear layer and no convolution")
+    _require_values(_weight(layer))
+    if not isinstance(shape, Sequence):
+        raise ValueError(f"shape is that of one input, such as (3, 32, 32); got {shape!r}")
+    dims, channels = len(layer.kernel_size), layer.in_channels
+    if len(shape) != dims + 1 or shape[0] != channels or min(shape) < 1:
+        wanted = ("length", "height, width", "depth, height, width")[dims - 1]
+        raise ValueError(f"shape is that of one input, ({channels}, {wanted}); got {tuple(shape)}")
+    if boundary != "layer" and dims == 3:
+        raise ValueError("in three dimensions a convolution is taken as it pads: boundary='layer'")
+    if boundary != "layer" and _overhangs(layer):
+        raise ValueError("with an output_padding of at least the stride: boundary='layer'")
+
+
+def _weight(layer: Any) -> Tensor:
+    return layer.weight if is_lazy(layer.weight) else layer.weight.detach().as_subclass(Tensor)
+
+
+def _overhangs(layer: Any) -> bool:
+    """Whether outputs of a transposed convolution lie outside of the adjoint's images."""
+    pairs = zip(getattr(layer, "output_padding", ()), layer.stride, strict=False)
+    return any(o >= s for o, s in pairs)
+
+
+def _is_unusual(layer: Any, boundary: str) -> bool:
+    """Whether the operator is neither a convolution with zeros at the edge nor one of periodic images."""
+    if boundary != "layer":
+        return False
+    circular = layer.padding_mode == "circular"
+    return (
+        isinstance(layer, _CUBES)
+        or _overhangs(layer)
+        or layer.padding_mode not in ("zeros", "circular")
+        or (circular and not _wraps_whole(layer))
+    )
+
+
+def _map(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The layer without its bias, in float64."""
+    double: Any = copy.deepcopy(layer).double()
+    double.bias = None
+    return double
+
+
+def _norm_of_map(layer: nn.Module, shape: Sequence[int], tolerance: float) -> float:
+    """The norm of any linear layer: A^T A z is the gradient of ||A z||^2 / 2."""
+    apply = _map(layer)
+
+    def gram(z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = z.view(-1, *shape).requires_grad_()
+            (product,) = torch.autograd.grad(apply(x).square().sum() / 2, x)
+        return product.flatten(1)
+
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(1, math.prod(shape), generator=generator, dtype=torch.float64)
+    values, _ = largest_singular_values(gram, start.to(_weight(layer).device), tolerance)
+    return values.item()
+
+
+def _values_of_map(layer: nn.Module, shape: Sequence[int], limit: int) -> Tensor:
+    """The singular values of any linear layer, from its matrix."""
+    apply, weight = _map(layer), _weight(layer)
+    outputs = apply(torch.zeros(1, *shape, dtype=torch.float64, device=weight.device)).numel()
+    if max(math.prod(shape), outputs) > 2 * limit or min(math.prod(shape), outputs) > limit:
+        raise ValueError(_TOO_MANY.format(limit=limit, periodically=""))
+    units = torch.eye(math.prod(shape), dtype=torch.float64, device=weight.device).view(-1, *shape)
+    return torch.linalg.svdvals(torch.cat([apply(part).flatten(1) for part in units.split(256)]))
+
+
 def _described(
     layer: Any, shape: Sequence[int], boundary: str
 ) -> tuple[list[Tensor], tuple[int, int], tuple[Any, Any, Any], bool]:
     """The kernels of its groups, the images' size, (stride, padding, dilation), and whether it wraps."""
-    one_of("boundary", boundary, BOUNDARIES)
-    if isinstance(layer, _CUBES):
-        raise ValueError("convolutions in three dimensions are not supported")
-    if not isinstance(layer, (*_PLAIN, *_ADJOINT)):
-        raise ValueError(f"a {type(layer).__name__} is no linear layer and no convolution")
-    weight = layer.weight.detach().as_subclass(Tensor) if not is_lazy(layer.weight) else layer.weight
-    _require_values(weight)
-    if not isinstance(shape, Sequence):
-        raise ValueError(f"shape is that of one input, such as (3, 32, 32); got {shape!r}")
-    dims, groups = len(layer.kernel_size), getattr(layer, "groups", 1)
-    channels = layer.in_channels
-    if len(shape) != dims + 1 or shape[0] != channels or min(shape) < 1:
-        wanted = "height, width" if dims == 2 else "length"
-        raise ValueError(f"shape is that of one input, ({channels}, {wanted}); got {tuple(shape)}")
-    if boundary == "layer" and layer.padding_mode not in ("zeros", "circular"):
-        raise ValueError(
-            f"padding_mode={layer.padding_mode!r} is no convolution at the edge: "
-            "say boundary='zeros' or 'circular'"
-        )
+    weight, dims, groups = _weight(layer), len(layer.kernel_size), getattr(layer, "groups", 1)
     periodic = boundary == "circular" or (boundary == "layer" and layer.padding_mode == "circular")
     size, stride, dilation = tuple(shape[1:]), layer.stride, layer.dilation
     padding: Any = layer.padding
     if isinstance(layer, _ADJOINT):
         # It is the adjoint of a convolution of its outputs
-        if any(o >= s for o, s in zip(layer.output_padding, stride, strict=True)):
-            raise ValueError("an output_padding of at least the stride is not supported")
         terms = zip(size, stride, padding, dilation, layer.kernel_size, layer.output_padding, strict=True)
         outputs = tuple((n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, s, p, d, k, o in terms)
         size = tuple(n * s for n, s in zip(size, stride, strict=True)) if periodic else outputs
-    if boundary == "layer" and periodic:
-        _require_whole(layer, padding)
     kernels = [K.double() for K in weight.chunk(groups)]
     if dims == 1:
         kernels = [K.unsqueeze(2) for K in kernels]
@@ -171,12 +235,10 @@ def _described(
     return kernels, (size[0], size[1]), (stride, padding, dilation), periodic
 
 
-def _require_whole(layer: Any, padding: Any) -> None:
-    """Raise `ValueError` unless circular padding makes the layer a convolution of a periodic image."""
+def _wraps_whole(layer: Any) -> bool:
+    """Whether circular padding makes the layer a convolution of a periodic image."""
     needed = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-    given = needed if padding == "same" else [2 * p for p in padding] if padding != "valid" else [0]
-    if list(given) != needed:
-        raise ValueError(
-            "with this circular padding the layer is no convolution of a periodic image, which needs "
-            f"padding {[math.ceil(t / 2) for t in needed]}: say boundary='circular' for the values with it"
-        )
+    padding = layer.padding
+    return padding == "same" or needed == (
+        [0] * len(needed) if padding == "valid" else [2 * p for p in padding]
+    )

@@ -11,6 +11,7 @@ import condlr
 # PyTorch says that even kernels may be padded by a copy
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=")
 
+OVERHANGING = nn.ConvTranspose2d(3, 5, 3, dilation=2, output_padding=1)
 CASES = {
     "conv2d": (nn.Conv2d(3, 5, 3, padding=1), (3, 7, 6)),
     "strided": (nn.Conv2d(3, 5, 3, stride=2, padding=1), (3, 8, 7)),
@@ -28,6 +29,15 @@ CASES = {
     "transposed": (nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1), (4, 4, 3)),
     "transposed1d": (nn.ConvTranspose1d(4, 3, 4, stride=3), (4, 5)),
     "transposed groups": (nn.ConvTranspose2d(4, 6, 2, groups=2), (4, 4, 4)),
+    "reflected": (nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect"), (3, 5, 6)),
+    "replicated": (nn.Conv1d(3, 5, 3, padding=1, padding_mode="replicate"), (3, 6)),
+    "circular, wide": (nn.Conv2d(3, 5, 3, padding=2, padding_mode="circular"), (3, 6, 6)),
+    "circular, strided by 2, valid": (nn.Conv2d(3, 5, 3, stride=2, padding_mode="circular"), (3, 7, 7)),
+    "overhanging": (OVERHANGING, (3, 4, 4)),
+    "conv3d": (nn.Conv3d(2, 3, 3, padding=1), (2, 4, 3, 4)),
+    "conv3d, strided": (nn.Conv3d(2, 3, 2, stride=2, bias=False), (2, 4, 4, 5)),
+    "conv3d groups": (nn.Conv3d(4, 2, 3, groups=2, padding=1), (4, 3, 3, 3)),
+    "transposed3d": (nn.ConvTranspose3d(2, 3, 2, stride=2), (2, 3, 2, 3)),
     "linear": (nn.Linear(7, 5), (7,)),
 }
 
@@ -82,6 +92,12 @@ def test_a_large_operator_has_its_norm_and_says_what_else_there_is():
     assert len(condlr.singular_values(layer, (16, 32, 32), boundary="circular")) == 16 * 32 * 32
     with pytest.raises(ValueError, match="more than 3500 singular values: operator_norm finds the largest"):
         condlr.singular_values(layer, (16, 32, 32))
+    cube = nn.Conv3d(2, 4, 3, padding=1)
+    with pytest.raises(
+        ValueError, match="more than 3500 singular values: operator_norm finds the largest, and a"
+    ):
+        condlr.singular_values(cube, (2, 16, 16, 16))
+    assert condlr.operator_norm(cube, (2, 16, 16, 16)) > condlr.operator_norm(cube, (2, 8, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -92,11 +108,10 @@ def test_a_large_operator_has_its_norm_and_says_what_else_there_is():
         (nn.Conv1d(3, 5, 3), (3, 8, 8), {}, r"\(3, length\)"),
         (nn.Conv2d(3, 5, 9), (3, 4, 4), {}, "larger than the padded image"),
         (nn.Conv2d(3, 5, 3, stride=2), (3, 7, 7), {"boundary": "circular"}, "divide"),
-        (nn.Conv2d(3, 5, 3, padding_mode="reflect"), (3, 7, 7), {}, "reflect' is no convolution"),
-        (nn.Conv2d(3, 5, 3, padding=2, padding_mode="circular"), (3, 7, 7), {}, r"needs padding \[1, 1\]"),
-        (nn.Conv3d(3, 5, 3), (3, 7, 7, 7), {}, "three dimensions"),
+        (nn.Conv3d(3, 5, 3), (3, 7, 7, 7), {"boundary": "circular"}, "three dimensions"),
+        (nn.Conv3d(3, 5, 3), (3, 7, 7), {}, r"\(3, depth, height, width\)"),
         (nn.ReLU(), (3, 7, 7), {}, "a ReLU is no linear layer"),
-        (nn.ConvTranspose2d(3, 5, 3, dilation=2, output_padding=1), (3, 7, 7), {}, "output_padding of"),
+        (OVERHANGING, (3, 4, 4), {"boundary": "zeros"}, "output_padding of"),
         (nn.LazyLinear(3), (), {}, "no weights yet"),
         (nn.Linear(3, 3, device="meta"), (), {}, "no weights yet"),
         (nn.Linear(3, 3), (7,), {}, "a linear layer of 3 inputs needs no shape"),

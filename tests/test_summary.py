@@ -1,5 +1,7 @@
 """The report on a factored network."""
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -114,3 +116,17 @@ def test_the_linear_layers_of_a_dense_gpt2_are_there():
     low = condlr.factorize(net, 0.5)
     assert [row.layer for row in condlr.summary(net)] == [row.layer for row in condlr.summary(low)]
     assert condlr.measure(net).dense == condlr.measure(low).dense
+
+
+def test_random_numbers_are_drawn_by_nobody_else():
+    """A network that drops layers by Python's own numbers, and units by PyTorch's."""
+
+    class Drops(nn.Sequential):
+        def forward(self, x):
+            random.random(), torch.rand(1)
+            return super().forward(x)
+
+    low = condlr.factorize(Drops(nn.Linear(8, 6), nn.Linear(6, 4)), 0.5)
+    before = random.getstate(), torch.get_rng_state()
+    condlr.summary(low, torch.ones(2, 8))
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])

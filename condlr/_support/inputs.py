@@ -1,5 +1,6 @@
 """Inputs of any network, and running it without a trace."""
 
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,13 +26,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """
     buffers = {buffer: buffer.detach().clone() for buffer in model.buffers() if not buffer.is_meta}
     devices = {p.get_device() for p in model.parameters() if p.is_cuda}
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, numbers = torch.backends.mha.get_fastpath_enabled(), random.getstate()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         with in_eval_mode(model), torch.random.fork_rng([*devices]):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        random.setstate(numbers)  # some networks drop layers by Python's own
         with torch.no_grad():
             for buffer, value in buffers.items():
                 if not torch.equal(buffer, value):  # a buffer that is expanded cannot be written
