@@ -1,9 +1,12 @@
-"""What DLRT and RobustDLRT share: buffers that move with the bases of a layer, and truncation."""
+"""What methods with moving bases share: gradients of matrices, moments that move along, truncation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from typing_extensions import override
 
 from condlr.held import FIRST_MOMENTS, SECOND_MOMENTS
 from condlr.layers import LowRank
@@ -19,14 +22,18 @@ def transport(layer: LowRank, optimizer: torch.optim.Optimizer, M: Tensor, N: Te
     """
     assert layer.S is not None
     for factor, left, right in ((layer.U, None, N), (layer.S, M, N), (layer.Vt, M, None)):
-        state = optimizer.state.get(factor, {})
-        for name in (*FIRST_MOMENTS, *SECOND_MOMENTS):
-            if (buffer := state.get(name)) is None:
-                continue
-            moved = buffer.sqrt() if name in SECOND_MOMENTS else buffer
-            moved = moved if right is None else moved @ right.mT
-            moved = moved if left is None else left @ moved
-            state[name] = (moved.square() if name in SECOND_MOMENTS else moved).contiguous()
+        move_moments(optimizer.state.get(factor, {}), left, right)
+
+
+def move_moments(state: dict[str, Any], left: Tensor | None, right: Tensor | None) -> None:
+    """First moments m of a factor become left m right^T, second ones the square of their root moved alike."""
+    for name in (*FIRST_MOMENTS, *SECOND_MOMENTS):
+        if (moment := state.get(name)) is None:
+            continue
+        moved = moment.sqrt() if name in SECOND_MOMENTS else moment
+        moved = moved if right is None else moved @ right.mT
+        moved = moved if left is None else left @ moved
+        state[name] = (moved.square() if name in SECOND_MOMENTS else moved).contiguous()
 
 
 @torch.no_grad()
@@ -59,3 +66,33 @@ def is_free(layer: LowRank) -> bool:
 def half_rank(layer: LowRank) -> int:
     """The largest rank that an adaptive rank may have: half of min(n, m), and 1 at least."""
     return max(min(layer.shape) // 2, 1)
+
+
+class Objective(nn.Module):
+    """The loss and the logits of a network, as a module for `functional_call`."""
+
+    def __init__(self, network: nn.Module, loss: Callable[[nn.Module], tuple[Tensor, Tensor]]):
+        super().__init__()
+        self.network, self.loss = network, loss
+
+    @override
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.loss(self.network)
+
+
+def dense_gradients(objective: Objective, layers: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """dL/dW, (n, m), for each layer U S V^T that the loss depends on; running statistics stay as they are."""
+    substitutes: dict[str, Tensor] = {}
+    leaves: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        W = leaves[name] = layer.matrix.detach().requires_grad_()
+        identity = torch.eye(min(W.shape), dtype=W.dtype, device=W.device)
+        wide = W.shape[0] <= W.shape[1]
+        factors = {"U": identity if wide else W, "S": identity, "Vt": W if wide else identity}
+        substitutes |= {f"network.{name}.{factor}": value for factor, value in factors.items()}
+    kept = [buffer.clone() for buffer in objective.buffers()]
+    loss, _ = functional_call(objective, substitutes, (), tie_weights=False)
+    found = torch.autograd.grad(loss, [*leaves.values()], allow_unused=True)
+    for buffer, value in zip(objective.buffers(), kept, strict=True):
+        buffer.copy_(value)
+    return {name: G for name, G in zip(leaves, found, strict=True) if G is not None}

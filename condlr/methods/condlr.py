@@ -1,17 +1,25 @@
 """The rows of CondLR: low-rank layers under `condlr.constraint`, trained with SGD."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
-from condlr._support.errors import one_of
+from condlr._support.errors import in_range, one_of
+from condlr._support.precision import strict
 from condlr.constraint import Constraint, Options
-from condlr.factorization import Scheme
-from condlr.methods.base import Method
+from condlr.factorization import Scheme, low_rank_layers
+from condlr.methods._bases import Objective, dense_gradients, is_free
+from condlr.methods._reallocation import reallocate
+from condlr.methods.base import Method, Term
+
+_REALLOCATED = "condlr_reallocated"
+# Epochs between allocations, where none are given
+_PERIOD = 2
 
 
 @dataclass
@@ -20,7 +28,9 @@ class CondLR(Method):
 
     Attributes:
         ranks: None: the compression in each layer; `energy`: as many weights, allocated between the layers
-            by the spectra of the first weights, see `Scheme.ranks_by_energy`.
+            by the spectra of the first weights, see `Scheme.ranks_by_energy`; `adaptive`: allocated anew by
+            gradients in the first half of the training, see `reallocate`.
+        period: epochs between these allocations; None: 2.
         tau, ...: see `condlr.constrain`.
     """
 
@@ -41,10 +51,16 @@ class CondLR(Method):
     projection: str = "svd"
     transport: bool = False
     ranks: str | None = None
+    period: int | None = None
 
     def __post_init__(self) -> None:
-        one_of("ranks", self.ranks or "energy", ("energy",))
+        one_of("ranks", self.ranks or "energy", ("energy", "adaptive"))
+        if self.period is not None:
+            in_range("period", self.period, 1, math.inf)
+            if self.ranks != "adaptive":
+                raise ValueError("period is that of ranks=adaptive")
         self._options()
+        self._due = 0
         self._constraint: Constraint | None = None
 
     def _options(self) -> Options:
@@ -82,6 +98,8 @@ class CondLR(Method):
     @override
     def capturable(self) -> bool:
         by_qr = self.tau == 0 and self.projection == "qr"
+        if self.ranks == "adaptive":
+            return False
         if self.preconditioner == "released_code":  # its scalars are Python numbers
             return False
         # In a wide band S may become too ill-conditioned for the fast maps, which a graph cannot leave.
@@ -94,9 +112,46 @@ class CondLR(Method):
 
     @override
     def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
-        if self.ranks is None or scheme.compression is None:
+        if self.ranks != "energy" or scheme.compression is None:
             return self.factored(model, scheme)
         return self.factored(model, scheme, ranks=scheme.ranks_by_energy(model))
+
+    @override
+    def begin_epoch(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, epochs: int
+    ) -> None:
+        if self.ranks == "adaptive" and epoch % (self.period or _PERIOD) == 0 and 2 * epoch <= epochs:
+            self._due = epoch
+
+    @override
+    def step(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        images: Tensor,
+        labels: Tensor,
+        added: Term | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        group = optimizer.param_groups[0]
+        if group.get(_REALLOCATED, 0) < self._due:
+            group[_REALLOCATED] = self._due  # kept with a checkpoint
+            layers = {
+                name: layer
+                for name, layer in low_rank_layers(model).items()
+                if is_free(layer) and layer.rank < min(layer.shape)
+            }
+            objective = Objective(model, lambda network: self.loss(network, images, labels, added))
+            gradients = dense_gradients(objective, layers)
+            with strict(images.device):
+                reallocate({name: layers[name] for name in gradients}, gradients, optimizer)
+        return super().step(model, optimizer, images, labels, added)
+
+    @override
+    def audit(self, model: nn.Module) -> dict[str, float]:
+        assert self._constraint is not None, "audit follows optimizer"
+        layers = low_rank_layers(model)
+        ranks = {f"rank_{name}": float(layer.rank) for name, layer in layers.items()}
+        return self._constraint.check() | (ranks if self.ranks == "adaptive" else {})
 
     @override
     def optimizer(
@@ -105,8 +160,3 @@ class CondLR(Method):
         optimizer = super().optimizer(model, lr, momentum, weight_decay, kind)
         self._constraint = Constraint(optimizer, model, self._options())
         return optimizer
-
-    @override
-    def audit(self, model: nn.Module) -> dict[str, float]:
-        assert self._constraint is not None, "audit follows optimizer"
-        return self._constraint.check()

@@ -1,7 +1,7 @@
 """DLRT, dynamical low-rank training (Schotthöfer et al., NeurIPS 2022, arXiv 2205.13571)."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +15,7 @@ from condlr._support.precision import strict
 from condlr.factorization import Scheme, factorize, low_rank_layers
 from condlr.layers import LowRank
 from condlr.manifolds import stiefel
-from condlr.methods._bases import half_rank, is_free, kept, transport, truncate
+from condlr.methods._bases import Objective, half_rank, is_free, kept, transport, truncate
 from condlr.methods.base import Method, Term
 from condlr.methods.vanilla import step_along
 
@@ -93,7 +93,7 @@ class Dlrt(Method):
         added: Term | None = None,
     ) -> tuple[Tensor, Tensor]:
         layers = {name: layer for name, layer in low_rank_layers(model).items() if is_free(layer)}
-        objective = _Objective(model, lambda network: self.loss(network, images, labels, added))
+        objective = Objective(model, lambda network: self.loss(network, images, labels, added))
         loss, logits, gradients = _basis_gradients(objective, layers)
         moving = {layers[name]: pair for name, pair in gradients.items()}
         adaptive = [layer for layer in moving if self._adapts(layer)]
@@ -145,20 +145,8 @@ class Dlrt(Method):
         transport(layer, optimizer, M, N)
 
 
-class _Objective(nn.Module):
-    """The loss and the logits of a network, as a module for `functional_call`."""
-
-    def __init__(self, network: nn.Module, loss: Callable[[nn.Module], tuple[Tensor, Tensor]]):
-        super().__init__()
-        self.network, self.loss = network, loss
-
-    @override
-    def forward(self) -> tuple[Tensor, Tensor]:
-        return self.loss(self.network)
-
-
 def _basis_gradients(
-    objective: _Objective, layers: dict[str, LowRank]
+    objective: Objective, layers: dict[str, LowRank]
 ) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """The loss, the logits, and G V_0 and U_0^T G for each layer that the loss depends on."""
     substitutes: dict[str, Tensor] = {}

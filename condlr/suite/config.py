@@ -342,6 +342,9 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     if values["penalty"] is not None:
         if not isinstance(values["penalty"], dict):
             raise UserError(f"penalty must be a group of keys, as in penalty=so; got {values['penalty']!r}")
+        if values["penalty"] and "name" not in values["penalty"]:
+            key = next(iter(values["penalty"]))
+            raise UserError(f"penalty.{key} is set, but no penalty is chosen, as in penalty=so")
         penalty, penalty_keys = choose("penalty", "penalties", values["penalty"], Penalty)
         label += f"+{'-'.join([penalty_keys['name'], *_unusual(penalty, penalty_keys)])}"
     begun = origin(values["start"], dataset_keys["name"], model_keys["name"], values["seed"])

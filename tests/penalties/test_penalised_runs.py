@@ -56,6 +56,7 @@ def test_the_dense_network_beside_it_has_no_penalty():
             "penalties: there is no 'glue'; choose from condition, dso, frame, frame_eigen, group_lasso,",
         ),
         (["penalty=3"], "the command line makes no config"),
+        (["row=condlr-soft-c0.5", "penalty=none"], "penalty.acts_on is set, but no penalty is chosen"),
     ],
 )
 def test_wrong_input_is_one_line(script, arguments, pattern):
