@@ -134,7 +134,8 @@ def test_an_epoch_that_a_graph_spoils_is_taken_again(data, monkeypatch):
 def test_methods_that_look_at_the_device_are_not_recorded():
     capturable = {name for name, method in METHODS.items() if method.capturable}
     assert capturable == {
-        "baseline", "vanilla", "gaussian", "alternating", "condlr", "cayley_sgd", "projected_sgd",
+        "baseline", "vanilla", "gaussian", "alternating", "condlr", "geometric", "energy", "cayley_sgd",
+        "projected_sgd",
         "snip", "srn", "svd_prune",
     }  # fmt: skip
     assert not CondLR(0.1, preconditioner="released_code").capturable
