@@ -39,6 +39,15 @@ def of_rivals(robust: Rows, constrained: Sequence[str], under: str) -> Iterator[
         under,
         _alike(ours, soft),
     )
+    chosen = [mean for mean in robust.starting("condlr") if "-ranks=" in mean.label]
+    uniform = [mean for mean in ours if any(other.label.startswith(f"{mean.label}-") for other in chosen)]
+    yield judged(
+        "Ranks that are shared out are better than uniform ones",
+        "At equal weights CondLR is more robust with ranks that follow the energies of the layers, or their "
+        "gradients, than with the same compression in each layer.",
+        under,
+        _alike(chosen, uniform),
+    )
     plain = [mean for mean in robust.starting("dlrt") if "+" not in mean.label]
     yield judged(
         "RobustDLRT is more robust than DLRT",

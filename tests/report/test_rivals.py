@@ -9,6 +9,7 @@ ROBUST = "robust_dlrt+condition-weight=0.1-acts_on=S"
 ROWS = {
     ("baseline", 0.0): 0.92, ("baseline+condition-weight=0.1", 0.0): 0.93, ("baseline+nuclear", 0.0): 0.90,
     ("condlr-tau0", 0.7996): 0.95, ("condlr-tau0.1", 0.7996): 0.96,
+    ("condlr-tau0.1-ranks=energy", 0.7996): 0.97,
     (ROBUST, 0.7996): 0.94, (SOFT, 0.7996): 0.94,
     ("robust_dlrt-theta=0.0+condition-weight=0.1-acts_on=S", 0.7996): 0.94,
     ("dlrt", 0.7996): 0.91, ("spectral_cap-1", 0.7996): 0.93, ("spectral_cap-1", 0.4): 0.99,
@@ -17,6 +18,7 @@ QUESTIONS = {
     "More robust than RobustDLRT": (ROBUST, 0.7996),
     "The condition number, and not the norm alone": ("spectral_cap-1", 0.7996),
     "A hard band is better than a soft penalty": (SOFT, 0.7996),
+    "Ranks that are shared out are better than uniform ones": ("condlr-tau0.1", 0.7996),
     "RobustDLRT is more robust than DLRT": None,
     "The penalty R makes the dense network more robust": None,
     "Compressible spectra lower robustness": None,
