@@ -73,11 +73,15 @@ class Method:
         """
         return scheme.deployed(model)
 
-    def factored(
-        self, model: nn.Module, scheme: Scheme, core: str = "full", ranks: Mapping[str, int] | None = None
-    ) -> nn.Module:
-        """`model` with the low-rank layers of `scheme`, or of `ranks`; `model` itself if there are none."""
-        ranks = scheme.ranks(model) if ranks is None else ranks
+    @property
+    def by_energy(self) -> bool:
+        """Whether layers share their weights out by the spectra of the first weights. Default: no."""
+        return False
+
+    def factored(self, model: nn.Module, scheme: Scheme, core: str = "full") -> nn.Module:
+        """`model` with the low-rank layers of `scheme`; `model` itself if there are none."""
+        shared = self.by_energy and scheme.compression is not None
+        ranks = scheme.ranks_by_energy(model) if shared else scheme.ranks(model)
         if not ranks:
             return model
         return factorize(model, ranks=ranks, init=scheme.init, decay=scheme.decay, core=core)

@@ -12,7 +12,7 @@ from typing_extensions import override
 from condlr._support.errors import in_range, one_of
 from condlr._support.precision import strict
 from condlr.constraint import Constraint, Options
-from condlr.factorization import Scheme, low_rank_layers
+from condlr.factorization import low_rank_layers
 from condlr.methods._bases import Objective, dense_gradients, is_free
 from condlr.methods._reallocation import reallocate
 from condlr.methods.base import Method, Term
@@ -110,11 +110,10 @@ class CondLR(Method):
     def optimizers(self) -> tuple[str, ...]:
         return ("sgd",) if self.momentum == "before_projection" else super().optimizers
 
+    @property
     @override
-    def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
-        if self.ranks != "energy" or scheme.compression is None:
-            return self.factored(model, scheme)
-        return self.factored(model, scheme, ranks=scheme.ranks_by_energy(model))
+    def by_energy(self) -> bool:
+        return self.ranks == "energy"
 
     @override
     def begin_epoch(

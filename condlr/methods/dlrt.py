@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
-from condlr._support.errors import ConstraintBreach, in_range
+from condlr._support.errors import ConstraintBreach, in_range, one_of
 from condlr._support.precision import strict
 from condlr.factorization import Scheme, factorize, low_rank_layers
 from condlr.layers import LowRank
@@ -47,6 +47,7 @@ class Dlrt(Method):
 
     Attributes:
         theta: 0 for a fixed rank; > 0 is the relative tolerance of the truncation.
+        ranks: of the start, None or `energy`, see `CondLR`.
     """
 
     title: ClassVar[str] = "DLRT"
@@ -54,9 +55,16 @@ class Dlrt(Method):
     colours: ClassVar[Mapping[str, str]] = {"dlrt": "#999933"}
 
     theta: float = 0.0
+    ranks: str | None = None
 
     def __post_init__(self) -> None:
         in_range("theta", self.theta, 0, 1, half_open=True)
+        one_of("ranks", self.ranks or "energy", ("energy",))
+
+    @property
+    @override
+    def by_energy(self) -> bool:
+        return self.ranks == "energy"
 
     @property
     @override

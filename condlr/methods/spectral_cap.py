@@ -30,6 +30,7 @@ class SpectralCap(Method):
         cap: the largest singular value of every low-rank layer.
         preconditioner: see `condlr.constrain`; `scalar`, since the inverse of an S without a lower bound has
             none.
+        ranks: None or `energy`, see `CondLR`.
     """
 
     title: ClassVar[str] = "Norm"
@@ -38,11 +39,18 @@ class SpectralCap(Method):
 
     cap: float = 1.0
     preconditioner: str = "scalar"
+    ranks: str | None = None
 
     def __post_init__(self) -> None:
+        one_of("ranks", self.ranks or "energy", ("energy",))
         one_of("preconditioner", self.preconditioner, PRECONDITIONERS[:2])
         Options(math.inf, preconditioner=self.preconditioner, cap=self.cap)
         self._constraint: Constraint | None = None
+
+    @property
+    @override
+    def by_energy(self) -> bool:
+        return self.ranks == "energy"
 
     @override
     def label(self) -> str:
