@@ -138,7 +138,7 @@ def test_all_committed_studies_of_networks_are_looked_at():
     assert {path.parent.name for path in RESULTS.glob("*/cells.csv")} == {*STUDIES}
 
 
-@pytest.mark.parametrize("study", ["table2", "rivals_mnist"])
+@pytest.mark.parametrize("study", ["table2", "rivals_mnist", "rivals_weights"])
 def test_archived_runs_have_the_ids_of_their_configs(study):
     with tarfile.open(RESULTS / study / "runs.tar.gz") as archive:
         configs = [member for member in archive if member.name.endswith("/config.yaml")]
