@@ -139,7 +139,8 @@ class CondLR(Method):
                 for name, layer in low_rank_layers(model).items()
                 if is_free(layer) and layer.rank < min(layer.shape)
             }
-            objective = Objective(model, lambda network: self.loss(network, images, labels, added))
+            # Not the term `added`, which may look at the factors that stand for the matrices here
+            objective = Objective(model, lambda network: self.loss(network, images, labels))
             gradients = dense_gradients(objective, layers)
             with strict(images.device):
                 reallocate({name: layers[name] for name in gradients}, gradients, optimizer)
