@@ -146,18 +146,33 @@ def transport_moments(held: Held, states: Mapping[Tensor, dict[str, Any]], U0: T
     U, Vt = held.U, held.Vt
     M, N = U.mT @ U0, Vt @ Vt0.mT
 
-    def of(factor: Tensor, names: tuple[str, ...]) -> Iterable[Tensor]:
-        known = (states.get(factor, {}).get(name) for name in names)
-        return [moment for moment in known if moment is not None and moment.shape == factor.shape]
+    def of(factor: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        known = {name: states.get(factor, {}).get(name) for name in names}
+        return {name: m for name, m in known.items() if m is not None and m.shape == factor.shape}
 
-    for moment in of(U, FIRST_MOMENTS):
+    for moment in of(U, FIRST_MOMENTS).values():
         moment.sub_(U @ (U.mT @ moment))
-    for moment in of(Vt, FIRST_MOMENTS):
+    for moment in of(Vt, FIRST_MOMENTS).values():
         moment.sub_((moment @ Vt.mT) @ Vt)
-    for moment in of(held.S, FIRST_MOMENTS):
-        moment.copy_(M @ moment @ N.mT)
-    for moment in of(held.S, SECOND_MOMENTS):
-        moment.copy_((M @ moment.sqrt() @ N.mT).square())
+    move_moments(of(held.S, (*FIRST_MOMENTS, *SECOND_MOMENTS)), M, N)
+
+
+def move_moments(state: dict[str, Any], left: Tensor | None, right: Tensor | None) -> None:
+    """First moments m of a factor become left m right^T, second ones the square of their root moved alike.
+
+    In place where the shape stays, as a recorded step needs it.
+    """
+    for name in (*FIRST_MOMENTS, *SECOND_MOMENTS):
+        if (moment := state.get(name)) is None:
+            continue
+        moved = moment.sqrt() if name in SECOND_MOMENTS else moment
+        moved = moved if right is None else moved @ right.mT
+        moved = moved if left is None else left @ moved
+        moved = moved.square() if name in SECOND_MOMENTS else moved
+        if moved.shape == moment.shape:
+            moment.copy_(moved)
+        else:
+            state[name] = moved.contiguous()
 
 
 def old_memory(group: Mapping[str, Any], state: dict[str, Any], name: str) -> dict[str, Any] | None:

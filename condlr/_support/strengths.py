@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from condlr._support.errors import in_range
+
 
 def strengths(values: Any) -> Any:
     """One strength or several as a list of numbers; a fraction such as `8/255` is a number, too.
@@ -34,6 +36,21 @@ def require_pixels(eps: float) -> None:
         raise ValueError(
             f"eps must be in [0, 1], as pixels are; got {eps:g}: of 255 levels that is {eps:g}/255"
         )
+
+
+def pixel_strengths(values: Any) -> list[float]:
+    """The `distinct` strengths in the maximum norm that `strengths` reads.
+
+    Raises:
+        ValueError: there is none, or one is outside of [0, 1].
+    """
+    read = strengths(values)
+    if not isinstance(read, list) or not read:
+        raise ValueError("eps is empty: name at least one strength")
+    for eps in read:
+        require_pixels(eps)
+        in_range("eps", eps, 0, 1)
+    return distinct(read)
 
 
 def as_printed(eps: float) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr._support.errors import in_range
-from condlr._support.strengths import as_printed, distinct, require_pixels, strengths
+from condlr._support.strengths import as_printed, pixel_strengths
 from condlr.analysis.base import Analysis, Layout, Trained
 from condlr.analysis.sceptic.checks import share_of
 from condlr.attacks.base import Attack, correct
@@ -47,13 +47,7 @@ class Crosscheck(Analysis):
     images: int = 1000
 
     def __post_init__(self) -> None:
-        self.eps = strengths(self.eps)
-        if not isinstance(self.eps, list) or not self.eps:
-            raise ValueError("eps is empty: name at least one strength")
-        for eps in self.eps:
-            require_pixels(eps)
-            in_range("eps", eps, 0, 1)
-        self.eps = distinct(self.eps)
+        self.eps = pixel_strengths(self.eps)
         in_range("steps", self.steps, 1, math.inf)
         in_range("images", self.images, 1, math.inf)
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from condlr._support.errors import UserError, in_range
-from condlr._support.strengths import as_printed, distinct, require_pixels, strengths
+from condlr._support.strengths import as_printed, pixel_strengths
 from condlr.analysis.base import Analysis, Trained
 from condlr.attacks.base import Attack
 from condlr.attacks.fgsm import Fgsm
@@ -41,12 +41,7 @@ class HeldOut(Analysis):
 
     def __post_init__(self) -> None:
         if self.eps is not None:
-            self.eps = distinct(strengths(self.eps))
-            if not self.eps:
-                raise ValueError("eps is empty: name at least one strength")
-            for eps in self.eps:
-                require_pixels(eps)
-                in_range("eps", eps, 0, 1)
+            self.eps = pixel_strengths(self.eps)
         in_range("steps", self.steps, 1, math.inf)
         if self.images is not None:
             in_range("images", self.images, 1, math.inf)

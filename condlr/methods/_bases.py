@@ -1,14 +1,13 @@
 """What methods with moving bases share: gradients of matrices, moments that move along, truncation."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
-from condlr.held import FIRST_MOMENTS, SECOND_MOMENTS
+from condlr.held import move_moments
 from condlr.layers import LowRank
 from condlr.manifolds import spectrum, stiefel
 
@@ -23,17 +22,6 @@ def transport(layer: LowRank, optimizer: torch.optim.Optimizer, M: Tensor, N: Te
     assert layer.S is not None
     for factor, left, right in ((layer.U, None, N), (layer.S, M, N), (layer.Vt, M, None)):
         move_moments(optimizer.state.get(factor, {}), left, right)
-
-
-def move_moments(state: dict[str, Any], left: Tensor | None, right: Tensor | None) -> None:
-    """First moments m of a factor become left m right^T, second ones the square of their root moved alike."""
-    for name in (*FIRST_MOMENTS, *SECOND_MOMENTS):
-        if (moment := state.get(name)) is None:
-            continue
-        moved = moment.sqrt() if name in SECOND_MOMENTS else moment
-        moved = moved if right is None else moved @ right.mT
-        moved = moved if left is None else left @ moved
-        state[name] = (moved.square() if name in SECOND_MOMENTS else moved).contiguous()
 
 
 @torch.no_grad()

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from condlr.allocation import by_budget, squares, weights
+from condlr.held import move_moments
 from condlr.layers import LowRank
 from condlr.manifolds import stiefel
-from condlr.methods._bases import move_moments
 
 
 @torch.no_grad()
