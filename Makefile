@@ -14,7 +14,8 @@ help:  ## Show the targets
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("condlr needs Python >= 3.11, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# Not compiled here, where it takes two of five minutes: Python compiles the tenth that is imported
+	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 api: $(VENV)/.installed  ## Make a page of every call of the library from its docstrings (build/api)

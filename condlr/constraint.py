@@ -494,6 +494,8 @@ class Constraint:
 
     def _project(self, group: "_Group") -> Tensor:
         S, tau, centre = _batch(group.S), self.options.tau, self.options.centre
+        for held in group.held:  # a checkpoint of a CPU may have brought some to a GPU
+            held.known = None
         released = self.options.preconditioner == "released_code" and tau > 0
         if tau == 0 and self.options.projection == "qr":
             return spectrum.scaled_orthogonal(S, centre)
@@ -502,7 +504,6 @@ class Constraint:
         found = spectrum.fast_project(S, tau, centre)
         projected, sigma = spectrum.project(S, tau, centre) if found is None else (found.matrix, found.sigma)
         held = group.held[0]
-        held.known = None
         if released:
             held.scale = float((sigma.amin() / sigma.amax()).square())
         elif found is not None and self.options.preconditioner == "exact" and tau <= _NARROW:

@@ -79,6 +79,7 @@ class Trainer:
         records: rows within epochs: loss and accuracy over the batches since the row before, the layers'
             condition numbers, and the seconds that computing these took.
         penalty: added to the loss of every method, or None.
+        repeated: epochs that a CUDA graph spoiled, and that were repeated without one.
         record_operators: whether each row of the history has the condition numbers of the convolutions as
             operators, see `condlr.analysis.conditioning.operator_conditions`.
     """
@@ -97,6 +98,7 @@ class Trainer:
     records: list[HistoryRow] = field(default_factory=list)
     penalty: Penalty | None = None
     record_operators: bool = False
+    repeated: int = 0
 
     def __post_init__(self) -> None:
         # A method that overrides `optimizer` need not know of what the protocol does not ask for
@@ -175,6 +177,7 @@ class Trainer:
                 raise
             log.info("%s; epoch %d is repeated without a CUDA graph", error, self.epoch + 1)
             self.load_state_dict(start)
+            self.repeated += 1
             self._take_batches(on_batch, self._steps())
         row = self._row(self.totals)
         self.epoch, self.batch = self.epoch + 1, 0
@@ -213,6 +216,18 @@ class Trainer:
 
     def _recorded_steps(self) -> dict[bool, GraphedStep]:
         return {penalised: GraphedStep(step) for penalised, step in self._steps().items()}
+
+    @property
+    def graph(self) -> dict[str, Any]:
+        """What the CUDA graphs of this training could not do; nothing on a CPU.
+
+        `without` says why there is none, or is None; `repeated_epochs` counts those repeated without one.
+        """
+        if self.device.type != "cuda":
+            return {}
+        reasons = [step.reason for step in self._graphs.values() if step.reason]
+        none = None if self._graphs else "the method or the penalty reads back from the device"
+        return {"without": reasons[0] if reasons else none, "repeated_epochs": self.repeated}
 
     def _take_step(self, images: Tensor, labels: Tensor, penalised: bool = True) -> None:
         """Take a step of the method; add its loss and correct predictions to the totals."""
@@ -314,6 +329,7 @@ class Trainer:
             "history": self.history,
             "records": self.records,
             "recorded": self._recorded,
+            "repeated": self.repeated,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
@@ -364,6 +380,7 @@ class Trainer:
         self.history = state["history"]
         # Older checkpoints have no records
         self.records, self._recorded = state.get("records", []), tuple(state.get("recorded", (0.0, 0.0, 0)))
+        self.repeated = state.get("repeated", 0)
         torch.set_rng_state(state["random"].cpu())
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)

@@ -21,6 +21,9 @@ class GraphedStep:
     Each batch size gets a graph of its own. A step that cannot be recorded always runs without a graph, and
     the reason is logged.
 
+    Attributes:
+        reason: why the step cannot be recorded, or None.
+
     Args:
         step: changes tensors only in place, reads nothing back from the device, and does the same at each
             call with images of one shape, until `renew` is called.
@@ -31,7 +34,7 @@ class GraphedStep:
         self._graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._taken: dict[torch.Size, int] = {}
         self._made_for: Hashable = None
-        self._works = True
+        self.reason: str | None = None
         self._stream: torch.cuda.Stream | None = None
 
     def renew(self, made_for: Hashable) -> None:
@@ -44,9 +47,10 @@ class GraphedStep:
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Take the step, by a graph if there is one."""
         shape = images.shape
-        if self._works and shape not in self._graphs and self._taken.get(shape, 0) >= _WARM_UP:
+        warm = self._taken.get(shape, 0) >= _WARM_UP
+        if self.reason is None and shape not in self._graphs and warm:
             self._record(images, labels)
-        if not self._works:
+        if self.reason is not None:
             self._step(images, labels)
         elif shape in self._graphs:
             graph, static_images, static_labels = self._graphs[shape]
@@ -71,8 +75,8 @@ class GraphedStep:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._step(*static)
         except RuntimeError as error:
-            self._works = False
-            reason = str(error).strip().splitlines()[0]
-            log.warning("this step cannot be made a CUDA graph, so it runs without: %s", reason)
+            self._graphs.clear()  # of other sizes: one memory pool less, and one way for all steps
+            self.reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            log.warning("this step cannot be made a CUDA graph, so it runs without: %s", self.reason)
             return
         self._graphs[images.shape] = graph, *static

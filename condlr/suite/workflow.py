@@ -108,7 +108,8 @@ def _train(run: Run, config: RunConfig, written: dict[str, Any], signals: Signal
             sum(float(row["seconds"] or 0) for row in rows) for rows in (trainer.history, trainer.records)
         )
         lock.require()
-        run.note(train_seconds=round(seconds, 2), record_seconds=round(recording, 2))
+        graph = {"graph": trainer.graph} if trainer.graph else {}
+        run.note(train_seconds=round(seconds, 2), record_seconds=round(recording, 2), **graph)
     log.info("%s: %s (%.0f s)", run.directory, summary(attack_rows(run, config)), seconds)
 
 

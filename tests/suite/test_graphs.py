@@ -96,6 +96,7 @@ def test_a_step_that_cannot_be_recorded_is_taken_as_it_is(stage, caplog):
     assert stage.seen == [(8.0 * value, 4 * value) for value in range(10)]
     (line,) = [record.getMessage() for record in caplog.records if record.name == graphs.__name__]
     assert line.endswith("it runs without: operation not permitted when stream is capturing")
+    assert step.reason == "operation not permitted when stream is capturing"
 
 
 def test_an_epoch_that_a_graph_spoils_is_taken_again(data, monkeypatch):
@@ -126,6 +127,10 @@ def test_an_epoch_that_a_graph_spoils_is_taken_again(data, monkeypatch):
     plain.fit()
     spoiled.fit()
     assert len(taken) == 4 + 3 + 4, "the second epoch stops at the NaN; the third has a graph again"
+    assert (plain.repeated, spoiled.repeated) == (0, 1)
+    resumed = make()
+    resumed.load_state_dict(spoiled.state_dict())
+    assert resumed.repeated == 1
     for a, b in zip(plain.model.parameters(), spoiled.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert [row["train_loss"] for row in plain.history] == [row["train_loss"] for row in spoiled.history]
@@ -157,7 +162,7 @@ def test_a_graph_trains_as_single_steps_do(name, data):
         if not graphed:
             t._graphs = {}
         t.fit()
-        assert not graphed or t._graphs[False]._works
+        assert not graphed or t._graphs[False].reason is None
         runs.append(t)
     for a, b in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
