@@ -69,7 +69,7 @@ class _Conv(_Convolution):
     `groups`.
 
     Shapes:
-        x: (N, in_channels, ...) or (in_channels, ...); y as in PyTorch.
+        input: (N, in_channels, ...) or (in_channels, ...); the result as in PyTorch.
     """
 
     def __init__(
@@ -119,12 +119,12 @@ class _Conv(_Convolution):
         raise NotImplementedError
 
     @override
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.padding_mode != "zeros":
-            x = F.pad(x, self._pad, mode=self.padding_mode)
+            input = F.pad(input, self._pad, mode=self.padding_mode)
         if self.form == "multiplied":
-            return self._convolved(x, self._as_kernel(self.matrix), self.bias)
-        z, S = self._convolved(x, self.filters, None), self.S
+            return self._convolved(input, self._as_kernel(self.matrix), self.bias)
+        z, S = self._convolved(input, self.filters, None), self.S
         if self.form == "factored" or S is None:
             return self._mixed(z, self.left, self.bias)
         core = S if self.core == "full" else torch.diag(S)
@@ -181,7 +181,7 @@ class _ConvTranspose(_Convolution):
     V^T, or as one with the product. It takes the arguments of PyTorch's layer except `groups`.
 
     Shapes:
-        x: (N, in_channels, ...) or (in_channels, ...); y as in PyTorch.
+        input: (N, in_channels, ...) or (in_channels, ...); the result as in PyTorch.
     """
 
     def __init__(
@@ -227,23 +227,23 @@ class _ConvTranspose(_Convolution):
         raise NotImplementedError
 
     @override
-    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Compute y; `output_size` chooses among the sizes that give x, as in PyTorch."""
         missing = list(self.output_padding)
         if output_size is not None:
             # PyTorch's own rule; it reads nothing of the layer beyond these arguments
             missing = nn.ConvTranspose2d._output_padding(
-                self, x, list(output_size), self.stride, self.padding, self.kernel_size,  # type: ignore[arg-type]
+                self, input, list(output_size), self.stride, self.padding, self.kernel_size,  # type: ignore[arg-type]
                 len(self.kernel_size), self.dilation,  # type: ignore[arg-type]
             )  # fmt: skip
         if self.form == "multiplied":
-            return self._spread(x, self._as_kernel(self.matrix), self.bias, missing)
+            return self._spread(input, self._as_kernel(self.matrix), self.bias, missing)
         S = self.S
         if self.form == "factored" or S is None:
-            z = self._mixed(x, self.left.mT, None)
+            z = self._mixed(input, self.left.mT, None)
         else:
             core = S.mT if self.core == "full" else torch.diag(S)
-            z = self._mixed(self._mixed(x, self.U.mT, None), core, None)
+            z = self._mixed(self._mixed(input, self.U.mT, None), core, None)
         return self._spread(z, self.filters, self.bias, missing)
 
 

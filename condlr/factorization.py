@@ -18,7 +18,7 @@ from condlr.convolutions import CONVOLUTIONS
 from condlr.exporting import export
 from condlr.layers import CORES, LowRank
 from condlr.manifolds.nearest import nearest
-from condlr.moments import moments, weighted
+from condlr.moments import Moment, moments
 from condlr.ranks import RANK_RULES, rank_for
 from condlr.replacement import listed, replaced
 from condlr.sites import Site, around, matches, sites
@@ -155,8 +155,8 @@ def factorize(
         exclude: names or patterns of layers and modules to leave dense (`"head"`, `"stem.*"`).
         data: a few batches of inputs, each a tensor, a tuple of positional arguments or a mapping of
             keywords. The factors are then nearest in the outputs on these data instead of in the weights, and
-            energy, error and budget count the energy of the outputs. Not for transposed convolutions and the
-            last projection of an attention, which are truncated without data.
+            energy, error and budget count the energy of the outputs; of a transposed convolution before its
+            overlapping parts are summed.
         rank_rule: of `compression`: `params` or `released_code`, see `condlr.ranks.rank_for`.
         classifier: the last linear layer is `compressed` like any other, stays `dense`, or is factored at
             `full_rank`. A classifier of few classes loses accuracy at a small rank.
@@ -312,7 +312,7 @@ def _ranks(
     scheme: Scheme,
     head: str | None,
     core: str,
-    batches: Mapping[str, Tensor],
+    batches: Mapping[str, Moment],
 ) -> dict[str, int]:
     """The rank of each layer that is to be factored; `head` is treated as `scheme` says."""
     shapes = {name: site.shape for name, site in chosen.items() if name != head}
@@ -331,7 +331,7 @@ def _ranks(
     return {name: found[name] for name in chosen if name in found}
 
 
-def _rank(site: Site, rule: str, wish: ByLayer, scheme: Scheme, batches: Mapping[str, Tensor]) -> int:
+def _rank(site: Site, rule: str, wish: ByLayer, scheme: Scheme, batches: Mapping[str, Moment]) -> int:
     n, m = site.shape
     pattern, value = _of(wish, site.name) or ("", 0.0)
     if rule == "compression":
@@ -347,10 +347,10 @@ def _rank(site: Site, rule: str, wish: ByLayer, scheme: Scheme, batches: Mapping
     return min(rank, n, m)
 
 
-def _squares(site: Site, batches: Mapping[str, Tensor]) -> Tensor:
+def _squares(site: Site, batches: Mapping[str, Moment]) -> Tensor:
     """The squared singular values of a layer, or the energies of its outputs."""
     if site.name in batches:
-        return torch.linalg.eigvalsh(batches[site.name]).flip(0).clamp_min(0)[: min(site.shape)]
+        return batches[site.name].energies(site.matrix)[: min(site.shape)]
     _require_finite(site)
     return squares(site.matrix)
 
@@ -364,7 +364,7 @@ def _require_finite(site: Site) -> None:
 
 
 def _low_rank(
-    site: Site, rank: int, core: str, scheme: Scheme, tolerance: float, moment: Tensor | None
+    site: Site, rank: int, core: str, scheme: Scheme, tolerance: float, moment: Moment | None
 ) -> LowRank:
     _require_finite(site)
     dense = linear(site.holder, site.projection) if site.projection else site.holder  # type: ignore[arg-type]
@@ -372,7 +372,7 @@ def _low_rank(
     if scheme.init == "released_code" and site.kind in CONVOLUTIONS:
         _gaussian_spectrum(layer)
     elif moment is not None:
-        layer.follow(weighted(site.matrix, moment, rank))
+        layer.follow(moment.truncation(site.matrix, rank))
     else:
         layer.follow(nearest(site.matrix.detach(), rank, tolerance))
     if site.projection in PROJECTIONS[:3]:

@@ -235,7 +235,7 @@ class LowRankLinear(LowRank):
         core: `full`, `diagonal` or `none`: the kind of S, see `LowRank`.
 
     Shapes:
-        x: (..., in_features); y: (..., out_features).
+        input: (..., in_features); the result: (..., out_features).
 
     Example:
         >>> layer = LowRankLinear(800, 500, rank=58)
@@ -277,10 +277,10 @@ class LowRankLinear(LowRank):
         return Product.of(self.matrix)
 
     @override
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.form == "multiplied":
-            return F.linear(x, self.matrix, self.bias)
-        z, S = F.linear(x, self.Vt), self.S
+            return F.linear(input, self.matrix, self.bias)
+        z, S = F.linear(input, self.Vt), self.S
         if self.form == "factored" or S is None:
             return F.linear(z, self.left, self.bias)
         z = F.linear(z, S) if self.core == "full" else z * S

@@ -1,5 +1,6 @@
 """The layers against the dense ones they stand for, and factorize on networks of many shapes."""
 
+import inspect
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from condlr.factorization import Scheme, low_rank_layers
 from condlr.manifolds import stiefel
 from condlr.methods.vanilla import Vanilla
 from condlr.models.lenet5 import LeNet5
+from condlr.sites import KINDS
 
 CONVOLUTIONS = [
     {},
@@ -407,3 +409,9 @@ def test_a_start_that_float32_cannot_hold_is_refused():
         Scheme(0.5, decay=0.5)
     with pytest.raises(ValueError, match="decay sets singular values"):
         Vanilla(init="gaussian").apply(LeNet5(), Scheme(0.8, classifier="dense", decay=2.0))
+
+
+@pytest.mark.parametrize("dense", KINDS)
+def test_layers_are_called_with_pytorchs_names(dense):
+    ours, theirs = (inspect.signature(kind.forward).parameters for kind in (KINDS[dense], dense))
+    assert [*ours] == [*theirs]

@@ -8,7 +8,7 @@ from torch import nn
 
 import condlr
 from condlr.factorization import low_rank_layers
-from condlr.moments import moments, weighted
+from condlr.moments import Moment, moments, weighted
 from condlr.sites import sites
 
 
@@ -41,7 +41,7 @@ def test_the_moments_are_those_of_the_outputs_without_bias():
                     expected[name] = expected[name] + rows.mT @ rows
                 z = y
     for name, moment in expected.items():
-        torch.testing.assert_close(found[name], moment.double(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[name].matrix, moment.double(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 7])
@@ -96,24 +96,69 @@ def test_wishes_count_the_energy_of_the_outputs(wish):
         assert 1 - ((y - z).norm() / y.norm()) ** 2 >= 0.9 - 1e-3
 
 
-def test_projections_of_attention_keywords_and_what_has_no_moment():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-            self.up = nn.ConvTranspose1d(8, 4, 2)
+class Attending(nn.Module):
+    def __init__(self, bias=True):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, bias=bias, batch_first=True)
+        self.up = nn.ConvTranspose1d(8, 4, 3, stride=2)
 
-        def forward(self, *, tokens):
-            y, _ = self.attention(tokens, value=tokens, key=2 * tokens)
-            return self.up(y.mT)
+    def forward(self, *, tokens):
+        y, _ = self.attention(tokens, value=tokens, key=2 * tokens)
+        return self.up(input=y.mT)
 
-    net, x = Net(), correlated(6, 8)[None]
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_projections_of_attention_keywords_and_transposed_convolutions(bias):
+    net, x = Attending(bias), correlated(6, 8)[None]
     found = moments(net, sites(net).values(), [{"tokens": x}])
-    assert found.keys() == {"attention.q_proj", "attention.k_proj", "attention.v_proj"}
+    assert found.keys() == {*(f"attention.{part}_proj" for part in ("q", "k", "v", "out")), "up"}
     K = 2 * x[0] @ net.attention.in_proj_weight[8:16].mT
-    torch.testing.assert_close(found["attention.k_proj"], (K.mT @ K).double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["attention.k_proj"].matrix, (K.mT @ K).double(), rtol=1e-4, atol=1e-5)
+    y = net.attention(x, 2 * x, x)[0][0]
+    torch.testing.assert_close(found["up"].matrix, (y.mT @ y).double(), rtol=1e-4, atol=1e-6)
+    z = y - net.attention.out_proj.bias if bias else y
+    torch.testing.assert_close(found["attention.out_proj"].matrix, (z.mT @ z).double(), rtol=1e-4, atol=1e-6)
     low = condlr.factorize(net, ranks=3, data=[{"tokens": x}])
     assert len(low_rank_layers(low)) == 5 and low(tokens=x).isfinite().all()
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_no_other_matrix_of_that_rank_is_nearer_by_its_inputs(rank):
+    """Against the whitened SVD in float64: C^-1/2 (C^1/2 W)_r."""
+    X = correlated(200, 9).double()
+    W = torch.randn(9, 12, dtype=torch.float64)
+    moment = Moment(X.mT @ X, of_inputs=True)
+    found = moment.truncation(W, rank)
+    values, Q = torch.linalg.eigh(X.mT @ X)
+    root, inverse = (Q * values.sqrt()) @ Q.mT, (Q * values.rsqrt()) @ Q.mT
+    P, sigma, Rh = torch.linalg.svd(root @ W, full_matrices=False)
+    best = inverse @ (P[:, :rank] * sigma[:rank]) @ Rh[:rank]
+    low = (found.P * found.sigma) @ found.Q.mT
+    assert (X @ (W - low)).norm() == pytest.approx((X @ (W - best)).norm().item(), rel=1e-4)
+    assert found.error == pytest.approx(((W - low).norm() / W.norm()).item())
+    torch.testing.assert_close(
+        moment.energies(W), sigma.square(), rtol=1e-8, atol=1e-8 * sigma[0].item() ** 2
+    )
+    for factor in (found.P, found.Q):
+        torch.testing.assert_close(factor.mT @ factor, torch.eye(rank, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: nn.ConvTranspose2d(16, 4, 2, stride=2),   # its parts do not overlap: nearest in the outputs
+    lambda: nn.ConvTranspose2d(16, 4, 4, stride=2, padding=1),
+])  # fmt: skip
+def test_a_transposed_convolution_loses_less_of_its_outputs(make):
+    torch.manual_seed(0)
+    layer = make()
+    x = correlated(8 * 25, 16).reshape(8, 5, 5, 16).permute(0, 3, 1, 2)
+    y = layer(x)
+    plain, heeding = (condlr.factorize(nn.Sequential(layer), ranks=4, data=d) for d in (None, [x[:4], x[4:]]))
+    errors = [(low(x) - y).norm() / y.norm() for low in (plain, heeding)]
+    assert errors[1] < 0.5 * errors[0]
+    if layer.stride == layer.kernel_size:
+        low = condlr.factorize(nn.Sequential(layer), error=0.1, data=[x])
+        z = y - layer.bias[:, None, None]
+        assert (low(x) - y).norm() <= 0.1 * z.norm() * (1 + 1e-4)
 
 
 def test_few_data_leave_the_rest_to_the_weights():
@@ -134,7 +179,7 @@ def test_few_data_leave_the_rest_to_the_weights():
         ([], "data has no batch"),
         ([(torch.ones(3, 6), torch.ones(3))], "does not take a batch of data .*without labels"),
         (["abc"], "does not take a batch of data"),
-        ([torch.full((3, 6), torch.nan)], "the outputs of 0 on the data are not finite"),
+        ([torch.full((3, 6), torch.nan)], "what 0 makes of the data is not finite"),
     ],
 )
 def test_data_that_are_none_are_one_line(data, message):
