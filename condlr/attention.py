@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
 
 from condlr.layers import LowRank
 
@@ -19,16 +21,19 @@ _BIASES = ("in_proj_bias", "bias_k", "bias_v")
 
 
 class LowRankMultiheadAttention(nn.MultiheadAttention):
-    """A replacement of `nn.MultiheadAttention`: each of its projections is low-rank, or dense.
+    """A replacement of `nn.MultiheadAttention`: each of its projections is a layer, low-rank or dense.
 
-    It computes what PyTorch's module computes, with all its arguments, from the products of the factors: the
-    weights are fewer, the operations are not.
+    It computes what PyTorch's module computes, with all its arguments, but calls its projections instead of
+    reading their matrices; so it needs fewer operations, as any low-rank layer.
 
     Modules:
         q_proj, k_proj, v_proj, out_proj: `LowRankLinear` or `nn.Linear`; the first three without bias.
 
     Parameters:
         in_proj_bias, bias_k, bias_v: as in `nn.MultiheadAttention`.
+
+    Shapes:
+        query, key, value, masks and results: as in PyTorch, with or without a batch.
     """
 
     in_proj_weight = None  # type: ignore[assignment]
@@ -36,26 +41,88 @@ class LowRankMultiheadAttention(nn.MultiheadAttention):
     def __init__(self, dense: nn.MultiheadAttention, layers: Mapping[str, nn.Module]):
         nn.Module.__init__(self)
         _take_settings(self, dense)
-        # Makes PyTorch read the three weights below, and take no path that needs them as one
+        # Makes PyTorch's encoder call this module, and take no path that needs three weights as one
         self._qkv_same_embed_dim = False
         for name in PROJECTIONS:
             self.add_module(name, layers[name])
         self.train(dense.training)
 
-    @property
-    def q_proj_weight(self) -> Tensor:  # type: ignore[override]
-        """(embed_dim, embed_dim)."""
-        return _matrix(self.q_proj)
+    @override
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal only says what attn_mask is: give the mask, too")
+        batched = query.ndim == 3
+        if not batched:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        biases = [0.0] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        layers = [self.get_submodule(name) for name in INPUTS]
+        q, k, v = (
+            layer(x) + bias for layer, x, bias in zip(layers, (query, key, value), biases, strict=True)
+        )
+        if self.bias_k is not None and self.bias_v is not None:
+            k, v = (
+                torch.cat([x, bias.expand(len(x), 1, -1)], 1)
+                for x, bias in ((k, self.bias_k), (v, self.bias_v))
+            )
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        if self.add_zero_attn:
+            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+        causal = is_causal and key_padding_mask is None and not need_weights
+        mask = None if causal else self._added(attn_mask, key_padding_mask, q, key.shape[1], k.shape[2])
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = q * self.head_dim**-0.5 @ k.mT
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            y = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+        y = self.out_proj(y.transpose(1, 2).flatten(-2))
+        if not batched:
+            return y.squeeze(0), None if weights is None else weights.squeeze(0)
+        return y if self.batch_first else y.transpose(0, 1), weights
 
-    @property
-    def k_proj_weight(self) -> Tensor:  # type: ignore[override]
-        """(embed_dim, kdim)."""
-        return _matrix(self.k_proj)
+    def _added(
+        self, mask: Tensor | None, padding: Tensor | None, q: Tensor, given: int, keys: int
+    ) -> Tensor | None:
+        """Both masks as one that is added to the scores, of the `given` keys and those the module adds."""
+        batch, heads, queries = q.shape[:3]
+        found = None
+        if mask is not None:
+            fits = ((queries, given), (batch * heads, queries, given))
+            if mask.shape not in fits:
+                raise ValueError(f"attn_mask has the shape {tuple(mask.shape)}, not {fits[0]} or {fits[1]}")
+            found = _additive(mask, q)
+            found = found if mask.ndim == 2 else found.unflatten(0, (batch, heads))
+        if padding is not None:
+            if padding.shape != (batch, given):
+                raise ValueError(
+                    f"key_padding_mask has the shape {tuple(padding.shape)}, not {(batch, given)}"
+                )
+            hidden = _additive(padding, q)[:, None, None]
+            found = hidden if found is None else found + hidden
+        return found if found is None or keys == given else F.pad(found, (0, keys - given))
 
-    @property
-    def v_proj_weight(self) -> Tensor:  # type: ignore[override]
-        """(embed_dim, vdim)."""
-        return _matrix(self.v_proj)
+
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask as numbers to add to scores; of truth values, True hides."""
+    if mask.dtype != torch.bool:
+        return mask.to(like.dtype)
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -torch.inf)
 
 
 def projections(attention: nn.MultiheadAttention) -> dict[str, Tensor]:

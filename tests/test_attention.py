@@ -9,6 +9,7 @@ from torch import nn
 import condlr
 from condlr.attention import LowRankMultiheadAttention
 from condlr.factorization import low_rank_layers
+from condlr.layers import LowRankLinear
 
 SETTINGS = {
     "usual": {},
@@ -37,11 +38,64 @@ def test_at_full_rank_it_computes_what_the_dense_one_does(name):
     assert [*low_rank_layers(low)] == ["q_proj", "k_proj", "v_proj", "out_proj"]
     mask = torch.zeros(4, 5).double()
     mask[:, -1] = -torch.inf
-    padding = torch.tensor([[False] * 5, [False] * 5, [True] + [False] * 4])
+    padding = torch.tensor([[False] * 5, [False] * 5, [False] * 3 + [True] * 2])
+    every = [
+        {}, {"attn_mask": mask}, {"attn_mask": mask == -torch.inf},
+        {"attn_mask": torch.randn(6, 4, 5).double()},
+        {"key_padding_mask": padding}, {"key_padding_mask": padding, "attn_mask": mask},
+        {"need_weights": False}, {"need_weights": False, "key_padding_mask": padding, "attn_mask": mask},
+        {"average_attn_weights": False},
+        {"attn_mask": torch.ones(4, 5).bool().triu(1), "is_causal": True, "need_weights": False},
+        {"attn_mask": torch.ones(4, 5).bool().triu(1), "is_causal": True, "key_padding_mask": padding},
+    ]  # fmt: skip
     for model in (low, low.eval()):
-        for options in ({}, {"attn_mask": mask}, {"key_padding_mask": padding}, {"need_weights": False}):
+        for options in every:
             expected, found = (net(*inputs, **options) for net in (dense, model))
-            torch.testing.assert_close(found, expected)
+            torch.testing.assert_close(found, expected, msg=str(options))
+    alone = [x[0] if dense.batch_first else x[:, 0] for x in inputs]
+    for options in ({}, {"key_padding_mask": padding[2]}, {"need_weights": False, "attn_mask": mask}):
+        expected, found = (net(*alone, **options) for net in (dense, low))
+        torch.testing.assert_close(found, expected, msg=str(options))
+
+
+def test_dropout_and_the_gradient_are_those_of_the_dense_one():
+    dense, inputs = made(dropout=0.4)
+    low = condlr.factorize(dense, ranks=1.0)
+    torch.manual_seed(3)
+    found = []
+    for net in (dense, low):
+        torch.manual_seed(3)
+        found.append(net(*inputs, average_attn_weights=False))
+    assert (found[1][1] == 0).any()
+    torch.testing.assert_close(found[1], found[0])
+    given = []
+    for net in (dense.eval(), low.eval()):
+        x = inputs[0].clone().requires_grad_()
+        net(x, *inputs[1:])[0].square().sum().backward()
+        given.append(x.grad)
+    torch.testing.assert_close(*given)
+
+
+def test_it_does_the_operations_of_its_factors(monkeypatch):
+    low, x = condlr.factorize(nn.MultiheadAttention(64, 4, batch_first=True), ranks=4), torch.randn(8, 50, 64)
+    rows = condlr.summary(low, (x, x, x)).rows
+    assert [row.macs for row in rows] == [50 * 2 * 64 * 4] * 4, "of one example"
+    monkeypatch.setattr(LowRankLinear, "matrix", property(lambda layer: pytest.fail("a product was made")))
+    low(x, x, x)[0].sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"is_causal": True}, "give the mask, too"),
+        ({"attn_mask": torch.zeros(5, 4)}, r"attn_mask has the shape \(5, 4\), not \(4, 5\) or \(6, 4, 5\)"),
+        ({"key_padding_mask": torch.zeros(3, 4)}, r"key_padding_mask has the shape \(3, 4\), not \(3, 5\)"),
+    ],
+)
+def test_masks_that_do_not_fit_are_one_line(options, message):
+    dense, inputs = made()
+    with pytest.raises(ValueError, match=message):
+        condlr.factorize(dense, ranks=2)(*inputs, **options)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
