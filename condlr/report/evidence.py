@@ -184,11 +184,6 @@ class Rows:
         keys = [(label, compression) for compression in compressions for label in labels]
         return [self._means[key] for key in keys if key in self._means]
 
-    def everywhere(self, labels: Iterable[str]) -> list[Mean]:
-        """The means of these rows at whatever compression."""
-        wanted = {*labels}
-        return [mean for mean in self._means.values() if mean.label in wanted]
-
     def penalised(self, *penalties: str) -> list[Mean]:
         """The means of the dense network with these penalties, of whatever weight."""
         starts = tuple(f"baseline+{penalty}-" for penalty in penalties)

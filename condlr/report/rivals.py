@@ -16,12 +16,14 @@ def of_rivals(robust: Rows, constrained: Sequence[str], under: str) -> Iterator[
         constrained: the labels of CondLR's rows.
         under: the setting.
     """
-    ours = robust.everywhere(constrained)
-    robust_dlrt = robust.starting("robust_dlrt")
-    with_r = [mean for mean in robust_dlrt if "+condition" in mean.label]
+    condlr = robust.starting("condlr")
+    chosen = [mean for mean in condlr if _allocation(mean)]
+    ours = [mean for mean in condlr if mean.label.removesuffix(f"-{_allocation(mean)}") in constrained]
+    dlrt = robust.starting("dlrt", "robust_dlrt")
+    with_r = [mean for mean in dlrt if "+condition" in mean.label]
     yield judged(
         "More robust than RobustDLRT",
-        "At equal weights CondLR is more robust than RobustDLRT.",
+        "At equal weights CondLR is more robust than RobustDLRT, and than DLRT with its penalty R.",
         under,
         _alike(ours, with_r),
     )
@@ -31,29 +33,38 @@ def of_rivals(robust: Rows, constrained: Sequence[str], under: str) -> Iterator[
         under,
         _alike(ours, robust.starting("spectral_cap")),
     )
-    soft = [mean for mean in robust.starting("condlr") if "+condition" in mean.label]
     yield judged(
         "A hard band is better than a soft penalty",
         "At equal weights CondLR is more robust than the same training with the penalty R of RobustDLRT in "
         "place of the band.",
         under,
-        _alike(ours, soft),
+        _alike(ours, [mean for mean in condlr if "+condition" in mean.label]),
     )
-    chosen = [mean for mean in robust.starting("condlr") if "-ranks=" in mean.label]
-    uniform = [mean for mean in ours if any(other.label.startswith(f"{mean.label}-") for other in chosen)]
     yield judged(
         "Ranks that are shared out are better than uniform ones",
         "At equal weights CondLR is more robust with ranks that follow the energies of the layers, or their "
         "gradients, than with the same compression in each layer.",
         under,
-        _alike(chosen, uniform),
+        [
+            Comparison(a, b)
+            for b in ours
+            for a in chosen
+            if b.compression == a.compression and a.label == f"{b.label}-{_allocation(a)}"
+        ],
     )
-    plain = [mean for mean in robust.starting("dlrt") if "+" not in mean.label]
+    yield judged(
+        "With ranks that are shared out CondLR beats the dense network",
+        "CondLR with ranks that follow the energies of the layers, or their gradients, is more robust than "
+        "the dense network.",
+        under,
+        robust.pairs([mean for mean in ours if mean in chosen], robust.of(["baseline"], 0)),
+    )
     yield judged(
         "RobustDLRT is more robust than DLRT",
-        "At equal weights RobustDLRT is more robust than DLRT (published for VGG16 on CIFAR-10).",
+        "At equal weights RobustDLRT, or DLRT with its penalty R, is more robust than DLRT (published for "
+        "VGG16 on CIFAR-10).",
         under,
-        _alike(with_r, plain),
+        _alike(with_r, [mean for mean in robust.starting("dlrt") if "+" not in mean.label]),
     )
     dense = robust.of(["baseline"], 0)
     yield judged(
@@ -73,5 +84,16 @@ def of_rivals(robust: Rows, constrained: Sequence[str], under: str) -> Iterator[
 
 
 def _alike(left: Sequence[Mean], right: Sequence[Mean]) -> list[Comparison]:
-    """Each of the left with each of the right at the same compression."""
-    return [Comparison(a, b) for b in right for a in left if a.compression == b.compression]
+    """Each of the left with each of the right at the same compression, allocated between layers alike."""
+    return [
+        Comparison(a, b)
+        for b in right
+        for a in left
+        if a.compression == b.compression and _allocation(a) == _allocation(b)
+    ]
+
+
+def _allocation(mean: Mean) -> str:
+    """How the weights are allocated between layers; empty for the same compression in each."""
+    options = mean.label.partition("+")[0].split("-")
+    return next((option for option in options if option.startswith("ranks=")), "")

@@ -46,6 +46,8 @@ _DIFFERENCE = (
 _SPARE = ("cond all", "deployed", "s", "seeds", "measured", "cond")
 # The paper attacked all test images of either dataset.
 _TEST_IMAGES = 10_000
+# What a study of the paper's rows is trained by
+_PROTOCOLS = ("paper", "released_code")
 
 
 @dataclass(frozen=True)
@@ -241,7 +243,8 @@ def tables(cells: pd.DataFrame, paper: Path, marks: Marks | None = None) -> Iter
             cell = Cell(published=first.get(key), camera_ready=second.get(key))
             printed.setdefault((label, compression), {})[eps] = cell
         paper_table = NUMBERS.get((str(known["model"]), str(known["dataset"])))
-        number = paper_table if first and known["n"] == _TEST_IMAGES else None
+        asked = known["n"] == _TEST_IMAGES and known["protocol"] in _PROTOCOLS
+        number = paper_table if first and asked else None
         lines = []
         for (label, compression, row_id, variant), row in _with_best(frame).groupby(ROW, sort=False):
             beside = printed.get((label, compression), {})

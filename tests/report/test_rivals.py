@@ -2,6 +2,7 @@
 
 import pytest
 
+from condlr.report.claims import claims
 from tests.report.test_claims import study, verdicts
 
 SOFT = "condlr-tauinf-preconditioner=scalar+condition-weight=0.1-acts_on=S"
@@ -12,13 +13,16 @@ ROWS = {
     ("condlr-tau0.1-ranks=energy", 0.7996): 0.97,
     (ROBUST, 0.7996): 0.94, (SOFT, 0.7996): 0.94,
     ("robust_dlrt-theta=0.0+condition-weight=0.1-acts_on=S", 0.7996): 0.94,
+    ("dlrt+condition-weight=0.1-acts_on=S", 0.7996): 0.94,
     ("dlrt", 0.7996): 0.91, ("spectral_cap-1", 0.7996): 0.93, ("spectral_cap-1", 0.4): 0.99,
+    ("spectral_cap-1-ranks=energy", 0.7996): 0.96, ("condlr-tau0.1-momentum=transported", 0.7996): 0.90,
 }  # fmt: skip
 QUESTIONS = {
     "More robust than RobustDLRT": (ROBUST, 0.7996),
     "The condition number, and not the norm alone": ("spectral_cap-1", 0.7996),
     "A hard band is better than a soft penalty": (SOFT, 0.7996),
     "Ranks that are shared out are better than uniform ones": ("condlr-tau0.1", 0.7996),
+    "With ranks that are shared out CondLR beats the dense network": None,
     "RobustDLRT is more robust than DLRT": None,
     "The penalty R makes the dense network more robust": None,
     "Compressible spectra lower robustness": None,
@@ -40,6 +44,17 @@ def test_a_rival_that_is_better_decides_against_us(question):
         title for title in QUESTIONS if title != question and title != "RobustDLRT is more robust than DLRT"
     ]
     assert all(found[title] == "supported" for title in others)
+
+
+def test_rows_are_compared_with_those_of_the_same_allocation():
+    found = {claim.title: claim for claim in claims(study(ROWS))}
+    norms = found["The condition number, and not the norm alone"].comparisons
+    assert {(pair.left.label, pair.right.label) for pair in norms} == {
+        ("condlr-tau0", "spectral_cap-1"), ("condlr-tau0.1", "spectral_cap-1"),
+        ("condlr-tau0.1-ranks=energy", "spectral_cap-1-ranks=energy"),
+    }  # fmt: skip
+    (shared,) = found["Ranks that are shared out are better than uniform ones"].comparisons
+    assert (shared.left.label, shared.right.label) == ("condlr-tau0.1-ranks=energy", "condlr-tau0.1")
 
 
 def test_rows_of_other_weights_are_not_compared():
