@@ -1,13 +1,15 @@
 """The contract of a method: everything in which two rows of a table differ."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
+from condlr._support.errors import one_of
 from condlr.factorization import Scheme, factorize
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -73,15 +75,13 @@ class Method:
         """
         return scheme.deployed(model)
 
-    @property
-    def by_energy(self) -> bool:
-        """Whether layers share their weights out by the spectra of the first weights. Default: no."""
-        return False
+    def ranks_for(self, model: nn.Module, scheme: Scheme) -> dict[str, int]:
+        """The first rank of each layer, by name. Default: those of the scheme."""
+        return scheme.ranks(model)
 
     def factored(self, model: nn.Module, scheme: Scheme, core: str = "full") -> nn.Module:
-        """`model` with the low-rank layers of `scheme`; `model` itself if there are none."""
-        shared = self.by_energy and scheme.compression is not None
-        ranks = scheme.ranks_by_energy(model) if shared else scheme.ranks(model)
+        """`model` with low-rank layers of the ranks `ranks_for`; `model` itself if there are none."""
+        ranks = self.ranks_for(model, scheme)
         if not ranks:
             return model
         return factorize(model, ranks=ranks, init=scheme.init, decay=scheme.decay, core=core)
@@ -153,3 +153,27 @@ class Method:
         The figures go into the history. A broken guarantee raises `ConstraintBreach`.
         """
         return {}
+
+
+@dataclass
+class Allocating(Method):
+    """A method whose compression may be allocated between the layers.
+
+    Attributes:
+        ranks: None: the compression in each layer; `energy`: as many weights, allocated by the spectra of the
+            first weights, see `Scheme.ranks_by_energy`.
+        allocations: the values of `ranks` that the method knows, beside None.
+    """
+
+    allocations: ClassVar[tuple[str, ...]] = ("energy",)
+
+    ranks: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.ranks is not None:
+            one_of("ranks", self.ranks, self.allocations)
+
+    @override
+    def ranks_for(self, model: nn.Module, scheme: Scheme) -> dict[str, int]:
+        shared = self.ranks == "energy" and scheme.compression is not None
+        return scheme.ranks_by_energy(model) if shared else scheme.ranks(model)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from condlr._support.errors import in_range, one_of
+from condlr._support.errors import in_range
 from condlr._support.precision import strict
 from condlr.constraint import Constraint, Options
 from condlr.factorization import low_rank_layers
 from condlr.methods._bases import Objective, dense_gradients, is_free
 from condlr.methods._reallocation import reallocate
-from condlr.methods.base import Method, Term
+from condlr.methods.base import Allocating, Term
 
 _REALLOCATED = "condlr_reallocated"
 # Epochs between allocations, where none are given
@@ -23,17 +23,17 @@ _PERIOD = 2
 
 
 @dataclass
-class CondLR(Method):
+class CondLR(Allocating):
     """The rows CondLR of the tables; with tau = 0 and `centre=one`, the row "mean".
 
     Attributes:
-        ranks: None: the compression in each layer; `energy`: as many weights, allocated between the layers
-            by the spectra of the first weights, see `Scheme.ranks_by_energy`; `adaptive`: allocated anew by
-            gradients in the first half of the training, see `reallocate`.
+        ranks: see `Allocating`; `adaptive`: allocated anew by gradients in the first half of the training,
+            see `reallocate`.
         period: epochs between these allocations; None: 2.
         tau, ...: see `condlr.constrain`.
     """
 
+    allocations: ClassVar[tuple[str, ...]] = ("energy", "adaptive")
     title: ClassVar[str] = "CondLR"
     order: ClassVar[int] = 3
     colours: ClassVar[Mapping[str, str]] = {
@@ -50,11 +50,10 @@ class CondLR(Method):
     retraction: str = "qr"
     projection: str = "svd"
     transport: bool = False
-    ranks: str | None = None
     period: int | None = None
 
     def __post_init__(self) -> None:
-        one_of("ranks", self.ranks or "energy", ("energy", "adaptive"))
+        super().__post_init__()
         if self.period is not None:
             in_range("period", self.period, 1, math.inf)
             if self.ranks != "adaptive":
@@ -109,11 +108,6 @@ class CondLR(Method):
     @override
     def optimizers(self) -> tuple[str, ...]:
         return ("sgd",) if self.momentum == "before_projection" else super().optimizers
-
-    @property
-    @override
-    def by_energy(self) -> bool:
-        return self.ranks == "energy"
 
     @override
     def begin_epoch(

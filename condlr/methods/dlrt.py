@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
-from condlr._support.errors import ConstraintBreach, in_range, one_of
+from condlr._support.errors import ConstraintBreach, in_range
 from condlr._support.precision import strict
-from condlr.factorization import Scheme, factorize, low_rank_layers
+from condlr.factorization import Scheme, low_rank_layers
 from condlr.layers import LowRank
 from condlr.manifolds import stiefel
 from condlr.methods._bases import Objective, half_rank, is_free, kept, transport, truncate
-from condlr.methods.base import Method, Term
+from condlr.methods.base import Allocating, Term
 from condlr.methods.vanilla import step_along
 
 TOLERANCE = 1e-5
 
 
 @dataclass
-class Dlrt(Method):
+class Dlrt(Allocating):
     r"""W = U S V^T by the K-, L- and S-step integrator, of fixed or adaptive rank (their Algorithm 1).
 
     With W_0 = U_0 S_0 V_0^T and the gradient G of the loss, one step of gradient descent is
@@ -47,7 +47,6 @@ class Dlrt(Method):
 
     Attributes:
         theta: 0 for a fixed rank; > 0 is the relative tolerance of the truncation.
-        ranks: of the start, None or `energy`, see `CondLR`.
     """
 
     title: ClassVar[str] = "DLRT"
@@ -55,16 +54,10 @@ class Dlrt(Method):
     colours: ClassVar[Mapping[str, str]] = {"dlrt": "#999933"}
 
     theta: float = 0.0
-    ranks: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         in_range("theta", self.theta, 0, 1, half_open=True)
-        one_of("ranks", self.ranks or "energy", ("energy",))
-
-    @property
-    @override
-    def by_energy(self) -> bool:
-        return self.ranks == "energy"
 
     @property
     @override
@@ -72,16 +65,14 @@ class Dlrt(Method):
         return 2
 
     @override
-    def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
-        if not self.theta:
-            return self.factored(model, scheme)
-        ranks = scheme.ranks(model)
+    def ranks_for(self, model: nn.Module, scheme: Scheme) -> dict[str, int]:
+        ranks = super().ranks_for(model, scheme)
         linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-        for name, rank in ranks.items():
+        for name, rank in ranks.items() if self.theta else ():
             n, m = model.get_parameter(f"{name}.weight").flatten(1).shape
             if not (scheme.classifier == "full_rank" and name == linear[-1]):
                 ranks[name] = min(rank, max(min(n, m) // 2, 1))
-        return factorize(model, ranks=ranks, init=scheme.init, decay=scheme.decay) if ranks else model
+        return ranks
 
     @override
     def optimizer(

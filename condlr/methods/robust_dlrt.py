@@ -45,7 +45,6 @@ class RobustDlrt(Dlrt):
 
     Attributes:
         theta: 0 for a fixed rank; > 0 is the relative tolerance of the truncation.
-        ranks: of the start, None or `energy`, see `CondLR`.
         period: batches in a cycle, s* in the paper, 10 there.
         clip: the largest norm of the gradient of all that moves; infinity does not clip. 1 in the paper.
         adaptive: the part of the epochs, from the first on, in which the rank adapts.

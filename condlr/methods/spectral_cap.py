@@ -12,14 +12,14 @@ from typing_extensions import override
 from condlr._support.errors import ConstraintBreach, one_of
 from condlr.constraint import PRECONDITIONERS, Constraint, Options
 from condlr.factorization import low_rank_layers
-from condlr.methods.base import Method
+from condlr.methods.base import Allocating
 
 # Of rounding in float32.
 TOLERANCE = 1e-4
 
 
 @dataclass
-class SpectralCap(Method):
+class SpectralCap(Allocating):
     """W = U S V^T as CondLR trains it, with singular values of at most `cap`, and no lower bound.
 
     U and V are kept orthonormal by the same steps and retractions. After each step the singular values of S
@@ -30,7 +30,6 @@ class SpectralCap(Method):
         cap: the largest singular value of every low-rank layer.
         preconditioner: see `condlr.constrain`; `scalar`, since the inverse of an S without a lower bound has
             none.
-        ranks: None or `energy`, see `CondLR`.
     """
 
     title: ClassVar[str] = "Norm"
@@ -39,18 +38,12 @@ class SpectralCap(Method):
 
     cap: float = 1.0
     preconditioner: str = "scalar"
-    ranks: str | None = None
 
     def __post_init__(self) -> None:
-        one_of("ranks", self.ranks or "energy", ("energy",))
+        super().__post_init__()
         one_of("preconditioner", self.preconditioner, PRECONDITIONERS[:2])
         Options(math.inf, preconditioner=self.preconditioner, cap=self.cap)
         self._constraint: Constraint | None = None
-
-    @property
-    @override
-    def by_energy(self) -> bool:
-        return self.ranks == "energy"
 
     @override
     def label(self) -> str:

@@ -11,11 +11,11 @@ from typing_extensions import override
 
 from condlr._support.errors import in_range, one_of
 from condlr.factorization import Scheme, low_rank_layers
-from condlr.methods.base import Method, Term
+from condlr.methods.base import Allocating, Term
 
 
 @dataclass
-class Vanilla(Method):
+class Vanilla(Allocating):
     """W = U V^T without a constraint on the factors (Pufferfish; Khodak et al., ICLR 2021).
 
     The rank is that of U S V^T under the same compression, so that the rows of a table have layers of the
@@ -28,7 +28,6 @@ class Vanilla(Method):
         init: `spectral`: U sqrt(Sigma), V sqrt(Sigma) from the truncated SVD of the dense initial weight;
             `gaussian`: entries of U and V with mean 0 and variance s / sqrt(r), where s^2 is the mean square
             of the dense initial weight. The entries of U V^T then have variance s^2.
-        ranks: None or `energy`, see `CondLR`.
         frobenius_decay: lambda of the penalty lambda / 2 sum ||U V^T||_F^2 over the layers, a weight decay of
             W instead of its factors (Khodak et al., section 3.2): grad_U += lambda U (V^T V).
     """
@@ -40,18 +39,12 @@ class Vanilla(Method):
     update: str = "joint"
     init: str = "spectral"
     frobenius_decay: float = 0.0
-    ranks: str | None = None
 
     def __post_init__(self) -> None:
-        one_of("ranks", self.ranks or "energy", ("energy",))
+        super().__post_init__()
         one_of("update", self.update, ("joint", "alternating"))
         one_of("init", self.init, ("spectral", "gaussian"))
         in_range("frobenius_decay", self.frobenius_decay, 0, math.inf, half_open=True)
-
-    @property
-    @override
-    def by_energy(self) -> bool:
-        return self.ranks == "energy"
 
     @property
     @override

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from condlr.methods.cayley_sgd import CayleySgd
 from condlr.methods.condlr import CondLR
 from condlr.methods.dlrt import Dlrt
 from condlr.methods.projected_sgd import ProjectedSgd
+from condlr.methods.robust_dlrt import RobustDlrt
 from condlr.methods.spectral_cap import SpectralCap
 from condlr.methods.spel import Spel
 from condlr.methods.svd_prune import SvdPrune, kept_by_energy, sparsity
@@ -711,3 +713,17 @@ def test_dlrt_says_where_it_has_nothing_to_do():
     method = Dlrt()
     with pytest.raises(ValueError, match="no layer that DLRT can factor"):
         method.optimizer(nn.Linear(3, 3), 0.1, 0.0)
+
+
+@pytest.mark.parametrize("make", [CondLR, Dlrt, partial(Dlrt, theta=0.1), RobustDlrt, SpectralCap, Vanilla])
+def test_ranks_by_energy_are_taken_by_every_method_that_has_the_key(make):
+    """Also by those whose rank adapts later, which start at half of min(n, m) at most."""
+    torch.manual_seed(0)
+    network, scheme = LeNet5(), Scheme(0.8, classifier="dense")
+    method = make(ranks="energy")
+    found = {key: layer.rank for key, layer in low_rank_layers(method.apply(network, scheme)).items()}
+    wanted = scheme.ranks_by_energy(network)
+    halves = {"conv1": 10, "conv2": 25, "fc1": 250} if getattr(method, "theta", 0) else wanted
+    assert found == {key: min(rank, halves[key]) for key, rank in wanted.items()} != scheme.ranks(network)
+    with pytest.raises(ValueError, match="ranks"):
+        make(ranks="energies")
