@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr._support.errors import in_range, one_of
+from condlr._support.inputs import require_module
 from condlr._support.precision import strict
 from condlr._support.seeds import derive_seed
 from condlr.manifolds.truncation import WAYS, truncate
@@ -327,6 +328,9 @@ def low_rank_activations(
         >>> extra = low_rank_activations(net, {"1": 3})
         >>> loss = net(torch.randn(5, 8)).square().mean() + extra()
     """
+    require_module("low_rank_activations", model)
+    if not isinstance(ranks, Mapping) or not all(isinstance(rank, int) for rank in ranks.values()):
+        raise ValueError(f"ranks are whole numbers by the names of activations, {{'1': 3}}; got {ranks!r}")
     if any(isinstance(hook, _Saved) for hook in model._state_dict_hooks.values()):
         raise ValueError("the network has low-rank activations: condlr.activations.remove(model) first")
     if not ranks:

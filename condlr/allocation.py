@@ -35,7 +35,7 @@ def by_number(name: str, wanted: object, n: int, m: int) -> int:
         value = float(wanted)
         if isinstance(wanted, float) and 0 < value <= 1:
             return max(1, round(value * full))
-        if value >= 1 and value == int(value):
+        if 1 <= value < math.inf and value == int(value):
             return min(int(value), full)
     raise ValueError(f"{name} must be a rank of at least 1 or a fraction in (0, 1]; got {wanted!r}")
 

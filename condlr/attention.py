@@ -1,5 +1,6 @@
 """Multi-head attention whose projections are layers of their own, so that they can have low rank."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,13 +37,12 @@ class LowRankMultiheadAttention(nn.MultiheadAttention):
         query, key, value, masks and results: as in PyTorch, with or without a batch.
     """
 
-    in_proj_weight = None  # type: ignore[assignment]
-
     def __init__(self, dense: nn.MultiheadAttention, layers: Mapping[str, nn.Module]):
         nn.Module.__init__(self)
         _take_settings(self, dense)
         # Makes PyTorch's encoder call this module, and take no path that needs three weights as one
         self._qkv_same_embed_dim = False
+        self.register_parameter("in_proj_weight", None)
         for name in PROJECTIONS:
             self.add_module(name, layers[name])
         self.train(dense.training)
@@ -61,68 +61,72 @@ class LowRankMultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         if is_causal and attn_mask is None:
             raise ValueError("is_causal only says what attn_mask is: give the mask, too")
-        batched = query.ndim == 3
+        batched, padding = query.ndim == 3, key_padding_mask
         if not batched:
-            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+            query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+            padding = None if padding is None else padding.unsqueeze(0)
         elif not self.batch_first:
-            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        biases = [0.0] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        layers = [self.get_submodule(name) for name in INPUTS]
-        q, k, v = (
-            layer(x) + bias for layer, x, bias in zip(layers, (query, key, value), biases, strict=True)
-        )
-        if self.bias_k is not None and self.bias_v is not None:
-            k, v = (
-                torch.cat([x, bias.expand(len(x), 1, -1)], 1)
-                for x, bias in ((k, self.bias_k), (v, self.bias_v))
-            )
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+            query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)  # type: ignore[operator]
+        # Local variables, which TorchScript can narrow to "not None"
+        bias, bias_k, bias_v = self.in_proj_bias, self.bias_k, self.bias_v
+        if bias is not None:
+            biases = bias.chunk(3)
+            q, k, v = q + biases[0], k + biases[1], v + biases[2]
+        if bias_k is not None and bias_v is not None:
+            k = torch.cat([k, bias_k.expand(k.shape[0], 1, -1)], 1)
+            v = torch.cat([v, bias_v.expand(v.shape[0], 1, -1)], 1)
+        q, k, v = _heads(q, self.num_heads), _heads(k, self.num_heads), _heads(v, self.num_heads)
         if self.add_zero_attn:
-            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
-        causal = is_causal and key_padding_mask is None and not need_weights
-        mask = None if causal else self._added(attn_mask, key_padding_mask, q, key.shape[1], k.shape[2])
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        causal = is_causal and padding is None and not need_weights
+        mask = None if causal else _added(attn_mask, padding, q, key.shape[1], k.shape[2])
         dropout = self.dropout if self.training else 0.0
-        weights = None
+        weights: Tensor | None = None
         if need_weights:
             scores = q * self.head_dim**-0.5 @ k.mT
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
-            y = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
+            shares = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            y = shares @ v
+            weights = shares.mean(1) if average_attn_weights else shares
+            weights = weights if batched else weights.squeeze(0)
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         y = self.out_proj(y.transpose(1, 2).flatten(-2))
-        if not batched:
-            return y.squeeze(0), None if weights is None else weights.squeeze(0)
-        return y if self.batch_first else y.transpose(0, 1), weights
+        if batched and not self.batch_first:
+            y = y.transpose(0, 1)
+        return y if batched else y.squeeze(0), weights
 
-    def _added(
-        self, mask: Tensor | None, padding: Tensor | None, q: Tensor, given: int, keys: int
-    ) -> Tensor | None:
-        """Both masks as one that is added to the scores, of the `given` keys and those the module adds."""
-        batch, heads, queries = q.shape[:3]
-        found = None
-        if mask is not None:
-            fits = ((queries, given), (batch * heads, queries, given))
-            if mask.shape not in fits:
-                raise ValueError(f"attn_mask has the shape {tuple(mask.shape)}, not {fits[0]} or {fits[1]}")
-            found = _additive(mask, q)
-            found = found if mask.ndim == 2 else found.unflatten(0, (batch, heads))
-        if padding is not None:
-            if padding.shape != (batch, given):
-                raise ValueError(
-                    f"key_padding_mask has the shape {tuple(padding.shape)}, not {(batch, given)}"
-                )
-            hidden = _additive(padding, q)[:, None, None]
-            found = hidden if found is None else found + hidden
-        return found if found is None or keys == given else F.pad(found, (0, keys - given))
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _added(mask: Tensor | None, padding: Tensor | None, q: Tensor, given: int, keys: int) -> Tensor | None:
+    """Both masks as one that is added to the scores, of the `given` keys and those the module adds."""
+    batch, heads, queries = q.shape[0], q.shape[1], q.shape[2]
+    found: Tensor | None = None
+    if mask is not None:
+        alike, apart = [queries, given], [batch * heads, queries, given]
+        if list(mask.shape) != alike and list(mask.shape) != apart:
+            raise ValueError(f"attn_mask has the shape {list(mask.shape)}, not {alike} or {apart}")
+        found = _additive(mask, q)
+        if mask.ndim == 3:
+            found = found.unflatten(0, (batch, heads))
+    if padding is not None:
+        if list(padding.shape) != [batch, given]:
+            raise ValueError(f"key_padding_mask has the shape {list(padding.shape)}, not {[batch, given]}")
+        hidden = _additive(padding, q).unsqueeze(1).unsqueeze(1)
+        found = hidden if found is None else found + hidden
+    if found is None or keys == given:
+        return found
+    return F.pad(found, (0, keys - given))
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
     """A mask as numbers to add to scores; of truth values, True hides."""
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
-    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -torch.inf)
+    return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill_(mask, -math.inf)
 
 
 def projections(attention: nn.MultiheadAttention) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from condlr._support.errors import ConstraintBreach, in_range, one_of
+from condlr._support.inputs import require_module
 from condlr._support.precision import strict
 from condlr.held import (
     Held,
@@ -19,6 +20,7 @@ from condlr.held import (
     old_memory,
     orthonormalize,
     require_float,
+    require_usable,
     required,
     transport_moments,
     transpose_old_moments,
@@ -27,6 +29,7 @@ from condlr.held import (
 )  # fmt: skip
 from condlr.layers import LowRank
 from condlr.manifolds import spectrum, stiefel
+from condlr.steppers import Stepper, require_plain_sgd
 
 PRECONDITIONERS = ("exact", "scalar", "released_code")
 MOMENTA = ("after_projection", "before_projection", "transported")
@@ -147,8 +150,9 @@ class Options:
         one_of("projection", self.projection, PROJECTIONS)
         if self.preconditioner == "released_code" and math.isinf(self.tau):
             raise ValueError("preconditioner=released_code is a function of the band: it needs a finite tau")
-        if not self.cap > 0:
-            raise ValueError(f"cap must be > 0; got {self.cap}")
+        in_range("cap", self.cap, 0, math.inf)
+        if self.cap == 0:
+            raise ValueError("cap must be > 0; got 0")
         if math.isfinite(self.cap) and math.isfinite(self.tau):
             raise ValueError("cap bounds the norm alone: it needs tau=inf")
 
@@ -161,15 +165,9 @@ class Constraint:
     """The constraint that `constrain` attached to an optimiser."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, options: Options):
-        optimizer = _innermost(optimizer)
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                "LBFGS takes several gradients in a step and is not constrained between them: "
-                "use an optimizer that takes one, such as SGD or AdamW"
-            )
+        self._stepper = Stepper.of(optimizer)
         self.options = options
-        self.optimizer = optimizer
-        self._model = model
+        self._model = require_module("constrain", model)
         self._held: dict[LowRank, Held] = {}
         self._seen: list[int] = []
         self._forget_step()
@@ -182,12 +180,7 @@ class Constraint:
         self._attach()
 
     def _attach(self) -> None:
-        self._hooks = [
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
-            self.optimizer.register_state_dict_post_hook(self._save),
-            self.optimizer.register_load_state_dict_post_hook(self._recall),
-        ]
+        self._hooks = self._stepper.attach(self._before_step, self._after_step, self._save, self._recall)
 
     def remove(self) -> None:
         """Remove the hooks from the optimiser; the factors do not change."""
@@ -205,6 +198,11 @@ class Constraint:
         attached, self._hooks = self._hooks, []
         if attached:
             self._attach()
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser, without wrappers."""
+        return self._stepper.inner
 
     @property
     def tau(self) -> float:
@@ -234,6 +232,7 @@ class Constraint:
     def audit(self) -> dict[str, float]:
         """The largest max |U^T U - I| (V likewise) and the largest cond(S) of all layers, in float64."""
         self._update_held()
+        self._require_layers()
         return worst(map(audited, self.layers.values()))
 
     def check(self) -> dict[str, float]:
@@ -242,6 +241,7 @@ class Constraint:
         The limit of cond(S) holds for layers whose S was moved by a step. An S that is zero is a breach.
         """
         self._update_held()
+        self._require_layers()
         found = {held: audited(held.layer) for held in self._held.values()}
         for held, figures in found.items():
             for name, limit in limits(self.options.tau).items():
@@ -251,6 +251,10 @@ class Constraint:
                         f"{name} {figures[name]:.3g} > {limit:.3g}"
                     )
         return worst(found.values())
+
+    def _require_layers(self) -> None:
+        if not self._held:
+            raise ValueError("no layer is constrained: the optimiser has none of the model's factors")
 
     def _update_held(self) -> None:
         """Update the constrained layers: those of the model whose factors are in the optimiser."""
@@ -271,10 +275,16 @@ class Constraint:
                 now[layer] = before if before and same else held
         new = [held for layer, held in now.items() if self._held.get(layer) is not held]
         for held in new:
-            require_float(held.name, held.U)
+            require_usable(held)
+        if self._held and not now:
+            warnings.warn(
+                "no layer is constrained any more: the optimiser has none of the model's factors "
+                "(layers were replaced, or loaded with assign=True)",
+                stacklevel=4,
+            )
         self._require_alone(new)
         if self.options.momentum == "before_projection":
-            _require_plain_sgd(self.optimizer)
+            require_plain_sgd(self.optimizer)
         for held in new:
             orthonormalize(held.layer)
             held.scale = self._first_scale(held.layer)
@@ -284,7 +294,7 @@ class Constraint:
 
     def _require_alone(self, new: "Sequence[Held]") -> None:
         """Refuse a second constraint on a layer, which would precondition its gradients twice."""
-        for hook in self.optimizer._optimizer_step_pre_hooks.values():
+        for hook in self._stepper.stepping._optimizer_step_pre_hooks.values():
             other = getattr(hook, "__self__", None)
             theirs = other._held if isinstance(other, Constraint) and other is not self else ()
             if any(held.layer in theirs for held in new):
@@ -304,10 +314,10 @@ class Constraint:
             )
         return 1 / mean
 
-    def _places(self) -> "dict[Held, int]":
+    def _places(self) -> "dict[Held, str]":
         """The position in the optimiser of each layer's first parameter: its key in a state_dict."""
         parameters = (p for group in self.optimizer.param_groups for p in group["params"])
-        places = {p: place for place, p in enumerate(parameters)}
+        places = {p: str(place) for place, p in enumerate(parameters)}
         known = {held: [places[X] for X in held.factors if X in places] for held in self._held.values()}
         return {held: found[0] for held, found in known.items() if found}
 
@@ -318,9 +328,11 @@ class Constraint:
 
     def _recall(self, optimizer: torch.optim.Optimizer, of: "Iterable[Held] | None" = None) -> None:
         """Restore the state of the layers `of`, by default of all, from a loaded state_dict."""
+        group = optimizer.param_groups[0]
+        # Keys are strings: torch.distributed.checkpoint makes them so. Older state_dicts have numbers.
+        loaded = {str(place): memory for place, memory in group.pop(_MEMORY, {}).items()}
         self._update_held()
-        group, places = optimizer.param_groups[0], self._places()
-        loaded = group.get(_MEMORY, {})
+        places = self._places()
         for held in self._held.values() if of is None else of:
             transpose_old_moments(optimizer.state.get(held.Vt, {}), held.Vt)
             memory = loaded.get(places[held])
@@ -330,7 +342,6 @@ class Constraint:
             if memory is not None:
                 held.remember(memory)
         left = {place: kept for place, kept in loaded.items() if place not in places.values()}
-        group.pop(_MEMORY, None)
         if left:  # of another constraint's layers
             group[_MEMORY] = left
 
@@ -543,9 +554,7 @@ def project(model: nn.Module, tau: float = 0.1) -> list[str]:
     in_range("tau", tau, 0, math.inf)
     changed = []
     for name, layer in required(model).items():
-        require_float(name, layer.U)
-        if not all(X.isfinite().all() for X in (layer.U, core_of(layer), layer.Vt)):
-            raise ValueError(f"the factors of {name} are not finite: they cannot be projected")
+        require_usable(Held(name, layer, layer.U, core_of(layer), layer.Vt))
         if all(audited(layer)[figure] <= limit for figure, limit in limits(tau).items()):
             continue
         orthonormalize(layer)
@@ -599,17 +608,6 @@ def _group(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict:
     return next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
 
 
-def _innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimiser itself, of a wrapper that has no step hooks of its own."""
-    while not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        inner = getattr(optimizer, "optimizer", None)
-        if not isinstance(inner, torch.optim.Optimizer):
-            kind = type(optimizer).__name__
-            raise ValueError(f"a {kind} is no torch.optim.Optimizer, and has none in .optimizer")
-        optimizer = inner
-    return optimizer
-
-
 def _refuse_sharded(model: nn.Module, parameters: Iterable[Tensor]) -> None:
     """Raise `ValueError` if factors are spread over processes, as FSDP does it."""
     wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
@@ -620,13 +618,3 @@ def _refuse_sharded(model: nn.Module, parameters: Iterable[Tensor]) -> None:
             "the factors are sharded over processes (FSDP), and the constraint needs whole matrices: use "
             "DistributedDataParallel, under which they are small enough to be whole in each process"
         )
-
-
-def _require_plain_sgd(optimizer: torch.optim.Optimizer) -> None:
-    if not isinstance(optimizer, torch.optim.SGD):
-        raise ValueError("momentum=before_projection needs torch.optim.SGD; use after_projection")
-    for group in optimizer.param_groups:
-        if any(group.get(option) for option in ("dampening", "nesterov", "maximize", "fused")):
-            raise ValueError(
-                "momentum=before_projection needs SGD without dampening, nesterov, maximize, fused"
-            )

@@ -14,14 +14,14 @@ from torch.nn.utils.parametrize import is_parametrized
 from typing_extensions import override
 
 from condlr._support.errors import one_of
-from condlr._support.inputs import call
+from condlr._support.inputs import call, require_module
 from condlr.activations import remove
 from condlr.attention import PROJECTIONS, LowRankMultiheadAttention, dense
 from condlr.convolutions import CONVOLUTIONS, TRANSPOSED
 from condlr.layers import LowRank
 from condlr.reading import ATTRIBUTES, read_layers
 from condlr.replacement import listed, replaced
-from condlr.sites import matches
+from condlr.sites import matches, patterns
 
 EXPORTS = ("smallest", "dense", "factored")
 
@@ -52,6 +52,7 @@ def export(
         ValueError: unknown form, or the network refers to a layer where copying does not follow.
         RuntimeError: something in the network cannot be copied.
     """
+    require_module("export", model)
     one_of("form", form, EXPORTS)
     if isinstance(example, str):
         raise TypeError(f"an example is an input of the network; for a form say form={example!r}")
@@ -87,7 +88,8 @@ def unfactorize(
             follow.
         RuntimeError: something in the network cannot be copied.
     """
-    patterns = [include] if isinstance(include, str) else include
+    require_module("unfactorize", model)
+    wanted = patterns("include", include)
     inside = {layer for attention in _attentions(model) for layer in attention.modules()}
     named = {
         module: name
@@ -96,10 +98,10 @@ def unfactorize(
         or (isinstance(module, LowRank) and module not in inside)
     }
     there = [*named.values()]
-    if unknown := [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in there)]:
+    if unknown := [pattern for pattern in wanted if not any(matches(name, [pattern]) for name in there)]:
         known = listed(there, 12) or "none"
         raise ValueError(f"no low-rank layer or attention is named {unknown[0]!r}; there are {known}")
-    chosen = [module for module, name in named.items() if matches(name, patterns)]
+    chosen = [module for module, name in named.items() if matches(name, wanted)]
     layers = {layer: _plain(layer, "dense") for layer in chosen if isinstance(layer, LowRank)}
     made = _made([module for module in chosen if isinstance(module, LowRankMultiheadAttention)], layers)
     low, lost = replaced(model, made, inplace)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from condlr._support.errors import in_range, one_of
+from condlr._support.inputs import require_module
 from condlr.activations import remove
 from condlr.allocation import by_budget, by_energy, by_error, by_number, limit_of, squares, weights
 from condlr.attention import PROJECTIONS, LowRankMultiheadAttention, linear
@@ -21,7 +22,7 @@ from condlr.manifolds.nearest import nearest
 from condlr.moments import Moment, moments
 from condlr.ranks import RANK_RULES, rank_for
 from condlr.replacement import listed, replaced
-from condlr.sites import Site, around, matches, sites
+from condlr.sites import Site, around, matches, patterns, sites
 from condlr.size import Size, measure, numel
 
 __all__ = ["Scheme", "Size", "export", "factorize", "low_rank_layers", "measure"]
@@ -188,12 +189,11 @@ def factorize(
     if len(given) != 1:
         raise ValueError(f"give exactly one of {', '.join(wishes)}; got {', '.join(given) or 'none'}")
     ((rule, wish),) = given.items()
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"factorize needs a network, an nn.Module; got {type(model).__name__}")
-    include, exclude = (
-        (names,) if isinstance(names, str) else tuple(default if names is None else names)
-        for names, default in ((include, ("*",)), (exclude, ()))
-    )
+    require_module("factorize", model)
+    include = patterns("include", ("*",) if include is None else include)
+    exclude = patterns("exclude", () if exclude is None else exclude)
+    if isinstance(wish, Mapping):
+        patterns(rule, wish)
     one_of("init", init, INITS)
     one_of("core", core, CORES)
     in_range("tolerance", tolerance, 0, 1)
@@ -216,7 +216,9 @@ def factorize(
         )
     batches = moments(model, [free[name] for name in chosen], data) if data is not None else {}
     scheme = Scheme(None, rank_rule, classifier, init, decay)
-    head = None if isinstance(wish, Mapping) else _head(found, classifier)
+    head = _head(found, classifier)
+    if head is not None and isinstance(wish, Mapping) and head in wish:
+        raise ValueError(f"{head} is the classifier, and has a value of its own: leave out {classifier=}")
     by_name = _ranks(model, {name: free[name] for name in chosen}, rule, wish, scheme, head, core, batches)
     if not by_name:
         there = ", ".join(sorted(free))

@@ -1,5 +1,6 @@
 """The form in which each low-rank layer is computed: the fastest on this machine, by measurement."""
 
+import copy
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from condlr._support import machine
 from condlr._support.errors import one_of
 from condlr._support.files import write
-from condlr._support.inputs import call, untouched
+from condlr._support.inputs import call, require_module, untouched
 from condlr.convolutions import CONVOLUTIONS, TRANSPOSED
 from condlr.factorization import low_rank_layers
 from condlr.layers import FORMS, LowRank
@@ -43,14 +44,14 @@ def choose_forms(model: nn.Module, example: Any) -> dict[str, str]:
     Returns:
         The chosen forms by layer name; `set_forms` makes the same choice elsewhere.
     """
-    names = {layer: name for name, layer in low_rank_layers(model).items()}
+    names = {layer: name for name, layer in low_rank_layers(require_module("choose_forms", model)).items()}
     known, found, chosen = _read(), {}, {}
 
     def measure(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         assert isinstance(layer, LowRank)
         if names[layer] in chosen:
             return
-        x = inputs[0] if inputs else named["x"]
+        x = inputs[0] if inputs else named["input"]
         key = _key(layer, x)
         if known.get(key) not in _forms_of(layer):
             known[key] = found[key] = _fastest(layer, x)
@@ -58,8 +59,8 @@ def choose_forms(model: nn.Module, example: Any) -> dict[str, str]:
 
     hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in names]
     try:
-        with untouched(model), torch.enable_grad():
-            call(model, example)
+        with torch.inference_mode(False), untouched(model), torch.enable_grad():
+            call(model, copy.deepcopy(example))  # a tensor of inference mode has no gradient, its copy has
     finally:
         for hook in hooks:
             hook.remove()
@@ -75,10 +76,12 @@ def set_forms(model: nn.Module, forms: Mapping[str, str] | str) -> None:
     Raises:
         ValueError: unknown form, or no low-rank layer of that name.
     """
-    layers = low_rank_layers(model)
+    layers = low_rank_layers(require_module("set_forms", model))
     if isinstance(forms, str):
         one_of("forms", forms, FORMS)
         forms = dict.fromkeys(layers, forms)
+    if not isinstance(forms, Mapping):
+        raise ValueError(f"forms is one form, or forms by layer name; got {forms!r}")
     for name, form in forms.items():
         if name not in layers:
             raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from condlr._support.inputs import require_module
 from condlr.factorization import low_rank_layers
 from condlr.layers import LowRank
 from condlr.manifolds import spectrum, stiefel
@@ -82,6 +83,7 @@ def triples(model: nn.Module) -> dict[str, LowRank]:
 
 def required(model: nn.Module) -> dict[str, LowRank]:
     """`triples`; raise `ValueError` if there is none."""
+    require_module("this", model)
     if not (layers := triples(model)):
         raise ValueError("this model has no U S V^T layer: factorize it first (core='full')")
     return layers
@@ -132,6 +134,22 @@ def require_float(name: str, U: Tensor) -> None:
     """Raise `ValueError` unless U is float32 or float64."""
     if U.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the factors of {name} are {U.dtype}: keep them in float32, use autocast")
+
+
+def require_usable(held: Held) -> None:
+    """Raise `ValueError` unless the factors are parameters with finite values in float32 or float64."""
+    name = held.name or "the layer"
+    for part, X in zip(("U", "S", "Vt"), held.factors, strict=True):
+        if not isinstance(X, nn.Parameter):
+            raise ValueError(
+                f"{part} of {name} is computed from other tensors (pruning, a parametrisation): the "
+                "constraint moves parameters"
+            )
+    require_float(held.name, held.U)
+    if held.U.is_meta:
+        raise ValueError(f"the factors of {name} are on the meta device: they have no values yet")
+    if not all(X.isfinite().all() for X in held.factors):
+        raise ValueError(f"the factors of {name} are not finite")
 
 
 def transport_moments(held: Held, states: Mapping[Tensor, dict[str, Any]], U0: Tensor, Vt0: Tensor) -> None:

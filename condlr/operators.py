@@ -19,6 +19,7 @@ from condlr.manifolds.convolution import (
     padded_singular_values,
 )
 from condlr.manifolds.lanczos import largest_singular_values
+from condlr.sites import KINDS, computes_like
 
 BOUNDARIES = ("layer", "zeros", "circular")
 
@@ -45,7 +46,8 @@ def operator_norm(
 
     Args:
         layer: a linear layer, a convolution in one to three dimensions, or a transposed one, dense or
-            low-rank, with groups, strides and dilation.
+            low-rank, with groups, strides and dilation. A subclass with a forward pass of its own, linear in
+            its input, is taken as it computes.
         shape: of one input, (channels, height, width) or (channels, length); not for a linear layer.
         boundary: `layer`, as the layer pads; `zeros`, with its padding by zeros; `circular`, on a periodic
             image, exact by FFT, which needs a stride that divides the size. The last two are for one and two
@@ -67,7 +69,7 @@ def operator_norm(
     if (weight := _matrix(layer, shape)) is not None:
         return torch.linalg.matrix_norm(weight, 2).item()
     _require_shape(layer, shape, boundary)
-    if _is_unusual(layer, boundary):
+    if _is_unusual(layer, shape, boundary):
         return _norm_of_map(layer, shape, tolerance)
     kernels, size, window, periodic = _described(layer, shape, boundary)
     if periodic:
@@ -102,7 +104,7 @@ def singular_values(
     if (weight := _matrix(layer, shape)) is not None:
         return torch.linalg.svdvals(weight)
     _require_shape(layer, shape, boundary)
-    if _is_unusual(layer, boundary):
+    if _is_unusual(layer, shape, boundary):
         return _values_of_map(layer, shape, limit)
     kernels, size, window, periodic = _described(layer, shape, boundary)
     if periodic:
@@ -127,6 +129,8 @@ def _matrix(layer: Any, shape: Sequence[int]) -> Tensor | None:
         return None
     weight = layer.weight if isinstance(layer, nn.Linear) else layer.matrix
     _require_values(weight)
+    if not is_pytorchs(layer):
+        raise ValueError(f"a {type(layer).__name__} may use its weight in its own way")
     if len(shape) > 0 and shape[-1] != weight.shape[1]:
         raise ValueError(f"a linear layer of {weight.shape[1]} inputs needs no shape; got {tuple(shape)}")
     return weight.double()
@@ -136,6 +140,8 @@ def _require_values(weight: Tensor) -> None:
     """Raise `ValueError` for weights without singular values."""
     if is_lazy(weight) or weight.is_meta:
         raise ValueError("the layer has no weights yet")
+    if weight.is_complex():
+        raise ValueError("the weight is complex: real weights alone have an operator here")
     if not weight.isfinite().all():
         raise ValueError("the weight is not finite: it has no singular values")
 
@@ -152,6 +158,8 @@ def _require_shape(layer: Any, shape: Sequence[int], boundary: str) -> None:
     if len(shape) != dims + 1 or shape[0] != channels or min(shape) < 1:
         wanted = ("length", "height, width", "depth, height, width")[dims - 1]
         raise ValueError(f"shape is that of one input, ({channels}, {wanted}); got {tuple(shape)}")
+    if boundary != "layer" and not is_pytorchs(layer):
+        raise ValueError(f"a {type(layer).__name__} is taken as it computes: boundary='layer'")
     if boundary != "layer" and dims == 3:
         raise ValueError("in three dimensions a convolution is taken as it pads: boundary='layer'")
     if boundary != "layer" and _overhangs(layer):
@@ -168,13 +176,23 @@ def _overhangs(layer: Any) -> bool:
     return any(o >= s for o, s in pairs)
 
 
-def _is_unusual(layer: Any, boundary: str) -> bool:
+def is_pytorchs(layer: nn.Module) -> bool:
+    """Whether a layer computes as PyTorch's of its kind, or is one of ours."""
+    if isinstance(layer, LowRank):
+        return True
+    base = next(kind for kind in KINDS if isinstance(layer, kind))
+    return computes_like(type(layer), base) and "forward" not in vars(layer)
+
+
+def _is_unusual(layer: Any, shape: Sequence[int], boundary: str) -> bool:
     """Whether the operator is neither a convolution with zeros at the edge nor one of periodic images."""
     if boundary != "layer":
         return False
     circular = layer.padding_mode == "circular"
     return (
         isinstance(layer, _CUBES)
+        or not is_pytorchs(layer)
+        or (circular and any(n % s for n, s in zip(shape[1:], layer.stride, strict=True)))
         or _overhangs(layer)
         or layer.padding_mode not in ("zeros", "circular")
         or (circular and not _wraps_whole(layer))

@@ -14,7 +14,7 @@ from condlr.analysis.conditioning import circular, spread
 from condlr.attention import PROJECTIONS, LowRankMultiheadAttention
 from condlr.convolutions import TRANSPOSED, LowRankConv2d
 from condlr.layers import LowRank
-from condlr.operators import singular_values
+from condlr.operators import is_pytorchs, singular_values
 from condlr.sites import kind_of
 from condlr.size import numel
 
@@ -202,7 +202,8 @@ def _made(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def _operator(layer: Any, seen: _Seen | None) -> float | None:
-    if seen is None or not isinstance(layer, nn.Conv2d | LowRankConv2d) or next(layer.parameters()).is_meta:
+    usual = isinstance(layer, LowRankConv2d) or (isinstance(layer, nn.Conv2d) and is_pytorchs(layer))
+    if seen is None or not usual or any(p.is_meta or p.is_complex() for p in layer.parameters()):
         return None
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         if any(n % s for n, s in zip(seen.size, layer.stride, strict=True)):

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,12 @@ from typing_extensions import override
 
 _WRITES = re.compile(
     r"__(set|setitem|i(add|sub|mul|truediv|div|floordiv|mod|pow|and|or|xor|lshift|rshift))__"
+)
+
+
+_LOST = (
+    "{name} would write into the weight of a low-rank layer, a product that is not kept: "
+    "set it by layer.weight = tensor, or condlr.export the model first"
 )
 
 
@@ -27,7 +33,8 @@ class Product(Tensor, metaclass=_Related):
     """The `weight` of a low-rank layer: computed at each access, and read-only.
 
     A write into the product would not change the factors, and would be lost silently. So in-place
-    operations raise `RuntimeError`, also on views and on `.data`. Other operations return plain tensors.
+    operations raise `RuntimeError`, also on views and on `.data`; as an array of numpy it is read-only. Other
+    operations return plain tensors.
     """
 
     @staticmethod
@@ -49,17 +56,30 @@ class Product(Tensor, metaclass=_Related):
         kwargs = kwargs or {}
         name = func.__name__
         first = next(iter((*args, *kwargs.values())), None)  # `nn.init` passes its tensor by keyword
-        written = [kwargs.get("out"), first if _writes(name) else None]
+        writes = _writes(name) or kwargs.get("inplace") is True
+        written = [kwargs.get("out"), first if writes else None]
         if any(type(target) is cls for target in _tensors(written)):
-            raise RuntimeError(
-                f"{name} would write into the weight of a low-rank layer, a product that is not kept: "
-                "set it by layer.weight = tensor, or condlr.export the model first"
-            )
+            raise RuntimeError(_LOST.format(name=name))
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **kwargs)
+            if name in ("numpy", "__array__"):
+                found.flags.writeable = False
+                return found
             memory = {_memory(X) for X in _tensors(args) if type(X) is cls}
-            views = isinstance(found, Tensor) and _memory(found) in memory
-            return found.as_subclass(cls) if views else found
+            return cls._views(found, memory)
+
+    @classmethod
+    def _views(cls, found: Any, memory: Collection[int]) -> Any:
+        """`found` with what shares memory with a product as products; also in the tuple of a `chunk`."""
+        if isinstance(found, Tensor):
+            return found.as_subclass(cls) if _memory(found) in memory else found
+        if type(found) in (list, tuple):
+            return type(found)(cls._views(part, memory) for part in found)
+        return found
+
+    @override
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(_LOST.format(name="set_"))
 
     # A saved or copied product is a plain tensor.
     @override

@@ -52,6 +52,12 @@ def replaced(
         if isinstance(thing, MethodType) and isinstance(thing.__self__, nn.Module) and thing.__self__ in made:
             memo[id(thing)] = getattr(made[thing.__self__], thing.__name__, thing)
     copied = _copy(model, memo)
+    arrived = {*copied.modules()}
+    if not all(new in arrived for new in made.values()):
+        raise RuntimeError(
+            f"this network copies itself in its own way ({_copier(model)}.__deepcopy__), without its new "
+            "layers: use inplace=True"
+        )
     lost = _copy_extras(model, made, memo)
     for parameter in model.parameters():
         other = memo.get(id(parameter))
@@ -145,6 +151,11 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         raise RuntimeError(
             f"this network cannot be copied: {what}: {reason}; inplace=True needs no copy"
         ) from error
+
+
+def _copier(model: nn.Module) -> str:
+    """The class of the first module that has a way of copying of its own."""
+    return next((type(m).__name__ for m in model.modules() if hasattr(m, "__deepcopy__")), "copy")
 
 
 def _uncopied(model: nn.Module, memo: Mapping[int, Any]) -> str:

@@ -1,7 +1,7 @@
 """Where a network has matrices that can be factored, and why the others cannot."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -81,6 +81,14 @@ def sites(model: nn.Module) -> dict[str, Site]:
     return found
 
 
+def patterns(what: str, names: Collection[str] | str) -> tuple[str, ...]:
+    """One name or several as a tuple; raise `ValueError` for what is no name, such as a layer's number."""
+    found = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Iterable) else (names,)
+    if odd := [name for name in found if not isinstance(name, str)]:
+        raise ValueError(f"{what}: names of layers are strings, such as {str(odd[0])!r}; got {odd[0]!r}")
+    return found
+
+
 def matches(name: str, patterns: Collection[str]) -> bool:
     """Whether a pattern matches a layer or parameter, or a module that contains it."""
     return any(fnmatchcase(n, pattern) for n in around(name) for pattern in patterns)
@@ -114,7 +122,7 @@ def _adapters(model: nn.Module) -> dict[nn.Module, str]:
 def _of_layer(layer: Any, kind: type[LowRank], holders: Mapping[nn.Parameter, int]) -> str | None:
     dense = getattr(kind, "dense", nn.Linear)
     transformers = not isinstance(layer, dense)  # its Conv1D, by name
-    if not transformers and not _computes_like(type(layer), dense):
+    if not transformers and not computes_like(type(layer), dense):
         return f"a {type(layer).__name__}, which may use its weight in its own way"
     if getattr(layer, "groups", 1) != 1:
         return f"groups={layer.groups}"
@@ -129,12 +137,14 @@ def _of_layer(layer: Any, kind: type[LowRank], holders: Mapping[nn.Parameter, in
     else:
         channels = layer.out_channels, layer.in_channels
         shape = *(channels[::-1] if kind in TRANSPOSED else channels), *layer.kernel_size
-    if layer.weight.shape != shape or 0 in shape:
+    if layer.weight.numel() == 0:
+        return f"its weight has the shape {tuple(layer.weight.shape)}, without entries"
+    if layer.weight.shape != shape:
         return f"its weight has the shape {tuple(layer.weight.shape)}, not {shape}"
     return None
 
 
-def _computes_like(kind: type, dense: type) -> bool:
+def computes_like(kind: type, dense: type) -> bool:
     """Whether a subclass adds nothing but its own constructor and static methods."""
     added = (
         (name, value)
@@ -147,7 +157,7 @@ def _computes_like(kind: type, dense: type) -> bool:
 
 
 def _of_attention(layer: nn.MultiheadAttention, holders: Mapping[nn.Parameter, int]) -> str | None:
-    if not _computes_like(type(layer), nn.MultiheadAttention):
+    if not computes_like(type(layer), nn.MultiheadAttention):
         return f"a {type(layer).__name__}, which may use its weights in its own way"
     if own := [key for key in vars(layer) if callable(getattr(nn.MultiheadAttention, key, None))]:
         return f"its {own[0]} was replaced"

@@ -88,8 +88,8 @@ def test_it_does_the_operations_of_its_factors(monkeypatch):
     ("options", "message"),
     [
         ({"is_causal": True}, "give the mask, too"),
-        ({"attn_mask": torch.zeros(5, 4)}, r"attn_mask has the shape \(5, 4\), not \(4, 5\) or \(6, 4, 5\)"),
-        ({"key_padding_mask": torch.zeros(3, 4)}, r"key_padding_mask has the shape \(3, 4\), not \(3, 5\)"),
+        ({"attn_mask": torch.zeros(5, 4)}, r"attn_mask has the shape \[5, 4\], not \[4, 5\] or \[6, 4, 5\]"),
+        ({"key_padding_mask": torch.zeros(3, 4)}, r"key_padding_mask has the shape \[3, 4\], not \[3, 5\]"),
     ],
 )
 def test_masks_that_do_not_fit_are_one_line(options, message):
@@ -203,3 +203,12 @@ def test_functional_gradients():
     loss(weights).backward()
     for name, parameter in layer.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_it_can_be_scripted(name):
+    dense, inputs = made(**SETTINGS[name])
+    low = condlr.factorize(dense, 0.3)
+    scripted = torch.jit.script(low)
+    for options in ({}, {"need_weights": False}):
+        torch.testing.assert_close(scripted(*inputs, **options), low(*inputs, **options))

@@ -7,10 +7,12 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import condlr
 from condlr._support.errors import ConstraintBreach
@@ -318,7 +320,7 @@ def as_saved_before(net, optimizer):
     saved = copy.deepcopy(optimizer.state_dict())
     memory = saved["param_groups"][0].pop("condlr")
     names = [name for name, _ in net.named_parameters()]
-    layers = {names[place].rpartition(".")[0]: kept for place, kept in memory.items()}
+    layers = {names[int(place)].rpartition(".")[0]: kept for place, kept in memory.items()}
     saved["param_groups"][0] |= {
         "condlr_scales": {name: kept["scale"] for name, kept in layers.items()},
         "condlr_settled": [name for name, kept in layers.items() if kept["settled"]],
@@ -483,6 +485,10 @@ WRITES = {
     "data =": lambda w: setattr(w, "data", torch.zeros(3)),
     "freeze": lambda w: w.requires_grad_(False),
     "foreach": lambda w: torch._foreach_zero_([w]),
+    "chunk": lambda w: [nn.init.zeros_(part) for part in w.chunk(2)],
+    "rows": lambda w: [row.zero_() for row in w],
+    "relu": lambda w: nn.functional.relu(w, inplace=True),
+    "set_": lambda w: w.set_(torch.zeros(3)),
     "out": functools.partial(lambda w: torch.add(torch.ones_like(w), 1, out=w)),
 }
 
@@ -497,6 +503,14 @@ def test_nothing_is_written_into_a_product_without_a_word(layer, write):
     ):
         write(layer.weight)
     assert torch.equal(before, layer.matrix)
+
+
+@pytest.mark.parametrize("array", [lambda w: w.detach().numpy(), lambda w: np.asarray(w.detach())])
+def test_a_product_as_an_array_is_read_only(array):
+    layer = condlr.LowRankLinear(5, 4, 2)
+    with pytest.raises(ValueError, match="read-only"):
+        array(layer.weight).fill(0)
+    np.testing.assert_array_equal(array(layer.weight), layer.matrix.detach().numpy())
 
 
 def test_a_product_is_read_like_any_tensor():
@@ -649,3 +663,39 @@ def test_sharded_factors_are_refused_and_whole_ones_are_not(tmp_path):
         assert constraint.check()["cond_S"] <= 1.1 * (1 + 1e-4)
     finally:
         dist.destroy_process_group()
+
+
+def test_a_constraint_without_layers_says_so():
+    """`assign=True` makes new parameters, which the optimiser does not have."""
+    net = network()
+    optimizer = torch.optim.AdamW(net.parameters())
+    constraint = condlr.constrain(optimizer, net)
+    net.load_state_dict({key: 3 * value for key, value in net.state_dict().items()}, assign=True)
+    loss_of(net).backward()
+    with pytest.warns(UserWarning, match="no layer is constrained any more"):
+        optimizer.step()
+    for look in (constraint.audit, constraint.check):
+        with pytest.raises(ValueError, match="no layer is constrained"):
+            look()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda net: prune.l1_unstructured(net[0], "U", 0.5), "U of 0 is computed from other tensors"),
+        (lambda net: net[0].S.data.fill_(torch.nan), "the factors of 0 are not finite"),
+        (lambda net: net.to("meta"), "on the meta device"),
+    ],
+)
+def test_factors_that_cannot_be_constrained(spoil, message):
+    net = network()
+    spoil(net)
+    with pytest.raises(ValueError, match=message):
+        condlr.constrain(torch.optim.SGD(net.parameters(), lr=0.1), net)
+
+
+@pytest.mark.parametrize("cap", ["1", math.nan, 0, -1])
+def test_a_cap_is_a_positive_number(cap):
+    net = network()
+    with pytest.raises(ValueError, match="cap"):
+        condlr.constrain(torch.optim.SGD(net.parameters(), lr=0.1), net, math.inf, cap=cap)

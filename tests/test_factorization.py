@@ -590,6 +590,17 @@ def test_a_layer_that_a_pattern_names_and_that_stays_dense_is_named():
         (lambda net: condlr.factorize(net, 0.5, include=[]), "include names no layer"),
         (lambda net: condlr.factorize(net.to("meta"), energy=0.5), "energy needs weights; on the meta"),
         (lambda net: condlr.factorize(net.to("meta"), 0.5, data=[1]), "data needs weights"),
+        (lambda net: condlr.factorize(net, 0.5, exclude=[2]), "exclude: names .* are strings, such as '2'"),
+        (lambda net: condlr.factorize(net, ranks={0: 2}), "ranks: names of layers are strings, such as '0'"),
+        (lambda net: condlr.factorize(net, ranks=float("inf")), "ranks must be a rank"),
+        (lambda net: condlr.factorize(net, {"2": 0.5}, classifier="dense"), "2 is the classifier"),
+        (lambda net: condlr.unfactorize(condlr.factorize(net, 0.5), [0]), "include: names of layers are"),
+        (lambda net: condlr.export(None), "export needs a network"),
+        (lambda net: condlr.set_forms(net, None), "forms is one form, or forms by layer name"),
+        (lambda net: condlr.choose_forms(None, torch.ones(2, 12)), "choose_forms needs a network"),
+        (lambda net: condlr.low_rank_activations(net, {"1": 2.5}), "ranks are whole numbers"),
+        (lambda net: condlr.low_rank_activations(net, ["1"]), "ranks are whole numbers"),
+        (lambda net: condlr.audit(torch.optim.SGD(net.parameters())), "this needs a network"),
         (lambda net: condlr.unfactorize(net), r"attention is named '\*'; there are none"),
         (
             lambda net: condlr.unfactorize(condlr.factorize(net, 0.5), ["0", "typo"]),
@@ -600,6 +611,29 @@ def test_a_layer_that_a_pattern_names_and_that_stays_dense_is_named():
 def test_more_mistakes_are_one_line(call, message):
     with pytest.raises(ValueError, match=message):
         call(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8)))
+
+
+def test_the_classifier_stays_dense_with_values_by_name_too():
+    net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
+    low = condlr.factorize(net, {"*": 0.5}, classifier="dense")
+    assert [*low_rank_layers(low)] == ["0"]
+
+
+class CopiesItself(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(20, 20)
+
+    def __deepcopy__(self, memo):
+        other = CopiesItself()
+        other.load_state_dict(self.state_dict())
+        return other
+
+
+def test_a_network_that_copies_itself_in_its_own_way_does_not_come_back_dense():
+    with pytest.raises(RuntimeError, match=r"CopiesItself.__deepcopy__.*inplace=True"):
+        condlr.factorize(CopiesItself(), 0.5)
+    assert [*low_rank_layers(condlr.factorize(CopiesItself(), 0.5, inplace=True))] == ["fc"]
 
 
 def test_none_and_generators_are_names_too():

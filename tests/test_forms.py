@@ -148,3 +148,17 @@ def test_a_cache_that_is_no_absolute_path_is_not_used(tmp_path, monkeypatch, val
     monkeypatch.setenv("XDG_CACHE_HOME", value)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert forms._path() == tmp_path / ".cache" / "condlr" / "forms.json"
+
+
+def test_forms_are_chosen_in_inference_mode_and_for_keywords(cache):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(16, 24)
+
+        def forward(self, x):
+            return self.fc(input=x)
+
+    net = condlr.factorize(Named(), 0.5)
+    with torch.inference_mode():
+        assert condlr.choose_forms(net, torch.randn(4, 16)).keys() == {"fc"}

@@ -18,7 +18,7 @@ FLOORS = [
     {"layers"},
     {"attention", "convolutions"},
     {"allocation", "ranks", "replacement", "sites"},
-    {"exporting", "factorization", "forms", "groups", "held", "moments", "reading", "size"},
+    {"exporting", "factorization", "forms", "groups", "held", "moments", "reading", "size", "steppers"},
     {"constraint"},
     {"data", "models"},
     {"attacks"},

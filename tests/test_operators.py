@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import condlr
 
@@ -133,3 +134,35 @@ def test_weights_that_are_not_finite_have_no_singular_values():
                 call(layer, shape)
     with pytest.raises(ValueError, match="tolerance must be in"):
         condlr.operator_norm(nn.Linear(3, 3), tolerance=-1)
+
+
+class Standardised(nn.Conv2d):
+    """A subclass that uses its weight in its own way: standardised, as in NFNets."""
+
+    def forward(self, x):
+        w = self.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True)
+        return F.conv2d(x, w, self.bias, self.stride, self.padding)
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_taken_as_it_computes():
+    layer = Standardised(3, 6, 3, stride=2, bias=False).double()
+    A = layer(torch.eye(192).double().view(-1, 3, 8, 8)).flatten(1).detach()
+    assert condlr.operator_norm(layer, (3, 8, 8)) == pytest.approx(torch.linalg.matrix_norm(A, 2).item())
+    torch.testing.assert_close(condlr.singular_values(layer, (3, 8, 8)), torch.linalg.svdvals(A))
+    with pytest.raises(ValueError, match="taken as it computes"):
+        condlr.operator_norm(layer, (3, 8, 8), boundary="circular")
+    summary = condlr.summary(nn.Sequential(layer), torch.zeros(1, 3, 8, 8).double())
+    assert summary.rows[0].cond_operator is None
+
+
+def test_circular_padding_with_a_stride_that_does_not_divide_the_size():
+    layer = nn.Conv2d(2, 3, 3, stride=2, padding=1, padding_mode="circular", bias=False).double()
+    A = layer(torch.eye(98).double().view(-1, 2, 7, 7)).flatten(1).detach()
+    assert condlr.operator_norm(layer, (2, 7, 7)) == pytest.approx(torch.linalg.matrix_norm(A, 2).item())
+    torch.testing.assert_close(condlr.singular_values(layer, (2, 7, 7)), torch.linalg.svdvals(A))
+
+
+def test_complex_weights_have_no_operator_here():
+    with pytest.raises(ValueError, match="complex"):
+        condlr.operator_norm(nn.Conv2d(2, 3, 3, dtype=torch.complex64), (2, 7, 7))

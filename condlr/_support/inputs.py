@@ -11,6 +11,13 @@ from torch import nn
 from condlr._support.modes import in_eval_mode
 
 
+def require_module(what: str, model: object) -> nn.Module:
+    """`model`; raise `ValueError` if it is no network."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{what} needs a network, an nn.Module; got {type(model).__name__}")
+    return model
+
+
 def call(model: nn.Module, example: Any) -> Any:
     """Run the network on a tensor, a tuple or list of positional arguments, or a mapping of keywords."""
     if isinstance(example, Mapping):

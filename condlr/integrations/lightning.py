@@ -60,7 +60,8 @@ class CondLR(Callback):
             pl_module.log_dict(self._constraints.figures())
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # After `on_train_end`, in which callbacks that average the weights put them into the network
         self._constraints.warn()
         if self.exports:
             # A copy of the module must not copy the trainer with its data

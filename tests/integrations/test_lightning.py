@@ -182,3 +182,17 @@ def test_a_module_that_keeps_its_constraint_says_that_it_is_in_the_way_of_an_exp
     with pytest.raises(ValueError, match="constraint is of the training: export the network without it"):
         condlr.export(module)
     torch.testing.assert_close(condlr.export(module.net)(torch.ones(1, 20)), module.net(torch.ones(1, 20)))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_average_is_what_is_exported_whatever_the_order_of_callbacks(first):
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+    torch.manual_seed(0)
+    module, callback = Module(), CondLR(tau=0.1, every=0, exports=True)
+    both = [callback, StochasticWeightAveraging(1e-2, swa_epoch_start=1)]
+    with pytest.warns(UserWarning, match="were the weights averaged"):
+        warnings.simplefilter("always")
+        fit(module, 4, callbacks=both if first else both[::-1])
+    x = torch.randn(4, 20)
+    torch.testing.assert_close(callback.exported.net(x), module.net(x))

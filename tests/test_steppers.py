@@ -1,0 +1,199 @@
+"""Optimisers around optimisers: which step is hooked, and which state is saved."""
+
+import copy
+import io
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import condlr
+from condlr._support.errors import ConstraintBreach
+from condlr.steppers import Stepper
+
+
+class Sam(torch.optim.Optimizer):
+    """Two gradients in a step, taken by two calls (Foret et al., ICLR 2021)."""
+
+    def __init__(self, parameters, base, rho=0.05, **options):
+        super().__init__(parameters, {"rho": rho, **options})
+        self.base_optimizer = base(self.param_groups, **options)
+        self.param_groups = self.base_optimizer.param_groups
+
+    def _all(self):
+        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    @torch.no_grad()
+    def first_step(self):
+        norm = torch.stack([p.grad.norm() for p in self._all()]).norm()
+        for p in self._all():
+            self.state[p]["before"] = p.clone()
+            p.add_(p.grad * self.param_groups[0]["rho"] / norm)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self):
+        for p in self._all():
+            p.copy_(self.state[p]["before"])
+        self.base_optimizer.step()
+        self.zero_grad()
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Slow weights (Zhang et al., NeurIPS 2019), made as such wrappers are: without PyTorch's constructor."""
+
+    def __init__(self, inner, k=2, alpha=0.5):
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self._base_optimizer, self.k, self.alpha, self.count = inner, k, alpha, 0
+        self.param_groups, self.defaults = inner.param_groups, inner.defaults
+        self.slow = {p: p.detach().clone() for group in self.param_groups for p in group["params"]}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = self._base_optimizer.step(closure)
+        self.count += 1
+        if self.count % self.k == 0:
+            for p, slow in self.slow.items():
+                slow.lerp_(p, self.alpha)
+                p.copy_(slow)
+        return loss
+
+    def zero_grad(self, set_to_none=True):
+        self._base_optimizer.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return self._base_optimizer.state_dict()
+
+    def load_state_dict(self, state):
+        self._base_optimizer.load_state_dict(state)
+
+
+def network():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 5))
+    return condlr.factorize(net, 0.5)
+
+
+x, y = torch.randn(32, 20), torch.randint(5, (32,))
+
+
+def backward(net):
+    F.cross_entropy(net(x), y).backward()
+
+
+def step(net, optimizer):
+    optimizer.zero_grad()
+    backward(net)
+    if isinstance(optimizer, Sam):
+        optimizer.first_step()
+        backward(net)
+        optimizer.second_step()
+    else:
+        optimizer.step()
+
+
+MAKE = {
+    "SAM": lambda net: Sam(net.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9),
+    "Lookahead": lambda net: Lookahead(torch.optim.AdamW(net.parameters(), lr=0.05)),
+}
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_the_promise_holds_after_every_step(name):
+    net = network()
+    optimizer = MAKE[name](net)
+    constraint = condlr.constrain(optimizer, net)
+    before = F.cross_entropy(net(x), y).item()
+    for _ in range(7):
+        step(net, optimizer)
+        constraint.check()
+    assert F.cross_entropy(net(x), y).item() < before
+    constraint.remove()
+    step(net, optimizer)
+    with pytest.raises(ConstraintBreach):
+        constraint.check()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_the_state_between_steps_is_saved_with_the_optimizer(name):
+    def fresh():
+        net = network()
+        optimizer = MAKE[name](net)
+        return net, optimizer, condlr.constrain(optimizer, net, 1.0, preconditioner="released_code")
+
+    net, optimizer, constraint = fresh()
+    for _ in range(4):
+        step(net, optimizer)
+    buffer = io.BytesIO()
+    torch.save([net.state_dict(), optimizer.state_dict()], buffer)
+    buffer.seek(0)
+    weights, state = torch.load(buffer, weights_only=True)
+    other, optimizer2, constraint2 = fresh()
+    other.load_state_dict(weights)
+    optimizer2.load_state_dict(state)
+    scales = [[held.scale for held in c._held.values()] for c in (constraint, constraint2)]
+    assert scales[0] == scales[1] != [1.0] * 3
+
+
+def test_all_hooks_or_none():
+    optimizer = torch.optim.SGD(network().parameters(), lr=0.1)
+    optimizer.register_load_state_dict_post_hook = None  # stands for whatever fails last
+    with pytest.raises(TypeError):
+        Stepper.of(optimizer).attach(*[lambda *_: None] * 4)
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+def test_optimizers_that_cannot_be_constrained_are_one_line():
+    class SophiaH(torch.optim.SGD):
+        pass
+
+    class Parts(torch.optim.SGD):
+        def first_step(self): ...
+
+    net = network()
+    for kind, message in ((SophiaH, "differentiates the gradients"), (Parts, "in parts of its own")):
+        with pytest.raises(ValueError, match=message):
+            condlr.constrain(kind(net.parameters(), lr=0.1), net)
+
+
+def test_layers_whose_parameters_are_added_later_are_recalled():
+    """Gradual unfreezing: the new group is seen at the first step, or when a state is loaded."""
+
+    def fresh():
+        net = network()
+        optimizer = torch.optim.AdamW(net[4].parameters(), lr=0.02)
+        constraint = condlr.constrain(optimizer, net, 1.0, preconditioner="released_code")
+        optimizer.add_param_group({"params": [*net[0].parameters()]})
+        return net, optimizer, constraint
+
+    net, optimizer, _ = fresh()
+    for _ in range(5):
+        step(net, optimizer)
+    kept = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    other, optimizer2, _ = fresh()
+    other.load_state_dict(kept[0])
+    optimizer2.load_state_dict(kept[1])
+    for one, its in ((net, optimizer), (other, optimizer2)):
+        for _ in range(3):
+            step(one, its)
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_numbers_as_keys_of_an_older_state_are_read():
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    constraint = condlr.constrain(optimizer, net, 1.0, preconditioner="released_code")
+    for _ in range(2):
+        step(net, optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    group = state["param_groups"][0]
+    assert all(isinstance(key, str) for key in group["condlr"])
+    group["condlr"] = {int(key): memory for key, memory in group["condlr"].items()}
+    before = [held.scale for held in constraint._held.values()]
+    for held in constraint._held.values():
+        held.scale = 1.0
+    optimizer.load_state_dict(state)
+    assert [held.scale for held in constraint._held.values()] == before
