@@ -135,15 +135,18 @@ lr-cifar10: $(VENV)/.installed  ## Train eight rows on CIFAR-10, low-rank activa
 	$(RUN) scripts/evaluate.py run='runs/lr_cifar10/*-s0-*' $(HARD) analysis=audit
 	$(MAKE) --no-print-directory tables figures report STUDY=lr_cifar10
 
+define attack_rivals
+	$(RUN) scripts/evaluate.py run='runs/$(1)/*' analysis=[conditioning,cost]
+	$(RUN) scripts/evaluate.py run='runs/$(1)/*' $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.06,0.1]
+	$(RUN) scripts/evaluate.py run='runs/$(1)/*-s0-*' attack.images=500 attack=autoattack attack.eps=[0.1]
+	$(MAKE) --no-print-directory tables figures report STUDY=$(1)
+endef
+
 rivals-mnist: $(VENV)/.installed  ## Train CondLR and its rivals on MNIST at equal weights, and adversarially, attack them (a day)
 	-$(RUN) scripts/train.py experiment=rivals_mnist $(LAUNCHER) $(ARGS)
 	-$(RUN) scripts/train.py experiment=rivals_mnist study=rivals_mnist_adversarial budget=85e3 seed=0 'protocol.adversarial={eps:0.1}' row=baseline,condlr-tau0.1-c0.5,robust_dlrt-fixed-c0.5,spectral_cap-c0.5,dlrt-c0.5,vanilla-c0.5 $(LAUNCHER)
-	for study in rivals_mnist rivals_mnist_adversarial; do \
-	  $(RUN) scripts/evaluate.py run="runs/$$study/*" analysis=[conditioning,cost] && \
-	  $(RUN) scripts/evaluate.py run="runs/$$study/*" $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.06,0.1] && \
-	  $(RUN) scripts/evaluate.py run="runs/$$study/*-s0-*" attack.images=500 attack=autoattack attack.eps=[0.1] && \
-	  $(MAKE) --no-print-directory tables figures report STUDY=$$study || exit 1; \
-	done
+	$(call attack_rivals,rivals_mnist)
+	$(call attack_rivals,rivals_mnist_adversarial)
 
 lr-cifar100: $(VENV)/.installed  ## Train three rows of ResNet-50 on CIFAR-100's superclasses, and classify its classes (hours on a GPU)
 	-$(RUN) scripts/train.py experiment=lr_cifar100 $(ARGS)

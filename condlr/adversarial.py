@@ -55,6 +55,8 @@ class Adversarial:
         in_range("steps", self.steps, 1, math.inf)
         if self.step_size is not None:
             in_range("step_size", self.step_size, 0, math.inf)
+            if self.step_size == 0:
+                raise ValueError("step_size must be above 0: a step of 0 trains on random points")
         in_range("share", self.share, 0, 1)
         if self.attack == "fgsm" and (self.steps, self.step_size) != (type(self).steps, None):
             raise ValueError("attack=fgsm is one step of 1.25 eps; for others choose attack=pgd")

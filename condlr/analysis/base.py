@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from numbers import Real
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -84,6 +85,21 @@ class Trained(Protocol):
     def on_progress(self) -> Callable[[int, int], None]: ...  # noqa: D102
 
 
+def _text(value: Any) -> str:
+    """A key as it is compared: numbers are the same in every way of writing."""
+    try:
+        return f"{float(value):.10g}"
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def _most(key: str, trained: Trained) -> int | None:
+    """How many images there are for a key that counts them."""
+    if key == "images":
+        return trained.test_images
+    return len(trained.data.train) if key == "train_images" else None
+
+
 @dataclass
 class Analysis(ABC):
     """An analysis of a trained network; its fields are the keys of `conf/analysis/<name>.yaml`.
@@ -124,8 +140,23 @@ class Analysis(ABC):
         """
 
     def lacks(self, there: Sequence[Mapping[str, Any]], trained: Trained) -> bool:
-        """Whether something is missing in the rows that the run already has; their values are text."""
-        return not there
+        """Whether something is missing in the rows that the run already has; their values are text.
+
+        Default: whether no rows are of the options that are key columns (`images`, `iterations`), or a value
+        of an option with several (`eps`, `layers` for the column `layer`) has none of these.
+        """
+        options = {f.name: getattr(self, f.name) for f in fields(self)}
+        columns = {"layer" if name == "layers" else name: value for name, value in options.items()}
+        asked = {key: columns[key] for key in self.keys if columns.get(key) is not None}
+        several = {key: value for key, value in asked.items() if isinstance(value, list | tuple)}
+        for key, value in asked.items():
+            if key not in several and isinstance(value, Real | str):
+                most = _most(key, trained)
+                value = value if most is None or isinstance(value, str) else min(value, most)
+                there = [row for row in there if _text(row[key]) == _text(value)]
+        return not there or any(
+            {*map(_text, values)} - {_text(row[key]) for row in there} for key, values in several.items()
+        )
 
     @abstractmethod
     def rows(self, trained: Trained) -> Iterable[Mapping[str, Any]]:

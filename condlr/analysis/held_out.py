@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from condlr._support.errors import UserError, in_range
+from condlr._support.errors import in_range
 from condlr._support.strengths import as_printed, pixel_strengths
 from condlr.analysis.base import Analysis, Trained
 from condlr.attacks.base import Attack
@@ -50,21 +50,22 @@ class HeldOut(Analysis):
     def require(self, trained: Trained) -> None:
         if self.eps is None and trained.attack.norm != "linf":
             raise ValueError("the run's attack is in another norm than the maximum norm: name eps")
+        if trained.data.held_out is None:
+            raise ValueError("no images were held out: train with protocol.held_out=0.1")
+        if self.images is not None and self.images > (there := len(trained.data.held_out)):
+            raise ValueError(f"images={self.images}, but only {there} were held out")
 
     @override
     def lacks(self, there: Sequence[Mapping[str, Any]], trained: Trained) -> bool:
-        count = str(self.images) if self.images is not None else None
-        known = {(row["attack"], as_printed(float(row["eps"]))) for row in there if count in (None, row["n"])}
+        count = self.images or len(trained.data.held_out or ())
+        known = {(row["attack"], as_printed(float(row["eps"]))) for row in there if int(row["n"]) == count}
         cells = [cell for attack in self._attacks(trained) for cell in attack.cells()]
         return any((label, as_printed(eps)) not in known for label, eps in cells)
 
     @override
     def rows(self, trained: Trained) -> Iterator[dict[str, Any]]:
         images = trained.data.held_out
-        if images is None:
-            raise UserError("held_out: no images were held out: train with protocol.held_out=0.1")
-        if self.images is not None and self.images > len(images):
-            raise UserError(f"held_out: images={self.images}, but only {len(images)} were held out")
+        assert images is not None, "see `require`"
         for attack in self._attacks(trained):
             for row in evaluate(trained.model, images.take(slice(self.images)), attack):
                 percent = 100 * float(row["accuracy"] or 0)

@@ -20,7 +20,7 @@ from condlr._support.errors import UserError, in_range, one_of
 from condlr._support.rooms import available
 from condlr._support.strengths import strengths
 from condlr.suite.folders import folder
-from condlr.suite.origin import Origin, origin
+from condlr.suite.origin import Origin, origin, require_alike
 from condlr.suite.values import choose, construct, convert, expanded, resolved
 
 if TYPE_CHECKING:
@@ -117,8 +117,8 @@ class Protocol:
             in_range("stop_at", self.stop_at, 0, 1)
             if not self.held_out:
                 raise ValueError("stop_at is an accuracy on held-out images: set held_out, such as 0.1")
-        one_of("optimizer", self.optimizer or "sgd", ("sgd", "adamw"))
-        one_of("schedule", self.schedule or "cosine", ("cosine",))
+        one_of("optimizer", self.optimizer, (None, "sgd", "adamw"))
+        one_of("schedule", self.schedule, (None, "cosine"))
         if self.schedule and self.lr_milestones:
             raise ValueError("schedule=cosine takes no milestones: set lr_milestones=[]")
         if any(m < 1 for m in self.lr_milestones) or sorted(self.lr_milestones) != self.lr_milestones:
@@ -280,6 +280,8 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     try:
         in_range("compression", values["compression"], 0, 1, half_open=True)
         in_range("seed", values["seed"], 0, 2**32, half_open=True)
+        if values["budget"] is not None:
+            in_range("budget", values["budget"], 1, math.inf, half_open=True)
         one_of("device", values["device"], DEVICES)
         one_of("precision", values["precision"], PRECISIONS)
         _check_forms(values["forms"])
@@ -350,6 +352,8 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     begun = origin(values["start"], dataset_keys["name"], model_keys["name"], values["seed"])
     if begun is not None:
         _require_kept(protocol, method_keys)
+        if isinstance(values["start"], str):  # as config.yaml holds it, the start was looked at before
+            require_alike(begun, dataset_keys, model_keys, values["seed"], protocol.held_out)
     found = {"dataset": dataset_keys, "model": model_keys, "method": method_keys, "penalty": penalty_keys}
     found["start"] = None if begun is None else begun.name
     return RunConfig(
@@ -396,10 +400,15 @@ def _adversarial(keys: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     from condlr.adversarial import Adversarial
 
-    try:
-        known = {**keys, "eps": strengths(keys["eps"])[0]} if "eps" in keys else keys
-    except ValueError as error:
-        raise UserError(f"protocol.adversarial.{error}") from None
+    known = dict(keys)
+    for key in known.keys() & {"eps", "step_size"}:
+        if not isinstance(known[key], int | float | str) and (key == "eps" or known[key] is not None):
+            raise UserError(f"protocol.adversarial.{key} is one number, such as 8/255; got {known[key]!r}")
+        try:
+            if isinstance(known[key], str):
+                (known[key],) = strengths(known[key])
+        except ValueError as error:
+            raise UserError(f"protocol.adversarial.{key}: {error}") from None
     complete = convert(Adversarial, known, "protocol.adversarial")
     construct(Adversarial, complete, "protocol.adversarial")
     return {key: value for key, value in complete.items() if value is not None}

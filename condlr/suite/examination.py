@@ -73,7 +73,10 @@ def analyse(here: Opened, name: str, analysis: Analysis, again: bool = False) ->
         return found
     with Steps(f"{name} of {here.config.row['label']}") as steps:
         here.on_progress = steps.at
-        rows = [*analysis.rows(here)]
+        try:
+            rows = [*analysis.rows(here)]
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from error
     if clash := here.config.row.keys() & {name for row in rows for name in row}:
         raise UserError(
             f"analysis={name} has a column {', '.join(sorted(clash))}, as tables have for the run itself: "

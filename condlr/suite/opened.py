@@ -73,10 +73,10 @@ class Opened:
     @property
     def dense_start(self) -> Start:
         """The start of training of the baseline, see `RunConfig.baseline`."""
-        return self._start(self.config.baseline)
+        return self._start(self.config.baseline, begun=False)
 
-    def _start(self, config: RunConfig) -> Start:
-        protocol, network = config.protocol, lambda: build(config, self.data)
+    def _start(self, config: RunConfig, begun: bool = True) -> Start:
+        protocol, network = config.protocol, lambda: build(config, self.data, begun)
         return Start(
             network, config.method, protocol.lr, protocol.momentum, config.penalty, protocol.attack,
             protocol.optimizer or "sgd",

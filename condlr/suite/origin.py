@@ -51,6 +51,8 @@ def origin(start: Any, dataset: str, model: str, seed: int) -> Origin | None:
             raise UserError(f"start must be a run's directory; got {start!r}")
         return Origin(**start)
     place = Path(start)
+    if place.is_file():
+        raise UserError(f"start={start} is a file: name a run's directory")
     if Run(place).status is not None:
         found = [place]
     else:
@@ -76,6 +78,28 @@ def origin(start: Any, dataset: str, model: str, seed: int) -> Origin | None:
     return Origin(str(run.directory), f"{row['label']}{other}-{row['row_id']}")
 
 
+def require_alike(
+    begun: Origin, dataset: Mapping[str, Any], model: Mapping[str, Any], seed: int, held_out: float
+) -> None:
+    """Raise `UserError` if the start has another network, or learned images that this run holds out."""
+    known = Run(Path(begun.run)).read_config()
+    for key, value in known.get("model", {}).items():
+        if key in model and model[key] != value:
+            raise UserError(f"start: it has model.{key}={value}, and this run {model[key]}")
+    theirs, ours = (
+        {"protocol.held_out": part, "seed": drawn, "dataset.train_images": of.get("train_images")}
+        for part, drawn, of in (
+            (known.get("protocol", {}).get("held_out"), known.get("seed"), known.get("dataset", {})),
+            (held_out, seed, dataset),
+        )
+    )
+    if held_out and (other := [key for key in ours if ours[key] != theirs[key]]):
+        raise UserError(
+            f"start: with {other[0]}={theirs[other[0]]} it has learned images that this run holds out; "
+            f"train it with {other[0]}={ours[other[0]]}, or hold out none"
+        )
+
+
 def _folders(place: Path) -> Iterator[Path]:
     """The directories of runs in a folder."""
     try:
@@ -87,7 +111,8 @@ def _folders(place: Path) -> Iterator[Path]:
 def _fits(run: Run, dataset: str, model: str, seed: int) -> bool:
     row = _row(run)
     wanted = {"method": _METHOD, "dataset": dataset, "model": model, "seed": seed}
-    return run.status == "done" and all(row.get(key) == value for key, value in wanted.items())
+    alike = run.status == "done" and all(row.get(key) == value for key, value in wanted.items())
+    return alike and run.read_config().get("start") is None  # what begins with such a run is none of them
 
 
 def _row(run: Run) -> Mapping[str, Any]:

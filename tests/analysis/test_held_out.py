@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from condlr._support.errors import UserError
 from condlr.analysis.held_out import HeldOut
 from condlr.attacks.fgsm import Fgsm
 from condlr.attacks.pgd import Pgd
@@ -48,7 +47,10 @@ def test_what_is_there_is_not_done_again(data):
     assert analysis.lacks([], here) and not analysis.lacks(there, here)
     assert HeldOut(eps=[0.1, 0.2], steps=2).lacks(there, here)
     assert HeldOut(eps=[0.1], steps=3).lacks(there, here)
-    assert HeldOut(eps=[0.1], steps=2, images=5).lacks(there, here)
+    few = HeldOut(eps=[0.1], steps=2, images=5)
+    assert few.lacks(there, here)
+    there = [{key: str(value) for key, value in row.items()} for row in few.rows(here)]
+    assert not few.lacks(there, here) and analysis.lacks(there, here), "all images are more than five"
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def test_wrong_keys_are_named(keys, says):
 
 
 def test_a_run_without_such_images_says_so(data):
-    with pytest.raises(UserError, match=r"train with protocol.held_out=0.1"):
-        list(HeldOut().rows(trained(data.__class__(data.train, data.test, 10))))
-    with pytest.raises(UserError, match=f"only {len(data.held_out)} were held out"):
-        list(HeldOut(images=10_000).rows(trained(data)))
+    with pytest.raises(ValueError, match=r"train with protocol.held_out=0.1"):
+        HeldOut().require(trained(data.__class__(data.train, data.test, 10)))
+    with pytest.raises(ValueError, match=f"only {len(data.held_out)} were held out"):
+        HeldOut(images=10_000).require(trained(data))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from condlr.analysis.recovery import Recovery, least_squares
+from condlr.analysis.stability import Stability
 from condlr.data.base import Data, Images
 from condlr.factorization import factorize
 from condlr.manifolds.convolution import _matrix, convolution
@@ -70,3 +71,21 @@ def test_wrong_keys_are_named():
         Recovery(iterations=0)
     with pytest.raises(ValueError, match="images=9, but there are only 5"):
         Recovery(images=9).require(given(nn.Sequential(nn.Conv2d(3, 3, 1))))
+
+
+def test_rows_of_other_options_are_missing():
+    """The default of every analysis: options that are key columns must have their rows."""
+    here = SimpleNamespace(test_images=30)
+    there = [{"layer": "conv1", "images": "5", "iterations": "3"}]
+    assert Recovery().lacks([], here)
+    assert not Recovery(images=5, iterations=3).lacks(there, here)
+    assert Recovery(images=20, iterations=3).lacks(there, here)
+    assert Recovery(images=5, iterations=50).lacks(there, here)
+    rows = [{"layer": "fc", "made_on": "own", "images": "30", "eps": eps} for eps in ("0.1", "0.30")]
+    cases = [
+        ({"eps": [0.1]}, False), ({"eps": [0.1, 0.3]}, False), ({"eps": [0.2]}, True),
+        ({"eps": [0.1], "layers": ["fc"]}, False), ({"eps": [0.1], "layers": ["fc", "conv1"]}, True),
+        ({"eps": [0.1], "images": 7}, True),
+    ]  # fmt: skip
+    for options, lacks in cases:
+        assert Stability(**options).lacks(rows, here) == lacks, options

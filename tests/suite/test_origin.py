@@ -81,7 +81,7 @@ def test_a_finished_run_needs_its_start_no_more(dense, script):
     first = [float(Run(run).read_table("history.csv")[1]["train_loss"]) for run in (started, scratch)]
     assert first[0] < 0.7 * first[1], "it begins with what the dense network knows"
     shutil.rmtree(dense)
-    assert script("evaluate", f"run={started}", "attack=noise")[0] == 0
+    assert script("evaluate", f"run={started}", "attack=noise", "analysis=cost")[0] == 0
     assert script("collect", "study=later")[0] == 0
     assert script("tables", "study=later")[0] == 0
 
@@ -98,9 +98,13 @@ def test_a_finished_run_needs_its_start_no_more(dense, script):
         (["start=dense", "protocol.init=released_code"], "with start, set protocol.init=spectral"),
         (["start=dense", "method=vanilla", "method.init=gaussian"], "set method.init=spectral"),
         (["start=dense", "protocol.decay=2"], "with start, set protocol.decay=null"),
+        (["start=dense", "protocol.held_out=0.2"], "it has learned images that this run holds out"),
+        (["start=dense", "model.slope=0.5"], "it has model.slope="),
+        (["start=file"], "start=file is a file: name a run's directory"),
     ],
 )
 def test_a_start_that_will_not_do_is_one_line(dense, asked, says):
+    Path("file").touch()
     with pytest.raises(UserError, match=says.replace("[", r"\[")):
         checked("method=condlr", *asked)
 
@@ -119,3 +123,23 @@ def test_a_run_of_another_kind_is_no_start(dense):
     run.note(status="done", row=run.info["row"] | {"method": "condlr"})
     with pytest.raises(UserError, match="a start is a dense network"):
         checked(f"start={run.directory}")
+
+
+@pytest.mark.slow
+def test_a_baseline_that_began_with_a_start_is_none_itself(dense, script):
+    """So the same command, and a sweep with that baseline in the folder, find the one they found before."""
+    first = only(dense)
+    asked = [*SHORT, "method=baseline", "study=dense", "runs_dir=.", f"start={dense}"]
+    assert script("train", *asked)[0] == 0
+    status, out, error = script("train", *asked)
+    assert status == 0 and "is done already" in out + error
+    assert Path(checked("method=condlr", f"start={dense}").origin.run) == first
+
+
+@pytest.mark.slow
+def test_a_start_without_weights_is_said_before_the_first_run(dense, script):
+    for name in ("model.safetensors", "checkpoint.pt"):
+        (only(dense) / name).unlink()
+    status, out, error = script("train", "-m", *SHORT, "method=condlr,vanilla", "study=z", f"start={dense}")
+    assert status == 1 and "start: " in out + error and "is missing" in out + error, out + error
+    assert not [*Path("runs/z").glob("*/run.json")]

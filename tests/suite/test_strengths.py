@@ -4,6 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from condlr._support.errors import UserError
 from condlr.suite.config import CONF, check
 
 PIXELS = [0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06]
@@ -75,3 +76,30 @@ def test_a_config_from_before_datasets_had_strengths_is_the_same_run():
 def test_strengths_that_are_asked_for_come_first():
     assert check(composed("attack.eps=[0.2]")).attack.eps == [0.2]
     assert check(composed("experiment=demo")).attack.eps == RELATIVE
+
+
+@pytest.mark.parametrize("eps", ["8/255", "0.03137254901960784"])
+def test_the_strength_of_adversarial_training_is_one_number(eps):
+    config = check(composed(f"protocol.adversarial={{eps:{eps},step_size:1/4}}"))
+    assert config.protocol.attack.eps == pytest.approx(8 / 255) and config.protocol.attack.step_size == 0.25
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ("protocol.adversarial={eps:[0.1,0.2]}", r"protocol.adversarial.eps is one number, .*\[0.1, 0.2\]"),
+        ("protocol.adversarial={eps:null}", "protocol.adversarial.eps is one number"),
+        ("protocol.adversarial={eps:[]}", "protocol.adversarial.eps is one number"),
+        ("protocol.adversarial={eps:{a:1}}", "protocol.adversarial.eps is one number"),
+        ("protocol.adversarial={eps:much}", "protocol.adversarial.eps"),
+        ("protocol.adversarial={eps:0.1,step_size:0}", "step_size must be above 0"),
+        ("budget=nan", "budget must be in"),
+        ("budget=inf", "budget must be in"),
+        ("protocol.optimizer=''", "optimizer must be one of"),
+        ("protocol.schedule=''", "schedule must be one of"),
+        ("method.ranks=''", "ranks must be one of"),
+    ],
+)
+def test_what_is_no_such_value_is_one_line(keys, says):
+    with pytest.raises(UserError, match=says):
+        check(composed("method=condlr", "compression=0.5", keys))

@@ -96,7 +96,7 @@ class Job:
 
     @property
     def obstacle(self) -> str:
-        """What prevents the run from writing its files; empty if nothing does. No launcher reports this."""
+        """What prevents the run from beginning; empty if nothing does. No launcher reports this."""
         directory, hydra = self.config.directory, self.config.directory / ".hydra"
         if os.path.lexists(directory) and not os.path.isdir(directory):  # noqa: PTH112 (Path's may raise)
             return f"{directory} is not a directory: move it away"
@@ -106,6 +106,11 @@ class Job:
             fits = is_directory == (path not in files) and os.access(path, os.W_OK)
             if os.path.lexists(path) and not fits:
                 return f"{path} can't be written: make it writable, or move it away"
+        try:
+            if self.config.origin is not None and not self.run.has_weights:
+                Run(Path(self.config.origin.run)).require_weights()
+        except NoWeights as error:
+            return f"start: {error}"
         return ""
 
 
