@@ -36,12 +36,13 @@ class Recovery(Analysis):
     title: ClassVar[str] = "Recovery"
     caption: ClassVar[str] = "Recovery of each layer's input from its output"
     legend: ClassVar[str] = (
-        "Error: mean of ‖x̂ − x‖ / ‖x‖ over {images} test images, x̂ the least-squares solution of the layer "
-        "after at most {iterations} steps of conjugate gradients. Misfit: mean of ‖W x̂ − W x‖ / ‖W x‖."
+        "Error: mean of ‖x̂ − x‖ / ‖x‖ over the first test images, x̂ the least-squares solution of the layer "
+        "after at most so many steps of conjugate gradients. Misfit: mean of ‖W x̂ − W x‖ / ‖W x‖."
     )
     keys: ClassVar[tuple[str, ...]] = ("layer", "images", "iterations")
     columns: ClassVar[Mapping[str, str]] = {
-        "layer": "{layer}", "error": "{error}", "largest error": "{largest_error}", "misfit": "{misfit}",
+        "layer": "{layer}", "images": "{images}", "steps": "{iterations}", "error": "{error}",
+        "largest error": "{largest_error}", "misfit": "{misfit}",
     }  # fmt: skip
     order: ClassVar[int] = 16
 
