@@ -81,8 +81,10 @@ def constrain(
 
     Args:
         optimizer: has the factors among its parameters; a wrapper such as those of accelerate and Lightning
-            stands for the optimiser in it. It must take one gradient in a step: LBFGS, or any
-            other optimiser that evaluates its closure twice, is refused. Use no weight decay on U and V. The
+            stands for the optimiser in it, and SAM and Lookahead are constrained as they step (see
+            `condlr.steppers`). It must take one gradient in a step: LBFGS, or any other optimiser that
+            evaluates its closure twice, is refused, and so is one that differentiates the gradients. Use no
+            weight decay on U and V. The
             retraction undoes plain decay, but decay that passes through momentum or Adam's second moment
             turns U and V (SGD with momentum 0.9 and decay 1e-2: by 3 % of their movement).
         model: a network with U S V^T layers (`condlr.factorize`). U and V are made orthonormal here, without
@@ -118,8 +120,9 @@ def constrain(
         PyTorch; a copy of the `Constraint` refers to the copies of its optimiser and model.
 
     Raises:
-        ValueError: a bad setting; no U S V^T layer of the model is in the optimiser; LBFGS; factors that are
-            sharded over processes (FSDP), since the constraint is one of whole matrices.
+        ValueError: a bad setting; no U S V^T layer of the model is in the optimiser; an optimiser that
+            cannot be constrained; factors that are no parameters, not finite, or sharded over processes
+            (FSDP), since the constraint is one of whole matrices.
     """
     return Constraint(
         optimizer,
