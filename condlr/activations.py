@@ -13,6 +13,7 @@ The LR-layer of Sanyal, Kanade, Torr and Dokania, "Robustness via Deep Low-Rank 
 import math
 from collections.abc import Mapping
 from contextlib import suppress
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -295,6 +296,10 @@ class _Loaded(_Saved):
                 layer.load(found)
 
 
+def _is_whole(rank: object) -> bool:
+    return isinstance(rank, Integral) and not isinstance(rank, bool)
+
+
 def low_rank_activations(
     model: nn.Module,
     ranks: Mapping[str, int],
@@ -329,7 +334,7 @@ def low_rank_activations(
         >>> loss = net(torch.randn(5, 8)).square().mean() + extra()
     """
     require_module("low_rank_activations", model)
-    if not isinstance(ranks, Mapping) or not all(isinstance(rank, int) for rank in ranks.values()):
+    if not isinstance(ranks, Mapping) or not all(map(_is_whole, ranks.values())):
         raise ValueError(f"ranks are whole numbers by the names of activations, {{'1': 3}}; got {ranks!r}")
     if any(isinstance(hook, _Saved) for hook in model._state_dict_hooks.values()):
         raise ValueError("the network has low-rank activations: condlr.activations.remove(model) first")

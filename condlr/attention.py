@@ -67,6 +67,8 @@ class LowRankMultiheadAttention(nn.MultiheadAttention):
             padding = None if padding is None else padding.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+        if key.shape[:2] != value.shape[:2] or query.shape[0] != key.shape[0]:
+            raise ValueError("query, key and value must have the same batch, key and value the same length")
         q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)  # type: ignore[operator]
         # Local variables, which TorchScript can narrow to "not None"
         bias, bias_k, bias_v = self.in_proj_bias, self.bias_k, self.bias_v
@@ -124,8 +126,10 @@ def _added(mask: Tensor | None, padding: Tensor | None, q: Tensor, given: int, k
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
     """A mask as numbers to add to scores; of truth values, True hides."""
-    if mask.dtype != torch.bool:
+    if mask.is_floating_point():
         return mask.to(like.dtype)
+    if mask.dtype != torch.bool:
+        raise ValueError("a mask is of truth values, or of numbers to add to the scores")
     return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill_(mask, -math.inf)
 
 

@@ -297,7 +297,8 @@ class Constraint:
 
     def _require_alone(self, new: "Sequence[Held]") -> None:
         """Refuse a second constraint on a layer, which would precondition its gradients twice."""
-        for hook in self._stepper.stepping._optimizer_step_pre_hooks.values():
+        of_both = (self._stepper.stepping, self._stepper.inner)
+        for hook in (hook for part in of_both for hook in part._optimizer_step_pre_hooks.values()):
             other = getattr(hook, "__self__", None)
             theirs = other._held if isinstance(other, Constraint) and other is not self else ()
             if any(held.layer in theirs for held in new):
@@ -337,9 +338,9 @@ class Constraint:
         self._update_held()
         places = self._places()
         for held in self._held.values() if of is None else of:
-            transpose_old_moments(optimizer.state.get(held.Vt, {}), held.Vt)
+            transpose_old_moments(self.optimizer.state.get(held.Vt, {}), held.Vt)
             memory = loaded.get(places[held])
-            memory = memory or old_memory(group, optimizer.state.get(held.S, {}), held.name)
+            memory = memory or old_memory(group, self.optimizer.state.get(held.S, {}), held.name)
             if memory is None and of is None:  # the state comes from an optimiser without a constraint
                 memory = {"scale": self._first_scale(held.layer), "settled": False}
             if memory is not None:
@@ -409,7 +410,7 @@ class Constraint:
                 if self.options.momentum == "transported":
                     for held in group.held:
                         U0, Vt0 = (self._bases.get(X, X) for X in (held.U, held.Vt))
-                        transport_moments(held, optimizer.state, U0, Vt0)
+                        transport_moments(held, self.optimizer.state, U0, Vt0)
                 if group.S:
                     self._constrain_core(group)
         self._forget_step()
@@ -556,7 +557,7 @@ def project(model: nn.Module, tau: float = 0.1) -> list[str]:
     """
     in_range("tau", tau, 0, math.inf)
     changed = []
-    for name, layer in required(model).items():
+    for name, layer in required("project", model).items():
         require_usable(Held(name, layer, layer.U, core_of(layer), layer.Vt))
         if all(audited(layer)[figure] <= limit for figure, limit in limits(tau).items()):
             continue
@@ -576,7 +577,7 @@ def audit(model: nn.Module) -> dict[str, float]:
     Raises:
         ValueError: there is no such layer.
     """
-    return worst(map(audited, required(model).values()))
+    return worst(map(audited, required("audit", model).values()))
 
 
 def _batch(tensors: Sequence[Tensor]) -> Tensor:

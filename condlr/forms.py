@@ -1,6 +1,5 @@
 """The form in which each low-rank layer is computed: the fastest on this machine, by measurement."""
 
-import copy
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from condlr._support import machine
 from condlr._support.errors import one_of
 from condlr._support.files import write
-from condlr._support.inputs import call, require_module, untouched
+from condlr._support.inputs import call, copied, require_module, untouched
 from condlr.convolutions import CONVOLUTIONS, TRANSPOSED
 from condlr.factorization import low_rank_layers
 from condlr.layers import FORMS, LowRank
@@ -60,7 +59,7 @@ def choose_forms(model: nn.Module, example: Any) -> dict[str, str]:
     hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in names]
     try:
         with torch.inference_mode(False), untouched(model), torch.enable_grad():
-            call(model, copy.deepcopy(example))  # a tensor of inference mode has no gradient, its copy has
+            call(model, copied(example))
     finally:
         for hook in hooks:
             hook.remove()

@@ -81,9 +81,9 @@ def triples(model: nn.Module) -> dict[str, LowRank]:
     return {name: layer for name, layer in layers.items() if layer.S is not None and layer.S.ndim == 2}
 
 
-def required(model: nn.Module) -> dict[str, LowRank]:
+def required(what: str, model: nn.Module) -> dict[str, LowRank]:
     """`triples`; raise `ValueError` if there is none."""
-    require_module("this", model)
+    require_module(what, model)
     if not (layers := triples(model)):
         raise ValueError("this model has no U S V^T layer: factorize it first (core='full')")
     return layers

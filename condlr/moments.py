@@ -1,6 +1,5 @@
 """The second moments of what layers take in or put out on some data, for truncation that heeds the data."""
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from condlr._support.inputs import call, untouched
+from condlr._support.inputs import call, copied, untouched
 from condlr.attention import INPUTS
 from condlr.convolutions import TRANSPOSED
 from condlr.manifolds.nearest import Truncation, within
@@ -63,7 +62,7 @@ def moments(model: nn.Module, sites: Iterable[Site], data: Iterable[Any]) -> dic
             stack.callback(site.holder.register_forward_hook(hook, with_kwargs=True).remove)
         for example in data:
             try:
-                call(model, copy.deepcopy(example))
+                call(model, copied(example))
             except Exception as error:  # the network's own code may raise anything
                 reason = str(error).partition("\n")[0]
                 raise ValueError(

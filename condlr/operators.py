@@ -19,7 +19,7 @@ from condlr.manifolds.convolution import (
     padded_singular_values,
 )
 from condlr.manifolds.lanczos import largest_singular_values
-from condlr.sites import KINDS, computes_like
+from condlr.sites import KINDS
 
 BOUNDARIES = ("layer", "zeros", "circular")
 
@@ -129,10 +129,10 @@ def _matrix(layer: Any, shape: Sequence[int]) -> Tensor | None:
         return None
     weight = layer.weight if isinstance(layer, nn.Linear) else layer.matrix
     _require_values(weight)
-    if not is_pytorchs(layer):
-        raise ValueError(f"a {type(layer).__name__} may use its weight in its own way")
     if len(shape) > 0 and shape[-1] != weight.shape[1]:
         raise ValueError(f"a linear layer of {weight.shape[1]} inputs needs no shape; got {tuple(shape)}")
+    if not is_pytorchs(layer):
+        return _map(layer)(torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)).mT
     return weight.double()
 
 
@@ -181,7 +181,10 @@ def is_pytorchs(layer: nn.Module) -> bool:
     if isinstance(layer, LowRank):
         return True
     base = next(kind for kind in KINDS if isinstance(layer, kind))
-    return computes_like(type(layer), base) and "forward" not in vars(layer)
+    return all(
+        getattr(type(layer), name, None) is getattr(base, name, None) and name not in vars(layer)
+        for name in ("forward", "_conv_forward")
+    )
 
 
 def _is_unusual(layer: Any, shape: Sequence[int], boundary: str) -> bool:
@@ -201,7 +204,7 @@ def _is_unusual(layer: Any, shape: Sequence[int], boundary: str) -> bool:
 
 def _map(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """The layer without its bias, in float64."""
-    double: Any = copy.deepcopy(layer).double()
+    double: Any = copy.deepcopy(layer).double().eval()
     double.bias = None
     return double
 

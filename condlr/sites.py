@@ -122,7 +122,7 @@ def _adapters(model: nn.Module) -> dict[nn.Module, str]:
 def _of_layer(layer: Any, kind: type[LowRank], holders: Mapping[nn.Parameter, int]) -> str | None:
     dense = getattr(kind, "dense", nn.Linear)
     transformers = not isinstance(layer, dense)  # its Conv1D, by name
-    if not transformers and not computes_like(type(layer), dense):
+    if not transformers and not _computes_like(type(layer), dense):
         return f"a {type(layer).__name__}, which may use its weight in its own way"
     if getattr(layer, "groups", 1) != 1:
         return f"groups={layer.groups}"
@@ -144,7 +144,7 @@ def _of_layer(layer: Any, kind: type[LowRank], holders: Mapping[nn.Parameter, in
     return None
 
 
-def computes_like(kind: type, dense: type) -> bool:
+def _computes_like(kind: type, dense: type) -> bool:
     """Whether a subclass adds nothing but its own constructor and static methods."""
     added = (
         (name, value)
@@ -157,7 +157,7 @@ def computes_like(kind: type, dense: type) -> bool:
 
 
 def _of_attention(layer: nn.MultiheadAttention, holders: Mapping[nn.Parameter, int]) -> str | None:
-    if not computes_like(type(layer), nn.MultiheadAttention):
+    if not _computes_like(type(layer), nn.MultiheadAttention):
         return f"a {type(layer).__name__}, which may use its weights in its own way"
     if own := [key for key in vars(layer) if callable(getattr(nn.MultiheadAttention, key, None))]:
         return f"its {own[0]} was replaced"

@@ -65,6 +65,9 @@ class Stepper(NamedTuple):
         """Register the four hooks, or none."""
         if not getattr(type(self.stepping).step, "hooked", False):
             # A wrapper that leaves PyTorch's constructor out; its step would call no hook
+            if "step" in vars(self.stepping):
+                name = type(self.stepping).__name__
+                raise ValueError(f"a scheduler holds the step of {name}: make the scheduler after constrain")
             torch.optim.Optimizer._patch_step_function(self.stepping)
         ways = (
             (self.stepping.register_step_pre_hook, before),

@@ -89,6 +89,7 @@ def test_it_does_the_operations_of_its_factors(monkeypatch):
     [
         ({"is_causal": True}, "give the mask, too"),
         ({"attn_mask": torch.zeros(5, 4)}, r"attn_mask has the shape \[5, 4\], not \[4, 5\] or \[6, 4, 5\]"),
+        ({"key_padding_mask": torch.zeros(3, 5).int()}, "a mask is of truth values, or of numbers to add"),
         ({"key_padding_mask": torch.zeros(3, 4)}, r"key_padding_mask has the shape \[3, 4\], not \[3, 5\]"),
     ],
 )
@@ -210,5 +211,7 @@ def test_it_can_be_scripted(name):
     dense, inputs = made(**SETTINGS[name])
     low = condlr.factorize(dense, 0.3)
     scripted = torch.jit.script(low)
-    for options in ({}, {"need_weights": False}):
+    padding = torch.tensor([[False] * 5, [False] * 5, [False] * 3 + [True] * 2])
+    masks = {"key_padding_mask": padding, "attn_mask": torch.randn(4, 5).double()}
+    for options in ({}, {"need_weights": False}, masks):
         torch.testing.assert_close(scripted(*inputs, **options), low(*inputs, **options))

@@ -162,3 +162,8 @@ def test_forms_are_chosen_in_inference_mode_and_for_keywords(cache):
     net = condlr.factorize(Named(), 0.5)
     with torch.inference_mode():
         assert condlr.choose_forms(net, torch.randn(4, 16)).keys() == {"fc"}
+
+
+def test_an_example_may_have_a_history_of_gradients(cache):
+    x = nn.Linear(12, 16)(torch.randn(3, 12))
+    assert condlr.choose_forms(condlr.factorize(nn.Sequential(nn.Linear(16, 24)), 0.5), x).keys() == {"0"}

@@ -166,3 +166,29 @@ def test_circular_padding_with_a_stride_that_does_not_divide_the_size():
 def test_complex_weights_have_no_operator_here():
     with pytest.raises(ValueError, match="complex"):
         condlr.operator_norm(nn.Conv2d(2, 3, 3, dtype=torch.complex64), (2, 7, 7))
+
+
+class Halved(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+@pytest.mark.parametrize(
+    "make", [nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm]
+)
+def test_parametrised_layers_are_those_of_the_weight_they_have(make):
+    layer = make(nn.Linear(5, 4).double()).eval()
+    expected = torch.linalg.matrix_norm(layer.weight.detach(), 2).item()
+    assert condlr.operator_norm(layer) == pytest.approx(expected)
+    conv = make(nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular").double()).eval()
+    plain = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular").double()
+    plain.load_state_dict({"weight": conv.weight.detach(), "bias": conv.bias.detach()})
+    for boundary in ("layer", "circular"):
+        norms = [condlr.operator_norm(net, (2, 6, 6), boundary=boundary) for net in (conv, plain)]
+        assert norms[0] == pytest.approx(norms[1])
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_taken_as_it_computes():
+    layer = Halved(5, 4)
+    norm = torch.linalg.matrix_norm(layer.weight.detach().double(), 2).item()
+    assert condlr.operator_norm(layer) == pytest.approx(norm / 2)

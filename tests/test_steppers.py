@@ -137,6 +137,38 @@ def test_the_state_between_steps_is_saved_with_the_optimizer(name):
     assert scales[0] == scales[1] != [1.0] * 3
 
 
+def test_moments_of_the_optimizer_within_move_with_the_bases():
+    """A Lookahead that never looks ahead is the optimiser within."""
+    nets = [network(), network()]
+    inner = [torch.optim.AdamW(net.parameters(), lr=0.05) for net in nets]
+    optimizers = [Lookahead(inner[0], k=10**6), inner[1]]
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        condlr.constrain(optimizer, net, momentum="transported")
+        for _ in range(4):
+            step(net, optimizer)
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_scheduler_that_holds_the_step_comes_after():
+    class Fresh(Lookahead):
+        step = Lookahead.__dict__["step"].__wrapped__ if hasattr(Lookahead.step, "hooked") else Lookahead.step
+
+    net = network()
+    optimizer = Fresh(torch.optim.SGD(net.parameters(), lr=0.1))
+    torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    with pytest.raises(ValueError, match="make the scheduler after constrain"):
+        condlr.constrain(optimizer, net)
+
+
+def test_one_layer_is_constrained_once_through_a_wrapper_too():
+    net = network()
+    inner = torch.optim.SGD(net.parameters(), lr=0.1)
+    condlr.constrain(inner, net)
+    with pytest.raises(ValueError, match="constrained already"):
+        condlr.constrain(Lookahead(inner), net)
+
+
 def test_all_hooks_or_none():
     optimizer = torch.optim.SGD(network().parameters(), lr=0.1)
     optimizer.register_load_state_dict_post_hook = None  # stands for whatever fails last

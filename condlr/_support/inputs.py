@@ -1,5 +1,6 @@
 """Inputs of any network, and running it without a trace."""
 
+import copy
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,17 @@ def call(model: nn.Module, example: Any) -> Any:
     if isinstance(example, Mapping):
         return model(**example)
     return model(*example) if isinstance(example, tuple | list) else model(example)
+
+
+def copied(example: Any) -> Any:
+    """A copy of the inputs, without their history of gradients; of a tensor of inference mode a plain one."""
+    if isinstance(example, torch.Tensor):
+        return example.detach().clone().requires_grad_(example.requires_grad)
+    if isinstance(example, dict):
+        return {key: copied(value) for key, value in example.items()}
+    if type(example) in (list, tuple):
+        return type(example)(map(copied, example))
+    return copy.deepcopy(example)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class Trained(Protocol):
     Attributes:
         model: the trained network, in eval mode, on the device of `data`.
         data: the data that it was trained on, including `data.test`.
-        test_images: the number of test images, known without loading them.
+        test_images, train_images, held_out_images: their numbers, known without loading them.
         attack: the run's attack, whose strengths an analysis may use.
         batch_size: of training.
         start: the start of its training.
@@ -69,6 +69,10 @@ class Trained(Protocol):
     def data(self) -> Data: ...  # noqa: D102
     @cached_property
     def test_images(self) -> int: ...  # noqa: D102
+    @cached_property
+    def train_images(self) -> int: ...  # noqa: D102
+    @cached_property
+    def held_out_images(self) -> int: ...  # noqa: D102
     @property
     def attack(self) -> Attack: ...  # noqa: D102
     @property
@@ -95,9 +99,7 @@ def _text(value: Any) -> str:
 
 def _most(key: str, trained: Trained) -> int | None:
     """How many images there are for a key that counts them."""
-    if key == "images":
-        return trained.test_images
-    return len(trained.data.train) if key == "train_images" else None
+    return {"images": trained.test_images, "train_images": trained.train_images}.get(key)
 
 
 @dataclass
@@ -143,11 +145,13 @@ class Analysis(ABC):
         """Whether something is missing in the rows that the run already has; their values are text.
 
         Default: whether no rows are of the options that are key columns (`images`, `iterations`), or a value
-        of an option with several (`eps`, `layers` for the column `layer`) has none of these.
+        of an option with several (`eps`, `layers` for the column `layer`) has none of these. Whatever layers
+        there are will do where none is named.
         """
         options = {f.name: getattr(self, f.name) for f in fields(self)}
-        columns = {"layer" if name == "layers" else name: value for name, value in options.items()}
-        asked = {key: columns[key] for key in self.keys if columns.get(key) is not None}
+        if isinstance(options.get("layers"), list | tuple):
+            options["layer"] = options["layers"]
+        asked = {key: options[key] for key in self.keys if options.get(key) is not None}
         several = {key: value for key, value in asked.items() if isinstance(value, list | tuple)}
         for key, value in asked.items():
             if key not in several and isinstance(value, Real | str):

@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +60,12 @@ class Embeddings(Analysis):
         in_range("train_images", self.train_images, 2, math.inf)
         for number in self.dimensions:
             in_range("dimensions", number, 1, math.inf)
+
+    @override
+    def lacks(self, there: Sequence[Mapping[str, Any]], trained: Trained) -> bool:
+        most = min((int(float(row["activations"])) for row in there), default=0)
+        few = [number for number in self.dimensions if number <= min(most, self.train_images)]
+        return not there or super(Embeddings, replace(self, dimensions=few)).lacks(there, trained)
 
     @override
     def rows(self, trained: Trained) -> Iterator[Mapping[str, Any]]:

@@ -50,14 +50,14 @@ class HeldOut(Analysis):
     def require(self, trained: Trained) -> None:
         if self.eps is None and trained.attack.norm != "linf":
             raise ValueError("the run's attack is in another norm than the maximum norm: name eps")
-        if trained.data.held_out is None:
+        if not trained.held_out_images:
             raise ValueError("no images were held out: train with protocol.held_out=0.1")
-        if self.images is not None and self.images > (there := len(trained.data.held_out)):
-            raise ValueError(f"images={self.images}, but only {there} were held out")
+        if self.images is not None and self.images > trained.held_out_images:
+            raise ValueError(f"images={self.images}, but only {trained.held_out_images} were held out")
 
     @override
     def lacks(self, there: Sequence[Mapping[str, Any]], trained: Trained) -> bool:
-        count = self.images or len(trained.data.held_out or ())
+        count = self.images or trained.held_out_images
         known = {(row["attack"], as_printed(float(row["eps"]))) for row in there if int(row["n"]) == count}
         cells = [cell for attack in self._attacks(trained) for cell in attack.cells()]
         return any((label, as_printed(eps)) not in known for label, eps in cells)

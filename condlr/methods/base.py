@@ -1,7 +1,7 @@
 """The contract of a method: everything in which two rows of a table differ."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -53,6 +53,9 @@ class Method:
     def in_label(self) -> tuple[str, ...]:
         """The options in `label`; other options are added to a run's label where they are unusual."""
         return ()
+
+    def require_epochs(self, epochs: int) -> None:
+        """Raise `ValueError` if so many epochs are too few for the method."""
 
     @property
     def passes(self) -> int:
@@ -155,19 +158,18 @@ class Method:
         return {}
 
 
-@dataclass
 class Allocating(Method):
     """A method whose compression may be allocated between the layers.
 
     Attributes:
         ranks: None: the compression in each layer; `energy`: as many weights, allocated by the spectra of the
-            first weights, see `Scheme.ranks_by_energy`.
+            first weights, see `Scheme.ranks_by_energy`. Each method has it among its own options, whose order
+            is that of a run's label.
         allocations: the values of `ranks` that the method knows, beside None.
     """
 
     allocations: ClassVar[tuple[str, ...]] = ("energy",)
-
-    ranks: str | None = field(default=None, kw_only=True)
+    ranks: str | None
 
     def __post_init__(self) -> None:
         if self.ranks is not None:

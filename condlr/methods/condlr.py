@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from condlr._support.errors import UserError, in_range
+from condlr._support.errors import in_range
 from condlr._support.precision import strict
 from condlr.constraint import Constraint, Options
 from condlr.factorization import low_rank_layers
@@ -50,6 +50,7 @@ class CondLR(Allocating):
     retraction: str = "qr"
     projection: str = "svd"
     transport: bool = False
+    ranks: str | None = None
     period: int | None = None
 
     def __post_init__(self) -> None:
@@ -110,16 +111,19 @@ class CondLR(Allocating):
         return ("sgd",) if self.momentum == "before_projection" else super().optimizers
 
     @override
-    def begin_epoch(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, epochs: int
-    ) -> None:
+    def require_epochs(self, epochs: int) -> None:
         period = self.period or _PERIOD
         if self.ranks == "adaptive" and 2 * period > epochs:
-            raise UserError(
+            raise ValueError(
                 f"ranks=adaptive allocates in the first half of the training, and never in {epochs} epochs "
                 f"with period={period}: set method.period to at most {epochs // 2}, or train longer"
             )
-        if self.ranks == "adaptive" and epoch % period == 0 and 2 * epoch <= epochs:
+
+    @override
+    def begin_epoch(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, epochs: int
+    ) -> None:
+        if self.ranks == "adaptive" and epoch % (self.period or _PERIOD) == 0 and 2 * epoch <= epochs:
             self._due = epoch
 
     @override

@@ -54,6 +54,7 @@ class Dlrt(Allocating):
     colours: ClassVar[Mapping[str, str]] = {"dlrt": "#999933"}
 
     theta: float = 0.0
+    ranks: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -38,6 +38,7 @@ class SpectralCap(Allocating):
 
     cap: float = 1.0
     preconditioner: str = "scalar"
+    ranks: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

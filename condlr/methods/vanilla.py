@@ -39,6 +39,7 @@ class Vanilla(Allocating):
     update: str = "joint"
     init: str = "spectral"
     frobenius_decay: float = 0.0
+    ranks: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,7 @@ def of_rivals(robust: Rows, constrained: Sequence[str], under: str) -> Iterator[
     """
     condlr = robust.starting("condlr")
     chosen = [mean for mean in condlr if _allocation(mean)]
-    ours = [mean for mean in condlr if mean.label.removesuffix(f"-{_allocation(mean)}") in constrained]
+    ours = [mean for mean in condlr if _elsewise(mean) in constrained]
     dlrt = robust.starting("dlrt", "robust_dlrt")
     with_r = [mean for mean in dlrt if "+condition" in mean.label]
     yield judged(
@@ -49,7 +49,7 @@ def of_rivals(robust: Rows, constrained: Sequence[str], under: str) -> Iterator[
             Comparison(a, b)
             for b in ours
             for a in chosen
-            if b.compression == a.compression and a.label == f"{b.label}-{_allocation(a)}"
+            if b.compression == a.compression and b.label == _elsewise(a)
         ],
     )
     yield judged(
@@ -97,3 +97,8 @@ def _allocation(mean: Mean) -> str:
     """How the weights are allocated between layers; empty for the same compression in each."""
     options = mean.label.partition("+")[0].split("-")
     return next((option for option in options if option.startswith("ranks=")), "")
+
+
+def _elsewise(mean: Mean) -> str:
+    """The label without what says how the weights are allocated."""
+    return "-".join(part for part in mean.label.split("-") if not part.startswith(("ranks=", "period=")))

@@ -309,6 +309,10 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     if (kind := protocol.optimizer or "sgd") not in method.optimizers:
         able = " or ".join(method.optimizers)
         raise UserError(f"protocol.optimizer={kind}: the method {method_keys['name']} trains with {able}")
+    try:
+        method.require_epochs(protocol.epochs)
+    except ValueError as error:
+        raise UserError(f"method.{error}") from None
     model, model_keys = choose("model", "models", values["model"], Architecture)
     # `conf/attack` refers to a dataset's strengths; they are part of the attack
     of_images = {key: value for key, value in values["dataset"].items() if key != "strengths"}
@@ -408,7 +412,7 @@ def _adversarial(keys: Mapping[str, Any] | None) -> dict[str, Any] | None:
             if isinstance(known[key], str):
                 (known[key],) = strengths(known[key])
         except ValueError as error:
-            raise UserError(f"protocol.adversarial.{key}: {error}") from None
+            raise UserError(f"protocol.adversarial.{str(error).replace('eps', key, 1)}") from None
     complete = convert(Adversarial, known, "protocol.adversarial")
     construct(Adversarial, complete, "protocol.adversarial")
     return {key: value for key, value in complete.items() if value is not None}

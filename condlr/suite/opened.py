@@ -53,7 +53,20 @@ class Opened:
     @cached_property
     def test_images(self) -> int:
         """The number of test images."""
-        return self.run.info.get("images", {}).get("test", 0)
+        return self._count("test")
+
+    @cached_property
+    def train_images(self) -> int:
+        """The number of training images, without those that were held out."""
+        return self._count("train")
+
+    @cached_property
+    def held_out_images(self) -> int:
+        """The number of images that were held out."""
+        return self._count("held_out")
+
+    def _count(self, part: str) -> int:
+        return self.run.info.get("images", {}).get(part, 0)
 
     @property
     def attack(self) -> Attack:

@@ -15,7 +15,12 @@ from condlr.evaluation import evaluate
 def trained(data, attack=None):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(data.train.pixels[0].numel(), 10))
-    return SimpleNamespace(model=model, data=data, attack=attack or Fgsm([0.0, 0.1, 0.05]))
+    return SimpleNamespace(
+        model=model,
+        data=data,
+        attack=attack or Fgsm([0.0, 0.1, 0.05]),
+        held_out_images=len(data.held_out or ()),
+    )
 
 
 def test_they_are_attacked_as_test_images_are(data):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from condlr.analysis.embeddings import Embeddings
+from condlr.analysis.reconstruction import Reconstruction
 from condlr.analysis.recovery import Recovery, least_squares
 from condlr.analysis.stability import Stability
 from condlr.data.base import Data, Images
@@ -75,7 +77,7 @@ def test_wrong_keys_are_named():
 
 def test_rows_of_other_options_are_missing():
     """The default of every analysis: options that are key columns must have their rows."""
-    here = SimpleNamespace(test_images=30)
+    here = SimpleNamespace(test_images=30, train_images=400)
     there = [{"layer": "conv1", "images": "5", "iterations": "3"}]
     assert Recovery().lacks([], here)
     assert not Recovery(images=5, iterations=3).lacks(there, here)
@@ -89,3 +91,11 @@ def test_rows_of_other_options_are_missing():
     ]  # fmt: skip
     for options, lacks in cases:
         assert Stability(**options).lacks(rows, here) == lacks, options
+    whole = [
+        {"layer": "fc", "train_images": "400", "dimensions": str(r), "classifier": "svm", "activations": "64"}
+        for r in (1, 2, 5, 10, 20, 50, 64)
+    ]
+    assert not Embeddings().lacks(whole, here), "a layer of 64 activations has no more dimensions"
+    assert Embeddings(dimensions=[1, 3]).lacks(whole, here)
+    image = [{"layer": "conv1", "image": str(number), "iterations": "100"} for number in range(4)]
+    assert not Reconstruction().lacks(image, here), "its option layers is a number"

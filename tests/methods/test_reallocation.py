@@ -6,7 +6,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import condlr
-from condlr._support.errors import UserError
 from condlr.factorization import low_rank_layers
 from condlr.methods._bases import Objective, dense_gradients
 from condlr.methods._reallocation import reallocate
@@ -147,6 +146,7 @@ def test_wrong_options_are_named(options, says):
         CondLR(**options)
 
 
-def test_a_training_too_short_for_an_allocation_says_so(data):
-    with pytest.raises(UserError, match="never in 3 epochs with period=2: set method.period to at most 1"):
-        trainer(CondLR(0.1, ranks="adaptive"), data, epochs=3).fit()
+def test_a_training_too_short_for_an_allocation_says_so():
+    CondLR(0.1, ranks="adaptive").require_epochs(4)
+    with pytest.raises(ValueError, match="never in 3 epochs with period=2: set method.period to at most 1"):
+        CondLR(0.1, ranks="adaptive").require_epochs(3)

@@ -53,6 +53,15 @@ def test_rows_are_compared_with_those_of_the_same_allocation():
         ("condlr-tau0", "spectral_cap-1"), ("condlr-tau0.1", "spectral_cap-1"),
         ("condlr-tau0.1-ranks=energy", "spectral_cap-1-ranks=energy"),
     }  # fmt: skip
+    assert "condlr-tau0.1-ranks=adaptive-period=1" not in {pair.left.label for pair in norms}
+    adaptive = {("condlr-tau0.1-ranks=adaptive-period=1", 0.7996): 0.97}
+    pairs = {claim.title: claim for claim in claims(study(ROWS | adaptive))}[
+        "Ranks that are shared out are better than uniform ones"
+    ].comparisons
+    assert [pair.left.label for pair in pairs] == [
+        "condlr-tau0.1-ranks=energy",
+        *(key[0] for key in adaptive),
+    ]
     (shared,) = found["Ranks that are shared out are better than uniform ones"].comparisons
     assert (shared.left.label, shared.right.label) == ("condlr-tau0.1-ranks=energy", "condlr-tau0.1")
 

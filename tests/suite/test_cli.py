@@ -72,7 +72,7 @@ def run(small_run, tmp_path):
         (["attack=pray"], "Could not find 'attack/pray'"),
         (["row=big"], "Could not find 'row/big'"),
         (["method.name=dropout"], "methods: there is no 'dropout'; choose from baseline, cayley_sgd, condlr"),
-        (["+method.rank=3"], "method.rank: there is no such key; the keys of method are ranks, tau"),
+        (["+method.rank=3"], "method.rank: there is no such key; the keys of method are tau"),
         (["precision=fp16"], "precision must be one of float32, tf32, bf16; got 'fp16'"),
         (["precision=tf32", "device=cpu"], "precision=tf32 is for CUDA devices"),
         (["forms=fast"], "forms must be one of measured, factored, chained, multiplied; got 'fast'"),

@@ -98,8 +98,28 @@ def test_the_strength_of_adversarial_training_is_one_number(eps):
         ("protocol.optimizer=''", "optimizer must be one of"),
         ("protocol.schedule=''", "schedule must be one of"),
         ("method.ranks=''", "ranks must be one of"),
+        ("protocol.adversarial={eps:0.1,step_size:much}", "protocol.adversarial.step_size must be"),
     ],
 )
 def test_what_is_no_such_value_is_one_line(keys, says):
     with pytest.raises(UserError, match=says):
         check(composed("method=condlr", "compression=0.5", keys))
+
+
+def test_a_training_too_short_for_an_allocation_is_refused_before_it_begins():
+    with pytest.raises(UserError, match="method.ranks=adaptive allocates in the first half"):
+        keys = ["protocol.epochs=3", "protocol.lr_milestones=[]"]
+        check(composed("method=condlr", "compression=0.5", "method.ranks=adaptive", *keys))
+
+
+def test_the_options_in_a_label_keep_their_order():
+    """A run's id holds its label: another order would make finished runs new ones."""
+    wanted = {
+        ("condlr", "momentum=transported", "ranks=energy"): "condlr-tau0.1-momentum=transported-ranks=energy",
+        ("condlr", "ranks=adaptive", "period=1"): "condlr-tau0.1-ranks=adaptive-period=1",
+        ("dlrt", "theta=0.1", "ranks=energy"): "dlrt-theta=0.1-ranks=energy",
+        ("vanilla", "update=alternating", "ranks=energy"): "vanilla-update=alternating-ranks=energy",
+    }
+    for (method, *options), label in wanted.items():
+        asked = [f"method.{option}" for option in options]
+        assert check(composed(f"method={method}", "compression=0.5", *asked)).label == label

@@ -107,7 +107,7 @@ class Job:
             if os.path.lexists(path) and not fits:
                 return f"{path} can't be written: make it writable, or move it away"
         try:
-            if self.config.origin is not None and not self.run.has_weights:
+            if self.config.origin is not None and self.run.status != "done":
                 Run(Path(self.config.origin.run)).require_weights()
         except NoWeights as error:
             return f"start: {error}"
