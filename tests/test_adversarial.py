@@ -101,6 +101,7 @@ def test_bad_settings_are_refused(keys, message):
         Adversarial(**keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["condlr", "dlrt_adaptive", "cayley_sgd", "srn"])
 def test_an_interrupted_training_ends_with_the_same_bits(name, data):
     keys = {"epochs": 2, "adversarial": {"eps": 0.1, "steps": 2}}

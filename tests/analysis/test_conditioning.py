@@ -376,6 +376,7 @@ def test_vector_constants_on_intervals(activation, interval):
     assert attained == pytest.approx(expected, rel=6e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", FAMILY, ids=NAMES)
 def test_vector_constants_survive_optimisation(activation):
     """Ascent that stays in the box does not get beyond the constant."""
@@ -936,6 +937,7 @@ def test_the_pointwise_bound_holds_for_networks_with_biases(rank):
     assert (worst.condition <= pointwise_bound(model, worst.points)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", FAMILY, ids=NAMES)
 def test_no_measured_condition_exceeds_the_bound_of_an_injective_chain(activation):
     """On the intervals of the entries that the points really have."""

@@ -228,6 +228,7 @@ def drift(method, steps=1000, lr=0.1, scale=1.0):
     return method.audit(layer)["orthonormality_error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [ProjectedSgd(), ProjectedSgd(retraction="polar"), CayleySgd(transform="exact")]
 )

@@ -148,6 +148,7 @@ def test_moments_that_move_there_and_back_are_the_same():
     torch.testing.assert_close(optimizer.state[layer.S]["exp_avg"], before["exp_avg"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_a_cycle_that_is_interrupted_goes_on(kind, at, data):

@@ -43,6 +43,7 @@ def test_it_combines_with_every_method(method, data):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in run.model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subspace", ["svd", "nystrom", "pca"])
 @pytest.mark.parametrize("method", ["baseline", "condlr"])
 def test_an_interrupted_training_goes_on_with_the_same_bits(method, subspace, data):

@@ -58,10 +58,8 @@ def test_rows_are_compared_with_those_of_the_same_allocation():
     pairs = {claim.title: claim for claim in claims(study(ROWS | adaptive))}[
         "Ranks that are shared out are better than uniform ones"
     ].comparisons
-    assert [pair.left.label for pair in pairs] == [
-        "condlr-tau0.1-ranks=energy",
-        *(key[0] for key in adaptive),
-    ]
+    chosen = {pair.left.label for pair in pairs}
+    assert chosen == {"condlr-tau0.1-ranks=energy", *(label for label, _ in adaptive)}
     (shared,) = found["Ranks that are shared out are better than uniform ones"].comparisons
     assert (shared.left.label, shared.right.label) == ("condlr-tau0.1-ranks=energy", "condlr-tau0.1")
 

@@ -53,6 +53,7 @@ def test_images_or_classes_that_do_not_fit_are_named(root):
         OtherDataset(other="svhn").sets(360, root / "MNIST" / "raw" / "t10k-labels-idx1-ubyte")
 
 
+@pytest.mark.slow
 def test_a_run_is_tried_on_another_dataset_from_the_command_line(script, root):
     assert script("train", *SMALL, "method=baseline", "study=s", f"data_root={root}")[0] == 0
     (run,) = (root / "runs" / "s").glob("lenet5-*")

@@ -16,6 +16,7 @@ def checked(*overrides):
         return check(compose("train", overrides=["protocol=rivals", *overrides]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "row",
     ["condlr-tau0.1", "condlr-energy", "vanilla", "vanilla-energy", "dlrt", "svd_prune", "spectral_cap"],

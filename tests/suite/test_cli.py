@@ -60,6 +60,7 @@ def run(small_run, tmp_path):
     return shutil.copytree(small_run, tmp_path / "runs" / "default" / small_run.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
@@ -218,6 +219,7 @@ def damage_missing(raw):
     (raw / "t10k-images-idx3-ubyte").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "pattern"),
     [
@@ -481,6 +483,7 @@ def test_damaged_runs_are_named_and_left_alone(script, run, name, damage, patter
     assert script("train", *SMALL)[0] == 0, "the advice works"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_runs_code_is_refused(script, run):
     class Evil:
         def __reduce__(self):
@@ -602,6 +605,7 @@ def test_evaluate_says_what_it_cannot_evaluate(script, run, tmp_path):
     complains(script("evaluate", f"run={run}"), "config.yaml cannot be read")
 
 
+@pytest.mark.slow
 def test_evaluation_wants_the_images_of_the_training(script, small_mnist):
     arguments = ["dataset=mnist", "dataset.download=false", "protocol.epochs=1"]
     script("train", *arguments)
@@ -894,6 +898,7 @@ def test_a_path_that_is_in_no_encoding_is_written(tmp_path):
     assert files.read_csv(tmp_path / "planned.csv") == [{"a": "r\\udcc3\\udcff", "b": "τ"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statuses", "said"),
     [

@@ -63,6 +63,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(whole, stop_at, tmp_path):
             }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["baseline", "condlr"])
 def test_operators_are_recorded_and_change_nothing(method, data):
     plain, recording = (trainer(METHODS[method], data, record_every=0, epochs=2) for _ in range(2))
