@@ -600,7 +600,7 @@ def test_a_layer_that_a_pattern_names_and_that_stays_dense_is_named():
         (lambda net: condlr.choose_forms(None, torch.ones(2, 12)), "choose_forms needs a network"),
         (lambda net: condlr.low_rank_activations(net, {"1": 2.5}), "ranks are whole numbers"),
         (lambda net: condlr.low_rank_activations(net, ["1"]), "ranks are whole numbers"),
-        (lambda net: condlr.audit(torch.optim.SGD(net.parameters())), "this needs a network"),
+        (lambda net: condlr.audit(torch.optim.SGD(net.parameters())), "audit needs a network"),
         (lambda net: condlr.unfactorize(net), r"attention is named '\*'; there are none"),
         (
             lambda net: condlr.unfactorize(condlr.factorize(net, 0.5), ["0", "typo"]),
