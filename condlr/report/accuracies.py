@@ -131,7 +131,8 @@ def _marks(axes: Axes, frame: pd.DataFrame, rows: list[tuple[Any, ...]], eps: fl
         axes.plot(
             part["accuracy"], heights, next(shapes), color=next(colours), markersize=5, alpha=0.9, label=label
         )
-    texts = [row_title(label, compression, variant) for label, compression, _, variant in rows]
+    titles = (row_title(label, compression, variant) for label, compression, _, variant in rows)
+    texts = [textwrap.fill(title, 36) for title in titles]
     axes.set_yticks(range(len(rows)), texts)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     _style.percent(axes.xaxis)
