@@ -234,7 +234,6 @@ class Constraint:
 
     def audit(self) -> dict[str, float]:
         """The largest max |U^T U - I| (V likewise) and the largest cond(S) of all layers, in float64."""
-        self._update_held()
         self._require_layers()
         return worst(map(audited, self.layers.values()))
 
@@ -243,7 +242,6 @@ class Constraint:
 
         The limit of cond(S) holds for layers whose S was moved by a step. An S that is zero is a breach.
         """
-        self._update_held()
         self._require_layers()
         found = {held: audited(held.layer) for held in self._held.values()}
         for held, figures in found.items():
@@ -256,6 +254,8 @@ class Constraint:
         return worst(found.values())
 
     def _require_layers(self) -> None:
+        """Update the constrained layers; raise `ValueError` if there is none any more."""
+        self._update_held()
         if not self._held:
             raise ValueError("no layer is constrained: the optimiser has none of the model's factors")
 

@@ -202,7 +202,7 @@ def _made(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def _operator(layer: Any, seen: _Seen | None) -> float | None:
-    usual = isinstance(layer, LowRankConv2d) or (isinstance(layer, nn.Conv2d) and is_pytorchs(layer))
+    usual = isinstance(layer, nn.Conv2d | LowRankConv2d) and is_pytorchs(layer)
     if seen is None or not usual or any(p.is_meta or p.is_complex() for p in layer.parameters()):
         return None
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:

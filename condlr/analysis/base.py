@@ -99,7 +99,9 @@ def _text(value: Any) -> str:
 
 def _most(key: str, trained: Trained) -> int | None:
     """How many images there are for a key that counts them."""
-    return {"images": trained.test_images, "train_images": trained.train_images}.get(key)
+    if key == "images":
+        return trained.test_images
+    return trained.train_images if key == "train_images" else None
 
 
 @dataclass

@@ -47,18 +47,9 @@ class VarianceRatio(Analysis):
         in_range("largest", self.largest, 1, math.inf)
 
     @override
-    def lacks(self, there: list[Mapping[str, Any]], trained: Trained) -> bool:  # type: ignore[override]
-        known = {row["layer"] for row in there if int(row["images"]) == self.count(trained)}
-        return not known or not {*self.layers} <= known
-
-    def count(self, trained: Trained) -> int:
-        """The number of images, of which a small dataset has fewer."""
-        return min(self.images, trained.test_images)
-
-    @override
     def rows(self, trained: Trained) -> Iterator[Mapping[str, Any]]:
         names = chosen(trained.model, self.layers, trained.data.shape)
-        images = first(trained.data.test, self.count(trained))
+        images = first(trained.data.test, min(self.images, trained.test_images))
         for name, A in activations(trained.model, images, names).items():
             for centred in (False, True):
                 ratios = variance_ratio(A - A.double().mean(0) if centred else A)[: self.largest]
