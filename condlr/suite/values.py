@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import fields
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -74,7 +74,7 @@ def expanded(path: T) -> T | str:
 def one_line(error: BaseException) -> str:
     """The message of a Hydra or OmegaConf error in one line, without the parts that do not help a user."""
     text = str(error).split("Config search path")[0]
-    text = re.sub(r"To append to your config use \S+", "There is no such key, see --help.", text)
+    text = re.sub(r"To append to your config use \+([\w.]*).*", _no_such_key, text)
     lines = [line.strip() for line in text.splitlines()]
     noise = ("full_key:", "reference_type=", "object_type=", "See https://")
     key = next((line[len("full_key:") :].strip() for line in lines if line.startswith("full_key:")), "")
@@ -82,10 +82,22 @@ def one_line(error: BaseException) -> str:
     return f"{key}: {kept}" if key and key not in kept else kept
 
 
+def _no_such_key(found: re.Match[str]) -> str:
+    group, _, key = found[1].rpartition(".")
+    # Hydra sets no key of a group within a group that is null, such as protocol.adversarial
+    whole = f", or its group is null: then give the group whole, as in {group}={{{key}:...}}"
+    return f"There is no such key{whole if '.' in group else ''}; see --help."
+
+
 def convert(schema: type, values: Mapping[str, Any], group: str = "") -> dict[str, Any]:
     """`values` converted to the types of a dataclass's fields, with defaults filled in."""
     free = [field.name for field in fields(schema) if field.type == dict[str, Any]]
     apart = {key: values[key] for key in free if isinstance(values.get(key), dict)}  # of any types
+    for field in fields(schema):
+        value, kinds = values.get(field.name), (field.type, *get_args(field.type))
+        if value is not None and not isinstance(value, Mapping) and dict in map(get_origin, kinds):
+            where = f"{group}.{field.name}" if group else field.name
+            raise UserError(f"{where} is a group of keys, as in {where}={{key:value}}; got {value!r}")
     typed = pickle.dumps(dict(values) | {key: {} for key in apart})
     plain = pickle.loads(_converted(schema, typed, group)) | deepcopy(apart)
     if missing := _missing(plain):
