@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,9 @@ _NARROW = 1.0
 
 # The key of the constraint's state in the first parameter group of an optimiser's state_dict
 _MEMORY = "condlr"
+
+# The constraints of each optimiser. Their hooks may be on a wrapper that the optimiser does not know of.
+_ATTACHED: WeakKeyDictionary[torch.optim.Optimizer, "WeakSet[Constraint]"] = WeakKeyDictionary()
 
 
 def constrain(
@@ -184,12 +188,14 @@ class Constraint:
 
     def _attach(self) -> None:
         self._hooks = self._stepper.attach(self._before_step, self._after_step, self._save, self._recall)
+        _ATTACHED.setdefault(self.optimizer, WeakSet()).add(self)
 
     def remove(self) -> None:
         """Remove the hooks from the optimiser; the factors do not change."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        _ATTACHED.get(self.optimizer, WeakSet()).discard(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_hooks": bool(self._hooks)}  # PyTorch does not copy hooks
@@ -297,11 +303,8 @@ class Constraint:
 
     def _require_alone(self, new: "Sequence[Held]") -> None:
         """Refuse a second constraint on a layer, which would precondition its gradients twice."""
-        of_both = (self._stepper.stepping, self._stepper.inner)
-        for hook in (hook for part in of_both for hook in part._optimizer_step_pre_hooks.values()):
-            other = getattr(hook, "__self__", None)
-            theirs = other._held if isinstance(other, Constraint) and other is not self else ()
-            if any(held.layer in theirs for held in new):
+        for other in _ATTACHED.get(self.optimizer, ()):
+            if other is not self and any(held.layer in other._held for held in new):
                 raise ValueError("these layers are constrained already: remove() that constraint first")
 
     def _first_scale(self, layer: LowRank) -> float | None:

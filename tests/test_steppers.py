@@ -161,12 +161,17 @@ def test_a_scheduler_that_holds_the_step_comes_after():
         condlr.constrain(optimizer, net)
 
 
-def test_one_layer_is_constrained_once_through_a_wrapper_too():
+@pytest.mark.parametrize("wrapper_first", [True, False])
+def test_one_layer_is_constrained_once_through_a_wrapper_too(wrapper_first):
     net = network()
     inner = torch.optim.SGD(net.parameters(), lr=0.1)
-    condlr.constrain(inner, net)
+    both = [inner, Lookahead(inner)]
+    first, second = reversed(both) if wrapper_first else both
+    constraint = condlr.constrain(first, net)
     with pytest.raises(ValueError, match="constrained already"):
-        condlr.constrain(Lookahead(inner), net)
+        condlr.constrain(second, net)
+    constraint.remove()
+    condlr.constrain(second, net)
 
 
 def test_all_hooks_or_none():
