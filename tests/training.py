@@ -17,8 +17,8 @@ from condlr.methods.srn import Srn
 from condlr.methods.svd_prune import SvdPrune
 from condlr.methods.vanilla import Vanilla
 from condlr.models.lenet5 import LeNet5
-from condlr.suite.config import Protocol
 from condlr.suite.engine import Trainer
+from condlr.suite.protocol import Protocol
 
 METHODS = {
     "baseline": Baseline(),

@@ -36,11 +36,11 @@ from condlr.models.base import Architecture
 from condlr.models.lenet5 import LeNet5Options
 from condlr.models.vgg16 import Vgg16
 from condlr.suite.collecting import collect
-from condlr.suite.config import Protocol
 from condlr.suite.engine import Trainer
 from condlr.suite.graphs import GraphedStep
 from condlr.suite.naive import constrain_naively, naive
 from condlr.suite.programs import Benchmark
+from condlr.suite.protocol import Protocol
 from condlr.suite.runs import Run
 
 NETWORKS: dict[str, tuple[type[Architecture], tuple[int, int, int]]] = {

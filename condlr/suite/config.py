@@ -21,10 +21,10 @@ from condlr._support.rooms import available
 from condlr._support.strengths import strengths
 from condlr.suite.folders import folder
 from condlr.suite.origin import Origin, origin, require_alike
-from condlr.suite.values import choose, construct, convert, expanded, resolved
+from condlr.suite.protocol import Protocol, choose_protocol
+from condlr.suite.values import choose, convert, expanded, resolved
 
 if TYPE_CHECKING:
-    from condlr.adversarial import Adversarial
     from condlr.attacks.base import Attack
     from condlr.data.base import Dataset
     from condlr.factorization import Scheme
@@ -36,7 +36,6 @@ CONF = folder("conf", "conf")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "tf32", "bf16")
 FORMS = ("measured", "factored", "chained", "multiplied")
-AUGMENTATIONS = ("none", "crop", "crop_flip")
 
 # Keys that are not part of a run's identity: paths, the device, what is recorded, and the attack.
 _NOT_IDENTITY = (
@@ -54,82 +53,6 @@ _NOT_IDENTITY = (
 _NULL_COUNTS = ("compression", "train_images", "test_images")
 # Keys of a protocol that act only where another group refers to them; they are part of its identity there.
 _REFERRED = ("batch_norm_momentum", "clamp", "methods")
-
-
-@dataclass
-class Protocol:
-    """What a table shares between its rows: the keys of `conf/protocol/*.yaml`.
-
-    Attributes:
-        name: `paper`, `released_code`, `demo` or a user's own.
-        epochs, batch_size: as usual; the last, smaller batch of an epoch is used.
-        optimizer: `sgd` or `adamw`, null for `sgd`; AdamW takes no momentum.
-        lr, momentum, weight_decay: of it; a null weight_decay is none. Weights that a method keeps
-            orthonormal are not decayed: that would change their length alone.
-        lr_milestones, lr_factor: at each milestone (an epoch, counted from 0) lr is multiplied by the
-            factor.
-        schedule: `cosine`, lr (1 + cos(pi epoch / epochs)) / 2 in each epoch; null: by milestones.
-        held_out: fraction of the training images kept for validation.
-        stop_at: the accuracy on these images at which training ends, at the end of an epoch; null: never. It
-            makes networks of one accuracy, to compare what else they do.
-        adversarial: the attack on each batch, keys of `condlr.adversarial.Adversarial`; null: none.
-        rank_rule, classifier, init, decay: see `condlr.factorization.Scheme`.
-        augmentation: of training images, `none`, `crop` or `crop_flip` (`condlr.data._augmentation`).
-        batch_norm_momentum: of running statistics, in PyTorch's convention; `conf/model` refers to it.
-        clamp: whether adversarial images are clamped to [0, 1]; `conf/attack` refers to it.
-        methods: by method name, the options that differ between protocols; `conf/method` refers to it.
-    """
-
-    name: str
-    epochs: int
-    batch_size: int
-    lr: float
-    momentum: float
-    lr_milestones: list[int]
-    lr_factor: float
-    held_out: float
-    rank_rule: str
-    classifier: str
-    init: str
-    augmentation: str
-    batch_norm_momentum: float
-    clamp: bool
-    methods: dict[str, dict[str, Any]]
-    decay: float | None = None
-    weight_decay: float | None = None
-    stop_at: float | None = None
-    adversarial: dict[str, Any] | None = None
-    optimizer: str | None = None
-    schedule: str | None = None
-
-    def __post_init__(self) -> None:
-        in_range("epochs", self.epochs, 1, math.inf)
-        in_range("batch_size", self.batch_size, 1, math.inf)
-        in_range("lr", self.lr, 0, math.inf, half_open=True)
-        in_range("momentum", self.momentum, 0, 1, half_open=True)
-        if self.weight_decay is not None:
-            in_range("weight_decay", self.weight_decay, 0, math.inf, half_open=True)
-        in_range("lr_factor", self.lr_factor, 0, math.inf, half_open=True)
-        in_range("batch_norm_momentum", self.batch_norm_momentum, 0, 1)
-        one_of("augmentation", self.augmentation, AUGMENTATIONS)
-        in_range("held_out", self.held_out, 0, 1, half_open=True)
-        if self.stop_at is not None:
-            in_range("stop_at", self.stop_at, 0, 1)
-            if not self.held_out:
-                raise ValueError("stop_at is an accuracy on held-out images: set held_out, such as 0.1")
-        one_of("optimizer", self.optimizer, (None, "sgd", "adamw"))
-        one_of("schedule", self.schedule, (None, "cosine"))
-        if self.schedule and self.lr_milestones:
-            raise ValueError("schedule=cosine takes no milestones: set lr_milestones=[]")
-        if any(m < 1 for m in self.lr_milestones) or sorted(self.lr_milestones) != self.lr_milestones:
-            raise ValueError(f"lr_milestones must be epochs in ascending order; got {self.lr_milestones}")
-
-    @property
-    def attack(self) -> "Adversarial | None":
-        """The attack of adversarial training."""
-        from condlr.adversarial import Adversarial
-
-        return None if self.adversarial is None else Adversarial(**self.adversarial)
 
 
 @dataclass
@@ -274,9 +197,33 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         del given["flow"]
     plain = convert(_Schema, given)
     values = {field.name: plain[field.name] for field in fields(_Schema)}
-    values["protocol"] = convert(Protocol, values["protocol"], "protocol")
-    values["protocol"]["adversarial"] = _adversarial(values["protocol"]["adversarial"])
-    protocol = construct(Protocol, values["protocol"], "protocol")
+    protocol, values["protocol"] = choose_protocol(values["protocol"])
+    _check_plain(values)
+    method, method_keys = _method(values["method"], protocol)
+    model, model_keys, dataset, dataset_keys = _model_and_dataset(values["model"], values["dataset"])
+    attack = _attack(values["attack"], protocol)
+    scheme = _scheme(values["compression"], values["budget"], protocol, method, model, dataset)
+    penalty, penalty_keys = _penalty(values["penalty"])
+    begun = origin(values["start"], dataset_keys["name"], model_keys["name"], values["seed"])
+    if begun is not None:
+        _require_kept(protocol, method_keys)
+        if isinstance(values["start"], str):  # as config.yaml holds it, the start was looked at before
+            require_alike(begun, dataset_keys, model_keys, values["seed"], protocol.held_out)
+    label = _label(method, method_keys, protocol)
+    if penalty is not None and penalty_keys is not None:
+        label += f"+{'-'.join([penalty_keys['name'], *_unusual(penalty, penalty_keys)])}"
+    found = {"dataset": dataset_keys, "model": model_keys, "method": method_keys, "penalty": penalty_keys}
+    found |= {"compression": scheme.compression, "start": None if begun is None else begun.name}
+    return RunConfig(
+        _identity(values | found), label,
+        dataset, model, method, scheme, protocol, attack, values["seed"], values["study"],
+        Path(values["runs_dir"]), Path(values["data_root"]), values["device"], values["precision"],
+        values["forms"], values["record_every"], values["record_operators"], penalty, begun,
+    )  # fmt: skip
+
+
+def _check_plain(values: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a value of the top level that cannot be."""
     try:
         in_range("compression", values["compression"], 0, 1, half_open=True)
         in_range("seed", values["seed"], 0, 2**32, half_open=True)
@@ -292,80 +239,95 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     except ValueError as error:
         raise UserError(str(error)) from None
 
-    from condlr.attacks.base import Attack
-    from condlr.data.base import Dataset
-    from condlr.factorization import Scheme
-    from condlr.methods.base import Method
-    from condlr.models.base import Architecture
-    from condlr.penalties.base import Penalty
 
-    method, method_keys = choose("method", "methods", values["method"], Method)
-    for name, keys in protocol.methods.items():
+def _method(keys: Mapping[str, Any], protocol: Protocol) -> tuple["Method", dict[str, Any]]:
+    """The method and its keys, for a protocol that it can be trained with."""
+    from condlr.methods.base import Method
+
+    method, complete = choose("method", "methods", keys, Method)
+    for name, options in protocol.methods.items():
         if name not in available("methods"):
             choices = ", ".join(available("methods"))
             raise UserError(f"protocol.methods.{name}: there is no such method; choose from {choices}")
-        if name == method_keys["name"] and (unknown := [key for key in keys if key not in method_keys]):
+        if name == complete["name"] and (unknown := [key for key in options if key not in complete]):
             raise UserError(f"protocol.methods.{name}.{unknown[0]}: the method {name} has no such key")
     if (kind := protocol.optimizer or "sgd") not in method.optimizers:
         able = " or ".join(method.optimizers)
-        raise UserError(f"protocol.optimizer={kind}: the method {method_keys['name']} trains with {able}")
+        raise UserError(f"protocol.optimizer={kind}: the method {complete['name']} trains with {able}")
     try:
         method.require_epochs(protocol.epochs)
     except ValueError as error:
         raise UserError(f"method.{error}") from None
-    model, model_keys = choose("model", "models", values["model"], Architecture)
+    return method, complete
+
+
+def _model_and_dataset(
+    model_keys: Mapping[str, Any], dataset_keys: Mapping[str, Any]
+) -> tuple["Architecture", dict[str, Any], "Dataset", dict[str, Any]]:
+    """A network and the images that it takes, and all keys of both."""
+    from condlr.data.base import Dataset
+    from condlr.models.base import Architecture
+
+    model, model_keys = choose("model", "models", model_keys, Architecture)
     # `conf/attack` refers to a dataset's strengths; they are part of the attack
-    of_images = {key: value for key, value in values["dataset"].items() if key != "strengths"}
+    of_images = {key: value for key, value in dataset_keys.items() if key != "strengths"}
     dataset, dataset_keys = choose("dataset", "data", of_images, Dataset)
     if dataset.shape is not None:
         try:
             model.require(dataset.shape)
         except ValueError as error:
-            raise UserError(
-                f"model={model_keys['name']} with dataset={dataset_keys['name']}: {error}"
-            ) from None
-    attack_keys = {
+            both = f"model={model_keys['name']} with dataset={dataset_keys['name']}"
+            raise UserError(f"{both}: {error}") from None
+    return model, model_keys, dataset, dataset_keys
+
+
+def _attack(keys: Mapping[str, Any], protocol: Protocol) -> "Attack":
+    from condlr.attacks.base import Attack
+
+    keys = {
         key: [value] if key == "iterations" and isinstance(value, int | float) else value
-        for key, value in values["attack"].items()
+        for key, value in keys.items()
     }
     try:
-        attack_keys |= {"eps": strengths(attack_keys["eps"])} if "eps" in attack_keys else {}
+        keys |= {"eps": strengths(keys["eps"])} if "eps" in keys else {}
     except ValueError as error:
         raise UserError(f"attack.{error}") from None
-    if attack_keys.get("clamp", True) is None:
-        attack_keys = attack_keys | {"clamp": protocol.clamp}
-    attack, _ = choose("attack", "attacks", attack_keys, Attack)
-    compression = values["compression"] if method.compresses else None
+    if keys.get("clamp", True) is None:
+        keys |= {"clamp": protocol.clamp}
+    return choose("attack", "attacks", keys, Attack)[0]
+
+
+def _scheme(
+    compression: float,
+    budget: float | None,
+    protocol: Protocol,
+    method: "Method",
+    model: "Architecture",
+    dataset: "Dataset",
+) -> "Scheme":
+    """How layers are replaced; for a method that compresses, as much as is asked or the budget needs."""
+    from condlr.factorization import Scheme
+
+    asked = compression if method.compresses else None
     try:
-        scheme = Scheme(compression, protocol.rank_rule, protocol.classifier, protocol.init, protocol.decay)
+        scheme = Scheme(asked, protocol.rank_rule, protocol.classifier, protocol.init, protocol.decay)
     except ValueError as error:
         raise UserError(f"protocol.{error}") from None
-    if values["budget"] is not None and method.compresses:
-        compression = _compression_for(values["budget"], method, scheme, model, dataset)
-        scheme = replace(scheme, compression=compression)
+    if budget is None or not method.compresses:
+        return scheme
+    return replace(scheme, compression=_compression_for(budget, method, scheme, model, dataset))
 
-    label, penalty, penalty_keys = _label(method, method_keys, protocol), None, None
-    if values["penalty"] is not None:
-        if not isinstance(values["penalty"], dict):
-            raise UserError(f"penalty must be a group of keys, as in penalty=so; got {values['penalty']!r}")
-        if values["penalty"] and "name" not in values["penalty"]:
-            key = next(iter(values["penalty"]))
-            raise UserError(f"penalty.{key} is set, but no penalty is chosen, as in penalty=so")
-        penalty, penalty_keys = choose("penalty", "penalties", values["penalty"], Penalty)
-        label += f"+{'-'.join([penalty_keys['name'], *_unusual(penalty, penalty_keys)])}"
-    begun = origin(values["start"], dataset_keys["name"], model_keys["name"], values["seed"])
-    if begun is not None:
-        _require_kept(protocol, method_keys)
-        if isinstance(values["start"], str):  # as config.yaml holds it, the start was looked at before
-            require_alike(begun, dataset_keys, model_keys, values["seed"], protocol.held_out)
-    found = {"dataset": dataset_keys, "model": model_keys, "method": method_keys, "penalty": penalty_keys}
-    found["start"] = None if begun is None else begun.name
-    return RunConfig(
-        _identity(values | found | {"compression": compression}), label,
-        dataset, model, method, scheme, protocol, attack, values["seed"], values["study"],
-        Path(values["runs_dir"]), Path(values["data_root"]), values["device"], values["precision"],
-        values["forms"], values["record_every"], values["record_operators"], penalty, begun,
-    )  # fmt: skip
+
+def _penalty(keys: Any) -> tuple["Penalty | None", dict[str, Any] | None]:
+    from condlr.penalties.base import Penalty
+
+    if keys is None:
+        return None, None
+    if not isinstance(keys, dict):
+        raise UserError(f"penalty must be a group of keys, as in penalty=so; got {keys!r}")
+    if keys and "name" not in keys:
+        raise UserError(f"penalty.{next(iter(keys))} is set, but no penalty is chosen, as in penalty=so")
+    return choose("penalty", "penalties", keys, Penalty)
 
 
 def _require_kept(protocol: Protocol, method: Mapping[str, Any]) -> None:
@@ -396,26 +358,6 @@ def _compression_for(
     if kept(steps[-1]) > budget:
         raise UserError(f"budget={budget:g}: this network needs {kept(steps[-1]):,} weights with rank 1")
     return bisect_left(steps, True, key=lambda step: kept(step) <= budget) / len(steps)
-
-
-def _adversarial(keys: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """All keys of adversarial training, checked."""
-    if keys is None:
-        return None
-    from condlr.adversarial import Adversarial
-
-    known = dict(keys)
-    for key in known.keys() & {"eps", "step_size"}:
-        if not isinstance(known[key], int | float | str) and (key == "eps" or known[key] is not None):
-            raise UserError(f"protocol.adversarial.{key} is one number, such as 8/255; got {known[key]!r}")
-        try:
-            if isinstance(known[key], str):
-                (known[key],) = strengths(known[key])
-        except ValueError as error:
-            raise UserError(f"protocol.adversarial.{str(error).replace('eps', key, 1)}") from None
-    complete = convert(Adversarial, known, "protocol.adversarial")
-    construct(Adversarial, complete, "protocol.adversarial")
-    return {key: value for key, value in complete.items() if value is not None}
 
 
 def _identity(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from condlr.forms import forms, set_forms
 from condlr.layers import LowRankLinear
 from condlr.methods.base import Method
 from condlr.penalties.base import Penalty
-from condlr.suite.config import Protocol
 from condlr.suite.graphs import GraphedStep
+from condlr.suite.protocol import Protocol
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from condlr.data.cifar10 import Cifar10
 from condlr.data.digits import Digits
 from condlr.data.fashion_mnist import FashionMnist
 from condlr.data.mnist import Mnist
-from condlr.suite.config import AUGMENTATIONS as NAMES
+from condlr.suite.protocol import AUGMENTATIONS as NAMES
 
 
 def images(n):
