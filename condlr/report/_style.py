@@ -51,7 +51,7 @@ class Drawn(NamedTuple):
     Attributes:
         lines, columns: the handles of the legend below the figure, and its number of columns.
         marks: more handles, in columns of their own.
-        title: if empty, the figure is titled with the setting of its runs.
+        title: if None, the figure is titled with the setting of its runs.
     """
 
     figure: Figure
@@ -59,7 +59,7 @@ class Drawn(NamedTuple):
     lines: Sequence[Line2D] = ()
     columns: int = 4
     marks: Sequence[Line2D] = ()
-    title: str = ""
+    title: str | None = None
 
 
 def style() -> AbstractContextManager[None]:
@@ -90,7 +90,7 @@ def drawings(
     for number, (known, frame) in enumerate(tables, start=1):
         with style():
             drawn = draw(known, frame)
-            drawn.figure.suptitle(drawn.title or setting(known))
+            drawn.figure.suptitle(setting(known) if drawn.title is None else drawn.title)
             if drawn.lines:
                 _below(drawn.figure, drawn.lines, drawn.columns, drawn.marks)
             # The settings that all runs share come last

@@ -43,7 +43,7 @@ def _draw(_: Known, claims: Sequence[Claim]) -> Drawn:
         axis.locator_params(axis="x", nbins=7 if columns == 1 else 4)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].set_ylim(len(names) - 0.4, -0.6)
-    caption = f"{claims[0].title}, {shared}. {LEGEND}".removesuffix(".")
+    caption = ", ".join(filter(None, [claims[0].title, shared])) + f". {LEGEND}".removesuffix(".")
     return Drawn(figure, caption, title="\n".join(textwrap.wrap(shared, 70)))
 
 

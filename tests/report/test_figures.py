@@ -26,7 +26,9 @@ from condlr.report import (
     results,
     spectra,
     tradeoffs,
+    verdicts,
 )
+from condlr.report.claims import by_title
 from condlr.report.figures import drawings
 from tests.helpers import ROOT, complains
 from tests.report.study import PAPER, cells, draw_pictures_alone
@@ -145,6 +147,13 @@ def test_published_values_are_dotted_in_the_colour_of_their_row(tmp_path, drawn)
     assert len(right.get_lines()) == 5, "a line for each seed"
     assert texts(drawn[0]) == ["Baseline", "CondLR τ=0.1, 50 %", "Vanilla, 50 %", "published"]
     assert not lines(left, color="0.5")
+
+
+def test_a_claim_in_settings_that_share_nothing_is_drawn(tmp_path, drawn):
+    other = study(dataset="cifar10", model="vgg16")
+    other[["run_id", "row_id"]] += "-vgg16"
+    made = [*verdicts.verdicts(by_title(pd.concat([study(), other])), tmp_path)]
+    assert made[0].caption.startswith("Accuracy is kept. Dots") and drawn[0].get_suptitle() == ""
 
 
 def test_figures_are_of_attacks_with_a_curve(tmp_path):
