@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatterSciNotation, MaxNLocator, NullLocator
 
-from condlr.report.results import ROW, colour, row_title, setting
+from condlr.report.results import by_row, colour, setting, title
 
 # The palettes of Okabe and Ito, and of Tol: colour-blind readers can tell the colours apart.
 PALETTE = (
@@ -110,17 +110,12 @@ def groups(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     }
 
 
-def rows_of(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a frame, in its order."""
-    return frame.loc[:, ROW].drop_duplicates()
-
-
 def styles(frame: pd.DataFrame, by_compression: bool) -> Styles:
     """A colour for each method and variant; with `by_compression`, a dash for each compression."""
     drawn = {colour(label) for label in frame["label"].unique()}
     spare, taken, found = cycle([other for other in _SPARE_COLOURS if other not in drawn]), set(), {}
     by_compression = by_compression and len({*frame["compression"]} - {0.0}) > 1
-    for label, compression, row_id, _ in rows_of(frame).itertuples(index=False):
+    for (label, compression, row_id, _), _ in by_row(frame):
         own = None if (label, compression) in taken else colour(label)
         taken.add((label, compression))
         dash = _DASHES.get(compression, (0, (2, 1))) if by_compression else "-"
@@ -137,9 +132,9 @@ def marks(frame: pd.DataFrame) -> dict[float, str]:
 def legend(frame: pd.DataFrame, drawn: Styles, by_compression: bool, **line: Any) -> list[Line2D]:
     """A handle for each row; without `by_compression`, for each method and variant."""
     handles: dict[str, Line2D] = {}
-    for label, compression, row_id, variant in rows_of(frame).itertuples(index=False):
-        text = row_title(label, compression if by_compression else 0, variant)
-        handles.setdefault(text, Line2D([], [], label=text, **drawn[row_id] | line))
+    for key, _ in by_row(frame):
+        text = key.title if by_compression else title(key.label, key.variant)
+        handles.setdefault(text, Line2D([], [], label=text, **drawn[key.row_id] | line))
     return [*handles.values()]
 
 
@@ -149,6 +144,13 @@ def _below(figure: Figure, lines: Sequence[Line2D], columns: int, marks: Sequenc
     blank = Line2D([], [], linestyle="none", label=" ")
     handles = [handle for part in (lines, marks) for handle in [*part, *[blank] * (-len(part) % height)]]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) // height)
+
+
+def mean_line(axis: Axes, x: pd.Series, y: pd.Series, look: dict[str, Any], geometric: bool = False) -> None:
+    """The mean of y over the lines of one x, which are seeds; maybe the geometric mean."""
+    with np.errstate(divide="ignore"):
+        mean = (np.log(y) if geometric else y).groupby(x).mean()
+    axis.plot(mean.index, np.exp(mean) if geometric else mean, **look)
 
 
 def panels(

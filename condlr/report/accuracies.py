@@ -4,7 +4,6 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib import pyplot as plt
@@ -15,14 +14,14 @@ from condlr.report import _style
 from condlr.report._style import PALETTE, WIDTH, Drawing, Drawn, Known, Styles
 from condlr.report.results import (
     CONTEXT,
-    ROW,
+    RowKey,
     attack_title,
+    by_row,
     comparison,
     contexts,
     done_runs,
     norm_title,
     own,
-    row_title,
     setting,
     summarize,
 )
@@ -37,11 +36,6 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
     values are dotted. Right: the largest condition number of the layers that a row factors (of all layers
     for a dense row), a line for each seed. An attack of one strength has no curve. With more than six rows,
     each compression has its own pair of panels, which also shows the dense rows.
-
-    Args:
-        cells, history: see `condlr.report.results.read`.
-        paper: the directory of published numbers.
-        out: where `robustness.png` and `.pdf` go; a number follows the name for a second table.
     """
     history = history.loc[history["run_id"].isin(done_runs(cells))]
     tables = (table for table in contexts(summarize(cells)) if table[1]["eps"].nunique() > 1)
@@ -86,10 +80,6 @@ def attacks(cells: pd.DataFrame, out: Path) -> Iterator[Drawing]:
     """The accuracy of each row under several attacks, at the strength that has most attacks.
 
     A line for each row, a mark for each attack; means over seeds. Hollow marks: accuracy without attack.
-
-    Args:
-        cells: see `condlr.report.results.read`.
-        out: where `attacks.png` and `.pdf` go; a number follows the name for a second figure.
     """
     found = []
     for known, frame in contexts(summarize(cells), [name for name in CONTEXT if name not in ("attack", "n")]):
@@ -98,7 +88,7 @@ def attacks(cells: pd.DataFrame, out: Path) -> Iterator[Drawing]:
             found.append((known | {"eps": counts.idxmax()}, frame))
 
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
-        rows = [*_style.rows_of(frame).itertuples(index=False, name=None)][::-1]
+        rows = [key for key, _ in by_row(frame)][::-1]
         figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.22 * len(rows)), layout="constrained")
         _marks(axes, frame, rows, known["eps"])
         strength = f"ε = {known['eps']:g} ({norm_title(str(known['norm']))})"
@@ -113,8 +103,8 @@ def attacks(cells: pd.DataFrame, out: Path) -> Iterator[Drawing]:
     return _style.drawings(out, "attacks", found, draw)
 
 
-def _marks(axes: Axes, frame: pd.DataFrame, rows: list[tuple[Any, ...]], eps: float) -> None:
-    places = {row_id: place for place, (_, _, row_id, _) in enumerate(rows)}
+def _marks(axes: Axes, frame: pd.DataFrame, rows: list[RowKey], eps: float) -> None:
+    places = {key.row_id: place for place, key in enumerate(rows)}
     clean = frame[frame["eps"].eq(0)].drop_duplicates("row_id")
     heights = clean["row_id"].map(places)
     if len(clean):
@@ -131,21 +121,19 @@ def _marks(axes: Axes, frame: pd.DataFrame, rows: list[tuple[Any, ...]], eps: fl
         axes.plot(
             part["accuracy"], heights, next(shapes), color=next(colours), markersize=5, alpha=0.9, label=label
         )
-    titles = (row_title(label, compression, variant) for label, compression, _, variant in rows)
-    texts = [textwrap.fill(title, 36) for title in titles]
-    axes.set_yticks(range(len(rows)), texts)
+    axes.set_yticks(range(len(rows)), [textwrap.fill(key.title, 36) for key in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)
     _style.percent(axes.xaxis)
 
 
 def _accuracies(axes: Axes, frame: pd.DataFrame, styles: Styles, compare: Mapping[tuple, float]) -> None:
-    for (label, compression, row_id, _), row in frame.groupby(ROW, sort=False):
-        style = styles[row_id]
+    for key, row in by_row(frame):
+        style = styles[key.row_id]
         axes.plot(row["eps"], row["accuracy"], marker="o", **style)
         if row["seeds"].max() > 1:
             low, high = row["accuracy"] - row["std"], row["accuracy"] + row["std"]
             axes.fill_between(row["eps"], low, high, color=style["color"], alpha=0.15, linewidth=0)
-        points = [(eps, compare.get((label, compression, eps))) for eps in row["eps"]]
+        points = [(eps, compare.get((key.label, key.compression, eps))) for eps in row["eps"]]
         known = [(eps, value) for eps, value in points if value is not None]
         if known:
             dots = _DOTS if style["linestyle"] == "-" else _SPARSE_DOTS

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from condlr.report import _style
 from condlr.report._style import WIDTH, Drawing, Drawn, Known
-from condlr.report.results import ROW, decay, of_rows, row_title, setting
+from condlr.report.results import by_row, decay, of_rows, setting
 
 _DASHES = ("-", (0, (5, 1.2)), (0, (2.5, 1)), (0, (5, 1, 1, 1)))
 _PREFIX = "cond_"
@@ -24,22 +24,18 @@ def conditioning(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterato
     """The condition number of every layer against optimiser steps, a panel for each row (Figure 1).
 
     A layer has one colour and dash in all panels. Strong lines: geometric mean over seeds; faint: each seed.
-
-    Args:
-        cells, steps: see `condlr.report.results.read`.
-        out: where `conditioning.png` and `.pdf` go; a number follows the name for a second table.
     """
 
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         layers = _layers(frame)
         lines = _layer_styles(layers)
-        rows = [*frame.groupby(ROW, sort=False)]
+        rows = [*by_row(frame)]
         columns = 3 if len(rows) in (5, 6, 9) else min(4, len(rows))
         figure, axes = _style.panels(len(rows), columns, 1.55, sharex=True, sharey=True)
-        for axis, ((label, compression, _, variant), row) in zip(axes, rows, strict=True):
+        for axis, (key, row) in zip(axes, rows, strict=True):
             for layer, line in lines.items():
                 _layer(axis, row, _PREFIX + layer, line)
-            axis.set_title(row_title(label, compression, variant))
+            axis.set_title(key.title)
         _style.log_axis(axes[0].yaxis, frame[[_PREFIX + layer for layer in layers]].to_numpy())
         _style.outer(axes, columns, "optimiser step", "cond(W)")
         handles = [Line2D([], [], label=layer, **line) for layer, line in lines.items()]
@@ -57,10 +53,6 @@ def start(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterator[Drawi
 
     A line for each row: the mean over seeds with a band of one standard deviation. For the product, both
     are those of its logarithm. Runs with another start have no such figure.
-
-    Args:
-        cells, steps: see `condlr.report.results.read`.
-        out: where `start.png` and `.pdf` go; a number follows the name for a second table.
     """
     tables = (table for table in _tables(cells, steps) if decay(table[0]))
 
@@ -73,9 +65,9 @@ def start(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterator[Drawi
             for row_id, line in _style.styles(frame, by_compression=False).items()
         }
         figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.7), layout="constrained")
-        for (_, _, row_id, _), row in frame.groupby(ROW, sort=False):
+        for key, row in by_row(frame):
             for axis, column in zip(axes, ("train_loss", "train_accuracy", "_product"), strict=True):
-                _band(axis, row, column, styles[row_id], logarithmic=column == "_product")
+                _band(axis, row, column, styles[key.row_id], logarithmic=column == "_product")
         axes[0].set_ylabel("loss of training batches")
         axes[1].set_ylabel("accuracy on training batches")
         _style.percent(axes[1].yaxis)
@@ -101,10 +93,6 @@ def operators(cells: pd.DataFrame, history: pd.DataFrame, out: Path) -> Iterator
 
     A line for each row: the geometric mean over seeds, and a band of one standard deviation of the logarithm.
     Drawn of the runs that were trained with `record_operators`.
-
-    Args:
-        cells, history: see `condlr.report.results.read`.
-        out: where `operators.png` and `.pdf` go; a number follows the name for a second table.
     """
     columns = [name for name in history if name.startswith(_OPERATOR)]
     if not columns:
@@ -118,13 +106,12 @@ def operators(cells: pd.DataFrame, history: pd.DataFrame, out: Path) -> Iterator
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         styles = _style.styles(frame, by_compression=True)
         figure, axes = _style.panels(2, 2, 2.2)
-        for axis, how in zip(axes, ("median", "max"), strict=True):
-            for (_, _, row_id, _), row in frame.groupby(ROW, sort=False):
-                _band(axis, row, how, styles[row_id], logarithmic=True)
+        titles = {"median": "median of the convolutions", "max": "the largest"}
+        for axis, (how, title) in zip(axes, titles.items(), strict=True):
+            for key, row in by_row(frame):
+                _band(axis, row, how, styles[key.row_id], logarithmic=True)
             _style.log_axis(axis.yaxis, frame[how])
-            axis.set(
-                xlabel="epoch", title={"median": "median of the convolutions", "max": "the largest"}[how]
-            )
+            axis.set(xlabel="epoch", title=title)
         axes[0].set_ylabel("cond of the operator")
         caption = (
             f"{setting(known)}: condition numbers of the convolutions as they act on periodic images, "
@@ -133,9 +120,8 @@ def operators(cells: pd.DataFrame, history: pd.DataFrame, out: Path) -> Iterator
         )
         return Drawn(figure, caption, _style.legend(frame, styles, by_compression=True))
 
-    return _style.drawings(
-        out, "operators", of_rows(cells, recorded, ["seed", "step", "median", "max"]), draw
-    )
+    tables = of_rows(cells, recorded, ["seed", "step", "median", "max"])
+    return _style.drawings(out, "operators", tables, draw)
 
 
 def product(steps: pd.DataFrame) -> pd.Series:
@@ -147,10 +133,10 @@ def _tables(cells: pd.DataFrame, steps: pd.DataFrame) -> Iterator[_style.Table]:
     """The steps of each table's rows, in the table's order; only layers that its network has."""
     recorded = ["seed", "step", *(c for c in steps if c.startswith(("train_", _PREFIX)))]
     for known, frame in of_rows(cells, steps, recorded):
-        absent = [_PREFIX + layer for layer in _layers(frame) if frame[_PREFIX + layer].isna().all()]
-        frame = frame.drop(columns=absent)
-        if _layers(frame):
-            yield known, frame
+        layers = [_PREFIX + layer for layer in _layers(frame)]
+        present = frame.drop(columns=[name for name in layers if frame[name].isna().all()])
+        if _layers(present):
+            yield known, present
 
 
 def _layers(frame: pd.DataFrame) -> list[str]:
@@ -165,31 +151,23 @@ def _layer_styles(layers: list[str]) -> _style.Styles:
 
 
 def _layer(axis: Axes, row: pd.DataFrame, column: str, line: dict) -> None:
-    runs = [run for _, run in row.groupby("seed", sort=False)]
-    if len(runs) > 1:
-        for run in runs:
+    if row["seed"].nunique() > 1:
+        for _, run in row.groupby("seed", sort=False):
             axis.plot(run["step"], run[column], **line, linewidth=0.5, alpha=0.4)
-    steps, mean, _ = _over_seeds(row, np.log(row[column]))
-    axis.plot(steps, np.exp(mean), **line)
+    _style.mean_line(axis, row["step"], row[column], line, geometric=True)
 
 
 def _band(axis: Axes, row: pd.DataFrame, column: str, line: dict, logarithmic: bool = False) -> None:
     """Mean and one standard deviation over seeds, or the same of logarithms."""
-    steps, mean, std = _over_seeds(row, np.log(row[column]) if logarithmic else row[column])
-    low, high = mean - std, mean + std
+    values = np.log(row[column]) if logarithmic else row[column]
+    found = values.groupby(row["step"]).agg(["mean", "std"])  # NaN: the deviation of one seed
+    mean, low, high = found["mean"], found["mean"] - found["std"], found["mean"] + found["std"]
     if logarithmic:
         mean, low, high = np.exp(mean), np.exp(low), np.exp(high)
     else:  # neither a loss nor an accuracy is below 0, nor an accuracy above 1
-        low = np.maximum(low, 0)
-        high = np.minimum(high, 1) if column == "train_accuracy" else high
-    axis.plot(steps, mean, **line)
-    axis.fill_between(steps, low, high, color=line["color"], alpha=0.18, linewidth=0)
-
-
-def _over_seeds(row: pd.DataFrame, values: pd.Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, and mean and sample standard deviation (NaN for one seed) of `values` at each."""
-    found = values.groupby(row["step"]).agg(["mean", "std"])
-    return found.index.to_numpy(), found["mean"].to_numpy(), found["std"].to_numpy()
+        low, high = low.clip(lower=0), high.clip(upper=1 if column == "train_accuracy" else None)
+    axis.plot(found.index, mean, **line)
+    axis.fill_between(found.index, low, high, color=line["color"], alpha=0.18, linewidth=0)
 
 
 def _first(axis: Axes, frame: pd.DataFrame) -> None:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from condlr.report import _style
 from condlr.report._style import WIDTH, Drawing, Drawn, Known
-from condlr.report.results import ROW, done_runs, of_rows, row_title, setting
+from condlr.report.results import RowKey, by_row, done_runs, of_rows, setting
 
 # Thumbnails in a line: more of them are too small to see.
 _ACROSS = 12
@@ -25,10 +25,6 @@ def reconstructions(cells: pd.DataFrame, pictures: pd.DataFrame, out: Path) -> I
 
     The first line has the images themselves. Of several seeds the first is shown, of several numbers of
     iterations the largest.
-
-    Args:
-        cells, pictures: `cells` and `reconstruction`, see `condlr.report.results.read`.
-        out: where `reconstruction.png` and `.pdf` go; a number follows the name for a second table.
     """
     made = pictures.loc[pictures["run_id"].isin(done_runs(cells))].sort_values("iterations", ascending=False)
     made = made.drop_duplicates(["row_id", "seed", "layer", "image"])
@@ -37,7 +33,7 @@ def reconstructions(cells: pd.DataFrame, pictures: pd.DataFrame, out: Path) -> I
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         layers = [name for name in frame["layer"].drop_duplicates() if name != "input"]
         images = sorted(frame["image"].unique())[: max(1, _ACROSS // len(layers))]
-        lines = [*frame.groupby(ROW, sort=False)]
+        lines = [*by_row(frame)]
         ratios = [width for _ in layers for width in (*[1.0] * len(images), 0.25)][:-1]
         size = (WIDTH - _NAMES) / sum(ratios)
         height = (len(lines) + 1) * (size + 0.12) + 0.5
@@ -67,10 +63,8 @@ def reconstructions(cells: pd.DataFrame, pictures: pd.DataFrame, out: Path) -> I
     return _style.drawings(out, "reconstruction", of_rows(cells, made, _COLUMNS), draw)
 
 
-def _name(key: tuple) -> str:
-    label, compression, _, variant = key
-    unbroken = row_title(label, compression, variant).replace(" %", "\N{NO-BREAK SPACE}%")
-    return "\n".join(textwrap.wrap(unbroken, 24))
+def _name(key: RowKey) -> str:
+    return textwrap.fill(key.title.replace(" %", "\N{NO-BREAK SPACE}%"), 24)
 
 
 def _text(axis: Axes, x: float, y: float, text: str, size: float, **where: str) -> None:

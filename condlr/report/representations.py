@@ -9,17 +9,13 @@ from matplotlib.lines import Line2D
 
 from condlr.report import _style
 from condlr.report._style import WIDTH, Drawing, Drawn, Known
-from condlr.report.results import ROW, done_runs, of_rows, row_title, setting
+from condlr.report.results import ROW, by_row, done_runs, of_rows, setting
 
 
 def variance_ratios(cells: pd.DataFrame, ratios: pd.DataFrame, out: Path) -> Iterator[Drawing]:
     """The share of the variance in the first r directions against r, a panel for each layer.
 
     Means over seeds; solid of the centred activations, dotted of the activations as they are.
-
-    Args:
-        cells, ratios: `cells` and `variance_ratio`, see `condlr.report.results.read`.
-        out: where `variance_ratio.png` and `.pdf` go; a number follows the name for a second table.
     """
     made = ratios.assign(
         dotted=ratios["centred"].astype(str).ne("True"), x=ratios["index"], y=ratios["ratio"]
@@ -33,10 +29,6 @@ def embeddings(cells: pd.DataFrame, scores: pd.DataFrame, out: Path) -> Iterator
     """The accuracy of linear classifiers on the first r principal components against r.
 
     Solid: support vectors, dotted: logistic regression.
-
-    Args:
-        cells, scores: `cells` and `embeddings`, see `condlr.report.results.read`.
-        out: where `embeddings.png` and `.pdf` go; a number follows the name for a second table.
     """
     logistic = scores["classifier"].eq("logistic")
     made = scores.assign(dotted=logistic, x=scores["dimensions"], y=scores["percent"] / 100)
@@ -49,10 +41,6 @@ def stability(cells: pd.DataFrame, moved: pd.DataFrame, out: Path) -> Iterator[D
     """How far activations move against how far images are moved.
 
     Solid: perturbations made on the network itself, dotted: on the dense network.
-
-    Args:
-        cells, moved: `cells` and `stability`, see `condlr.report.results.read`.
-        out: where `stability.png` and `.pdf` go; a number follows the name for a second table.
     """
     dense = moved["made_on"].eq("baseline")
     # One abscissa for all seeds; the lengths differ by what clamping to [0, 1] takes
@@ -66,10 +54,6 @@ def scatter(cells: pd.DataFrame, points: pd.DataFrame, out: Path) -> Iterator[Dr
     """Test images in the plane of their activations' first two principal components, a panel for each row.
 
     A colour for each class; of several seeds or layers the first.
-
-    Args:
-        cells, points: `cells` and `scatter`, see `condlr.report.results.read`.
-        out: where `scatter.png` and `.pdf` go; a number follows the name for a second table.
     """
     made = points.loc[points["run_id"].isin(done_runs(cells))]
     for key in ("seed", "layer"):
@@ -77,14 +61,13 @@ def scatter(cells: pd.DataFrame, points: pd.DataFrame, out: Path) -> Iterator[Dr
     shown = of_rows(cells, made, ["layer", "class_", "first", "second"])
 
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
-        parts = [*frame.groupby(ROW, sort=False)]
+        parts = [*by_row(frame)]
         columns = min(4, len(parts))
         figure, axes = _style.panels(len(parts), columns, WIDTH / columns - 0.2)
-        for axis, ((label, compression, _, variant), row) in zip(axes, parts, strict=True):
+        for axis, (key, row) in zip(axes, parts, strict=True):
             looks = {"c": row["class_"], "cmap": "tab10" if row["class_"].max() < 10 else "tab20"}
             axis.scatter(row["first"], row["second"], s=2, linewidths=0, rasterized=True, **looks)
-            title = "\n".join(textwrap.wrap(row_title(label, compression, variant), 28))
-            axis.set(title=title, xticks=[], yticks=[], aspect="equal")
+            axis.set(title=textwrap.fill(key.title, 28), xticks=[], yticks=[], aspect="equal")
         images = frame.groupby("row_id").size().max()
         caption = (
             f"{setting(known)}: {images:,} test images in the plane of the first two principal components of "
@@ -115,9 +98,8 @@ def _figure(
         for axis, layer in zip(axes, layers, strict=True):
             own = frame[frame["layer"].eq(layer)]
             for (_, _, row_id, _, thin), row in own.groupby([*ROW, "dotted"], sort=False):
-                mean = row.groupby("x")["y"].mean()
                 looks = {"linestyle": ":", "linewidth": 0.9} if thin else {}
-                axis.plot(mean.index, mean, **styles[row_id] | looks)
+                _style.mean_line(axis, row["x"], row["y"], styles[row_id] | looks)
             axis.set_title(layer)
             if share:
                 _style.log_axis(axis.xaxis, own["x"])

@@ -5,7 +5,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pandas as pd
 
@@ -28,8 +28,23 @@ CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm
 TRAINING = [name for name in CONTEXT if name not in ("attack", "norm", "n")]
 # The columns that identify a set of shifted images.
 SHIFT = ["shift", "name", "severity", "n", "shift_seed"]
-# The columns that identify a row of a table.
-ROW = ["label", "compression", "row_id", "variant"]
+
+
+class RowKey(NamedTuple):
+    """The columns that identify a row of a table; `variant`: see `summarize`."""
+
+    label: str
+    compression: float
+    row_id: str
+    variant: str
+
+    @property
+    def title(self) -> str:
+        """`CondLR τ=0.1, 80 %`."""
+        return row_title(self.label, self.compression, self.variant)
+
+
+ROW = [*RowKey._fields]
 
 _MEANS = ("cond", "cond_all", "seconds", "train_compression", "deploy_compression")
 _NEEDED = {
@@ -152,6 +167,12 @@ def contexts(
     """Group a frame by these columns: pairs of their values and the group, in the order of the frame."""
     for values, part in frame.groupby([*names], sort=False, dropna=False):
         yield dict(zip(names, values, strict=True)), part
+
+
+def by_row(frame: pd.DataFrame) -> Iterator[tuple[RowKey, pd.DataFrame]]:
+    """Group a frame by its rows, in its order."""
+    for key, part in frame.groupby(ROW, sort=False):
+        yield RowKey(*key), part
 
 
 def of_rows(

@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from condlr.report import _style
 from condlr.report._style import Drawing, Drawn, Known, Styles
-from condlr.report.results import ROW, of_rows, setting
+from condlr.report.results import by_row, of_rows, setting
 
 # Drawn above the end, which would hide it where training changed little
 _START = {"color": "0.25", "linestyle": (0, (1, 2)), "linewidth": 0.9, "zorder": 3}
@@ -21,10 +20,6 @@ def spectra(cells: pd.DataFrame, values: pd.DataFrame, out: Path) -> Iterator[Dr
     """Singular values against their index, a panel for each layer; the start is dotted, the end solid.
 
     Geometric means over seeds. With more than six rows, each compression has its own panels.
-
-    Args:
-        cells, values: `cells` and `spectra`, see `condlr.report.results.read`.
-        out: where `spectra.png` and `.pdf` go; a number follows the name for a second table.
     """
     tables = of_rows(cells, values, ["seed", "when", "layer", "index", "singular_value"])
 
@@ -56,10 +51,9 @@ def _part(axes: list[Axes], frame: pd.DataFrame, layers: list[str], styles: Styl
     for axis, layer in zip(axes, layers, strict=False):
         shown = frame[frame["layer"].eq(layer)]
         for when in ("start", "end"):
-            for (_, _, row_id, _), row in shown[shown["when"].eq(when)].groupby(ROW, sort=False):
-                with np.errstate(divide="ignore"):
-                    mean = np.exp(np.log(row["singular_value"]).groupby(row["index"]).mean())
-                axis.plot(mean.index, mean, **(_START if when == "start" else styles[row_id]))
+            for key, row in by_row(shown[shown["when"].eq(when)]):
+                look = _START if when == "start" else styles[key.row_id]
+                _style.mean_line(axis, row["index"], row["singular_value"], look, geometric=True)
         _style.log_axis(axis.xaxis, shown["index"])
         _style.log_axis(axis.yaxis, shown["singular_value"])
         axis.set_title(layer)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from condlr.report import _style
@@ -22,22 +23,16 @@ def compression(cells: pd.DataFrame, out: Path) -> Iterator[Drawing]:
 
     Filled: the weights of training; hollow: those of the exported network, where they differ; bars: one
     standard deviation over seeds. A study of dense rows alone has no such figure.
-
-    Args:
-        cells: see `condlr.report.results.read`.
-        out: where `compression.png` and `.pdf` go; a number follows the name for a second table.
     """
-    tables = contexts(summarize(cells), TRAINING)
+    tables = (
+        table for table in contexts(summarize(cells), TRAINING) if table[1]["compression"].nunique() > 1
+    )
 
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         styles, marks = _style.styles(frame, by_compression=False), _style.marks(frame)
-        shown = _at_full_strength(frame)
-        columns = min(len(shown), 3)
-        figure, axes = _style.panels(len(shown), columns, 2.3, sharex=True)
-        for axis, (name, part) in zip(axes, shown.items(), strict=True):
+        figure, parts = _attacked(frame, 2.3, "weights removed")
+        for axis, part in parts:
             _compressions(axis, part, styles, marks)
-            axis.set_title(textwrap.fill(name, 72 // columns))
-        _style.outer(axes, columns, "weights removed", "accuracy")
         exported = Line2D([], [], **_hollow(_point(marks, 0)), label="exported")
         caption = (
             f"{setting(known)}: "
@@ -46,22 +41,19 @@ def compression(cells: pd.DataFrame, out: Path) -> Iterator[Drawing]:
         )
         return Drawn(figure, caption, _methods(frame, styles), 5, [*_marks(frame, marks), exported])
 
-    several = (table for table in tables if table[1]["compression"].nunique() > 1)
-    return _style.drawings(out, "compression", several, draw)
+    return _style.drawings(out, "compression", tables, draw)
 
 
 def cost(cells: pd.DataFrame, counted: pd.DataFrame | None, out: Path) -> Iterator[Drawing]:
     """Accuracy at the largest eps against seconds of a training run and, where counted, FLOPs.
 
     Of several attacks the one of most rows and images is shown. Bars: one standard deviation over seeds.
-
-    Args:
-        cells: see `condlr.report.results.read`.
-        counted: the table `cost`, of FLOPs; None where the runs were not analysed so.
-        out: where `cost.png` and `.pdf` go; a number follows the name for a second table.
     """
     spread = cells[cells["status"].eq("done")].drop_duplicates("run_id").groupby("row_id")["seconds"].std()
-    tables = (table for table in contexts(summarize(cells), TRAINING) if _timed(table[1]))
+    tables = (
+        table for table in contexts(summarize(cells), TRAINING)
+        if table[1]["row_id"].nunique() > 1 and table[1]["seconds"].notna().any()
+    )  # fmt: skip
 
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         frame = frame.assign(seconds_std=frame["row_id"].map(spread))
@@ -97,28 +89,18 @@ def weights(cells: pd.DataFrame, counted: pd.DataFrame | None, out: Path) -> Ite
     """Accuracy, clean and at the largest eps of each attack, against the weights that are kept in deployment.
 
     A line for each method with several budgets, and a point for each dense one.
-
-    Args:
-        cells: see `condlr.report.results.read`.
-        counted: the table `cost`, which has the weights; without it, or without rows of three compressions,
-            there is no figure.
-        out: where `weights.png` and `.pdf` go; a number follows the name for a second table.
     """
     if counted is None:
         return
     kept = counted.groupby("row_id")["deploy_weights"].mean()
-    frames = (
-        (known, frame[frame["row_id"].isin(kept.index)])
-        for known, frame in contexts(summarize(cells), TRAINING)
-    )
+    rows = summarize(cells)
+    tables = contexts(rows[rows["row_id"].isin(kept.index)], TRAINING)
 
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         frame = frame.assign(kept=frame["row_id"].map(kept)).sort_values("kept", kind="stable")
         styles = _style.styles(frame, by_compression=False)
-        shown = _at_full_strength(frame)
-        columns = min(len(shown), 3)
-        figure, axes = _style.panels(len(shown), columns, 2.6, sharex=True)
-        for axis, (name, part) in zip(axes, shown.items(), strict=True):
+        figure, parts = _attacked(frame, 2.6, "weights kept in deployment")
+        for axis, part in parts:
             for _, line in part.groupby(["label", "variant"], sort=False):
                 colour = styles[line["row_id"].iloc[0]]["color"]
                 axis.errorbar(
@@ -127,18 +109,25 @@ def weights(cells: pd.DataFrame, counted: pd.DataFrame | None, out: Path) -> Ite
                 )  # fmt: skip
             _style.log_axis(axis.xaxis, frame["kept"])
             _style.percent(axis.yaxis)
-            axis.set_title(textwrap.fill(name, 72 // columns))
-        _style.outer(axes, columns, "weights kept in deployment", "accuracy")
         caption = (
             f"{setting(known)}: accuracy against the weights of the exported network (squares: rows of one "
             "size); bars: one standard deviation over seeds"
         )
         return Drawn(figure, caption, _methods(frame, styles), 4)
 
-    budgets = (
-        table for table in frames if table[1].loc[table[1]["compression"].gt(0), "compression"].nunique() > 2
-    )
+    budgets = (table for table in tables if len({*table[1]["compression"]} - {0.0}) > 2)
     yield from _style.drawings(out, "weights", budgets, draw)
+
+
+def _attacked(frame: pd.DataFrame, height: float, x: str) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """A figure with a panel of accuracies for each part of `_at_full_strength`, and its data."""
+    shown = _at_full_strength(frame)
+    columns = min(len(shown), 3)
+    figure, axes = _style.panels(len(shown), columns, height, sharex=True)
+    for axis, name in zip(axes, shown, strict=True):
+        axis.set_title(textwrap.fill(name, 72 // columns))
+    _style.outer(axes, columns, x, "accuracy")
+    return figure, [*zip(axes, shown.values(), strict=True)]
 
 
 def _at_full_strength(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -148,8 +137,8 @@ def _at_full_strength(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     for (attack, norm, n), part in frame.groupby(_ATTACK, sort=False):
         eps = part["eps"].max()
         if eps > 0:
-            strength = f"ε = {eps:g} ({norm_title(str(norm))})".replace(" ", "\xa0")
-            name = f"{attack_title(str(attack))}, {strength}, n\xa0=\xa0{n:,}"
+            strength = f"ε = {eps:g} ({norm_title(norm)})".replace(" ", "\xa0")
+            name = f"{attack_title(attack)}, {strength}, n\xa0=\xa0{n:,}"
             shown[name] = part[part["eps"].eq(eps)]
     return shown
 
@@ -159,10 +148,6 @@ def _broadest(frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
     shown = _at_full_strength(frame)
     attacked = {name: part for name, part in shown.items() if part["eps"].max() > 0} or shown
     return max(attacked.items(), key=lambda item: (item[1]["row_id"].nunique(), item[1]["n"].max()))
-
-
-def _timed(frame: pd.DataFrame) -> bool:
-    return len({*frame["row_id"]}) > 1 and any(frame["seconds"].notna())
 
 
 def _device(cells: pd.DataFrame, part: pd.DataFrame) -> str:

@@ -20,12 +20,7 @@ _NARROW, _COLUMNS = 4.6, 3
 
 
 def verdicts(claims: Sequence[Sequence[Claim]], out: Path) -> Iterator[Drawing]:
-    """A figure for each claim, a panel for each setting of it.
-
-    Args:
-        claims: those of one title together, see `condlr.report.claims.by_title`.
-        out: where `claims.png` and `.pdf` go; a number follows the name for a second claim.
-    """
+    """A figure for each claim, a panel for each setting of it."""
     tables = (({"settings": ""}, made) for made in claims)
     return _style.drawings(out, "claims", tables, _draw)
 
@@ -39,12 +34,12 @@ def _draw(_: Known, claims: Sequence[Claim]) -> Drawn:
     figure, axes = _style.panels(len(claims), columns, height, width, sharey=True)
     for axis, claim, where in zip(axes, claims, own, strict=True):
         _panel(axis, claim, names)
-        axis.set_title("\n".join([*textwrap.wrap(where, 34 if columns > 2 else 50), claim.verdict]))
+        axis.set_title(f"{textwrap.fill(where, 34 if columns > 2 else 50)}\n{claim.verdict}".lstrip())
         axis.locator_params(axis="x", nbins=7 if columns == 1 else 4)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].set_ylim(len(names) - 0.4, -0.6)
     caption = ", ".join(filter(None, [claims[0].title, shared])) + f". {LEGEND}".removesuffix(".")
-    return Drawn(figure, caption, title="\n".join(textwrap.wrap(shared, 70)))
+    return Drawn(figure, caption, title=textwrap.fill(shared, 70))
 
 
 def _rows(claim: Claim) -> list[Mean]:
