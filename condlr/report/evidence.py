@@ -194,9 +194,9 @@ class Rows:
         return [mean for mean in self._means.values() if re.split("[-+]", mean.label)[0] in methods]
 
     @staticmethod
-    def pairs(left: Sequence[Mean], right: Sequence[Mean]) -> list[Comparison]:
+    def pairs(left: Sequence[Mean], right: Sequence[Mean], slack: float = 0.0) -> list[Comparison]:
         """Each of the left with each of the right."""
-        return [Comparison(a, b) for b in right for a in left]
+        return [Comparison(a, b, slack) for b in right for a in left]
 
 
 def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:

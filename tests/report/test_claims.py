@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from condlr.report import claims, evidence
+from condlr.report import claims, evidence, theses
 from condlr.report._style import Drawing
 from condlr.report.content import Verdicts
 from condlr.report.report_markdown import block
@@ -32,8 +32,8 @@ def verdicts(cells):
     return {claim.title: claim.verdict for claim in claims.claims(cells)}
 
 
-CONDLR = {(label, c): v for c, v in ((0.5, 0.96), (0.8, 0.95)) for label in claims.CONSTRAINED}
-OTHERS = {(label, c): v for c, v in ((0.5, 0.92), (0.8, 0.90)) for label in claims.UNCONSTRAINED}
+CONDLR = {(label, c): v for c, v in ((0.5, 0.96), (0.8, 0.95)) for label in theses.CONSTRAINED}
+OTHERS = {(label, c): v for c, v in ((0.5, 0.92), (0.8, 0.90)) for label in theses.UNCONSTRAINED}
 
 
 def test_each_comparison_is_a_line_of_the_page_with_its_signs():
@@ -74,7 +74,7 @@ def test_a_paper_whose_claims_all_hold():
     ],
 )
 def test_one_claim_of_three_comparisons(taus, verdict):
-    rows = dict(zip([(label, 0.5) for label in claims.CONSTRAINED], taus, strict=True))
+    rows = dict(zip([(label, 0.5) for label in theses.CONSTRAINED], taus, strict=True))
     cells = study({("baseline", 0.0): 0.93} | rows)
     assert verdicts(cells)["More robust than the dense network at 50 %"] == verdict
 
