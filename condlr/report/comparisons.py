@@ -1,7 +1,8 @@
 """Tables of a study side by side: attacks of one strength, and protocols."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from condlr.report.results import CONTEXT, attack_title, epochs, network, norm_title, setting
 from condlr.report.sheet import Column, Row, Sheet, Value
@@ -19,9 +20,9 @@ class Comparison:
     def sheet(self) -> Sheet:
         """A column for each attack. Audit warnings and cells with fewer seeds are marked."""
         context = self.tables[0].context
-        norm = norm_title(str(context["norm"]))
+        norm = norm_title(context["norm"])
         caption = f"{setting(context)}: accuracy (%) at ε={self.eps:g} ({norm}), by attack"
-        attacks = [f"{attack_title(str(t.context['attack']))} (n={t.context['n']})" for t in self.tables]
+        attacks = [f"{attack_title(t.context['attack'])} (n={t.context['n']})" for t in self.tables]
         columns = [Column("requested"), *map(Column, attacks)]
         known = [_by_row(table, self.eps) for table in self.tables]
         groups: dict[float, list[Row]] = {}
@@ -48,21 +49,25 @@ def by_attack(made: Sequence[Table]) -> Iterator[Comparison]:
     Args:
         made: see `condlr.report.tables.tables`.
     """
-    alike: dict[tuple[object, ...], list[Table]] = {}
-    for table in made:
-        shared = [name for name in CONTEXT if name not in ("attack", "n")]
-        alike.setdefault(tuple(table.context[name] for name in shared), []).append(table)
-    for group in alike.values():
+    for group in _alike(made, [name for name in CONTEXT if name not in ("attack", "n")]):
         for eps in sorted({eps for table in group for eps in table.strengths} - {0.0}):
             among = [table for table in group if _by_row(table, eps)]
-            if len({str(table.context["attack"]) for table in among}) > 1:
+            if len({table.context["attack"] for table in among}) > 1:
                 yield Comparison(eps, sorted(among, key=lambda table: _mean(table, eps), reverse=True))
 
 
 def _mean(table: Table, eps: float) -> tuple[int, float]:
     """Sort key: more images first, then weaker attacks first."""
     values = [line.cells[eps].accuracy or 0.0 for line in _by_row(table, eps).values()]
-    return int(str(table.context["n"])), sum(values) / len(values)
+    return table.context["n"], sum(values) / len(values)
+
+
+def _alike(made: Sequence[Table], names: Sequence[str]) -> Collection[list[Table]]:
+    """Tables that share these parts of their context, together."""
+    found: dict[tuple[Any, ...], list[Table]] = {}
+    for table in made:
+        found.setdefault(tuple(table.context[name] for name in names), []).append(table)
+    return found.values()
 
 
 def by_protocol(made: Sequence[Table]) -> Iterator[Sheet]:
@@ -71,12 +76,8 @@ def by_protocol(made: Sequence[Table]) -> Iterator[Sheet]:
     For tables of one network, dataset and number of epochs under FGSM; a sheet for each of these that
     has several protocols, at four strengths at most.
     """
-    alike: dict[tuple[object, ...], list[Table]] = {}
-    for table in made:
-        if str(table.context["attack"]).startswith("fgsm"):
-            key = tuple(table.context[name] for name in ("dataset", "model", "epochs", "norm", "n"))
-            alike.setdefault(key, []).append(table)
-    for group in alike.values():
+    fgsm = [table for table in made if table.context["attack"].startswith("fgsm")]
+    for group in _alike(fgsm, ("dataset", "model", "epochs", "norm", "n")):
         # Two tables of one protocol with different settings would give columns of the same name.
         if len({table.context["protocol"] for table in group}) == len(group) > 1:
             yield _side_by_side(group)
@@ -87,7 +88,7 @@ def _side_by_side(group: Sequence[Table]) -> Sheet:
     strengths = _four(sorted({eps for table in group for eps in table.strengths}))
     columns = [Column("requested")]
     for eps in strengths:
-        names = [*(str(table.context["protocol"]) for table in group), "arXiv v1"]
+        names = [*(table.context["protocol"] for table in group), "arXiv v1"]
         columns += [Column(name, strength(eps)) for name in names]
     groups: dict[float, list[Row]] = {}
     for key in _rows(known):

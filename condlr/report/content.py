@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from condlr.report import numbers
 from condlr.report._style import Drawing
 from condlr.report.evidence import Claim, Comparison
 from condlr.report.sheet import NONE, Sheet, anchor
@@ -135,7 +136,7 @@ def detectable(claim: Claim) -> str:
 def points(comparison: Comparison) -> str:
     """A difference of accuracies in percentage points, ± the margin that it must exceed, if that is known."""
     spread = "" if math.isnan(comparison.margin) else f" ±{100 * comparison.margin:.2f}"
-    return f"{round(100 * comparison.difference, 2) + 0.0:+.2f}{spread}".replace("-", "−")
+    return f"{numbers.points(comparison.difference)}{spread}".replace("-", "−")
 
 
 def alternative(drawing: Drawing) -> str:

@@ -23,6 +23,11 @@ def accuracy(fraction: float | None, std: float = float("nan")) -> str:
     return "–" if fraction is None else f"{100 * fraction:.2f}{spread}"
 
 
+def points(fraction: float) -> str:
+    """A difference of accuracies in percentage points; never -0.00."""
+    return f"{round(100 * fraction, 2) + 0.0:+.2f}"
+
+
 def rounded(fraction: float) -> str:
     """A measured compression in percent; never -0.0."""
     return f"{round(100 * fraction, 1) + 0.0:.1f}"

@@ -201,9 +201,14 @@ def done_runs(cells: pd.DataFrame) -> pd.Series:
     return cells.loc[cells["status"].eq("done") & cells["eps"].notna(), "run_id"].drop_duplicates()
 
 
+def place(label: str) -> int:
+    """The rank of a label's method in tables."""
+    return _method(_parts(label)[0]).order
+
+
 def order(labels: pd.Series) -> pd.Series:
     """The rank of each label's method in tables."""
-    return labels.map(lambda label: _method(_parts(label)[0]).order)
+    return labels.map(place)
 
 
 def ordered(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:

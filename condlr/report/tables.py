@@ -1,9 +1,10 @@
 """Tables of accuracy under attack: our results beside the published ones."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -12,16 +13,16 @@ from condlr.report.audit import Marks
 from condlr.report.protocols import differences
 from condlr.report.published import NUMBERS, slips
 from condlr.report.results import (
-    ROW,
     attack_title,
+    by_row,
     comparison,
     contexts,
     dataset,
     epochs,
     network,
     norm_title,
-    order,
     own,
+    place,
     quoted,
     setting,
     summarize,
@@ -42,7 +43,9 @@ _DIFFERENCE = (
     "sample standard deviations of ours, which at least two seeds have"
 )
 
-# Columns that a narrow terminal hides, in this order.
+# What is told of a row beside its accuracies.
+_FACTS = ("measured", "deployed", "cond", "cond all", "seeds", "s")
+# Those that a narrow terminal hides, in this order.
 _SPARE = ("cond all", "deployed", "s", "seeds", "measured", "cond")
 # The paper attacked all test images of either dataset.
 _TEST_IMAGES = 10_000
@@ -84,7 +87,7 @@ class Cell:
         if kind == "ours":
             return Value(self.ours, self.group_best, self.best)
         if kind == "difference":
-            text = "" if self.difference is None else f"{round(100 * self.difference, 2) + 0.0:+.2f}"
+            text = "" if self.difference is None else numbers.points(self.difference)
             return Value(text, beyond=self.beyond)
         known = self.published if kind == "published" else self.camera_ready
         return Value("" if known is None else numbers.accuracy(known))
@@ -98,9 +101,15 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table; not every row was run, or attacked at every strength."""
+    """A row of a table; not every row was run, or attacked at every strength.
+
+    Attributes:
+        label: its title, with the variant.
+        method: the label of its runs.
+    """
 
     label: str
+    method: str
     compression: float
     facts: dict[str, str]
     cells: dict[float, Cell]
@@ -140,7 +149,7 @@ class Table:
         slips: what Table 1 of the paper prints differently.
     """
 
-    context: Mapping[str, object]
+    context: Mapping[str, Any]
     lines: list[Line] = field(default_factory=list)
     number: int | None = None
     differences: Sequence[str] = ()
@@ -149,7 +158,7 @@ class Table:
     @property
     def caption(self) -> str:
         """What the rows share."""
-        attack = f"{attack_title(str(self.context['attack']))} ({norm_title(str(self.context['norm']))})"
+        attack = f"{attack_title(self.context['attack'])} ({norm_title(self.context['norm'])})"
         images = f"{self.context['n']:,} images"
         number = f"Table {self.number}. " if self.number else ""
         return f"{number}{setting(self.context)}: accuracy (%) under {attack}, {images}"
@@ -187,10 +196,9 @@ class Table:
     @property
     def sheet(self) -> Sheet:
         """As a sheet: below a row of ours, rows of published values and of differences."""
-        facts = [name for name in self.lines[0].facts if name != "requested"]
-        settings = str(self.context["settings"])
-        part = _Part(self, "", facts, self.strengths)
-        return _sheet(self.caption, [part], self._known, [settings], self.notes[len(self._known) :])
+        part = _Part(self, "", _FACTS, self.strengths)
+        rules = self.notes[len(self._known) :]
+        return _sheet(self.caption, [part], self._known, [self.context["settings"]], rules)
 
 
 def _published_notes(made: Sequence[Table]) -> list[str]:
@@ -236,29 +244,39 @@ def tables(cells: pd.DataFrame, paper: Path, marks: Marks | None = None) -> Iter
     """
     for known, frame in contexts(summarize(cells)):
         mine = own(known, cells)
-        first, second = comparison(known, mine, paper), quoted(known, mine, paper)
-        printed: dict[tuple[str, float], dict[float, Cell]] = {}
-        for label, compression, eps in dict.fromkeys([*first, *second]):
-            key = label, compression, eps
-            cell = Cell(published=first.get(key), camera_ready=second.get(key))
-            printed.setdefault((label, compression), {})[eps] = cell
-        paper_table = NUMBERS.get((str(known["model"]), str(known["dataset"])))
+        printed = _printed(known, mine, paper)
         asked = known["n"] == _TEST_IMAGES and known["protocol"] in _PROTOCOLS
-        number = paper_table if first and asked else None
+        first_version = any(c.published is not None for row in printed.values() for c in row.values())
+        number = NUMBERS.get((known["model"], known["dataset"])) if asked and first_version else None
         lines = []
-        for (label, compression, row_id, variant), row in _with_best(frame).groupby(ROW, sort=False):
-            beside = printed.get((label, compression), {})
+        for key, row in by_row(_with_best(frame)):
+            beside = printed.get((key.label, key.compression), {})
             row_cells = dict(beside) if number else {}
-            row_cells |= {c.eps: _cell(c, beside.get(c.eps, Cell())) for c in row.itertuples()}
-            warnings = marks.of(row_id, str(known["norm"]), str(known["attack"])) if marks else None
-            name, measured = title(label, variant), row.iloc[0]["train_compression"]
-            lines.append((label, Line(name, compression, _facts(row), row_cells, warnings, measured)))
+            for cell in row.to_dict("records"):
+                ours = {name: cell[name] for name in ("accuracy", "std", "seeds", "group_best", "best")}
+                row_cells[cell["eps"]] = replace(beside.get(cell["eps"], Cell()), **ours)
+            warnings = marks.of(key.row_id, known["norm"], known["attack"]) if marks else None
+            name, measured = title(key.label, key.variant), row.iloc[0]["train_compression"]
+            lines.append(Line(name, *key[:2], _facts(row), row_cells, warnings, measured))
         if number:
-            ran = {(label, line.compression) for label, line in lines}
-            lines += [(key[0], _not_run(*key, row)) for key, row in printed.items() if key not in ran]
-            lines = _in_order(lines)
-        told = differences(known, mine) if first or second else []
-        yield Table(known, [line for _, line in lines], number, told, _slips(known, paper) if number else ())
+            ran = {(line.method, line.compression) for line in lines}
+            lines += [_not_run(*key, row) for key, row in printed.items() if key not in ran]
+            # By compression, then as in the paper; variants of a row keep their order
+            lines.sort(key=lambda line: (line.compression, place(line.method), line.method))
+        told = differences(known, mine) if printed else []
+        yield Table(known, lines, number, told, _slips(known, paper) if number else ())
+
+
+def _printed(
+    context: Mapping[str, Any], cells: pd.DataFrame, paper: Path
+) -> dict[tuple[str, float], dict[float, Cell]]:
+    """Cells of published values alone, by label and compression, then by eps."""
+    first, second = comparison(context, cells, paper), quoted(context, cells, paper)
+    printed: dict[tuple[str, float], dict[float, Cell]] = {}
+    for key in dict.fromkeys([*first, *second]):
+        cell = Cell(published=first.get(key), camera_ready=second.get(key))
+        printed.setdefault(key[:2], {})[key[2]] = cell
+    return printed
 
 
 def _with_best(frame: pd.DataFrame) -> pd.DataFrame:
@@ -269,11 +287,6 @@ def _with_best(frame: pd.DataFrame) -> pd.DataFrame:
         rivals = accuracy.groupby([frame[key] for key in keys])
         marks[mark] = rivals.transform("max").eq(accuracy) & rivals.transform("size").gt(1)
     return frame.assign(**marks)
-
-
-def _cell(row: object, beside: Cell) -> Cell:
-    ours = {name: getattr(row, name) for name in ("accuracy", "std", "seeds", "group_best", "best")}
-    return Cell(**ours, published=beside.published, camera_ready=beside.camera_ready)
 
 
 def _facts(row: pd.DataFrame) -> dict[str, str]:
@@ -290,24 +303,15 @@ def _facts(row: pd.DataFrame) -> dict[str, str]:
 
 
 def _not_run(label: str, compression: float, cells: dict[float, Cell]) -> Line:
-    names = ("measured", "deployed", "cond", "cond all", "seeds", "s")
-    return Line(
-        title(label), compression, {"requested": f"{100 * compression:g}"} | dict.fromkeys(names, "–"), cells
-    )
+    facts = {"requested": f"{100 * compression:g}"} | dict.fromkeys(_FACTS, "–")
+    return Line(title(label), label, compression, facts, cells)
 
 
-def _in_order(lines: list[tuple[str, Line]]) -> list[tuple[str, Line]]:
-    """Sort by compression, then as in the paper; variants of a row keep their order."""
-    places = order(pd.Series([label for label, _ in lines], dtype=str))
-    keys = [(line.compression, place, label) for (label, line), place in zip(lines, places, strict=True)]
-    return [lines[i] for i in sorted(range(len(lines)), key=keys.__getitem__)]
-
-
-def _slips(context: Mapping[str, object], paper: Path) -> list[str]:
+def _slips(context: Mapping[str, Any], paper: Path) -> list[str]:
     """A sentence for each row of which Table 1 prints other values."""
-    number = NUMBERS[str(context["model"]), str(context["dataset"])]
+    number = NUMBERS[context["model"], context["dataset"]]
     found: dict[tuple[str, float], list] = {}
-    for slip in slips(paper, str(context["dataset"]), str(context["model"])):
+    for slip in slips(paper, context["dataset"], context["model"]):
         found.setdefault((slip.label, slip.compression), []).append(slip)
     return [
         f"{network(context)}, {title(label)} at {100 * compression:g} %, ε={_listed(s.eps for s in row)}: "
@@ -378,9 +382,7 @@ def table1(made: Sequence[Table], paper: Path) -> Iterator[Sheet]:
         paper: the directory of published numbers.
     """
     ours = {n: [table for table in made if table.number == n] for n in NUMBERS.values()}
-    for protocol in dict.fromkeys(
-        str(table.context["protocol"]) for tables in ours.values() for table in tables
-    ):
+    for protocol in dict.fromkeys(t.context["protocol"] for tables in ours.values() for t in tables):
         alike = [[t for t in tables if t.context["protocol"] == protocol] for tables in ours.values()]
         for pair in zip_longest(*alike):
             parts, which = [], []
@@ -401,15 +403,9 @@ def table1(made: Sequence[Table], paper: Path) -> Iterator[Sheet]:
 def _only_published(model: str, name: str, paper: Path) -> Table:
     """A table without any of our runs."""
     context = {"model": model, "dataset": name, "attack": "fgsm", "norm": "linf", "settings": ""}
-    nothing = pd.DataFrame({"official_data": []})
-    first, second = comparison(context, nothing, paper), quoted(context, nothing, paper)
-    rows: dict[tuple[str, float], dict[float, Cell]] = {}
-    for (label, compression, eps), value in first.items():
-        cell = Cell(published=value, camera_ready=second.get((label, compression, eps)))
-        rows.setdefault((label, compression), {})[eps] = cell
-    return Table(
-        context, [_not_run(*key, cells) for key, cells in rows.items()], slips=_slips(context, paper)
-    )
+    rows = _printed(context, pd.DataFrame({"official_data": []}), paper)
+    lines = [_not_run(*key, cells) for key, cells in rows.items()]
+    return Table(context, lines, slips=_slips(context, paper))
 
 
 def _published_strengths(table: Table) -> list[float]:
