@@ -85,7 +85,7 @@ def main(config: DictConfig) -> None:
 
     write_text(out / f"{name}.md", report.markdown(lines, facts))
     figures = [*report.figure(frame, facts, out)]  # write all files first: printing may fail on a closed pipe
-    console.print(shown(report.HEADER, lines, (0, 1, 3)))
+    console.print(shown(report.HEADER, lines, report.LEFT))
     console.print(report.legend(facts))
     if asked.penalties:
         console.print(shown(report.PENALTIES, report.penalties(facts), (0,)))

@@ -13,8 +13,9 @@ from typing_extensions import override
 from condlr.analysis.base import Analysis
 from condlr.report import audit
 from condlr.report.content import numeric
+from condlr.report.markdown import piped
 from condlr.report.numbers import shown
-from condlr.report.results import ordered, pipe, read_if_there, run_title
+from condlr.report.results import ordered, read_if_there, run_title
 from condlr.suite.registry import analyses
 
 # A terminal only gets the number of rows if there are more than this.
@@ -108,7 +109,7 @@ _LAYOUTS: dict[str, Callable[[type[Analysis], pd.DataFrame], str]] = {
 
 
 def _page(kind: type[Analysis], header: Sequence[str], rows: Sequence[Sequence[str]], legend: str) -> str:
-    table = "\n".join(map(pipe, (header, ["---"] * len(header), *rows)))
+    table = piped(header, rows, left=range(len(header)))
     return f"**{kind.caption or kind.title}**\n\n{table}\n" + (f"\n{legend}\n" if legend else "")
 
 

@@ -7,7 +7,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from condlr.report.results import ordered, pipe, title
+from condlr.report.markdown import piped
+from condlr.report.results import ordered, title
 
 _SIGNS = {
     "pass": "[green]pass[/]",
@@ -74,8 +75,7 @@ def markdown(audits: pd.DataFrame) -> str:
     parts = []
     for (norm, eps, n), part in audits.groupby(["norm", "eps", "n"]):
         runs = ordered(part, ["compression", "label", "seed"])
-        lines = [f"**Audit at eps={eps:g} ({norm.replace('linf', 'ℓ∞')}), on {n} images**", ""]
-        lines += ["| run | warnings | what the checks found |", "| --- | --- | --- |"]
+        rows = []
         for (_, _), run in runs.groupby(["run_id", "seed"], sort=False):
             first = run.iloc[0]
             name = f"{title(str(first['label']))}, {100 * first['compression']:g} %, seed {first['seed']}"
@@ -83,9 +83,11 @@ def markdown(audits: pd.DataFrame) -> str:
             found = "<br>".join(
                 f"{_WORDS.get(row.status, '')}{row.check}: {row.found}" for row in run.itertuples()
             )
-            lines.append(pipe([name, warned, found]))
+            rows.append([name, warned, found])
+        table = piped(["run", "warnings", "what the checks found"], rows, left=range(3))
         meanings = part[part["status"].isin(["warning", "note"])].drop_duplicates("check")
-        lines += ["", *(f"- *{row.check}*: {row.meaning}." for row in meanings.itertuples())]
+        lines = [f"**Audit at eps={eps:g} ({norm.replace('linf', 'ℓ∞')}), on {n} images**", "", table, ""]
+        lines += [f"- *{row.check}*: {row.meaning}." for row in meanings.itertuples()]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 

@@ -68,7 +68,6 @@ def document(study: Path, paper: Path, runs_dir: Path) -> Document:
 
     Args:
         study: the directory of its collected results, in which the report will lie.
-        paper: the directory of published numbers.
         runs_dir: where the folders of runs lie, by study.
     """
     flow = read_if_there(study, "flow")

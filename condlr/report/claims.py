@@ -23,7 +23,6 @@ def claims(cells: pd.DataFrame, tables: Mapping[str, pd.DataFrame] | None = None
     The claims on robustness are put to each attack's largest strength, one after the other.
 
     Args:
-        cells: see `condlr.report.results.read`.
         tables: those of `TABLES` that there are.
     """
     tables = tables or {}

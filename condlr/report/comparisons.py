@@ -44,11 +44,7 @@ class Comparison:
 
 
 def by_attack(made: Sequence[Table]) -> Iterator[Comparison]:
-    """Attacks of one strength side by side, for each strength at which there are several.
-
-    Args:
-        made: see `condlr.report.tables.tables`.
-    """
+    """Attacks of one strength side by side, for each strength at which there are several."""
     for group in _alike(made, [name for name in CONTEXT if name not in ("attack", "n")]):
         for eps in sorted({eps for table in group for eps in table.strengths} - {0.0}):
             among = [table for table in group if _by_row(table, eps)]

@@ -21,13 +21,7 @@ from condlr.report.results import read, read_if_there, require_evaluated
 
 
 def drawings(study: Path, paper: Path, out: Path) -> Iterator[Drawing]:
-    """Draw each figure for which a study has the tables.
-
-    Args:
-        study: the directory of collected results.
-        paper: the directory of published numbers.
-        out: where the PNG and PDF files go.
-    """
+    """Draw each figure for which a study's directory has the tables, as PNG and PDF files in `out`."""
     flow = read_if_there(study, "flow")
     if flow is not None:
         yield from _theorem(flow, out)

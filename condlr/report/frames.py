@@ -37,11 +37,6 @@ def sheets(cells: pd.DataFrame, shifted: pd.DataFrame | None, paper: Path) -> It
     """Accuracy, accuracy on shifted images, and success of SimBA, of each setting that has such rows.
 
     It has them if it has the dense network without a penalty and with others, each of one weight.
-
-    Args:
-        cells: see `condlr.report.results.read`.
-        shifted: the table `shift`, or None.
-        paper: the directory of published numbers.
     """
     runs = cells.drop_duplicates("run_id").set_index("run_id")["row_id"]
     for known, frame in contexts(summarize(cells), TRAINING):
@@ -146,8 +141,7 @@ def _of_simba(
 def successes(cells: pd.DataFrame) -> pd.DataFrame:
     """How often SimBA succeeds, with a line for each row, basis, step, number of images and of directions.
 
-    Args:
-        cells: see `condlr.report.results.read`; runs without an accuracy at eps 0 are left out.
+    Runs without an accuracy at eps 0 are left out.
 
     Returns:
         The columns row_id, basis, eps, n, directions, right (images that are classified right without an

@@ -31,10 +31,7 @@ def glances(
     """A sheet for each setting in which something beside one attack was measured.
 
     Args:
-        cells: see `condlr.report.results.read`.
-        shifted: the table `shift`, or None.
-        analysed: the tables of analyses that there are, by name; `conditioning`,
-            `effective_rank` and `cost` are used.
+        analysed: `conditioning`, `effective_rank` and `cost` where they are, by name.
     """
     runs = cells.drop_duplicates("run_id").set_index("run_id")["row_id"]
     for known, frame in contexts(summarize(cells), TRAINING):

@@ -21,12 +21,7 @@ _PREFIX = "eps_"
 
 
 def sheets(cells: pd.DataFrame, paper: Path) -> Iterator[Sheet]:
-    """A sheet for each PGD of the published radii against networks with low-rank activations.
-
-    Args:
-        cells: see `condlr.report.results.read`.
-        paper: the directory of published numbers.
-    """
+    """A sheet for each PGD of the published radii against networks with low-rank activations."""
     path = paper / "lr_layer_pgd_resnet50_cifar10.csv"
     if not path.exists():
         return

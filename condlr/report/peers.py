@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from condlr.report.markdown import piped
 from condlr.report.numbers import condition, shown
-from condlr.report.results import pipe
 from condlr.suite.peers import RANK, Peer
 
 HEADER = ("layer", "program", "ms", "of dense", "of free", "turns", "promise", "orthonormal to", "cond(W)")
@@ -28,8 +28,7 @@ def cells(line: Peer) -> list[str]:
 
 def markdown(lines: Sequence[Peer], facts: Mapping[str, Any]) -> str:
     """The table with its device and legend."""
-    marks = ["---" if number in LEFT else "---:" for number in range(len(HEADER))]
-    table = [pipe(HEADER), pipe(marks), *(pipe(cells(line)) for line in lines)]
+    table = piped(HEADER, map(cells, lines), LEFT)
     known = ("device", "threads")
     where = ", ".join(f"{name} {shown(facts[name])}" for name in known if facts.get(name) is not None)
-    return "\n".join([*table, "", LEGEND.format(rank=RANK), "", f"{where}."]) + "\n"
+    return f"{table}\n\n{LEGEND.format(rank=RANK)}\n\n{where}.\n"

@@ -143,7 +143,7 @@ def provenance(cells: pd.DataFrame, runs: pd.DataFrame | None, study: str) -> Pr
     """What the tables of a study say of its runs.
 
     Args:
-        cells, runs: see `condlr.report.results.read`; `runs` is None where it was not collected.
+        runs: None where it was not collected.
         study: whose experiments say how many runs there should be.
     """
     first = cells.drop_duplicates("run_id").rename(columns={"seconds": "train_seconds"})

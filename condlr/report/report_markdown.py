@@ -25,8 +25,7 @@ from condlr.report.content import (
     points,
 )
 from condlr.report.evidence import places
-from condlr.report.markdown import markdown, plain
-from condlr.report.results import pipe
+from condlr.report.markdown import markdown, piped, plain
 from condlr.report.sheet import Sheet
 
 OVERVIEW = (
@@ -65,15 +64,13 @@ def _(content: Link) -> str:
 
 @block.register
 def _(content: Facts) -> str:
-    lines = (pipe([plain(name), plain(text)]) for name, text in content.rows)
-    return "\n".join([pipe(["", ""]), pipe(["---", "---"]), *lines])
+    return piped(["", ""], (map(plain, row) for row in content.rows), left=(0, 1))
 
 
 @block.register
 def _(content: Grid) -> str:
-    rule = ["---:" if number else "---" for number in numeric(content.rows)]
-    lines = [pipe([*map(_cell, row)]) for row in content.rows]
-    return "\n".join([pipe([*map(plain, content.header)]), pipe(rule), *lines])
+    left = [place for place, number in enumerate(numeric(content.rows)) if not number]
+    return piped([*map(plain, content.header)], (map(_cell, row) for row in content.rows), left)
 
 
 @block.register

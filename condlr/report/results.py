@@ -304,11 +304,6 @@ def norm_title(norm: str) -> str:
     return NORM_TITLES.get(norm, norm)
 
 
-def pipe(cells: Sequence[str]) -> str:
-    """A line of a Markdown table, with | escaped in cells."""
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
 def setting(context: Mapping[str, object]) -> str:
     """The shared setting of a table's rows, for its caption: `LeNet5 on MNIST, protocol paper, 10 epochs`."""
     base = decay(context)

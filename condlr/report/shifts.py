@@ -6,8 +6,9 @@ from typing import Any
 import pandas as pd
 
 from condlr._support.rooms import find
+from condlr.report.markdown import piped
 from condlr.report.numbers import accuracy
-from condlr.report.results import TRAINING, ordered, pipe, run_title
+from condlr.report.results import TRAINING, ordered, run_title
 from condlr.shifts.base import Shift
 
 # What a run shares with the baseline that its errors are compared with.
@@ -23,9 +24,6 @@ def markdown(shifted: pd.DataFrame, cells: pd.DataFrame) -> str:
 
     Sets drawn with different seeds count separately. A shift without severities has no mean over its sets,
     which may overlap.
-
-    Args:
-        shifted, cells: `shift` and `cells`, see `condlr.report.results.read`.
     """
     return "\n".join(_tables(shifted, cells))
 
@@ -34,9 +32,6 @@ def by_severity(shifted: pd.DataFrame) -> str:
     """A line for each run and change, with a column for each severity.
 
     Empty without several changes and severities, for the other table has them already.
-
-    Args:
-        shifted: see `markdown`.
     """
     return "\n".join(
         _grid(kind, n, frame)
@@ -145,8 +140,7 @@ def _errors(run: pd.DataFrame) -> tuple[set[tuple[Any, ...]], pd.Series]:
 
 
 def _table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    alignment = ["---" if name in ("run", "change") else "---:" for name in header]
-    table = "\n".join(map(pipe, [header, alignment, *lines]))
+    table = piped(header, lines, left=(0, 1) if header[1] == "change" else (0,))
     return "\n\n".join([f"**{title}**", table, *([" ".join(notes)] if notes else [])]) + "\n"
 
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from condlr.report._style import saved, style
-from condlr.report.results import pipe
+from condlr.report.markdown import piped
 
 FORMS = {
     "dense": "dense", "cayley_sgd": "Cayley SGD", "projected_sgd": "projected SGD",
@@ -27,6 +27,9 @@ HEADER = (
     "network", "ranks", "compression", "form", "fwd + bwd ms", "constraint ms", "step ms", "images/s",
     "peak MB", "of peak", "step ÷ dense", "÷ free", "naive ÷ step", "naive ÷ constraint",
 )  # fmt: skip
+
+# The columns of text.
+LEFT = (0, 1, 3)
 
 PENALTIES = ("penalty", "layers", "GFLOP", "ms", "of a step", "every j-th step for 10 %")
 
@@ -62,12 +65,9 @@ def table(rows: pd.DataFrame) -> list[list[str]]:
 
 def markdown(lines: list[list[str]], facts: dict[str, Any]) -> str:
     """The table with its device and legend."""
-    text = [pipe(HEADER), "| --- | --- | ---: | --- |" + " ---: |" * (len(HEADER) - 4)]
-    text += map(pipe, lines)
-    page = f"# {facts['device']}\n\n" + "\n".join(text) + "\n\n" + legend(facts) + "\n"
+    page = f"# {facts['device']}\n\n{piped(HEADER, lines, LEFT)}\n\n{legend(facts)}\n"
     if "penalties" in facts:
-        text = [pipe(PENALTIES), "| --- |" + " ---: |" * (len(PENALTIES) - 1), *map(pipe, penalties(facts))]
-        page += "\n" + "\n".join(text) + "\n\n" + penalties_legend(facts) + "\n"
+        page += f"\n{piped(PENALTIES, penalties(facts), left=(0,))}\n\n{penalties_legend(facts)}\n"
     return page
 
 

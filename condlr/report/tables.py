@@ -235,13 +235,7 @@ def audit_note(lines: Iterable[Line]) -> str:
 
 
 def tables(cells: pd.DataFrame, paper: Path, marks: Marks | None = None) -> Iterator[Table]:
-    """A table for each combination of dataset, model, protocol with its settings, and attack in a study.
-
-    Args:
-        cells: see `condlr.report.results.read`.
-        paper: the directory of published numbers.
-        marks: what audits warn of.
-    """
+    """A table for each combination of dataset, model, protocol with its settings, and attack in a study."""
     for known, frame in contexts(summarize(cells)):
         mine = own(known, cells)
         printed = _printed(known, mine, paper)

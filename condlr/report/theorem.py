@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from condlr.report.results import pipe
+from condlr.report.markdown import piped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,26 +81,20 @@ def markdown(frame: pd.DataFrame) -> str:
     header = (
         "flow", "η", "μ", "σ_r", "λ*", "exact / 3kλη", "one step ≤ 3λη", "k steps ≤ 3kλη", "k steps ≤ 3λη",
     )  # fmt: skip
-    lines = [pipe(header), pipe(["---", *["---:"] * (len(header) - 1)])]
+    lines = []
     rates = frame[frame["sweep"].eq("rate")]
     for (flow, _), part in rates.groupby(["flow", "eta"], sort=False):
         own = part[part["integrator"].eq("condlr")]
         exact = part[part["integrator"].eq("exact")]
         one, end = own[own["steps"].eq(1)], _at_horizon(own[own["steps"].gt(1)])
         known = part.iloc[0]
-        lines.append(
-            pipe(
-                [
-                    str(flow),
-                    *(f"{known[key]:.3g}" for key in ("eta_measured", "mu", "sigma_min", "lambda_limit")),
-                    f"{(exact['error'] / exact['bound_all']).max():.2f}",
-                    _largest(one, "bound_one"),
-                    _largest(end, "bound_all"),
-                    _largest(end, "bound_one"),
-                ]
-            )
-        )
-    return "\n".join([*lines, "", _LEGEND, "", *(f"- {words}" for words in _findings(frame))]) + "\n"
+        lines.append([
+            flow, *(f"{known[key]:.3g}" for key in ("eta_measured", "mu", "sigma_min", "lambda_limit")),
+            f"{(exact['error'] / exact['bound_all']).max():.2f}",
+            _largest(one, "bound_one"), _largest(end, "bound_all"), _largest(end, "bound_one"),
+        ])  # fmt: skip
+    findings = "\n".join(f"- {words}" for words in _findings(frame))
+    return f"{piped(header, lines, left=(0,))}\n\n{_LEGEND}\n\n{findings}\n"
 
 
 def _findings(frame: pd.DataFrame) -> list[str]:

@@ -22,11 +22,7 @@ _FORMS: tuple[Callable[[float], str], ...] = (lambda value: f"{value:.1e}", lamb
 
 
 def training(history: pd.DataFrame) -> Sheet:
-    """A row for each run: its loss from the first epoch to the last, and its constraints.
-
-    Args:
-        history: see `condlr.report.results.read`.
-    """
+    """A row for each run: its loss from the first epoch to the last, and its constraints."""
     names = ("requested", "protocol", "seed", "epochs", "steps", "loss", "cond")
     names += ("orthonormality error", "cond(S)")
     require(history, ("protocol", "epoch", "train_loss"), "history.csv")
