@@ -23,6 +23,11 @@ def accuracy(fraction: float | None, std: float = float("nan")) -> str:
     return "–" if fraction is None else f"{100 * fraction:.2f}{spread}"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def points(fraction: float) -> str:
     """A difference of accuracies in percentage points; never -0.00."""
     return f"{round(100 * fraction, 2) + 0.0:+.2f}"

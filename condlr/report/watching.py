@@ -3,19 +3,18 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from statistics import median
 
-import pandas as pd
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from condlr.report.results import duration, order, row_title, run_title
+from condlr.report.numbers import counted
+from condlr.report.results import duration, place, row_title, run_title
 from condlr.suite.sweeps.status import Progress, RunStatus, Study
 
 # States whose reason is shown. The words say the same as the colours.
@@ -69,28 +68,21 @@ def _height(shown: RenderableType, console: Console) -> int:
 
 def _blocks(
     study: Study, working: int | None = None, wrong: int | None = None, fold: bool = False
-) -> list[RenderableType]:
+) -> Sequence[RenderableType]:
     """The parts, separated by empty lines; `working` and `wrong` limit the runs with a line of their own."""
     parts = [_summary(study), _working(study, working), _troubles(study, wrong, fold), _rows(study, fold)]
-    blocks: list[RenderableType] = []
-    for part in parts:
-        if part is not None:
-            blocks += [Text(""), part] if blocks else [part]
-    return blocks
+    return [each for part in parts if part is not None for each in (Text(""), part)][1:]
 
 
 def _summary(study: Study) -> Text:
-    text = Text(f"{study.directory}: {len(study.runs)} run{'' if len(study.runs) == 1 else 's'}: ")
-    text.append_text(_counts(study.counts))
+    text = Text(f"{study.directory}: {counted(len(study.runs), 'run')}: ")
+    counts = (Text(f"{count} {state}", _STYLES[state]) for state, count in study.counts.items())
+    text.append_text(Text(", ").join(counts))
     if left := _time_left(study):
         text.append(f"\n{left}")
     for note in study.notes:
         text.append(f"\n{note}", "red")
     return text
-
-
-def _counts(counts: dict[str, int]) -> Text:
-    return Text(", ").join(Text(f"{count} {state}", _STYLES[state]) for state, count in counts.items())
 
 
 def _time_left(study: Study) -> str:
@@ -109,17 +101,15 @@ def _working(study: Study, limit: int | None) -> RenderableType | None:
     running = [run for run in study.runs if run.state == "running"]
     if not running:
         return None
-    view = Table(box=None, pad_edge=False, header_style="bold")
-    view.add_column("running", style=_STYLES["running"], overflow="fold")
-    for name in ("epoch", "batch", "left", "heard of"):
-        view.add_column(name, justify="right", no_wrap=True)
-    view.add_column("process, host", overflow="fold")
+    names = ("running", "epoch", "batch", "left", "heard of", "process, host")
+    lines = _view(names, right=("epoch", "batch", "left", "heard of"))
+    lines.columns[0].style = _STYLES["running"]
     for run in running[:limit]:
         progress = run.progress or Progress()
-        view.add_row(
-            Text(_title(run)), _epoch(progress), _batch(progress), _left(progress), _heard(run), _owner(run)
-        )
-    return Group(view, *_rest(len(running), limit))
+        batch = f"{progress.batch}/{progress.batches}" if progress.batch and not progress.trained else ""
+        owner = Text(f"{run.owner.pid}, {run.owner.host}" if run.owner else "")
+        lines.add_row(Text(_title(run)), _epoch(progress), batch, _left(progress), _heard(run), owner)
+    return Group(lines, *_rest(len(running), limit))
 
 
 def _epoch(progress: Progress) -> str:
@@ -127,10 +117,6 @@ def _epoch(progress: Progress) -> str:
     if progress.epochs is None:
         return ""
     return f"{min(progress.epoch + 1, progress.epochs)}/{progress.epochs}"
-
-
-def _batch(progress: Progress) -> str:
-    return f"{progress.batch}/{progress.batches}" if progress.batch and not progress.trained else ""
 
 
 def _left(progress: Progress) -> str:
@@ -143,71 +129,42 @@ def _heard(run: RunStatus) -> str:
     return "" if math.isinf(run.silence) else f"{duration(round(run.silence))} ago".replace(".0 s", " s")
 
 
-def _owner(run: RunStatus) -> Text:
-    return Text(f"{run.owner.pid}, {run.owner.host}" if run.owner else "")
-
-
 def _troubles(study: Study, limit: int | None, terse: bool) -> RenderableType | None:
     """Each problem with its reason and log; with `terse`, one line for each problem."""
-    found = [trouble for state in _TROUBLE for trouble in _alike(_wrong(study.runs, state))]
+    found = [(state, *trouble) for state in _TROUBLE for trouble in _alike(study.runs, state)]
     if not found:
         return None
-    width = max(len(trouble.state) for trouble in found)
+    width = max(len(state) for state, *_ in found)
     parts: list[RenderableType] = []
-    for trouble in found[:limit]:
+    for state, runs, reason in found[:limit]:
+        which = _several(runs) if len(runs) > 1 else f"{_title(runs[0])}{_how_far(runs[0])}"
+        text = f"{which}: {reason}" if reason else which
         line = Table.grid(padding=(0, 2, 0, 0))
         line.add_column(min_width=width, no_wrap=True)
         line.add_column()
-        text = Text(trouble.text, no_wrap=terse, overflow="ellipsis" if terse else "fold")
-        line.add_row(Text(trouble.state, _STYLES[trouble.state]), text)
+        overflow = "ellipsis" if terse else "fold"
+        line.add_row(Text(state, _STYLES[state]), Text(text, no_wrap=terse, overflow=overflow))
         parts.append(line)
-        if trouble.log and not terse:
-            parts.append(Padding(Text(trouble.log, "dim", overflow="fold"), (0, 0, 0, 2), expand=False))
+        # The log of the first run, if it says more than the reason
+        if runs[0].log and state != "interrupted" and not terse:
+            log = Text(str(runs[0].log), "dim", overflow="fold")
+            parts.append(Padding(log, (0, 0, 0, 2), expand=False))
     return Group(*parts, *_rest(len(found), limit))
 
 
-@dataclass(frozen=True)
-class _Trouble:
-    """Runs with the same problem for the same reason."""
-
-    state: str
-    runs: Sequence[RunStatus]
-    reason: str
-
-    @property
-    def text(self) -> str:
-        run = self.runs[0]
-        which = _several(self.runs) if len(self.runs) > 1 else f"{_title(run)}{_how_far(run)}"
-        return f"{which}: {self.reason}" if self.reason else which
-
-    @property
-    def log(self) -> str:
-        """The log of the first run, if it says more than the reason."""
-        return "" if self.state == "interrupted" or not self.runs[0].log else str(self.runs[0].log)
-
-
-def _wrong(runs: Sequence[RunStatus], state: str) -> Iterator[_Trouble]:
+def _alike(runs: Sequence[RunStatus], state: str) -> Iterator[tuple[list[RunStatus], str]]:
+    """The runs with a problem, each alone or many together for one reason, such as a full disk."""
+    by_reason: dict[str, list[RunStatus]] = {}
     for run in runs:
         damaged = state == "damaged" and run.damage
-        if run.state != state and not damaged:
-            continue
-        reason = run.damage if damaged else run.reason
-        if state == "stalled" and not math.isinf(run.silence):
-            reason += f", last heard of {_heard(run)}"
-        yield _Trouble(state, [run], reason)
-
-
-def _alike(troubles: Iterable[_Trouble]) -> Iterator[_Trouble]:
-    """Merge many problems with one reason, such as a full disk."""
-    by_reason: dict[str, list[_Trouble]] = {}
-    for trouble in troubles:
-        by_reason.setdefault(trouble.reason, []).append(trouble)
+        if run.state == state or damaged:
+            reason = run.damage if damaged else run.reason
+            if state == "stalled" and not math.isinf(run.silence):
+                reason += f", last heard of {_heard(run)}"
+            by_reason.setdefault(reason, []).append(run)
     for reason, alike in by_reason.items():
-        runs = [trouble.runs[0] for trouble in alike]
-        if len(alike) < _MANY or not all(run.label for run in runs):
-            yield from alike
-        else:
-            yield _Trouble(alike[0].state, runs, reason)
+        together = len(alike) >= _MANY and all(run.label for run in alike)
+        yield from [(alike, reason)] if together else (([run], reason) for run in alike)
 
 
 def _several(runs: Sequence[RunStatus]) -> str:
@@ -224,6 +181,17 @@ def _how_far(run: RunStatus) -> str:
     return f" ({progress.epoch} of {progress.epochs} epochs done)"
 
 
+def _view(names: Sequence[str], right: Container[str]) -> Table:
+    """A table with these columns: those in `right` are aligned so and do not wrap."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        if name in right:
+            table.add_column(name, justify="right", no_wrap=True)
+        else:
+            table.add_column(name, overflow="fold")
+    return table
+
+
 def _rest(count: int, limit: int | None) -> list[Text]:
     return [] if limit is None or count <= limit else [Text(f"and {count - limit} more", "dim")]
 
@@ -234,24 +202,22 @@ def _rows(study: Study, fold: bool) -> RenderableType | None:
     if not rows:
         return None
     lengths = Counter((label, compression) for label, compression, _ in rows)
-    view = Table(box=None, pad_edge=False, header_style="bold")
-    view.add_column("row", overflow="fold")
-    for name in ("done", "per run"):
-        view.add_column(name, justify="right", no_wrap=True)
-    view.add_column("else", overflow="fold")
+    lines = _view(("row", "done", "per run", "else"), right=("done", "per run"))
     alike: dict[str, list[str]] = {}
     for (label, compression, epochs), runs in rows.items():
         name = row_title(label, compression)
         if lengths[label, compression] > 1 and epochs is not None:
-            name += f", {epochs} epoch{'' if epochs == 1 else 's'}"
+            name += f", {counted(epochs, 'epoch')}"
         states = {run.state for run in runs}
         if fold and len(states) == 1 and states <= {"done", "missing"}:
             alike.setdefault(runs[0].state, []).append(f"{name} ({len(runs)})")
             continue
         done = [run for run in runs if run.state == "done"]
-        view.add_row(Text(name), f"{len(done)}/{len(runs)}", _per_run(done), _others(runs))
+        known = [run.seconds for run in done if run.seconds is not None]
+        per_run = duration(median(known)) if known else ""
+        lines.add_row(Text(name), f"{len(done)}/{len(runs)}", per_run, _others(runs))
     folded = [Text(f"all {state}: {'; '.join(names)}", _STYLES[state]) for state, names in alike.items()]
-    return Group(*([view] if view.row_count else []), *folded)
+    return Group(*([lines] if lines.row_count else []), *folded)
 
 
 def _by_row(runs: Sequence[RunStatus]) -> dict[tuple[str, float, int | None], list[RunStatus]]:
@@ -260,25 +226,19 @@ def _by_row(runs: Sequence[RunStatus]) -> dict[tuple[str, float, int | None], li
     for run in runs:
         if run.label:
             rows.setdefault(run.row, []).append(run)
-    places = order(pd.Series([label for label, _, _ in rows], dtype=str))
-    ranked = zip(rows, places, strict=True)
-    by_table = sorted(ranked, key=lambda pair: (pair[0][1], pair[1], pair[0][0], pair[0][2] or 0))
-    return {row: rows[row] for row, _ in by_table}
-
-
-def _per_run(done: Sequence[RunStatus]) -> str:
-    known = [run.seconds for run in done if run.seconds is not None]
-    return duration(median(known)) if known else ""
+    return dict(
+        sorted(rows.items(), key=lambda row: (row[0][1], place(row[0][0]), row[0][0], row[0][2] or 0))
+    )
 
 
 def _others(runs: Sequence[RunStatus]) -> Text:
     """`1 running, 2 missing (seeds 3, 4)`."""
-    parts = []
-    for state, style in _STYLES.items():
-        alike = [run for run in runs if run.state == state]
-        if alike and state != "done":
-            parts.append(Text(f"{len(alike)} {state}{_seeds(alike)}", style))
-    return Text(", ").join(parts)
+    by_state = {state: [run for run in runs if run.state == state] for state in _STYLES if state != "done"}
+    return Text(", ").join(
+        Text(f"{len(alike)} {state}{_seeds(alike)}", _STYLES[state])
+        for state, alike in by_state.items()
+        if alike
+    )
 
 
 def _seeds(runs: Sequence[RunStatus]) -> str:
