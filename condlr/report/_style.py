@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatterSciNotation, MaxNLocator, NullLocator
 
-from condlr.report.results import by_row, colour, setting, title
+from condlr.report.results import Known, by_row, colour, setting, title
 
 # The palettes of Okabe and Ito, and of Tol: colour-blind readers can tell the colours apart.
 PALETTE = (
@@ -31,8 +31,6 @@ _DASHES = {0.0: "-", 0.5: "-", 0.8: (0, (4, 1.5))}
 _MARKS = ("D", "o", "s", "^", "v", "P")
 
 Styles = dict[str, dict[str, Any]]
-# What the runs of a table share, by column.
-Known = dict[str, Any]
 Table = tuple[Known, pd.DataFrame]
 T = TypeVar("T")
 
@@ -187,7 +185,7 @@ def log_axis(axis: Axis, values: pd.Series | np.ndarray) -> None:
     values = values[np.isfinite(values) & (values > 0)]
     low, high = (values.min(), values.max()) if len(values) else (1.0, 10.0)
     decades = np.log10(high / low)
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})  # type: ignore[attr-defined]
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_minor_locator(NullLocator())
     if decades < 0.35:
         # Too narrow for 1, 2, 5

@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from condlr.report import _style
-from condlr.report._style import PALETTE, WIDTH, Drawing, Drawn, Known, Styles
+from condlr.report._style import PALETTE, WIDTH, Drawing, Drawn, Styles
 from condlr.report.results import (
     CONTEXT,
+    Known,
     RowKey,
     attack_title,
     by_row,
@@ -42,7 +43,7 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
 
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         compare = comparison(known, own(known, cells), paper)
-        attack = attack_title(str(known["attack"]))
+        attack = attack_title(known["attack"])
         parts = _style.groups(frame)
         alone = len(parts) == 1
         size = (WIDTH, 2.6 if alone else 0.8 + 2.4 * len(parts))
@@ -58,7 +59,7 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
             right.set_title(name)
         _limit(axes[0, 0], frame)
         _style.log_axis(axes[0, 1].yaxis, history.loc[history["row_id"].isin(frame["row_id"]), "cond"])
-        axes[-1, 0].set_xlabel(f"perturbation ε ({norm_title(str(known['norm']))}, pixels in [0, 1])")
+        axes[-1, 0].set_xlabel(f"perturbation ε ({norm_title(known['norm'])}, pixels in [0, 1])")
         axes[-1, 1].set_xlabel("optimiser step")
         handles = _style.legend(frame, styles, by_compression=alone)
         if compare:
@@ -91,7 +92,7 @@ def attacks(cells: pd.DataFrame, out: Path) -> Iterator[Drawing]:
         rows = [key for key, _ in by_row(frame)][::-1]
         figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.22 * len(rows)), layout="constrained")
         _marks(axes, frame, rows, known["eps"])
-        strength = f"ε = {known['eps']:g} ({norm_title(str(known['norm']))})"
+        strength = f"ε = {known['eps']:g} ({norm_title(known['norm'])})"
         axes.set_xlabel(f"accuracy at {strength}")
         figure.legend(loc="outside right center")
         caption = (
@@ -116,7 +117,7 @@ def _marks(axes: Axes, frame: pd.DataFrame, rows: list[RowKey], eps: float) -> N
     at = at.assign(_left=at.groupby(["n", "attack"])["accuracy"].transform("mean"))
     at = at.sort_values(["n", "_left"], ascending=False, kind="stable")
     for (attack, n), part in at.groupby(["attack", "n"], sort=False):
-        label = f"{attack_title(str(attack))} (n={n:,})"
+        label = f"{attack_title(attack)} (n={n:,})"
         heights = part["row_id"].map(places)
         axes.plot(
             part["accuracy"], heights, next(shapes), color=next(colours), markersize=5, alpha=0.9, label=label

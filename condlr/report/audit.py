@@ -58,7 +58,7 @@ class Marks:
             return
         most = audits.groupby(["row_id", "norm"])["n"].transform("max")
         for row in audits[audits["n"].eq(most)].itertuples():
-            warned = self._found.setdefault((str(row.row_id), str(row.norm)), {})
+            warned = self._found.setdefault((row.row_id, str(row.norm)), {})
             if row.status == "warning":
                 warned[str(row.check)] = f"{row.check} at ε={row.eps:g}"
 

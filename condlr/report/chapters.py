@@ -151,7 +151,7 @@ def _outcomes(cells: pd.DataFrame) -> Iterator[str]:
             + (f"at {100 * row.compression:g} % compression" if row.compression else "uncompressed")
             for row in best.itertuples()
         )
-        strength = f"ε={under['eps'].max():g} ({norm_title(str(known['norm']))})"
+        strength = f"ε={under['eps'].max():g} ({norm_title(known['norm'])})"
         yield (
             f"{setting(known)}: the most accurate rows under {attack_title(attack)} at {strength}, "
             f"{n:,} images, are {', '.join(parts)}."
@@ -244,7 +244,7 @@ def _runs(
     cond = cells.drop_duplicates("run_id").set_index("run_id")["cond"]
     losses = history.groupby("run_id")["train_loss"].last().to_dict()
     why = bool(runs["reason"].notna().any())
-    under = [f"{attack_title(str(attack))} ε={strongest:g}"] if strongest else []
+    under = [f"{attack_title(attack)} ε={strongest:g}"] if strongest else []
     header = ["row", "status", *["reason"] * why, "trained", "last loss", "cond", "clean", *under, "folder"]
     rows = []
     for run in runs.to_dict("records"):
@@ -302,7 +302,7 @@ def _shifts(study: Path) -> Iterator[str]:
         return
     whole = read(study)["n"].max()
     for (name, n), sets in shifted.groupby(["shift", "n"], sort=False):
-        kind = find("shifts", str(name), Shift)
+        kind = find("shifts", name, Shift)
         images = f" shift.images={n}" if n < whole else ""
         yield from (f"shift={name}{key}{images}" for key in kind.options_of(sets["name"].unique()))
 

@@ -168,15 +168,15 @@ class Rows:
         rows = frame[frame["eps"].eq(eps) & frame["variant"].eq("")]
         usual = rows["std"].pow(2).mean()  # NaN where no row has two seeds
         for row in rows.itertuples():
-            seeds, p = int(row.seeds), float(row.accuracy)  # type: ignore[arg-type]
-            between = row.std**2 if seeds > 2 else usual  # type: ignore[operator]
-            drawn = p * (1 - p) / int(row.n)  # type: ignore[arg-type]
-            variance = np.maximum(between, drawn) / seeds  # type: ignore[call-overload]
-            percent = f" {100 * row.compression:g} %" if row.compression else ""  # type: ignore[operator]
-            key = str(row.label), float(row.compression)  # type: ignore[arg-type]
-            name = f"{title(str(row.label))}{percent}"
+            seeds, p = int(row.seeds), float(row.accuracy)
+            between = row.std**2 if seeds > 2 else usual
+            drawn = p * (1 - p) / int(row.n)
+            variance = np.maximum(between, drawn) / seeds
+            percent = f" {100 * row.compression:g} %" if row.compression else ""
+            key = row.label, row.compression
+            name = f"{title(row.label)}{percent}"
             self._means[key] = Mean(
-                name, *key, p, float(row.std), variance, drawn / seeds, row.by_seed  # type: ignore[arg-type]
+                name, *key, p, float(row.std), variance, drawn / seeds, row.by_seed
             )  # fmt: skip
 
     def of(self, labels: Iterable[str], *compressions: float) -> list[Mean]:

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from condlr.report import _style
-from condlr.report._style import WIDTH, Drawing, Drawn, Known
-from condlr.report.results import by_row, decay, of_rows, setting
+from condlr.report._style import WIDTH, Drawing, Drawn
+from condlr.report.results import Known, by_row, decay, of_rows, setting
 
 _DASHES = ("-", (0, (5, 1.2)), (0, (2.5, 1)), (0, (5, 1, 1, 1)))
 _PREFIX = "cond_"

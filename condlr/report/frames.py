@@ -52,18 +52,18 @@ def _penalised(frame: pd.DataFrame) -> dict[str, str]:
     """By its penalty, or `none`, the row_id of the dense network; empty if a penalty has several weights."""
     found: dict[str, str] = {}
     for row in frame.drop_duplicates("row_id").itertuples():
-        method, _, penalty = str(row.label).partition("+")
+        method, _, penalty = row.label.partition("+")
         name = penalty.partition("-")[0] or "none"
         if method == "baseline":
             if name in found:
                 return {}
-            found[name] = str(row.row_id)
+            found[name] = row.row_id
     return found
 
 
 def _accuracy(known: Mapping[str, Any], frame: pd.DataFrame, rows: Mapping[str, str], paper: Path) -> Sheet:
     clean, published = _clean(frame), _published(paper, "accuracy")
-    column = str(known["dataset"])
+    column = known["dataset"]
     lines = []
     for penalty, row_id in rows.items():
         text = _gained(clean, row_id, rows["none"], "accuracy", "std")
@@ -202,7 +202,7 @@ def _doubts(published: pd.DataFrame) -> Iterator[str]:
     """What the published shares cannot be, and what they cannot tell apart."""
     if not {"none", "frame"} <= {*published.index}:
         return
-    found = {str(name): sample([*row]) for name, row in published.iterrows()}
+    found = {name: sample([*row]) for name, row in published.iterrows()}
     sizes = (
         f"{images} ({name}{''.join(f', but for {accuracy(share)}' for share in odd)})"
         for name, (images, odd) in found.items()

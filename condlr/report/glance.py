@@ -12,7 +12,7 @@ from condlr.report.sheet import Column, Row, Sheet, Value
 from condlr.report.shifts import shift_names
 
 # The text of each row that has a value, by row_id.
-Texts = Mapping[str, str]
+Texts = Mapping[Any, str]
 
 LEGEND = (
     "Means over seeds; a measure may have fewer seeds than another. Each attack at its largest strength. "
@@ -44,10 +44,10 @@ def glances(
 def _sheet(known: Mapping[str, Any], frame: pd.DataFrame, measures: Sequence[tuple[Column, Texts]]) -> Sheet:
     groups: dict[float, list[Row]] = {}
     for row in frame.drop_duplicates("row_id").itertuples():
-        values = [Value(texts.get(str(row.row_id), "")) for _, texts in measures]
-        name = title(str(row.label), str(row.variant))
-        groups.setdefault(float(row.compression), []).append(Row(name, [  # type: ignore[arg-type]
-            Value(f"{100 * row.compression:g}"), *values,  # type: ignore[operator]
+        values = [Value(texts.get(row.row_id, "")) for _, texts in measures]
+        name = title(row.label, row.variant)
+        groups.setdefault(row.compression, []).append(Row(name, [
+            Value(f"{100 * row.compression:g}"), *values,
         ]))  # fmt: skip
     columns = [Column("requested"), *(replace(column, spare=i) for i, (column, _) in enumerate(measures))]
     legend = [LEGEND, *(_RANKS for column, _ in measures if column.name == _OUTPUTS)]
@@ -67,7 +67,7 @@ def _attacked(frame: pd.DataFrame) -> Iterator[tuple[Column, Texts]]:
     attacks = frame[frame["eps"].gt(0)].sort_values("n", kind="stable")
     for (attack, _), part in attacks.groupby(["attack", "norm"], sort=False):
         strongest = part[part["eps"].eq(part["eps"].max())].drop_duplicates("row_id", keep="last")
-        column = Column(f"ε={part['eps'].max():g}", attack_title(str(attack)))
+        column = Column(f"ε={part['eps'].max():g}", attack_title(attack))
         yield column, _texts(strongest.set_index("row_id")["accuracy"])
 
 
@@ -76,18 +76,18 @@ def _per_row(
 ) -> Iterator[tuple[Column, Texts]]:
     if shifted is not None:
         for name, part in shifted.groupby(shift_names(shifted), sort=False):
-            yield Column(str(name)), _texts(_by_row(part, "accuracy", runs))
+            yield Column(name), _texts(_by_row(part, "accuracy", runs))
     if (layers := analysed.get("conditioning")) is not None:
         middle = layers[layers["kind"].eq("conv")].groupby("run_id")["cond_circular"].median()
         by_row = middle.groupby(runs.reindex(middle.index)).mean().dropna()
-        yield Column("operator cond"), {str(row): condition(value) for row, value in by_row.items()}
+        yield Column("operator cond"), {row: condition(value) for row, value in by_row.items()}
     if (ranks := analysed.get("effective_rank")) is not None:
         middle = ranks.assign(median=ranks.groupby("run_id")["effective_outputs"].transform("median"))
         effective = _by_row(middle, "median", runs)
-        yield Column(_OUTPUTS), {str(row): f"{value:.1f}" for row, value in effective.items()}
+        yield Column(_OUTPUTS), {row: f"{value:.1f}" for row, value in effective.items()}
     if (cost := analysed.get("cost")) is not None:
         for name, column in (("weights", "deploy_weights_ratio"), ("training FLOPs", "train_flops_ratio")):
-            yield Column(name), {str(row): shown(value) for row, value in _by_row(cost, column, runs).items()}
+            yield Column(name), {row: shown(value) for row, value in _by_row(cost, column, runs).items()}
 
 
 def _by_row(frame: pd.DataFrame, column: str, runs: pd.Series) -> pd.Series:
@@ -97,4 +97,4 @@ def _by_row(frame: pd.DataFrame, column: str, runs: pd.Series) -> pd.Series:
 
 
 def _texts(accuracies: pd.Series) -> Texts:
-    return {str(row): accuracy(value) for row, value in accuracies.items()}
+    return {row: accuracy(value) for row, value in accuracies.items()}

@@ -30,7 +30,7 @@ def sheets(cells: pd.DataFrame, paper: Path) -> Iterator[Sheet]:
     for known, frame in contexts(summarize(cells)):
         ours = frame["label"].str.startswith("baseline+lr_layer").any()
         alike = (known["dataset"], known["norm"]) == ("cifar10", "linf")
-        if alike and ours and str(known["attack"]).startswith("pgd"):
+        if alike and ours and known["attack"].startswith("pgd"):
             columns = {
                 name: frame[np.isclose(frame["eps"], radius, rtol=1e-3)] for name, radius in radii.items()
             }
@@ -48,13 +48,13 @@ def _sheet(
     for row in frame.drop_duplicates("row_id").itertuples():
         found = (part[part["row_id"].eq(row.row_id)] for part in columns.values())
         texts = [accuracy(*part[["accuracy", "std"]].iloc[0]) if len(part) else "" for part in found]
-        name = row_title(str(row.label), float(row.compression), str(row.variant))  # type: ignore[arg-type]
+        name = row_title(row.label, row.compression, row.variant)
         lines.append(Row(name, [*map(Value, texts)]))
-        told = next((there for start, there in _ROWS.items() if str(row.label).startswith(start)), "")
+        told = next((there for start, there in _ROWS.items() if row.label.startswith(start)), "")
         for line in published[published["method"].eq(told)].to_dict("records"):
             texts = [accuracy(line[name] / 100) for name in columns]
             lines.append(Row(f"  published, {line['steps']} steps", [*map(Value, texts)], "published"))
-    caption = f"{setting(known)}, {attack_title(str(known['attack']))}, {known['n']:,} images: accuracy (%)"
+    caption = f"{setting(known)}, {attack_title(known['attack'])}, {known['n']:,} images: accuracy (%)"
     headings = [Column(name.removeprefix(_PREFIX).replace("_", "/"), "ε") for name in columns]
     return Sheet(caption, headings, [lines], [*_doubts(published)], rules=[SOURCE])
 

@@ -1,12 +1,13 @@
 """Differences between the settings of runs and the paper's text, in words."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 from omegaconf import OmegaConf
 
-from condlr.report.results import title
+from condlr.report.results import Known, title
 from condlr.suite.config import CONF
 
 _MEANINGS = {
@@ -33,22 +34,20 @@ _MEANINGS = {
 }  # fmt: skip
 
 
-def differences(context: Mapping[str, object], cells: pd.DataFrame) -> list[str]:
+def differences(context: Known, cells: pd.DataFrame) -> list[str]:
     """What differs from the paper's text: a phrase for the settings and one for each kind of row; maybe none.
 
     Args:
         context: what the rows share, see `condlr.report.results.CONTEXT`.
         cells: the cells of those rows.
     """
-    paper = _paper(str(context["model"]), str(context["dataset"]))
+    paper = _paper(context["model"], context["dataset"])
     settings = {"epochs": context["epochs"], **_keys(context["settings"])}
     known = {"settings": _differing(settings, paper)}
-    if "unclamped" in str(context["attack"]):
+    if "unclamped" in context["attack"]:
         known["settings"].append("adversarial images are not clamped to [0, 1] (paper: they are)")
-    for label, options in cells.drop_duplicates(["label", "options"])[["label", "options"]].itertuples(
-        index=False
-    ):
-        name = str(label).partition("-")[0].partition("+")[0]
+    for label, options in cells[["label", "options"]].drop_duplicates().itertuples(index=False):
+        name = re.split("[-+]", label)[0]
         own, stated = _keys(options), paper["methods"].get(name, {})
         if label == "condlr-unit":
             own.pop("centre", None)  # part of the row, not of the protocol
@@ -83,11 +82,7 @@ def _keys(text: object) -> dict[str, Any]:
 
 def _paper(model: str, dataset: str) -> dict[str, Any]:
     """The protocol `paper` for a network and a dataset."""
-    protocol = CONF / "protocol"
-    parts = [
-        protocol / "paper.yaml",
-        protocol / "model" / f"paper_{model}.yaml",
-        protocol / "dataset" / f"paper_{dataset}.yaml",
-    ]
+    names = ("paper", f"model/paper_{model}", f"dataset/paper_{dataset}")
+    parts = [CONF / "protocol" / f"{name}.yaml" for name in names]
     merged = OmegaConf.merge(*(OmegaConf.load(path) for path in parts if path.exists()))
     return OmegaConf.to_container(merged)  # type: ignore[return-value]

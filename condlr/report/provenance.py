@@ -55,7 +55,7 @@ class Provenance:
             seeds = {*map(int, alike["seed"])}
             for (label, compression, _), runs in alike.groupby(ROW[:3], sort=False):
                 if lacking := sorted(seeds - {*map(int, runs["seed"])}):
-                    name = row_title(str(label), float(compression))
+                    name = row_title(label, float(compression))
                     found[name] = sorted({*found.get(name, []), *lacking})
         return found
 

@@ -8,8 +8,8 @@ import pandas as pd
 from matplotlib.lines import Line2D
 
 from condlr.report import _style
-from condlr.report._style import WIDTH, Drawing, Drawn, Known
-from condlr.report.results import ROW, by_row, done_runs, of_rows, setting
+from condlr.report._style import WIDTH, Drawing, Drawn
+from condlr.report.results import ROW, Known, by_row, done_runs, of_rows, setting
 
 
 def variance_ratios(cells: pd.DataFrame, ratios: pd.DataFrame, out: Path) -> Iterator[Drawing]:

@@ -5,7 +5,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 
@@ -13,14 +13,19 @@ from condlr._support.errors import UserError
 from condlr._support.rooms import available, find
 from condlr._support.strengths import as_printed
 from condlr.analysis.base import Analysis
-from condlr.report.published import camera_ready, published
+from condlr.attacks.base import NORM_TITLES, Attack
+from condlr.data.base import Dataset
+from condlr.methods.base import Method
+from condlr.models.base import Architecture
+from condlr.penalties.base import Penalty
+from condlr.report.numbers import counted
+from condlr.report.published import Values, camera_ready, published
 from condlr.suite.collecting import nothing_to_show
 from condlr.suite.runs import examined, keys
 
-if TYPE_CHECKING:
-    from condlr.methods.base import Method
-
 T = TypeVar("T")
+# What the runs of a table share, by column.
+Known = Mapping[str, Any]
 
 # The columns that runs of one table share; each combination is a table of its own.
 CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm", "n"]
@@ -49,34 +54,22 @@ ROW = [*RowKey._fields]
 _MEANS = ("cond", "cond_all", "seconds", "train_compression", "deploy_compression")
 _NEEDED = {
     "cells": {
-        *CONTEXT,
-        *_MEANS,
-        *("label", "compression", "row_id", "options", "official_data", "device", "seed", "eps", "accuracy"),
-        "status",
+        *CONTEXT, *_MEANS, "label", "compression", "row_id", "options", "official_data", "device", "seed",
+        "eps", "accuracy", "status",
     },
     "history": {"run_id", "label", "compression", "row_id", "seed", "step", "cond"},
     "flow": {
-        *("flow", "sweep", "integrator", "eta", "eta_measured", "learning_rate", "steps", "time", "error"),
-        *("bound_one", "bound_all", "lambda_limit", "sigma_min", "in_band", "commit"),
+        "flow", "sweep", "integrator", "eta", "eta_measured", "learning_rate", "steps", "time", "error",
+        "bound_one", "bound_all", "lambda_limit", "sigma_min", "in_band", "commit",
     },
     "runs": {"row_id", "run_id", "seed", "status"},
     "steps": {"run_id", "row_id", "seed", "step", "train_loss", "train_accuracy"},
     "shift": {*TRAINING, "run_id", "label", "compression", "seed", *SHIFT, "accuracy"},
-}
-
-
-_NUMBERS = {"eps", "n", "accuracy", "compression", "cond", "cond_all", "seconds", "step", "seed", "epochs"}
-_NUMBERS |= {
-    "train_compression",
-    "deploy_compression",
-    "train_loss",
-    "train_accuracy",
-    "index",
-    "singular_value",
-    "train_flops",
-}
-
-
+}  # fmt: skip
+_NUMBERS = {
+    *_MEANS, "eps", "n", "accuracy", "compression", "step", "seed", "epochs", "train_loss", "train_accuracy",
+    "index", "singular_value", "train_flops",
+}  # fmt: skip
 # What must hold in each line of a table that has the column.
 _RULES: dict[str, Callable[[pd.DataFrame], Any]] = {
     "label": lambda frame: frame["label"].notna(),
@@ -249,47 +242,33 @@ def left_out(cells: pd.DataFrame) -> str:
     return ", ".join(name if alike[name] == 1 else f"{name}: {run_id}" for run_id, name in names.items())
 
 
-def own(context: Mapping[str, object], cells: pd.DataFrame) -> pd.DataFrame:
+def own(context: Known, cells: pd.DataFrame) -> pd.DataFrame:
     """The cells of one table."""
-    same = pd.Series(True, index=cells.index)
-    for name in CONTEXT:
-        same &= (
-            cells[name].fillna("").eq(context[name]) if name == "settings" else cells[name].eq(context[name])
-        )
-    return cells.loc[same]
+    known = cells[CONTEXT].fillna({"settings": ""})
+    return cells.loc[known.eq([context[name] for name in CONTEXT]).all(axis=1)]
 
 
-def comparison(
-    context: Mapping[str, object], cells: pd.DataFrame, paper: Path
-) -> dict[tuple[str, float, float], float]:
+def comparison(context: Known, cells: pd.DataFrame, paper: Path) -> Values:
     """The FGSM values of arXiv v1 for a table; empty if it is not comparable with the paper's."""
-    if not str(context["attack"]).startswith("fgsm") or not comparable(context, cells):
-        return {}
-    return published(paper, str(context["dataset"]), str(context["model"]))
+    alike = context["attack"].startswith("fgsm") and comparable(context, cells)
+    return published(paper, context["dataset"], context["model"]) if alike else {}
 
 
-def quoted(
-    context: Mapping[str, object], cells: pd.DataFrame, paper: Path
-) -> dict[tuple[str, float, float], float]:
+def quoted(context: Known, cells: pd.DataFrame, paper: Path) -> Values:
     """The camera-ready values for a table: under FGSM, or under PGD in the Euclidean norm."""
-    attack, norm = str(context["attack"]), str(context["norm"])
+    attack, norm = context["attack"], context["norm"]
     kind = "fgsm" if attack.startswith("fgsm") else f"{attack[:3]}_{norm}"
-    return (
-        camera_ready(paper, kind, str(context["dataset"]), str(context["model"]))
-        if comparable(context, cells)
-        else {}
-    )
+    alike = comparable(context, cells)
+    return camera_ready(paper, kind, context["dataset"], context["model"]) if alike else {}
 
 
-def comparable(context: Mapping[str, object], cells: pd.DataFrame) -> bool:
+def comparable(context: Known, cells: pd.DataFrame) -> bool:
     """Whether all runs had the official images, and none an ill-conditioned start."""
     return bool(cells["official_data"].dropna().astype(bool).all()) and not decay(context)
 
 
 def attack_title(label: str) -> str:
     """The title of an attack: `PGD-50×3 on the margin`. An unknown label stays as it is."""
-    from condlr.attacks.base import Attack
-
     if label.startswith("transfer-"):
         return f"{attack_title(label.removeprefix('transfer-'))}, transferred"
     titles = (find("attacks", name, Attack).title_of(label) for name in available("attacks"))
@@ -299,47 +278,41 @@ def attack_title(label: str) -> str:
 
 def norm_title(norm: str) -> str:
     """A norm as captions print it."""
-    from condlr.attacks.base import NORM_TITLES
-
     return NORM_TITLES.get(norm, norm)
 
 
-def setting(context: Mapping[str, object]) -> str:
+def setting(context: Known) -> str:
     """The shared setting of a table's rows, for its caption: `LeNet5 on MNIST, protocol paper, 10 epochs`."""
     base = decay(context)
     start = f", singular values falling as {base}⁻ⁱ at the start" if base else ""
     return f"{network(context)}, protocol {context['protocol']}, {epochs(context)}{start}"
 
 
-def decay(context: Mapping[str, object]) -> str:
+def decay(context: Known) -> str:
     """The base of an ill-conditioned start; empty if there was none."""
     found = re.search(r"(?:^| )decay=([\d.e+-]+)", str(context["settings"]))
     return f"{float(found[1]):g}" if found else ""
 
 
-def network(context: Mapping[str, object]) -> str:
+def network(context: Known) -> str:
     """`LeNet5 on MNIST`."""
-    return f"{model_title(str(context['model']))} on {dataset(context)}"
+    return f"{model_title(context['model'])} on {dataset(context)}"
 
 
 def model_title(name: str) -> str:
     """`LeNet5`."""
-    from condlr.models.base import Architecture
-
     return _known("models", name, Architecture).title or name
 
 
-def dataset(context: Mapping[str, object]) -> str:
+def dataset(context: Known) -> str:
     """`CIFAR-10`."""
-    from condlr.data.base import Dataset
-
-    name = str(context["dataset"])
+    name = context["dataset"]
     return _known("data", name, Dataset).title or name
 
 
-def epochs(context: Mapping[str, object]) -> str:
+def epochs(context: Known) -> str:
     """`10 epochs`."""
-    return "1 epoch" if context["epochs"] == 1 else f"{context['epochs']} epochs"
+    return counted(context["epochs"], "epoch")
 
 
 def title(label: str, variant: str = "") -> str:
@@ -355,8 +328,6 @@ def colour(label: str) -> str | None:
 
 def _parts(label: str) -> tuple[str, str]:
     """The method's part of a row's label, and the title of its penalty after a +, if there is one."""
-    from condlr.penalties.base import Penalty
-
     method, plus, penalty = label.partition("+")
     name, *words = penalty.split("-")
     if not plus or name not in available("penalties"):
@@ -366,10 +337,8 @@ def _parts(label: str) -> tuple[str, str]:
     return method, f" + {find('penalties', name, Penalty).title}{options}"
 
 
-def _method(label: str) -> "type[Method]":
+def _method(label: str) -> type[Method]:
     """The class of a method's label."""
-    from condlr.methods.base import Method
-
     return _known("methods", label.partition("-")[0], Method)
 
 

@@ -49,7 +49,7 @@ def shift_names(shifted: pd.DataFrame) -> pd.Series:
 def _shifts(shifted: pd.DataFrame) -> Iterator[tuple[type[Shift], int | None, pd.DataFrame]]:
     """Each shift with its rows: by number of images if it has severities, else together, with None."""
     for name, sets in shifted.groupby("shift", sort=False):
-        kind = find("shifts", str(name), Shift)
+        kind = find("shifts", name, Shift)
         if sets["severity"].isna().all():
             yield kind, None, sets
         else:

@@ -69,7 +69,7 @@ def figure(frame: pd.DataFrame, out: Path) -> Iterator[Path]:
             if len(weak):
                 _weak(axes[2], _at_horizon(weak))
             eta = part["eta_measured"].max()
-            fig.suptitle(f"{_TITLES[str(flow)]}, ‖E′‖ ≤ η = {eta:.3g}")
+            fig.suptitle(f"{_TITLES[flow]}, ‖E′‖ ≤ η = {eta:.3g}")
             entries = dict(zip(*axes[1].get_legend_handles_labels()[::-1], strict=True))
             entries |= dict(zip(*axes[0].get_legend_handles_labels()[::-1], strict=True))
             fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4)

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from condlr.report import _style
-from condlr.report._style import Drawing, Drawn, Known, Styles
-from condlr.report.results import TRAINING, attack_title, contexts, norm_title, setting, summarize
+from condlr.report._style import Drawing, Drawn, Styles
+from condlr.report.results import TRAINING, Known, attack_title, contexts, norm_title, setting, summarize
 
 _SAME = 0.005  # points with closer compressions would overlap
 _ATTACK = ["attack", "norm", "n"]

@@ -37,7 +37,7 @@ def training(history: pd.DataFrame) -> Sheet:
         first, last = run.iloc[0], run.iloc[-1]
         audits = [run[column].max() if column in run else float("nan") for column in _AUDITS]
         texts = [
-            f"{100 * float(compression):g}", str(protocol), str(last["seed"]),
+            f"{100 * float(compression):g}", protocol, str(last["seed"]),
             str(last["epoch"]), str(last["step"]),
             f"{first['train_loss']:.3f} → {last['train_loss']:.3f}", condition(last["cond"]),
             *("" if pd.isna(audit) else form(audit) for audit, form in zip(audits, _FORMS, strict=True)),
@@ -47,7 +47,7 @@ def training(history: pd.DataFrame) -> Sheet:
         if penalised is not None:
             values = penalised.get_group(run_id).dropna()
             texts.append(f"{shown(values.iloc[0])} → {shown(values.iloc[-1])}" if len(values) else "")
-        row = Row(title(str(label)), [*map(Value, texts)])
-        groups.setdefault((str(protocol), float(compression)), []).append(row)
+        row = Row(title(label), [*map(Value, texts)])
+        groups.setdefault((protocol, float(compression)), []).append(row)
     legend = [LEGEND, *[_HELD_OUT] * held_out, *[_PENALTY] * (penalised is not None)]
     return Sheet("How each run went", [*map(Column, names)], [*groups.values()], legend)
