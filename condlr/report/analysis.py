@@ -15,7 +15,7 @@ from condlr.report import audit
 from condlr.report.content import numeric
 from condlr.report.markdown import piped
 from condlr.report.numbers import shown
-from condlr.report.results import ordered, read_if_there, run_title
+from condlr.report.results import ordered, read_those, run_title
 from condlr.suite.registry import analyses
 
 # A terminal only gets the number of rows if there are more than this.
@@ -39,10 +39,9 @@ _TEMPLATE = _Template()
 
 def found(study: Path) -> Iterator[Found]:
     """Name, class and collected rows of each analysis of a study that pages show, in order."""
-    for name, kind in analyses().items():
-        frame = read_if_there(study, name) if kind.layout != "none" else None
-        if frame is not None:
-            yield name, kind, frame
+    kinds = {name: kind for name, kind in analyses().items() if kind.layout != "none"}
+    for name, frame in read_those(study, kinds).items():
+        yield name, kinds[name], frame
 
 
 def print_analysis(kind: type[Analysis], rows: Sequence[Mapping[str, Any]], console: Console) -> None:

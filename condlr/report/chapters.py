@@ -37,7 +37,7 @@ from condlr.report.content import (
 )
 from condlr.report.evidence import RULE, Claim
 from condlr.report.figures import drawings
-from condlr.report.numbers import accuracy, shown
+from condlr.report.numbers import accuracy, counted, shown
 from condlr.report.provenance import Provenance, of_flow, provenance
 from condlr.report.results import (
     CONTEXT,
@@ -50,6 +50,7 @@ from condlr.report.results import (
     ordered,
     read,
     read_if_there,
+    read_those,
     run_title,
     setting,
     summarize,
@@ -76,10 +77,10 @@ def document(study: Path, paper: Path, runs_dir: Path) -> Document:
         sections = _sections(_of_flow(study, flow, others))
         return Document(f"{study.name}: a matrix flow", [first, theorem.LEAD], sections)
     cells, history = read(study), read(study, "history")
-    audits, shifted = (read_if_there(study, name) for name in ("audit", "shift"))
-    beside = {name: table for name in TABLES if (table := read_if_there(study, name)) is not None}
+    beside = read_those(study, [*TABLES, "audit", "runs"])
+    audits, shifted = beside.get("audit"), beside.get("shift")
     analysed = [*analysis.found(study)]
-    origin = provenance(cells, read_if_there(study, "runs"), study.name)
+    origin = provenance(cells, beside.get("runs"), study.name)
     evaluated = bool((cells["status"].eq("done") & cells["eps"].notna()).any())
     found = by_title(cells, beside) if evaluated else []
     drawn = [*drawings(study, paper, study)] if evaluated else []
@@ -97,8 +98,7 @@ def document(study: Path, paper: Path, runs_dir: Path) -> Document:
         "Provenance": [Facts([*origin.facts()])],
         "To make it again": _commands(study, cells, origin),
     }
-    contexts = cells[["dataset", "model"]].drop_duplicates().to_dict("records")
-    networks = " and ".join(network(context) for context in contexts)
+    networks = " and ".join(map(network, cells[["dataset", "model"]].drop_duplicates().to_dict("records")))
     lead = [*_lead(cells, origin, study, evaluated)]
     lead = [*others[:1], *([Overview(found)] if found else []), *lead]
     return Document(f"{study.name}: {networks}", lead, _sections(sections))
@@ -124,16 +124,12 @@ def _lead(cells: pd.DataFrame, origin: Provenance, study: Path, evaluated: bool)
     """One paragraph: what was run, and the accuracy at the largest strength."""
     rows, seeds, runs = cells["row_id"].nunique(), len(origin.seeds), len(origin.runs)
     statuses = ", ".join(f"{count} {status}" for status, count in origin.statuses.items())
-    text = f"{_count(rows, 'row')}, {_count(seeds, 'seed')}: {_count(runs, 'run')} ({statuses})."
+    text = f"{counted(rows, 'row')}, {counted(seeds, 'seed')}: {counted(runs, 'run')} ({statuses})."
     if origin.missing:
         text += f" **{origin.missing} of the {origin.planned} runs of the experiment are missing.**"
     yield " ".join([text, *(_outcomes(cells) if evaluated else ["No run is done and evaluated yet."])])
     if (study / "README.md").exists():
         yield Link("Notes on this study", "README.md")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _outcomes(cells: pd.DataFrame) -> Iterator[str]:
@@ -253,20 +249,12 @@ def _runs(
         folder = folders / name
         here = Link(name, f"{quote(os.fsencode(os.path.relpath(folder, study)))}/")
         rows.append([
-            run_title(run), run["status"], *[_word(run.get("reason"))] * why, _time(run["train_seconds"]),
-            shown(losses.get(name)), shown(cond.get(name)),
-            *map(accuracy, known),
+            run_title(run), run["status"], *[shown(run["reason"])] * why,
+            "–" if pd.isna(run["train_seconds"]) else duration(run["train_seconds"]),
+            shown(losses.get(name)), shown(cond.get(name)), *map(accuracy, known),
             here if folder.is_dir() else name,
         ])  # fmt: skip
     return Folded(f"{len(rows)} runs: status, time, last figures and folder", [Grid(header, rows).filled])
-
-
-def _word(value: object) -> str:
-    return str(value) if isinstance(value, str) else "–"
-
-
-def _time(seconds: float) -> str:
-    return "–" if pd.isna(seconds) else duration(seconds)
 
 
 def _commands(study: Path, cells: pd.DataFrame, origin: Provenance) -> Iterator[Block]:
@@ -282,10 +270,9 @@ def _commands(study: Path, cells: pd.DataFrame, origin: Provenance) -> Iterator[
 
 
 def _lines(study: Path, seeds: str) -> list[str]:
+    seeded = {name: all(map(names_seed, of_experiments([name])[0])) for name in experiments_of(study.name)}
     lines = [
-        f"python scripts/train.py experiment={name}"
-        f"{'' if all(map(names_seed, of_experiments([name])[0])) else seeds}"
-        for name in experiments_of(study.name)
+        f"python scripts/train.py experiment={name}{'' if own else seeds}" for name, own in seeded.items()
     ]
     kinds = analyses().items()
     keys = [*dict.fromkeys(_shifts(study))]

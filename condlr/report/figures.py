@@ -17,7 +17,7 @@ from condlr.report import (
 )
 from condlr.report._style import Drawing
 from condlr.report.claims import TABLES, by_title
-from condlr.report.results import read, read_if_there, require_evaluated
+from condlr.report.results import read, read_if_there, read_those, require_evaluated
 
 
 def drawings(study: Path, paper: Path, out: Path) -> Iterator[Drawing]:
@@ -29,32 +29,32 @@ def drawings(study: Path, paper: Path, out: Path) -> Iterator[Drawing]:
             return
     cells = read(study)
     require_evaluated(cells)
-    history = read(study, "history")
     # Read all tables before drawing: with a damaged table, no figure is drawn rather than some
-    names = ("steps", "spectra", "cost", "reconstruction")
-    steps, values, counted, pictures = (read_if_there(study, name) for name in names)
-    beside = {name: table for name in TABLES if (table := read_if_there(study, name)) is not None}
-    of_activations = [
-        (draw, table)
-        for name, draw in representations.FIGURES.items()
-        if (table := read_if_there(study, name)) is not None
-    ]
-    yield from verdicts.verdicts(by_title(cells, beside), out)
-    yield from accuracies.robustness(cells, history, paper, out)
+    names = dict.fromkeys([*(name for name, _ in _FIGURES if name != "history"), *TABLES, "cost"])
+    tables = {"history": read(study, "history")} | read_those(study, names)
+    yield from verdicts.verdicts(by_title(cells, tables), out)
+    yield from accuracies.robustness(cells, tables["history"], paper, out)
     yield from accuracies.attacks(cells, out)
-    if steps is not None:
-        yield from evolution.conditioning(cells, steps, out)
-        yield from evolution.start(cells, steps, out)
-    yield from evolution.operators(cells, history, out)
-    if values is not None:
-        yield from spectra.spectra(cells, values, out)
-    if pictures is not None:
-        yield from reconstruction.reconstructions(cells, pictures, out)
-    for draw, table in of_activations:
-        yield from draw(cells, table, out)
+    for name, draw in _FIGURES:
+        if name in tables:
+            yield from draw(cells, tables[name], out)
     yield from tradeoffs.compression(cells, out)
-    yield from tradeoffs.weights(cells, counted, out)
-    yield from tradeoffs.cost(cells, counted, out)
+    yield from tradeoffs.weights(cells, tables.get("cost"), out)
+    yield from tradeoffs.cost(cells, tables.get("cost"), out)
+
+
+# In their order, with the table that each is of
+_FIGURES = (
+    ("steps", evolution.conditioning),
+    ("steps", evolution.start),
+    ("history", evolution.operators),
+    ("spectra", spectra.spectra),
+    ("reconstruction", reconstruction.reconstructions),
+    ("variance_ratio", representations.variance_ratios),
+    ("embeddings", representations.embeddings),
+    ("stability", representations.stability),
+    ("scatter", representations.scatter),
+)
 
 
 def _theorem(flow: pd.DataFrame, out: Path) -> Iterator[Drawing]:

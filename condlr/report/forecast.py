@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from condlr.report.numbers import counted
 from condlr.report.results import duration, title
 from condlr.suite.sweeps.estimate import Estimate
 
@@ -14,10 +15,7 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
     lost = f", {diverged} diverged and left alone" if diverged else ""
     left = runs - done - diverged
     studies = ", ".join(estimate.studies)
-    console.print(
-        f"{studies}: {runs} run{'' if runs == 1 else 's'}, {done} done{lost}, {left} to do",
-        highlight=False,
-    )
+    console.print(f"{studies}: {counted(runs, 'run')}, {done} done{lost}, {left} to do", highlight=False)
     if not left:
         return
     view = Table(box=None, pad_edge=False, header_style="bold")

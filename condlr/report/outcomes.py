@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
+from condlr.report.numbers import counted
 from condlr.report.results import run_title
 from condlr.suite.sweeps.jobs import STATES, Outcome
 
@@ -16,7 +17,7 @@ def print_outcomes(outcomes: Sequence[Outcome], studies: str) -> None:
     counts = Counter(outcome.state for outcome in outcomes)
     words = ", ".join(f"{counts[state]} {_WORDS.get(state, state)}" for state in STATES if counts[state])
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{escape(studies)}: {len(outcomes)} run{'' if len(outcomes) == 1 else 's'}: {words}")
+    console.print(f"{escape(studies)}: {counted(len(outcomes), 'run')}: {words}")
     for outcome in outcomes:
         if outcome.state in ("done", "skipped"):
             continue

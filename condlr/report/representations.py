@@ -112,12 +112,3 @@ def _figure(
         return Drawn(figure, f"{setting(known)}: {caption}; means over seeds", handles)
 
     return _style.drawings(out, name, of_rows(cells, made, ["layer", "dotted", "x", "y"]), draw)
-
-
-# By the analysis that has their numbers.
-FIGURES = {
-    "variance_ratio": variance_ratios,
-    "embeddings": embeddings,
-    "stability": stability,
-    "scatter": scatter,
-}

@@ -3,7 +3,7 @@
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -121,9 +121,14 @@ def require(frame: pd.DataFrame, columns: Collection[str], path: str) -> None:
         raise UserError(f"{path} lacks the columns {', '.join(missing)}: collect the runs again")
 
 
+def read_those(study: Path, names: Iterable[str]) -> dict[str, pd.DataFrame]:
+    """The tables of these names that the study has."""
+    return {name: read(study, name) for name in names if (study / f"{name}.csv").exists()}
+
+
 def read_if_there(study: Path, name: str) -> pd.DataFrame | None:
     """The table, or None if the study does not have it."""
-    return read(study, name) if (study / f"{name}.csv").exists() else None
+    return read_those(study, [name]).get(name)
 
 
 def summarize(cells: pd.DataFrame) -> pd.DataFrame:
