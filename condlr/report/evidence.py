@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -41,23 +41,40 @@ class Claim:
         title: a few words.
         statement: what the paper says.
         where: the setting of the runs.
-        verdict: `supported`, `partly`, `not supported`, `undecided`, or `no runs`.
-        evidence: the numbers, a line for each row compared with: `Baseline 93.50: CondLR τ=0 50 % 94.77
-            ±0.12 (>), ...`.
-        comparisons: the same, as numbers.
     """
 
     title: str
     statement: str
     where: str
-    verdict: str
-    evidence: tuple[str, ...]
-    comparisons: "tuple[Comparison, ...]" = ()
+    comparisons: "Sequence[Comparison]"
 
     @property
     def anchor(self) -> str:
         """The address of the title, see `condlr.report.sheet.anchor`."""
         return anchor(self.title)
+
+    @property
+    def verdict(self) -> str:
+        """`supported`, `partly`, `not supported`, `undecided`, or `no runs`."""
+        signs = [comparison.sign for comparison in self.comparisons]
+        if not signs:
+            return "no runs"
+        if 1 in signs:
+            return "supported" if min(signs) == 1 else "partly"
+        return "not supported" if -1 in signs else "undecided"
+
+    @property
+    def evidence(self) -> list[str]:
+        """A line for each row compared with: `Baseline 93.50: CondLR τ=0 50 % 94.77 ±0.12 (>), ...`."""
+        words = {1: ">", 0: "≈", -1: "<"}
+        against: dict[Mean, list[Comparison]] = {}
+        for comparison in self.comparisons:
+            against.setdefault(comparison.right, []).append(comparison)
+        return [
+            f"{right}{f' − {100 * pairs[0].slack:g}' if pairs[0].slack else ''}: "
+            + ", ".join(f"{pair.left} ({words[pair.sign]})" for pair in pairs)
+            for right, pairs in against.items()
+        ]
 
     @property
     def decisive(self) -> "Comparison":
@@ -168,16 +185,12 @@ class Rows:
         rows = frame[frame["eps"].eq(eps) & frame["variant"].eq("")]
         usual = rows["std"].pow(2).mean()  # NaN where no row has two seeds
         for row in rows.itertuples():
-            seeds, p = int(row.seeds), float(row.accuracy)
-            between = row.std**2 if seeds > 2 else usual
-            drawn = p * (1 - p) / int(row.n)
-            variance = np.maximum(between, drawn) / seeds
-            percent = f" {100 * row.compression:g} %" if row.compression else ""
+            between = row.std**2 if row.seeds > 2 else usual
+            drawn = row.accuracy * (1 - row.accuracy) / row.n
+            variance, floor = np.maximum(between, drawn) / row.seeds, drawn / row.seeds
+            name = f"{title(row.label)}{f' {100 * row.compression:g} %' if row.compression else ''}"
             key = row.label, row.compression
-            name = f"{title(row.label)}{percent}"
-            self._means[key] = Mean(
-                name, *key, p, float(row.std), variance, drawn / seeds, row.by_seed
-            )  # fmt: skip
+            self._means[key] = Mean(name, *key, row.accuracy, row.std, variance, floor, row.by_seed)
 
     def of(self, labels: Iterable[str], *compressions: float) -> list[Mean]:
         """The means of those of these rows that exist."""
@@ -216,19 +229,8 @@ def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def judged(name: str, statement: str, where: str, among: Sequence[Comparison]) -> Claim:
-    """The claim with its verdict."""
-    comparisons = corrected(among)
-    signs = [comparison.sign for comparison in comparisons]
-    pro, contra = signs.count(1), signs.count(-1)
-    if not signs:
-        verdict = "no runs"
-    elif pro == len(signs):
-        verdict = "supported"
-    elif pro:
-        verdict = "partly"
-    else:
-        verdict = "not supported" if contra else "undecided"
-    return Claim(name, statement, where, verdict, tuple(_evidence(comparisons)), tuple(comparisons))
+    """The claim that all of these comparisons hold, at their corrected levels."""
+    return Claim(name, statement, where, corrected(among))
 
 
 def places(claims: Sequence[Claim]) -> tuple[str, list[str]]:
@@ -237,12 +239,3 @@ def places(claims: Sequence[Claim]) -> tuple[str, list[str]]:
     alike = takewhile(lambda column: len({*column}) == 1, zip(*parts, strict=False))
     shared = [part for part, *_ in alike]
     return ", ".join(shared), [", ".join(own[len(shared) :]) for own in parts]
-
-
-def _evidence(comparisons: Sequence[Comparison]) -> Iterator[str]:
-    words = {1: ">", 0: "≈", -1: "<"}
-    for right in dict.fromkeys(comparison.right for comparison in comparisons):
-        against = [comparison for comparison in comparisons if comparison.right == right]
-        lefts = ", ".join(f"{comparison.left} ({words[comparison.sign]})" for comparison in against)
-        less = f" − {100 * against[0].slack:g}" if against[0].slack else ""
-        yield f"{right}{less}: {lefts}"

@@ -6,13 +6,22 @@ penalty are what can be compared.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from condlr.report.numbers import accuracy
-from condlr.report.results import TRAINING, contexts, model_title, row_title, setting, summarize
+from condlr.report.results import (
+    TRAINING,
+    Known,
+    contexts,
+    model_title,
+    row_title,
+    setting,
+    summarize,
+    unharmed,
+)
 from condlr.report.sheet import Column, Row, Sheet, Value
 from condlr.report.shifts import shift_names
 
@@ -42,10 +51,11 @@ def sheets(cells: pd.DataFrame, shifted: pd.DataFrame | None, paper: Path) -> It
     for known, frame in contexts(summarize(cells), TRAINING):
         rows = _penalised(frame)
         if len(rows) > 1 and "none" in rows:
-            yield _accuracy(known, frame, rows, paper)
+            beside = _Beside(known, frame, rows, paper)
+            yield beside.accuracy()
             if shifted is not None and known["dataset"] == "cifar10":
-                yield from _of_shifts(known, frame, rows, paper, shifted, runs)
-            yield from _of_simba(known, frame, rows, paper, cells)
+                yield from beside.shifts(shifted.assign(row_id=shifted["run_id"].map(runs)))
+            yield from beside.simba(cells)
 
 
 def _penalised(frame: pd.DataFrame) -> dict[str, str]:
@@ -61,81 +71,87 @@ def _penalised(frame: pd.DataFrame) -> dict[str, str]:
     return found
 
 
-def _accuracy(known: Mapping[str, Any], frame: pd.DataFrame, rows: Mapping[str, str], paper: Path) -> Sheet:
-    clean, published = _clean(frame), _published(paper, "accuracy")
-    column = known["dataset"]
-    lines = []
-    for penalty, row_id in rows.items():
-        text = _gained(clean, row_id, rows["none"], "accuracy", "std")
-        lines.append(Row(_title(frame, row_id), [Value(text)]))
-        for model, part in published.groupby("model", sort=False) if column in published else ():
-            table = part.set_index("method")
-            if penalty in table.index:
-                text = _gained(table, penalty, "none", column, f"{column}_std")
-                name = f"  published, {model_title(str(model))}"
-                lines.append(Row(name, [Value(text)], "published"))
-    caption = f"{setting(known)}: accuracy (%) with each penalty"
-    return Sheet(caption, [Column("accuracy")], [lines], rules=[SOURCE])
+@dataclass(frozen=True)
+class _Beside:
+    """The rows of one setting, and what is published beside them.
 
+    Attributes:
+        rows: the row_id of the dense network with each penalty, see `_penalised`.
+    """
 
-def _of_shifts(
-    known: Mapping[str, Any],
-    frame: pd.DataFrame,
-    rows: Mapping[str, str],
-    paper: Path,
-    shifted: pd.DataFrame,
-    runs: pd.Series,
-) -> Iterator[Sheet]:
-    named = shifted.assign(row_id=shifted["run_id"].map(runs), title=shift_names(shifted))
-    named = named[named["row_id"].isin([*rows.values()])]
-    if named.empty:
-        return
-    by_run = named.groupby(["row_id", "run_id", "title"], sort=False)["accuracy"].mean().reset_index()
-    ours = by_run.pivot_table("accuracy", "row_id", "title", sort=False)
-    ours.insert(0, "clean", _clean(frame)["accuracy"])
-    published = _published(paper, "domain_shift").set_index("method")
-    lines = []
-    for penalty, row_id in rows.items():
-        if row_id in ours.index:
-            texts = [_gained(ours, row_id, rows["none"], name) for name in ours]
-            lines.append(Row(_title(frame, row_id), [*map(Value, texts)]))
-            if penalty in published.index:
-                texts = [_gained(published, penalty, "none", _SHIFTS.get(name, ""), "") for name in ours]
-                lines.append(Row("  published", [*map(Value, texts)], "published"))
-    caption = f"{setting(known)}: accuracy (%) on shifted images with each penalty"
-    yield Sheet(caption, [*map(Column, ours)], [lines], [_MATCHED], rules=[SOURCE])
+    known: Known
+    frame: pd.DataFrame
+    rows: Mapping[str, str]
+    paper: Path
 
-
-def _of_simba(
-    known: Mapping[str, Any],
-    frame: pd.DataFrame,
-    rows: Mapping[str, str],
-    paper: Path,
-    cells: pd.DataFrame,
-) -> Iterator[Sheet]:
-    found = successes(cells[cells["row_id"].isin(frame["row_id"])])
-    published = _published(paper, "simba_success_rate").set_index("method")
-    printed = {int(name.removeprefix(_PREFIX)): name for name in published if name.startswith(_PREFIX)}
-    notes = [*_one_step(found[found["row_id"].eq(rows["none"])], published), *_doubts(published)]
-    penalties = {row_id: penalty for penalty, row_id in rows.items()}
-    for (basis, eps, n), part in found.groupby(["basis", "eps", "n"], sort=False):
-        if part["directions"].max() == 1:
-            continue  # such strengths are in the notes
-        counts = sorted({*part["directions"]})
+    def accuracy(self) -> Sheet:
+        clean, published, column = unharmed(self.frame), self._published("accuracy"), self.known["dataset"]
         lines = []
-        for row_id in frame["row_id"].unique():
-            row = part[part["row_id"].eq(row_id)]
-            if row.empty:
-                continue
-            shares = {mine.directions: _share(mine.fooled, mine.right) for mine in row.itertuples()}
-            lines.append(Row(_title(frame, str(row_id)), [Value(shares.get(d, "")) for d in counts]))
-            if (penalty := penalties.get(str(row_id))) in published.index:
-                told = published.loc[penalty]
-                texts = [accuracy(told[printed[d]]) if d in printed else "" for d in counts]
-                lines.append(Row("  published", [*map(Value, texts)], "published"))
-        caption = f"{setting(known)}: success of SimBA ({basis}) in steps of {eps:g}, {n:,} images (%)"
-        columns = [Column(f"{count:,}", "directions") for count in counts]
-        yield Sheet(caption, columns, [lines], notes, rules=[_SUCCESS, SOURCE])
+        for penalty, row_id in self.rows.items():
+            text = _gained(clean, row_id, self.rows["none"], "accuracy", "std")
+            lines.append(Row(self._title(row_id), [Value(text)]))
+            for model, part in published.groupby("model", sort=False) if column in published else ():
+                table = part.set_index("method")
+                if penalty in table.index:
+                    text = _gained(table, penalty, "none", column, f"{column}_std")
+                    lines.append(Row(f"  published, {model_title(model)}", [Value(text)], "published"))
+        caption = f"{setting(self.known)}: accuracy (%) with each penalty"
+        return Sheet(caption, [Column("accuracy")], [lines], rules=[SOURCE])
+
+    def shifts(self, shifted: pd.DataFrame) -> Iterator[Sheet]:
+        named = shifted.assign(title=shift_names(shifted))
+        named = named[named["row_id"].isin([*self.rows.values()])]
+        if named.empty:
+            return
+        by_run = named.groupby(["row_id", "run_id", "title"], sort=False)["accuracy"].mean().reset_index()
+        ours = by_run.pivot_table("accuracy", "row_id", "title", sort=False)
+        ours.insert(0, "clean", unharmed(self.frame)["accuracy"])
+        published = self._published("domain_shift").set_index("method")
+        lines = []
+        for penalty, row_id in self.rows.items():
+            if row_id in ours.index:
+                texts = [_gained(ours, row_id, self.rows["none"], name) for name in ours]
+                lines.append(Row(self._title(row_id), [*map(Value, texts)]))
+                if penalty in published.index:
+                    texts = [_gained(published, penalty, "none", _SHIFTS.get(name, "")) for name in ours]
+                    lines.append(Row("  published", [*map(Value, texts)], "published"))
+        caption = f"{setting(self.known)}: accuracy (%) on shifted images with each penalty"
+        yield Sheet(caption, [*map(Column, ours)], [lines], [_MATCHED], rules=[SOURCE])
+
+    def simba(self, cells: pd.DataFrame) -> Iterator[Sheet]:
+        found = successes(cells[cells["row_id"].isin(self.frame["row_id"])])
+        published = self._published("simba_success_rate").set_index("method")
+        printed = {int(name.removeprefix(_PREFIX)): name for name in published if name.startswith(_PREFIX)}
+        notes = [*_one_step(found[found["row_id"].eq(self.rows["none"])], published), *_doubts(published)]
+        penalties = {row_id: penalty for penalty, row_id in self.rows.items()}
+        for (basis, eps, n), part in found.groupby(["basis", "eps", "n"], sort=False):
+            if part["directions"].max() == 1:
+                continue  # such strengths are in the notes
+            counts = sorted({*part["directions"]})
+            lines = []
+            for row_id in self.frame["row_id"].unique():
+                row = part[part["row_id"].eq(row_id)]
+                if row.empty:
+                    continue
+                shares = {mine.directions: _share(mine.fooled, mine.right) for mine in row.itertuples()}
+                lines.append(Row(self._title(row_id), [Value(shares.get(count, "")) for count in counts]))
+                if (penalty := penalties.get(row_id)) in published.index:
+                    told = published.loc[penalty]
+                    texts = [accuracy(told[printed[count]]) if count in printed else "" for count in counts]
+                    lines.append(Row("  published", [*map(Value, texts)], "published"))
+            attack = f"success of SimBA ({basis}) in steps of {eps:g}, {n:,} images (%)"
+            columns = [Column(f"{count:,}", "directions") for count in counts]
+            yield Sheet(f"{setting(self.known)}: {attack}", columns, [lines], notes, rules=[_SUCCESS, SOURCE])
+
+    def _title(self, row_id: str) -> str:
+        row = self.frame[self.frame["row_id"].eq(row_id)].iloc[0]
+        return row_title(row["label"], row["compression"], row["variant"])
+
+    def _published(self, name: str) -> pd.DataFrame:
+        """A table of the slides, as fractions; empty if there is none."""
+        path = self.paper / f"frame_{name}.csv"
+        table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["method", "model"])
+        return table.assign(**{column: table[column] / 100 for column in table.select_dtypes("number")})
 
 
 def successes(cells: pd.DataFrame) -> pd.DataFrame:
@@ -229,22 +245,3 @@ def _gained(table: pd.DataFrame, row: str, start: str, column: str, std: str = "
     text = accuracy(value, table.loc[row, std] if std else math.nan)
     above = table.loc[start, column] if start in table.index else math.nan
     return text if row == start or pd.isna(above) else f"{text} ({100 * (value - above):+.2f})"
-
-
-def _clean(frame: pd.DataFrame) -> pd.DataFrame:
-    """The accuracy without an attack on the most images, and its deviation, by row_id."""
-    unharmed = frame[frame["eps"].eq(0)].sort_values("n", kind="stable")
-    of_rows = unharmed.drop_duplicates("row_id", keep="last").set_index("row_id")
-    return of_rows.loc[:, ["accuracy", "std"]]
-
-
-def _title(frame: pd.DataFrame, row_id: str) -> str:
-    row = frame[frame["row_id"].eq(row_id)].iloc[0]
-    return row_title(str(row["label"]), float(row["compression"]), str(row["variant"]))
-
-
-def _published(paper: Path, name: str) -> pd.DataFrame:
-    """A table of the slides, as fractions; empty if there is none."""
-    path = paper / f"frame_{name}.csv"
-    table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["method", "model"])
-    return table.assign(**{column: table[column] / 100 for column in table.select_dtypes("number")})

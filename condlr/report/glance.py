@@ -7,7 +7,17 @@ from typing import Any
 import pandas as pd
 
 from condlr.report.numbers import accuracy, condition, shown
-from condlr.report.results import TRAINING, attack_title, contexts, setting, summarize, title
+from condlr.report.results import (
+    TRAINING,
+    Known,
+    attack_title,
+    by_row,
+    contexts,
+    setting,
+    summarize,
+    title,
+    unharmed,
+)
 from condlr.report.sheet import Column, Row, Sheet, Value
 from condlr.report.shifts import shift_names
 
@@ -35,31 +45,22 @@ def glances(
     """
     runs = cells.drop_duplicates("run_id").set_index("run_id")["row_id"]
     for known, frame in contexts(summarize(cells), TRAINING):
-        found = [(Column("clean"), _clean(frame)), *_attacked(frame), *_per_row(shifted, analysed, runs)]
+        clean = Column("clean"), _texts(unharmed(frame)["accuracy"])
+        found = [clean, *_attacked(frame), *_per_row(shifted, analysed, runs)]
         measures = [(column, texts) for column, texts in found if texts.keys() & {*frame["row_id"]}]
         if len(measures) > 2:
             yield _sheet(known, frame, measures)
 
 
-def _sheet(known: Mapping[str, Any], frame: pd.DataFrame, measures: Sequence[tuple[Column, Texts]]) -> Sheet:
+def _sheet(known: Known, frame: pd.DataFrame, measures: Sequence[tuple[Column, Texts]]) -> Sheet:
     groups: dict[float, list[Row]] = {}
-    for row in frame.drop_duplicates("row_id").itertuples():
-        values = [Value(texts.get(row.row_id, "")) for _, texts in measures]
-        name = title(row.label, row.variant)
-        groups.setdefault(row.compression, []).append(Row(name, [
-            Value(f"{100 * row.compression:g}"), *values,
-        ]))  # fmt: skip
+    for key, _ in by_row(frame.drop_duplicates("row_id")):
+        texts = [f"{100 * key.compression:g}", *(texts.get(key.row_id, "") for _, texts in measures)]
+        row = Row(title(key.label, key.variant), [*map(Value, texts)])
+        groups.setdefault(key.compression, []).append(row)
     columns = [Column("requested"), *(replace(column, spare=i) for i, (column, _) in enumerate(measures))]
     legend = [LEGEND, *(_RANKS for column, _ in measures if column.name == _OUTPUTS)]
     return Sheet(f"{setting(known)}: all measures", columns, [*groups.values()], legend)
-
-
-def _clean(frame: pd.DataFrame) -> Texts:
-    """The accuracy without an attack on the most images."""
-    unharmed = (
-        frame[frame["eps"].eq(0)].sort_values("n", kind="stable").drop_duplicates("row_id", keep="last")
-    )
-    return _texts(unharmed.set_index("row_id")["accuracy"])
 
 
 def _attacked(frame: pd.DataFrame) -> Iterator[tuple[Column, Texts]]:
@@ -78,21 +79,19 @@ def _per_row(
         for name, part in shifted.groupby(shift_names(shifted), sort=False):
             yield Column(name), _texts(_by_row(part, "accuracy", runs))
     if (layers := analysed.get("conditioning")) is not None:
-        middle = layers[layers["kind"].eq("conv")].groupby("run_id")["cond_circular"].median()
-        by_row = middle.groupby(runs.reindex(middle.index)).mean().dropna()
-        yield Column("operator cond"), {row: condition(value) for row, value in by_row.items()}
+        middle = _by_row(layers[layers["kind"].eq("conv")], "cond_circular", runs, "median").dropna()
+        yield Column("operator cond"), {row: condition(value) for row, value in middle.items()}
     if (ranks := analysed.get("effective_rank")) is not None:
-        middle = ranks.assign(median=ranks.groupby("run_id")["effective_outputs"].transform("median"))
-        effective = _by_row(middle, "median", runs)
+        effective = _by_row(ranks, "effective_outputs", runs, "median")
         yield Column(_OUTPUTS), {row: f"{value:.1f}" for row, value in effective.items()}
     if (cost := analysed.get("cost")) is not None:
         for name, column in (("weights", "deploy_weights_ratio"), ("training FLOPs", "train_flops_ratio")):
             yield Column(name), {row: shown(value) for row, value in _by_row(cost, column, runs).items()}
 
 
-def _by_row(frame: pd.DataFrame, column: str, runs: pd.Series) -> pd.Series:
-    """The mean of a column over the runs of each row."""
-    by_run = pd.Series(frame.groupby("run_id")[column].mean())
+def _by_row(frame: pd.DataFrame, column: str, runs: pd.Series, how: str = "mean") -> pd.Series:
+    """The mean over the runs of each row of a column's mean, or `how`, in a run."""
+    by_run = frame.groupby("run_id")[column].agg(how)
     return pd.Series(by_run.groupby(runs.reindex(by_run.index)).mean())
 
 

@@ -59,23 +59,18 @@ def _list(items: Sequence[str]) -> list[str]:
 
 def _head(sheet: Sheet) -> list[str]:
     blocks = any(column.block for column in sheet.columns)
-    rows = ' rowspan="2"' if blocks else ""
-    above, below, at = [f'<th scope="col"{rows}>row</th>'], [], 1
-    for block, columns in groupby(sheet.columns, key=lambda column: column.block):
-        names = [escape(column.name) for column in columns]
-        if blocks and not block:
-            above += [
-                f'<th scope="col" rowspan="2" class="number" data-column="{at + i}">{name}</th>'
-                for i, name in enumerate(names)
-            ]
-        else:
-            below += [
-                f'<th scope="col" class="number" data-column="{at + i}">{name}</th>'
-                for i, name in enumerate(names)
-            ]
-            if block:
-                above.append(f'<th scope="colgroup" colspan="{len(names)}">{escape(block)}</th>')
-        at += len(names)
+    both = ' rowspan="2"'
+    above, below = [f'<th scope="col"{both if blocks else ""}>row</th>'], []
+    for block, columns in groupby(enumerate(sheet.columns, start=1), key=lambda column: column[1].block):
+        alone = blocks and not block
+        rows = both if alone else ""
+        cells = [
+            f'<th scope="col"{rows} class="number" data-column="{place}">{escape(column.name)}</th>'
+            for place, column in columns
+        ]
+        if block:
+            above.append(f'<th scope="colgroup" colspan="{len(cells)}">{escape(block)}</th>')
+        (above if alone else below).extend(cells)
     lines = [above, below] if blocks else [above + below]
     return ["<thead>", *(f"<tr>{''.join(line)}</tr>" for line in lines), "</thead>"]
 

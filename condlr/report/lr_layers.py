@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from condlr.report.numbers import accuracy
-from condlr.report.results import attack_title, contexts, row_title, setting, summarize
+from condlr.report.results import Known, attack_title, by_row, contexts, setting, summarize
 from condlr.report.sheet import Column, Row, Sheet, Value
 
 SOURCE = (
@@ -39,18 +38,14 @@ def sheets(cells: pd.DataFrame, paper: Path) -> Iterator[Sheet]:
 
 
 def _sheet(
-    known: Mapping[str, Any],
-    frame: pd.DataFrame,
-    columns: Mapping[str, pd.DataFrame],
-    published: pd.DataFrame,
+    known: Known, frame: pd.DataFrame, columns: Mapping[str, pd.DataFrame], published: pd.DataFrame
 ) -> Sheet:
     lines = []
-    for row in frame.drop_duplicates("row_id").itertuples():
-        found = (part[part["row_id"].eq(row.row_id)] for part in columns.values())
+    for key, _ in by_row(frame.drop_duplicates("row_id")):
+        found = (part[part["row_id"].eq(key.row_id)] for part in columns.values())
         texts = [accuracy(*part[["accuracy", "std"]].iloc[0]) if len(part) else "" for part in found]
-        name = row_title(row.label, row.compression, row.variant)
-        lines.append(Row(name, [*map(Value, texts)]))
-        told = next((there for start, there in _ROWS.items() if row.label.startswith(start)), "")
+        lines.append(Row(key.title, [*map(Value, texts)]))
+        told = next((there for start, there in _ROWS.items() if key.label.startswith(start)), "")
         for line in published[published["method"].eq(told)].to_dict("records"):
             texts = [accuracy(line[name] / 100) for name in columns]
             lines.append(Row(f"  published, {line['steps']} steps", [*map(Value, texts)], "published"))

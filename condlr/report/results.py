@@ -217,6 +217,12 @@ def ordered(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     ).drop(columns="_place")
 
 
+def unharmed(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of the cells of `summarize` those without an attack, on the most images, by row_id."""
+    clean = rows[rows["eps"].eq(0)].sort_values("n", kind="stable")
+    return clean.drop_duplicates("row_id", keep="last").set_index("row_id")
+
+
 def _variants(done: pd.DataFrame) -> pd.Series:
     """For each line, the options in which its row differs from others of its table and label."""
     variants = pd.Series("", index=done.index)

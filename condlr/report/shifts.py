@@ -1,6 +1,6 @@
 """The accuracy of runs on shifted images, a table for each shift."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pandas as pd
@@ -104,9 +104,9 @@ def _grid(kind: type[Shift], n: int | None, frame: pd.DataFrame) -> str:
     return _table(title, header, lines, [])
 
 
-def _runs(frame: pd.DataFrame) -> Iterator[tuple[Any, pd.DataFrame]]:
+def _runs(frame: pd.DataFrame) -> Iterable[tuple[Any, pd.DataFrame]]:
     """The rows of each run, in the order of tables."""
-    yield from ordered(frame, ["compression", "label", "seed", "run_id"]).groupby("run_id", sort=False)
+    return ordered(frame, ["compression", "label", "seed", "run_id"]).groupby("run_id", sort=False)
 
 
 def _severities(frame: pd.DataFrame) -> list[float]:
