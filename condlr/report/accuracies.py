@@ -10,22 +10,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from condlr.report import _style
+from condlr.report import _style, results
 from condlr.report._style import PALETTE, WIDTH, Drawing, Drawn, Styles
-from condlr.report.results import (
-    CONTEXT,
-    Known,
-    RowKey,
-    attack_title,
-    by_row,
-    comparison,
-    contexts,
-    done_runs,
-    norm_title,
-    own,
-    setting,
-    summarize,
-)
 
 _DOTS, _SPARSE_DOTS = (0, (1, 1.2)), (0, (1, 3.5))
 
@@ -38,12 +24,12 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
     for a dense row), a line for each seed. An attack of one strength has no curve. With more than six rows,
     each compression has its own pair of panels, which also shows the dense rows.
     """
-    history = history.loc[history["run_id"].isin(done_runs(cells))]
-    tables = (table for table in contexts(summarize(cells)) if table[1]["eps"].nunique() > 1)
+    history = history.loc[history["run_id"].isin(results.done_runs(cells))]
+    tables = (table for table in results.contexts(results.summarize(cells)) if table[1]["eps"].nunique() > 1)
 
-    def draw(known: Known, frame: pd.DataFrame) -> Drawn:
-        compare = comparison(known, own(known, cells), paper)
-        attack = attack_title(known["attack"])
+    def draw(known: results.Known, frame: pd.DataFrame) -> Drawn:
+        compare = results.comparison(known, results.own(known, cells), paper)
+        attack = results.attack_title(known["attack"])
         parts = _style.groups(frame)
         alone = len(parts) == 1
         size = (WIDTH, 2.6 if alone else 0.8 + 2.4 * len(parts))
@@ -59,13 +45,13 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
             right.set_title(name)
         _limit(axes[0, 0], frame)
         _style.log_axis(axes[0, 1].yaxis, history.loc[history["row_id"].isin(frame["row_id"]), "cond"])
-        axes[-1, 0].set_xlabel(f"perturbation ε ({norm_title(known['norm'])}, pixels in [0, 1])")
+        axes[-1, 0].set_xlabel(f"perturbation ε ({results.norm_title(known['norm'])}, pixels in [0, 1])")
         axes[-1, 1].set_xlabel("optimiser step")
         handles = _style.legend(frame, styles, by_compression=alone)
         if compare:
             handles.append(Line2D([], [], color="0.5", linestyle=_DOTS, linewidth=0.9, label="published"))
         caption = (
-            f"{setting(known)}: "
+            f"{results.setting(known)}: "
             f"accuracy under {attack} on {known['n']:,} images against its strength ε "
             "(mean over seeds, band: one standard deviation"
             + (", dotted: as published" if compare else "")
@@ -83,28 +69,28 @@ def attacks(cells: pd.DataFrame, out: Path) -> Iterator[Drawing]:
     A line for each row, a mark for each attack; means over seeds. Hollow marks: accuracy without attack.
     """
     found = []
-    for known, frame in contexts(summarize(cells), [name for name in CONTEXT if name not in ("attack", "n")]):
+    for known, frame in results.contexts(results.summarize(cells), results.BESIDE):
         counts = frame[frame["eps"] > 0].groupby("eps")["attack"].nunique()
         if counts.max() > 1:
             found.append((known | {"eps": counts.idxmax()}, frame))
 
-    def draw(known: Known, frame: pd.DataFrame) -> Drawn:
-        rows = [key for key, _ in by_row(frame)][::-1]
+    def draw(known: results.Known, frame: pd.DataFrame) -> Drawn:
+        rows = [key for key, _ in results.by_row(frame)][::-1]
         figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.22 * len(rows)), layout="constrained")
         _marks(axes, frame, rows, known["eps"])
-        strength = f"ε = {known['eps']:g} ({norm_title(known['norm'])})"
+        strength = f"ε = {known['eps']:g} ({results.norm_title(known['norm'])})"
         axes.set_xlabel(f"accuracy at {strength}")
         figure.legend(loc="outside right center")
         caption = (
-            f"{setting(known)}: what each attack leaves at {strength}, means over seeds; n is the number of "
-            "test images"
+            f"{results.setting(known)}: what each attack leaves at {strength}, means over seeds; "
+            "n is the number of test images"
         )
         return Drawn(figure, caption)
 
     return _style.drawings(out, "attacks", found, draw)
 
 
-def _marks(axes: Axes, frame: pd.DataFrame, rows: list[RowKey], eps: float) -> None:
+def _marks(axes: Axes, frame: pd.DataFrame, rows: list[results.RowKey], eps: float) -> None:
     places = {key.row_id: place for place, key in enumerate(rows)}
     clean = frame[frame["eps"].eq(0)].drop_duplicates("row_id")
     heights = clean["row_id"].map(places)
@@ -117,7 +103,7 @@ def _marks(axes: Axes, frame: pd.DataFrame, rows: list[RowKey], eps: float) -> N
     at = at.assign(_left=at.groupby(["n", "attack"])["accuracy"].transform("mean"))
     at = at.sort_values(["n", "_left"], ascending=False, kind="stable")
     for (attack, n), part in at.groupby(["attack", "n"], sort=False):
-        label = f"{attack_title(attack)} (n={n:,})"
+        label = f"{results.attack_title(attack)} (n={n:,})"
         heights = part["row_id"].map(places)
         axes.plot(
             part["accuracy"], heights, next(shapes), color=next(colours), markersize=5, alpha=0.9, label=label
@@ -128,7 +114,7 @@ def _marks(axes: Axes, frame: pd.DataFrame, rows: list[RowKey], eps: float) -> N
 
 
 def _accuracies(axes: Axes, frame: pd.DataFrame, styles: Styles, compare: Mapping[tuple, float]) -> None:
-    for key, row in by_row(frame):
+    for key, row in results.by_row(frame):
         style = styles[key.row_id]
         axes.plot(row["eps"], row["accuracy"], marker="o", **style)
         if row["seeds"].max() > 1:

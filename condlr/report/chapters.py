@@ -12,9 +12,11 @@ from condlr.report import (
     analysis,
     audit,
     comparisons,
+    content,
     frames,
     glance,
     lr_layers,
+    results,
     shifts,
     tables,
     theorem,
@@ -22,40 +24,10 @@ from condlr.report import (
 )
 from condlr.report._style import Drawing
 from condlr.report.claims import TABLES, by_title
-from condlr.report.content import (
-    Block,
-    Commands,
-    Document,
-    Facts,
-    Folded,
-    Fragment,
-    Grid,
-    Link,
-    Overview,
-    Section,
-    Verdicts,
-)
 from condlr.report.evidence import RULE, Claim
 from condlr.report.figures import drawings
 from condlr.report.numbers import accuracy, counted, shown
 from condlr.report.provenance import Provenance, of_flow, provenance
-from condlr.report.results import (
-    CONTEXT,
-    attack_title,
-    contexts,
-    duration,
-    left_out,
-    network,
-    norm_title,
-    ordered,
-    read,
-    read_if_there,
-    read_those,
-    run_title,
-    setting,
-    summarize,
-    title,
-)
 from condlr.report.training import training
 from condlr.shifts.base import Shift
 from condlr.suite.registry import analyses
@@ -64,63 +36,64 @@ from condlr.suite.sweeps.plan import experiments_of, names_seed, of_experiments
 _STATUSES = ("pass", "note", "warning", "not done")
 
 
-def document(study: Path, paper: Path, runs_dir: Path) -> Document:
+def document(study: Path, paper: Path, runs_dir: Path) -> content.Document:
     """The report of a study.
 
     Args:
         study: the directory of its collected results, in which the report will lie.
         runs_dir: where the folders of runs lie, by study.
     """
-    flow = read_if_there(study, "flow")
+    flow = results.read_if_there(study, "flow")
     if flow is not None and not (study / "cells.csv").exists():
         first, *others = drawings(study, paper, study)
         sections = _sections(_of_flow(study, flow, others))
-        return Document(f"{study.name}: a matrix flow", [first, theorem.LEAD], sections)
-    cells, history = read(study), read(study, "history")
-    beside = read_those(study, [*TABLES, "audit", "runs"])
+        return content.Document(f"{study.name}: a matrix flow", [first, theorem.LEAD], sections)
+    cells, history = results.read(study), results.read(study, "history")
+    beside = results.read_those(study, [*TABLES, "audit", "runs"])
     audits, shifted = beside.get("audit"), beside.get("shift")
     analysed = [*analysis.found(study)]
     origin = provenance(cells, beside.get("runs"), study.name)
-    evaluated = bool((cells["status"].eq("done") & cells["eps"].notna()).any())
+    evaluated = not results.done_runs(cells).empty
     found = by_title(cells, beside) if evaluated else []
     drawn = [*drawings(study, paper, study)] if evaluated else []
     pictures, others = drawn[: len(found)], drawn[len(found) :]
     sections = {
         "Claims of the paper": _claims(found, pictures),
         "Accuracy": _accuracy(cells, paper, audits, shifted, analysed) if evaluated else (),
-        "Theorem 1": () if flow is None else [theorem.LEAD, Fragment(theorem.markdown(flow))],
+        "Theorem 1": () if flow is None else [theorem.LEAD, content.Fragment(theorem.markdown(flow))],
         "Figures": others[1:],
         "Audit of the attacks": () if audits is None else _audits(audits),
         "Shifts": () if shifted is None else _shifted(shifted, cells),
         "Analyses": _analyses(analysed),
         "Training": _training(history),
         "Runs": [_runs(cells, origin, history, study, runs_dir / study.name)],
-        "Provenance": [Facts([*origin.facts()])],
+        "Provenance": [content.Facts([*origin.facts()])],
         "To make it again": _commands(study, cells, origin),
     }
-    networks = " and ".join(map(network, cells[["dataset", "model"]].drop_duplicates().to_dict("records")))
+    contexts = cells[["dataset", "model"]].drop_duplicates().to_dict("records")
+    networks = " and ".join(map(results.network, contexts))
     lead = [*_lead(cells, origin, study, evaluated)]
-    lead = [*others[:1], *([Overview(found)] if found else []), *lead]
-    return Document(f"{study.name}: {networks}", lead, _sections(sections))
+    lead = [*others[:1], *([content.Overview(found)] if found else []), *lead]
+    return content.Document(f"{study.name}: {networks}", lead, _sections(sections))
 
 
-def _sections(blocks: Mapping[str, Iterable[Block]]) -> list[Section]:
+def _sections(blocks: Mapping[str, Iterable[content.Block]]) -> list[content.Section]:
     """The sections that are not empty."""
-    return [Section(heading, made) for heading, content in blocks.items() if (made := [*content])]
+    return [content.Section(heading, made) for heading, each in blocks.items() if (made := [*each])]
 
 
-def _of_flow(study: Path, flow: pd.DataFrame, drawn: Iterable[Drawing]) -> dict[str, Iterable[Block]]:
+def _of_flow(study: Path, flow: pd.DataFrame, drawn: Iterable[Drawing]) -> dict[str, Iterable[content.Block]]:
     """The sections of a study that follows a matrix flow and trains no network."""
     own = "" if study.name == "theorem1" else f" study={study.name}"
     return {
-        "Theorem 1": [Fragment(theorem.markdown(flow))],
+        "Theorem 1": [content.Fragment(theorem.markdown(flow))],
         "Figures": drawn,
-        "Provenance": [Facts([*of_flow(flow)])],
-        "To make it again": [Commands([f"python scripts/theorem1.py{own}", *_pages(study)])],
+        "Provenance": [content.Facts([*of_flow(flow)])],
+        "To make it again": [content.Commands([f"python scripts/theorem1.py{own}", *_pages(study)])],
     }
 
 
-def _lead(cells: pd.DataFrame, origin: Provenance, study: Path, evaluated: bool) -> Iterator[Block]:
+def _lead(cells: pd.DataFrame, origin: Provenance, study: Path, evaluated: bool) -> Iterator[content.Block]:
     """One paragraph: what was run, and the accuracy at the largest strength."""
     rows, seeds, runs = cells["row_id"].nunique(), len(origin.seeds), len(origin.runs)
     statuses = ", ".join(f"{count} {status}" for status, count in origin.statuses.items())
@@ -129,28 +102,27 @@ def _lead(cells: pd.DataFrame, origin: Provenance, study: Path, evaluated: bool)
         text += f" **{origin.missing} of the {origin.planned} runs of the experiment are missing.**"
     yield " ".join([text, *(_outcomes(cells) if evaluated else ["No run is done and evaluated yet."])])
     if (study / "README.md").exists():
-        yield Link("Notes on this study", "README.md")
+        yield content.Link("Notes on this study", "README.md")
 
 
 def _outcomes(cells: pd.DataFrame) -> Iterator[str]:
     """For each setting, the dense row and the best row of each compression under its first attack."""
-    frame = summarize(cells)
+    frame = results.summarize(cells)
     frame = frame[frame["eps"] > 0]
-    shared = [name for name in CONTEXT if name not in ("attack", "n")]
-    for known, part in contexts(frame, shared):
+    for known, part in results.contexts(frame, results.BESIDE):
         under = _usual(part)
         n, attack = under.iloc[0][["n", "attack"]]
         under = under[under["eps"].eq(under["eps"].max())]
         best = under.loc[under.groupby("compression")["accuracy"].idxmax()].sort_values("compression")
         parts = (
-            f"{title(row.label, row.variant)} {accuracy(row.accuracy, row.std)} % "
+            f"{results.title(row.label, row.variant)} {accuracy(row.accuracy, row.std)} % "
             + (f"at {100 * row.compression:g} % compression" if row.compression else "uncompressed")
             for row in best.itertuples()
         )
-        strength = f"ε={under['eps'].max():g} ({norm_title(known['norm'])})"
+        strength = f"ε={under['eps'].max():g} ({results.norm_title(known['norm'])})"
         yield (
-            f"{setting(known)}: the most accurate rows under {attack_title(attack)} at {strength}, "
-            f"{n:,} images, are {', '.join(parts)}."
+            f"{results.setting(known)}: the most accurate rows under {results.attack_title(attack)} "
+            f"at {strength}, {n:,} images, are {', '.join(parts)}."
         )
 
 
@@ -163,13 +135,11 @@ def _usual(cells: pd.DataFrame) -> pd.DataFrame:
     return cells.loc[cells["attack"].eq(attack) & cells["n"].eq(n)]
 
 
-def _claims(claims: Sequence[Sequence[Claim]], drawn: Sequence[Drawing]) -> Iterator[Block]:
+def _claims(claims: Sequence[Sequence[Claim]], drawn: Sequence[Drawing]) -> Iterator[content.Block]:
     if claims:
         yield verdicts.LEGEND
-    for claim, drawing in zip(claims, drawn, strict=True):
-        yield Verdicts(claim, drawing)
-    if claims:
-        yield Folded("How rows are told apart, and what the verdicts mean", [RULE])
+        yield from map(content.Verdicts, claims, drawn)
+        yield content.Folded("How rows are told apart, and what the verdicts mean", [RULE])
 
 
 def _accuracy(
@@ -178,7 +148,7 @@ def _accuracy(
     audits: pd.DataFrame | None,
     shifted: pd.DataFrame | None,
     analysed: Sequence[analysis.Found],
-) -> Iterator[Block]:
+) -> Iterator[content.Block]:
     yield from glance.glances(cells, shifted, {name: frame for name, _, frame in analysed})
     yield from (sheet.run for sheet in frames.sheets(cells, shifted, paper))
     yield from lr_layers.sheets(cells, paper)
@@ -187,86 +157,88 @@ def _accuracy(
     sheets += [table.sheet for table in made]
     sheets += [comparison.sheet for comparison in comparisons.by_attack(made)]
     yield from (sheet.run for sheet in sheets)
-    if absent := left_out(cells):
+    if absent := results.left_out(cells):
         yield f"Not in the tables: {absent}."
 
 
-def _audits(audits: pd.DataFrame) -> Iterator[Block]:
+def _audits(audits: pd.DataFrame) -> Iterator[content.Block]:
     """The number of passed checks and the names of the others, with the findings folded."""
     header = ["row", "ε", "images", "passed", "notes", "warnings", "not done"]
     rows = []
     keys = ["compression", "label", "seed", "norm", "eps", "n"]
-    for _, part in ordered(audits, keys).groupby(keys, sort=False):
+    for _, part in results.ordered(audits, keys).groupby(keys, sort=False):
         first = part.iloc[0]
         found = {status: part.loc[part["status"].eq(status), "check"] for status in _STATUSES}
-        row = [run_title(first), f"{first['eps']:g} ({norm_title(first['norm'])})", f"{first['n']:,}"]
-        rows.append([*row, str(len(found["pass"])), *(", ".join(found[s]) or "–" for s in _STATUSES[1:])])
+        strength = f"{first['eps']:g} ({results.norm_title(first['norm'])})"
+        row = [results.run_title(first), strength, f"{first['n']:,}", str(len(found["pass"]))]
+        rows.append([*row, *(", ".join(found[status]) or "–" for status in _STATUSES[1:])])
     warned = audits.loc[audits["status"].eq("warning"), "row_id"].nunique()
     yield (
         f"{len(rows)} audits of {audits['check'].nunique()} checks each: "
         + (f"**{warned} rows are warned of**." if warned else "no row is warned of.")
     )
-    yield Grid(header, rows).filled
+    yield content.Grid(header, rows).filled
     summary = "What each check found, and what notes and warnings mean"
-    yield Folded(summary, [Fragment(audit.markdown(audits))])
+    yield content.Folded(summary, [content.Fragment(audit.markdown(audits))])
 
 
-def _analyses(analysed: Sequence[analysis.Found]) -> Iterator[Block]:
+def _analyses(analysed: Sequence[analysis.Found]) -> Iterator[content.Block]:
     for _, kind, frame in analysed:
         if kind.layout != "checks":  # checks have their own chapter
-            yield Folded(kind.title, [Fragment(analysis.markdown(kind, frame))])
+            yield content.Folded(kind.title, [content.Fragment(analysis.markdown(kind, frame))])
 
 
-def _shifted(shifted: pd.DataFrame, cells: pd.DataFrame) -> Iterator[Block]:
-    yield Fragment(shifts.markdown(shifted, cells))
+def _shifted(shifted: pd.DataFrame, cells: pd.DataFrame) -> Iterator[content.Block]:
+    yield content.Fragment(shifts.markdown(shifted, cells))
     if grids := shifts.by_severity(shifted):
-        yield Folded("Accuracy by change and severity", [Fragment(grids)])
+        yield content.Folded("Accuracy by change and severity", [content.Fragment(grids)])
 
 
-def _training(history: pd.DataFrame) -> Iterator[Block]:
+def _training(history: pd.DataFrame) -> Iterator[content.Block]:
     if history["epoch"].gt(0).any():
         summary = "Losses, condition numbers and constraints of each run"
-        yield Folded(summary, [training(history)])
+        yield content.Folded(summary, [training(history)])
 
 
 def _runs(
     cells: pd.DataFrame, origin: Provenance, history: pd.DataFrame, study: Path, folders: Path
-) -> Folded:
+) -> content.Folded:
     """A line for each run, with its final numbers and a link to its folder if that exists."""
-    runs = ordered(origin.runs, ["protocol", "epochs", "compression", "label", "seed", "run_id"])
+    runs = results.ordered(origin.runs, ["protocol", "epochs", "compression", "label", "seed", "run_id"])
     usual = _usual(cells)
     attack, strongest = ("", 0.0) if usual.empty else (usual["attack"].iloc[0], usual["eps"].max())
     accuracies = usual.set_index(["run_id", "eps"])["accuracy"].to_dict()
     cond = cells.drop_duplicates("run_id").set_index("run_id")["cond"]
     losses = history.groupby("run_id")["train_loss"].last().to_dict()
     why = bool(runs["reason"].notna().any())
-    under = [f"{attack_title(attack)} ε={strongest:g}"] if strongest else []
+    under = [f"{results.attack_title(attack)} ε={strongest:g}"] if strongest else []
     header = ["row", "status", *["reason"] * why, "trained", "last loss", "cond", "clean", *under, "folder"]
     rows = []
     for run in runs.to_dict("records"):
         name = run["run_id"]
         known = [accuracies.get((name, eps)) for eps in (0.0, strongest)[: 1 + len(under)]]
         folder = folders / name
-        here = Link(name, f"{quote(os.fsencode(os.path.relpath(folder, study)))}/")
+        here = content.Link(name, f"{quote(os.fsencode(os.path.relpath(folder, study)))}/")
         rows.append([
-            run_title(run), run["status"], *[shown(run["reason"])] * why,
-            "–" if pd.isna(run["train_seconds"]) else duration(run["train_seconds"]),
+            results.run_title(run), run["status"], *[shown(run["reason"])] * why,
+            "–" if pd.isna(run["train_seconds"]) else results.duration(run["train_seconds"]),
             shown(losses.get(name)), shown(cond.get(name)), *map(accuracy, known),
             here if folder.is_dir() else name,
         ])  # fmt: skip
-    return Folded(f"{len(rows)} runs: status, time, last figures and folder", [Grid(header, rows).filled])
+    summary = f"{len(rows)} runs: status, time, last figures and folder"
+    return content.Folded(summary, [content.Grid(header, rows).filled])
 
 
-def _commands(study: Path, cells: pd.DataFrame, origin: Provenance) -> Iterator[Block]:
+def _commands(study: Path, cells: pd.DataFrame, origin: Provenance) -> Iterator[content.Block]:
     """The commands that train, evaluate and report the study, as its results record them."""
     attacks = {*cells["attack"].dropna()} - {*_usual(cells)["attack"]} if "attack" in cells else ()
-    others = [attack_title(attack) for attack in sorted(attacks)]
+    others = [results.attack_title(attack) for attack in sorted(attacks)]
     lines = _lines(study, f" seed={','.join(map(str, origin.seeds))}")
     if not lines[0].startswith("python scripts/train.py"):
         yield "The runs were trained one by one: `config.yaml` in the folder of each says how."
     if others:
         yield f"Attacked afterwards, too, with `scripts/evaluate.py attack=...`: {'; '.join(others)}."
-    yield Commands(lines)
+    yield content.Commands(lines)
 
 
 def _lines(study: Path, seeds: str) -> list[str]:
@@ -284,10 +256,10 @@ def _lines(study: Path, seeds: str) -> list[str]:
 
 def _shifts(study: Path) -> Iterator[str]:
     """The keys of the programs that made the shifted images; fewer images than attacked are asked for."""
-    shifted = read_if_there(study, "shift")
+    shifted = results.read_if_there(study, "shift")
     if shifted is None:
         return
-    whole = read(study)["n"].max()
+    whole = results.read(study)["n"].max()
     for (name, n), sets in shifted.groupby(["shift", "n"], sort=False):
         kind = find("shifts", name, Shift)
         images = f" shift.images={n}" if n < whole else ""

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from condlr.report.results import CONTEXT, attack_title, epochs, network, norm_title, setting
+from condlr.report.results import BESIDE, attack_title, epochs, network, norm_title, setting
 from condlr.report.sheet import Column, Row, Sheet, Value
 from condlr.report.tables import Line, Table, audit_note, strength
 
@@ -45,7 +45,7 @@ class Comparison:
 
 def by_attack(made: Sequence[Table]) -> Iterator[Comparison]:
     """Attacks of one strength side by side, for each strength at which there are several."""
-    for group in _alike(made, [name for name in CONTEXT if name not in ("attack", "n")]):
+    for group in _alike(made, BESIDE):
         for eps in sorted({eps for table in group for eps in table.strengths} - {0.0}):
             among = [table for table in group if _by_row(table, eps)]
             if len({table.context["attack"] for table in among}) > 1:

@@ -15,23 +15,8 @@ from markdown_it.token import Token
 from PIL import Image
 
 from condlr._support.errors import UserError
-from condlr.report import report_markdown
+from condlr.report import content, report_markdown
 from condlr.report._style import Drawing
-from condlr.report.content import (
-    SEEN,
-    Block,
-    Document,
-    Folded,
-    Fragment,
-    Grid,
-    Overview,
-    Section,
-    Verdicts,
-    alternative,
-    detectable,
-    numeric,
-    points,
-)
 from condlr.report.evidence import VERDICTS, places
 from condlr.report.html import framed, table
 from condlr.report.markdown import plain
@@ -45,7 +30,7 @@ SHOWN = 54
 LONG = 36
 
 
-def render(document: Document) -> str:
+def render(document: content.Document) -> str:
     """The whole page."""
     contents = "".join(f'<li><a href="#{s.anchor}">{escape(s.heading)}</a></li>' for s in document.sections)
     return framed(document.title, "\n".join([
@@ -55,30 +40,28 @@ def render(document: Document) -> str:
     ]))  # fmt: skip
 
 
-def _section(section: Section) -> str:
+def _section(section: content.Section) -> str:
     heading = f'<section id="{section.anchor}">\n<h2>{escape(section.heading)}</h2>'
     return "\n".join([heading, *map(block, section.blocks), "</section>"])
 
 
 @singledispatch
-def block(content: Block) -> str:
+def block(part: content.Block) -> str:
     """A part of a report as HTML; rendered from its Markdown unless registered below."""
-    return _breaks(_MARKDOWN.render(report_markdown.block(content)))
+    return _breaks(_MARKDOWN.render(report_markdown.block(part)))
 
 
 @block.register
-def _(content: Sheet) -> str:
-    return table(content)
+def _(part: Sheet) -> str:
+    return table(part)
 
 
 @block.register
-def _(content: Drawing) -> str:
-    caption, _, settings = content.caption.partition(" Settings: ")
+def _(part: Drawing) -> str:
+    caption, _, settings = part.caption.partition(" Settings: ")
     fold = f"<details><summary>Settings</summary>{inline(settings)}</details>" if settings else ""
-    vectors = f"<small>As vectors: {escape(content.pdf.name)}</small>"
-    return (
-        f"<figure>\n{_image(content)}\n<figcaption>{inline(caption)} {vectors}{fold}</figcaption>\n</figure>"
-    )
+    vectors = f"<small>As vectors: {escape(part.pdf.name)}</small>"
+    return f"<figure>\n{_image(part)}\n<figcaption>{inline(caption)} {vectors}{fold}</figcaption>\n</figure>"
 
 
 def _image(drawing: Drawing) -> str:
@@ -86,28 +69,36 @@ def _image(drawing: Drawing) -> str:
     width, height, data = picture(drawing.png)
     size = f'width="{width}" height="{height}" style="max-width: {SHOWN * width / WIDTH:.0f}rem"'
     kind = "picture wide" if width > WIDTH * 0.8 else "picture"
-    return f'<div class="{kind}"><img src="{data}" {size} alt="{escape(alternative(drawing))}"></div>'
+    return f'<div class="{kind}"><img src="{data}" {size} alt="{escape(content.alternative(drawing))}"></div>'
 
 
 @block.register
-def _(content: Verdicts) -> str:
-    first, (_, own) = content.claims[0], places(content.claims)
+def _(part: content.Verdicts) -> str:
+    first, (_, own) = part.claims[0], places(part.claims)
     rows = [
-        (f"**{claim.verdict}**", where, points(claim.decisive), str(claim.decisive), detectable(claim))
-        for claim, where in zip(content.claims, own, strict=True)
+        (
+            f"**{claim.verdict}**",
+            where,
+            content.points(claim.decisive),
+            str(claim.decisive),
+            content.detectable(claim),
+        )
+        for claim, where in zip(part.claims, own, strict=True)
     ]
-    numbers = Grid(["verdict", "where", "points", "comparison that decides", SEEN], rows).filled
-    fold = Folded(report_markdown.COMPARISONS, [Fragment(report_markdown.comparisons(content))])
+    numbers = content.Grid(
+        ["verdict", "where", "points", "comparison that decides", content.SEEN], rows
+    ).filled
+    fold = content.Folded(report_markdown.COMPARISONS, [content.Fragment(report_markdown.comparisons(part))])
     return "\n".join([
         f'<article class="claim" id="{first.anchor}">', f"<h3>{inline(first.title)}</h3>",
-        f"<p>{inline(first.statement)}</p>", _image(content.drawing), _badges(block(numbers)), block(fold),
+        f"<p>{inline(first.statement)}</p>", _image(part.drawing), _badges(block(numbers)), block(fold),
         "</article>",
     ])  # fmt: skip
 
 
 @block.register
-def _(content: Overview) -> str:
-    return f"{_badges(block(content.grid))}\n<p><small>{inline(report_markdown.OVERVIEW)}</small></p>"
+def _(part: content.Overview) -> str:
+    return f"{_badges(block(part.grid))}\n<p><small>{inline(report_markdown.OVERVIEW)}</small></p>"
 
 
 def _badges(html: str) -> str:
@@ -119,13 +110,13 @@ def _badges(html: str) -> str:
 
 
 @block.register
-def _(content: Folded) -> str:
-    inside = "\n".join(map(block, content.blocks))
-    return f"<details>\n<summary>{inline(content.summary)}</summary>\n{inside}\n</details>"
+def _(part: content.Folded) -> str:
+    inside = "\n".join(map(block, part.blocks))
+    return f"<details>\n<summary>{inline(part.summary)}</summary>\n{inside}\n</details>"
 
 
 def inline(text: str) -> str:
-    """Text of a report, see `condlr.report.content`, as HTML."""
+    """Text of a report, see `condlr.report.part`, as HTML."""
     return _breaks(_MARKDOWN.renderInline(plain(text)))
 
 
@@ -165,7 +156,7 @@ def _facts(table: list[Token]) -> list[Token]:
 def _boxed(table: list[Token]) -> list[Token]:
     header, *rows = _rows(table)
     texts = [["".join(part.content for part in text.children or ()) for _, text, _ in row] for row in rows]
-    kinds = ["number" if number else "" for number in numeric(texts)]
+    kinds = ["number" if number else "" for number in content.numeric(texts)]
     for place, column in enumerate(zip(*texts, strict=True)):
         if max(map(len, column)) > LONG:
             kinds[place] = "long"

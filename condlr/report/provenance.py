@@ -75,7 +75,7 @@ class Provenance:
         for setting in self._settings():
             yield "setting", setting
         yield "images", self._official()
-        yield "commit", self._words("commit", mark=" (with changes that were not committed)")
+        yield "commit", self._words("commit")
         versions = ((name, self._words(name)) for name in _VERSIONS)
         known = [f"{name} {words}" for name, words in versions if words != _UNKNOWN]
         yield "versions", ", ".join(known) or _UNKNOWN
@@ -98,12 +98,10 @@ class Provenance:
             )
 
     def _official(self) -> str:
-        official = self.runs["official_data"].dropna()
+        official = self.runs["official_data"].dropna().astype(bool)
         if official.empty:
             return _UNKNOWN
-        return (
-            "the official files" if official.astype(bool).all() else "not the official files of the data set"
-        )
+        return "the official files" if official.all() else "not the official files of the data set"
 
     def _dates(self) -> str:
         started, ended = self.runs["started"].dropna(), self.runs["ended"].dropna()
@@ -126,16 +124,12 @@ class Provenance:
         total = duration(self.runs["record_seconds"].sum())
         return f"{total}, {100 * self.overhead:.1f} % of the training time, which does not count it"
 
-    def _words(self, name: str, mark: str = "") -> str:
+    def _words(self, name: str) -> str:
         """The values of a column with their counts, the most frequent first."""
-        known = self.runs[name].dropna()
-        values = Counter(known.astype(str)).most_common()
+        known = self.runs[name].dropna().astype(str)
+        words = Counter(map(_commit, known) if name == "commit" else known).most_common()
         if len(known) < len(self.runs):
-            values.append((_UNKNOWN, len(self.runs) - len(known)))
-        words = [
-            (f"{value.removesuffix('+')}{mark}" if mark and value.endswith("+") else value, count)
-            for value, count in values
-        ]
+            words.append((_UNKNOWN, len(self.runs) - len(known)))
         return words[0][0] if len(words) == 1 else "; ".join(f"{word} ({n} runs)" for word, n in words)
 
 
@@ -160,10 +154,12 @@ def provenance(cells: pd.DataFrame, runs: pd.DataFrame | None, study: str) -> Pr
 def of_flow(flow: pd.DataFrame) -> Iterator[tuple[str, str]]:
     """Each fact of a matrix flow with its name, in words."""
     first = flow.iloc[0]
-    commit = str(first["commit"])
-    changed = " (with changes that were not committed)" if commit.endswith("+") else ""
-    yield "commit", f"{commit.removesuffix('+')}{changed}"
+    yield "commit", _commit(str(first["commit"]))
     yield "versions", ", ".join(f"{name} {first[name]}" for name in _VERSIONS if name in flow)
+
+
+def _commit(recorded: str) -> str:
+    return recorded.replace("+", " (with changes that were not committed)")
 
 
 def _date(text: str) -> str:

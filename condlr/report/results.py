@@ -31,6 +31,8 @@ Known = Mapping[str, Any]
 CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm", "n"]
 # Those of them that its runs share under every attack.
 TRAINING = [name for name in CONTEXT if name not in ("attack", "norm", "n")]
+# Those of them that are shared by what stands side by side under several attacks.
+BESIDE = [name for name in CONTEXT if name not in ("attack", "n")]
 # The columns that identify a set of shifted images.
 SHIFT = ["shift", "name", "severity", "n", "shift_seed"]
 

@@ -21,6 +21,7 @@ _COLOURS = {
     "dense": "#000000", "cayley_sgd": "#E69F00", "projected_sgd": "#882255",
     "unconstrained": "#D55E00", "condlr": "#0072B2", "naive": "#999999",
 }  # fmt: skip
+_PARTS = ("forward_backward", "constraint", "step")
 _RULES = {"params": "params", "released_code": "released code"}
 
 HEADER = (
@@ -42,24 +43,16 @@ def table(rows: pd.DataFrame) -> list[list[str]]:
         steps = _steps_beside(parts, line)
         naive_constraint = steps.get("naive constraint")
         ours = line["form"] == "condlr"
-        lines.append(
-            [
-                line["network"],
-                _RULES.get(line["rank_rule"], ""),
-                "" if pd.isna(line["compression"]) else f"{100 * line['compression']:g} %",
-                FORMS[line["form"]],
-                _ms(line["forward_backward"]),
-                _ms(line["constraint"]),
-                _ms(line["step"]),
-                f"{line['images_per_s']:,.0f}",
-                f"{line['peak_mb']:,.0f}",
-                f"{100 * line['share_of_peak']:.0f} %",
-                f"{line['step'] / steps['dense']:.2f}",
-                f"{line['step'] / steps['unconstrained']:.2f}" if ours else "",
-                f"{steps['naive'] / line['step']:.1f}" if ours else "",
-                f"{naive_constraint / line['constraint']:.1f}" if ours and naive_constraint else "",
-            ]
-        )
+        lines.append([
+            line["network"], _RULES.get(line["rank_rule"], ""),
+            "" if pd.isna(line["compression"]) else f"{100 * line['compression']:g} %", FORMS[line["form"]],
+            *(_ms(line[part]) for part in _PARTS),
+            f"{line['images_per_s']:,.0f}", f"{line['peak_mb']:,.0f}", f"{100 * line['share_of_peak']:.0f} %",
+            f"{line['step'] / steps['dense']:.2f}",
+            f"{line['step'] / steps['unconstrained']:.2f}" if ours else "",
+            f"{steps['naive'] / line['step']:.1f}" if ours else "",
+            f"{naive_constraint / line['constraint']:.1f}" if ours and naive_constraint else "",
+        ])  # fmt: skip
     return lines
 
 
@@ -77,16 +70,11 @@ def penalties(facts: dict[str, Any]) -> list[list[str]]:
     for line in facts["penalties"]:
         options = ", ".join(f"{key}={_option(value)}" for key, value in line["options"].items())
         name = line["penalty"] or f"a step of ResNet-34, width {facts['penalties_width']}"
-        lines.append(
-            [
-                f"{name}, {options}" if options else name,
-                str(line["layers"] or ""),
-                f"{line['gflop']:.1f}",
-                _ms(line["milliseconds"]),
-                f"{line['share']:.3f}",
-                str(max(1, math.ceil(line["share"] / 0.1))) if line["penalty"] else "",
-            ]
-        )
+        lines.append([
+            f"{name}, {options}" if options else name, str(line["layers"] or ""), f"{line['gflop']:.1f}",
+            _ms(line["milliseconds"]), f"{line['share']:.3f}",
+            str(max(1, math.ceil(line["share"] / 0.1))) if line["penalty"] else "",
+        ])  # fmt: skip
     return lines
 
 
@@ -162,7 +150,7 @@ def _bars(axes: Axes, parts: pd.DataFrame) -> None:
     before = None
     for _, line in parts.iterrows():
         group = line["rank_rule"], line["compression"]
-        place += 1.0 if before is None or group == before else 1.7
+        place += 1.0 if before in (None, group) else 1.7
         before = group
         colour = _COLOURS[line["form"]]
         axes.barh(place, line["step"], color=colour, height=0.85)
@@ -190,10 +178,7 @@ def _by_part(rows: pd.DataFrame) -> pd.DataFrame:
     """A line for each form, its parts as columns."""
     who = ["network", "rank_rule", "compression", "form"]
     milliseconds = rows.pivot_table("milliseconds", who, "part", sort=False, dropna=False)
-    milliseconds = milliseconds.dropna(how="all").reset_index()
-    for part in ("forward_backward", "constraint", "step"):
-        if part not in milliseconds:
-            milliseconds[part] = float("nan")
+    milliseconds = milliseconds.dropna(how="all").reindex(columns=[*_PARTS]).reset_index()
     steps = rows[rows["part"] == "step"].drop(columns=["part", "milliseconds", "tau"])
     return milliseconds.merge(steps, on=who)
 

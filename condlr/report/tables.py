@@ -8,26 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from condlr.report import numbers
+from condlr.report import numbers, results
 from condlr.report.audit import Marks
 from condlr.report.protocols import differences
 from condlr.report.published import NUMBERS, slips
-from condlr.report.results import (
-    attack_title,
-    by_row,
-    comparison,
-    contexts,
-    dataset,
-    epochs,
-    network,
-    norm_title,
-    own,
-    place,
-    quoted,
-    setting,
-    summarize,
-    title,
-)
 from condlr.report.sheet import Column, Row, Sheet, Value
 
 LEGEND = (
@@ -158,10 +142,12 @@ class Table:
     @property
     def caption(self) -> str:
         """What the rows share."""
-        attack = f"{attack_title(self.context['attack'])} ({norm_title(self.context['norm'])})"
+        attack = (
+            f"{results.attack_title(self.context['attack'])} ({results.norm_title(self.context['norm'])})"
+        )
         images = f"{self.context['n']:,} images"
         number = f"Table {self.number}. " if self.number else ""
-        return f"{number}{setting(self.context)}: accuracy (%) under {attack}, {images}"
+        return f"{number}{results.setting(self.context)}: accuracy (%) under {attack}, {images}"
 
     @property
     def audit_note(self) -> str:
@@ -214,7 +200,7 @@ def _published_notes(made: Sequence[Table]) -> list[str]:
         notes.append(f"{_DIFFERENCE}{' (no row here has them)' if single else ''}.")
     for table in made:
         if table.differences:
-            of = f"{network(table.context)}, what differs" if len(made) > 1 else "What differs"
+            of = f"{results.network(table.context)}, what differs" if len(made) > 1 else "What differs"
             notes.append(f"{of} from the paper's text. {'. '.join(table.differences)}.")
     return [*notes, *(slip for table in made for slip in table.slips)]
 
@@ -236,27 +222,27 @@ def audit_note(lines: Iterable[Line]) -> str:
 
 def tables(cells: pd.DataFrame, paper: Path, marks: Marks | None = None) -> Iterator[Table]:
     """A table for each combination of dataset, model, protocol with its settings, and attack in a study."""
-    for known, frame in contexts(summarize(cells)):
-        mine = own(known, cells)
+    for known, frame in results.contexts(results.summarize(cells)):
+        mine = results.own(known, cells)
         printed = _printed(known, mine, paper)
         asked = known["n"] == _TEST_IMAGES and known["protocol"] in _PROTOCOLS
         first_version = any(c.published is not None for row in printed.values() for c in row.values())
         number = NUMBERS.get((known["model"], known["dataset"])) if asked and first_version else None
         lines = []
-        for key, row in by_row(_with_best(frame)):
+        for key, row in results.by_row(_with_best(frame)):
             beside = printed.get((key.label, key.compression), {})
             row_cells = dict(beside) if number else {}
             for cell in row.to_dict("records"):
                 ours = {name: cell[name] for name in ("accuracy", "std", "seeds", "group_best", "best")}
                 row_cells[cell["eps"]] = replace(beside.get(cell["eps"], Cell()), **ours)
             warnings = marks.of(key.row_id, known["norm"], known["attack"]) if marks else None
-            name, measured = title(key.label, key.variant), row.iloc[0]["train_compression"]
+            name, measured = results.title(key.label, key.variant), row.iloc[0]["train_compression"]
             lines.append(Line(name, *key[:2], _facts(row), row_cells, warnings, measured))
         if number:
             ran = {(line.method, line.compression) for line in lines}
             lines += [_not_run(*key, row) for key, row in printed.items() if key not in ran]
             # By compression, then as in the paper; variants of a row keep their order
-            lines.sort(key=lambda line: (line.compression, place(line.method), line.method))
+            lines.sort(key=lambda line: (line.compression, results.place(line.method), line.method))
         told = differences(known, mine) if printed else []
         yield Table(known, lines, number, told, _slips(known, paper) if number else ())
 
@@ -265,7 +251,7 @@ def _printed(
     context: Mapping[str, Any], cells: pd.DataFrame, paper: Path
 ) -> dict[tuple[str, float], dict[float, Cell]]:
     """Cells of published values alone, by label and compression, then by eps."""
-    first, second = comparison(context, cells, paper), quoted(context, cells, paper)
+    first, second = results.comparison(context, cells, paper), results.quoted(context, cells, paper)
     printed: dict[tuple[str, float], dict[float, Cell]] = {}
     for key in dict.fromkeys([*first, *second]):
         cell = Cell(published=first.get(key), camera_ready=second.get(key))
@@ -298,7 +284,7 @@ def _facts(row: pd.DataFrame) -> dict[str, str]:
 
 def _not_run(label: str, compression: float, cells: dict[float, Cell]) -> Line:
     facts = {"requested": f"{100 * compression:g}"} | dict.fromkeys(_FACTS, "–")
-    return Line(title(label), label, compression, facts, cells)
+    return Line(results.title(label), label, compression, facts, cells)
 
 
 def _slips(context: Mapping[str, Any], paper: Path) -> list[str]:
@@ -308,8 +294,8 @@ def _slips(context: Mapping[str, Any], paper: Path) -> list[str]:
     for slip in slips(paper, context["dataset"], context["model"]):
         found.setdefault((slip.label, slip.compression), []).append(slip)
     return [
-        f"{network(context)}, {title(label)} at {100 * compression:g} %, ε={_listed(s.eps for s in row)}: "
-        f"Table 1 prints {_listed(100 * s.first for s in row)}, "
+        f"{results.network(context)}, {results.title(label)} at {100 * compression:g} %, "
+        f"ε={_listed(s.eps for s in row)}: Table 1 prints {_listed(100 * s.first for s in row)}, "
         f"Table {number} prints {_listed(100 * s.other for s in row)}."
         for (label, compression), row in found.items()
     ]
@@ -383,12 +369,14 @@ def table1(made: Sequence[Table], paper: Path) -> Iterator[Sheet]:
             for table, (model, name) in zip(pair, NUMBERS, strict=True):
                 table = table or _only_published(model, name, paper)
                 strengths = table.strengths if not table.number else _published_strengths(table)
-                parts.append(_Part(table, dataset(table.context), ["measured", "seeds"], strengths[::2]))
-                trained = epochs(table.context) if table.number else "not run"
-                which.append(f"{network(table.context)} ({trained})")
+                parts.append(
+                    _Part(table, results.dataset(table.context), ["measured", "seeds"], strengths[::2])
+                )
+                trained = results.epochs(table.context) if table.number else "not run"
+                which.append(f"{results.network(table.context)} ({trained})")
             shown = [part.table for part in parts]
-            notes = [f"{network(t.context)}: {t.missing}" for t in shown if t.number and t.missing]
-            notes += [f"{network(t.context)}: {t.audit_note}" for t in shown if t.number]
+            notes = [f"{results.network(t.context)}: {t.missing}" for t in shown if t.number and t.missing]
+            notes += [f"{results.network(t.context)}: {t.audit_note}" for t in shown if t.number]
             settings = [f"{t.context['dataset']}: {t.context['settings']}" for t in shown if t.number]
             caption = f"Table 1. {' and '.join(which)}, protocol {protocol}: accuracy (%) under FGSM (ℓ∞)"
             yield _sheet(caption, parts, notes, settings, [*_published_notes(shown), LEGEND])
