@@ -49,7 +49,7 @@ class Drawn(NamedTuple):
     Attributes:
         lines, columns: the handles of the legend below the figure, and its number of columns.
         marks: more handles, in columns of their own.
-        title: if None, the figure is titled with the setting of its runs.
+        title: if None, the setting of its runs, with which the caption begins then, too.
     """
 
     figure: Figure
@@ -88,12 +88,15 @@ def drawings(
     for number, (known, frame) in enumerate(tables, start=1):
         with style():
             drawn = draw(known, frame)
-            drawn.figure.suptitle(setting(known) if drawn.title is None else drawn.title)
+            title, caption = drawn.title, drawn.caption
+            if title is None:
+                title, caption = setting(known), f"{setting(known)}: {caption}"
+            drawn.figure.suptitle(title)
             if drawn.lines:
                 _below(drawn.figure, drawn.lines, drawn.columns, drawn.marks)
             # The settings that all runs share come last
             settings = f" Settings: {known['settings']}." if known["settings"] else ""
-            yield Drawing(*saved(drawn.figure, out, name, number), f"{drawn.caption}.{settings}")
+            yield Drawing(*saved(drawn.figure, out, name, number), f"{caption}.{settings}")
 
 
 def groups(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:

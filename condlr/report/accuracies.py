@@ -51,12 +51,10 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
         if compare:
             handles.append(Line2D([], [], color="0.5", linestyle=_DOTS, linewidth=0.9, label="published"))
         caption = (
-            f"{results.setting(known)}: "
-            f"accuracy under {attack} on {known['n']:,} images against its strength ε "
-            "(mean over seeds, band: one standard deviation"
-            + (", dotted: as published" if compare else "")
-            + "), and the largest condition number of the layers that a row factors, of all layers for "
-            "dense rows, epoch by epoch (a line for each seed)"
+            f"accuracy under {attack} on {known['n']:,} images against its strength ε (mean over seeds, "
+            f"band: one standard deviation{', dotted: as published' if compare else ''}), and the largest "
+            "condition number of the layers that a row factors, of all layers for dense rows, epoch by epoch "
+            "(a line for each seed)"
         )
         return Drawn(figure, caption, handles, 3 if alone and len(handles) > 4 else 4)
 
@@ -81,10 +79,7 @@ def attacks(cells: pd.DataFrame, out: Path) -> Iterator[Drawing]:
         strength = f"ε = {known['eps']:g} ({results.norm_title(known['norm'])})"
         axes.set_xlabel(f"accuracy at {strength}")
         figure.legend(loc="outside right center")
-        caption = (
-            f"{results.setting(known)}: what each attack leaves at {strength}, means over seeds; "
-            "n is the number of test images"
-        )
+        caption = f"what each attack leaves at {strength}, means over seeds; n is the number of test images"
         return Drawn(figure, caption)
 
     return _style.drawings(out, "attacks", found, draw)

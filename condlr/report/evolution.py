@@ -28,22 +28,25 @@ def conditioning(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterato
 
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         layers = _layers(frame)
-        lines = _layer_styles(layers)
+        # Dark to light from the first layer to the last; dashes help colour-blind readers
+        shades = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(layers)))
+        looks = zip(layers, shades, cycle(_DASHES), strict=False)
+        lines = {layer: {"color": shade, "linestyle": dash} for layer, shade, dash in looks}
         rows = [*by_row(frame)]
         columns = 3 if len(rows) in (5, 6, 9) else min(4, len(rows))
         figure, axes = _style.panels(len(rows), columns, 1.55, sharex=True, sharey=True)
         for axis, (key, row) in zip(axes, rows, strict=True):
             for layer, line in lines.items():
-                _layer(axis, row, _PREFIX + layer, line)
+                _layer(axis, row, layer, line)
             axis.set_title(key.title)
-        _style.log_axis(axes[0].yaxis, frame[[_PREFIX + layer for layer in layers]].to_numpy())
+        _style.log_axis(axes[0].yaxis, frame[layers].to_numpy())
         _style.outer(axes, columns, "optimiser step", "cond(W)")
-        handles = [Line2D([], [], label=layer, **line) for layer, line in lines.items()]
+        handles = [Line2D([], [], label=name.removeprefix(_PREFIX), **line) for name, line in lines.items()]
         caption = (
             f"Evolution of the layers' condition numbers during training: {setting(known)}; "
             f"geometric mean over {_seeds(frame)}, each seed faintly"
         )
-        return Drawn(figure, caption, handles, 6)
+        return Drawn(figure, caption, handles, 6, title=setting(known))
 
     return _style.drawings(out, "conditioning", _tables(cells, steps), draw)
 
@@ -77,11 +80,9 @@ def start(cells: pd.DataFrame, steps: pd.DataFrame, out: Path) -> Iterator[Drawi
         for axis in axes:
             axis.set_xlabel("optimiser step")
         caption = (
-            f"{setting(known)}: "
-            "loss and accuracy on the training batches since the point before, and the "
-            "product of the condition numbers of all layers; mean over "
-            f"{_seeds(frame)} (geometric for the product), band: one standard deviation (of the "
-            "logarithm for the product)"
+            "loss and accuracy on the training batches since the point before, and the product of the "
+            f"condition numbers of all layers; mean over {_seeds(frame)} (geometric for the product), band: "
+            "one standard deviation (of the logarithm for the product)"
         )
         return Drawn(figure, caption, _style.legend(frame, styles, by_compression=True))
 
@@ -114,9 +115,8 @@ def operators(cells: pd.DataFrame, history: pd.DataFrame, out: Path) -> Iterator
             axis.set(xlabel="epoch", title=title)
         axes[0].set_ylabel("cond of the operator")
         caption = (
-            f"{setting(known)}: condition numbers of the convolutions as they act on periodic images, "
-            f"epoch by epoch; geometric mean over {_seeds(frame)}, band: one standard deviation of the "
-            "logarithm"
+            "condition numbers of the convolutions as they act on periodic images, epoch by epoch; "
+            f"geometric mean over {_seeds(frame)}, band: one standard deviation of the logarithm"
         )
         return Drawn(figure, caption, _style.legend(frame, styles, by_compression=True))
 
@@ -126,28 +126,21 @@ def operators(cells: pd.DataFrame, history: pd.DataFrame, out: Path) -> Iterator
 
 def product(steps: pd.DataFrame) -> pd.Series:
     """prod_i cond(W_i) over all layers of the frame; NaN where a layer has no value."""
-    return steps[[_PREFIX + layer for layer in _layers(steps)]].prod(axis=1, skipna=False)
+    return steps[_layers(steps)].prod(axis=1, skipna=False)
 
 
 def _tables(cells: pd.DataFrame, steps: pd.DataFrame) -> Iterator[_style.Table]:
     """The steps of each table's rows, in the table's order; only layers that its network has."""
     recorded = ["seed", "step", *(c for c in steps if c.startswith(("train_", _PREFIX)))]
     for known, frame in of_rows(cells, steps, recorded):
-        layers = [_PREFIX + layer for layer in _layers(frame)]
-        present = frame.drop(columns=[name for name in layers if frame[name].isna().all()])
+        present = frame.drop(columns=[name for name in _layers(frame) if frame[name].isna().all()])
         if _layers(present):
             yield known, present
 
 
 def _layers(frame: pd.DataFrame) -> list[str]:
-    return [name.removeprefix(_PREFIX) for name in frame if name.startswith(_PREFIX)]
-
-
-def _layer_styles(layers: list[str]) -> _style.Styles:
-    """Dark to light from the first layer to the last; dashes help colour-blind readers."""
-    shades = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(layers)))
-    pairs = zip(layers, shades, cycle(_DASHES), strict=False)
-    return {layer: {"color": shade, "linestyle": dash} for layer, shade, dash in pairs}
+    """The columns with the condition numbers of layers."""
+    return [name for name in frame if name.startswith(_PREFIX)]
 
 
 def _layer(axis: Axes, row: pd.DataFrame, column: str, line: dict) -> None:

@@ -85,9 +85,8 @@ def _(part: content.Verdicts) -> str:
         )
         for claim, where in zip(part.claims, own, strict=True)
     ]
-    numbers = content.Grid(
-        ["verdict", "where", "points", "comparison that decides", content.SEEN], rows
-    ).filled
+    header = ["verdict", "where", "points", "comparison that decides", content.SEEN]
+    numbers = content.Grid(header, rows).filled
     fold = content.Folded(report_markdown.COMPARISONS, [content.Fragment(report_markdown.comparisons(part))])
     return "\n".join([
         f'<article class="claim" id="{first.anchor}">', f"<h3>{inline(first.title)}</h3>",
@@ -116,7 +115,7 @@ def _(part: content.Folded) -> str:
 
 
 def inline(text: str) -> str:
-    """Text of a report, see `condlr.report.part`, as HTML."""
+    """Text of a report, see `condlr.report.content`, as HTML."""
     return _breaks(_MARKDOWN.renderInline(plain(text)))
 
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from condlr.report import _style
 from condlr.report._style import WIDTH, Drawing, Drawn
-from condlr.report.results import Known, RowKey, by_row, done_runs, of_rows, setting
+from condlr.report.results import Known, RowKey, by_row, done_runs, of_rows
 
 # Thumbnails in a line: more of them are too small to see.
 _ACROSS = 12
@@ -54,7 +54,7 @@ def reconstructions(cells: pd.DataFrame, pictures: pd.DataFrame, out: Path) -> I
         for line, text in zip(axes[:, 0], ["the images", *(_name(key) for key, _ in lines)], strict=True):
             _text(line, -0.15, 0.5, text, 6, ha="right", va="center")
         caption = (
-            f"{setting(known)}: test images reconstructed from the output of the first convolutions, one to "
+            "test images reconstructed from the output of the first convolutions, one to "
             f"{len(layers)} deep, by least squares ({frame['iterations'].max():g} steps of conjugate "
             "gradients for each); what ReLU cut off is unknown; below each: its relative error"
         )

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from condlr.report import _style
 from condlr.report._style import WIDTH, Drawing, Drawn
-from condlr.report.results import ROW, Known, by_row, done_runs, of_rows, setting
+from condlr.report.results import ROW, Known, by_row, done_runs, of_rows
 
 
 def variance_ratios(cells: pd.DataFrame, ratios: pd.DataFrame, out: Path) -> Iterator[Drawing]:
@@ -70,7 +70,7 @@ def scatter(cells: pd.DataFrame, points: pd.DataFrame, out: Path) -> Iterator[Dr
             axis.set(title=textwrap.fill(key.title, 28), xticks=[], yticks=[], aspect="equal")
         images = frame.groupby("row_id").size().max()
         caption = (
-            f"{setting(known)}: {images:,} test images in the plane of the first two principal components of "
+            f"{images:,} test images in the plane of the first two principal components of "
             f"their activations ({', '.join(frame['layer'].unique())}); a colour for each class"
         )
         return Drawn(figure, caption)
@@ -109,6 +109,6 @@ def _figure(
         handles = _style.legend(frame, styles, by_compression=True)
         if frame["dotted"].any():
             handles.append(Line2D([], [], color="0.4", linestyle=":", linewidth=0.9, label=dotted))
-        return Drawn(figure, f"{setting(known)}: {caption}; means over seeds", handles)
+        return Drawn(figure, f"{caption}; means over seeds", handles)
 
     return _style.drawings(out, name, of_rows(cells, made, ["layer", "dotted", "x", "y"]), draw)

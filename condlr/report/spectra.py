@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from condlr.report import _style
 from condlr.report._style import Drawing, Drawn, Styles
-from condlr.report.results import Known, by_row, of_rows, setting
+from condlr.report.results import Known, by_row, of_rows
 
 # Drawn above the end, which would hide it where training changed little
 _START = {"color": "0.25", "linestyle": (0, (1, 2)), "linewidth": 0.9, "zorder": 3}
@@ -37,9 +37,8 @@ def spectra(cells: pd.DataFrame, values: pd.DataFrame, out: Path) -> Iterator[Dr
         for axis in axes[-columns:]:
             axis.set_xlabel("index")
         caption = (
-            f"{setting(known)}: "
-            "singular values of each layer at the end of training and, dotted, at its "
-            "start; geometric means over seeds"
+            "singular values of each layer at the end of training and, dotted, at its start; geometric means "
+            "over seeds"
         )
         handles = _style.legend(frame, styles, by_compression=len(parts) == 1)
         return Drawn(figure, caption, [*handles, Line2D([], [], label="at the start", **_START)])

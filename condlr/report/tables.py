@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -142,12 +142,9 @@ class Table:
     @property
     def caption(self) -> str:
         """What the rows share."""
-        attack = (
-            f"{results.attack_title(self.context['attack'])} ({results.norm_title(self.context['norm'])})"
-        )
-        images = f"{self.context['n']:,} images"
-        number = f"Table {self.number}. " if self.number else ""
-        return f"{number}{results.setting(self.context)}: accuracy (%) under {attack}, {images}"
+        known, number = self.context, f"Table {self.number}. " if self.number else ""
+        attack = f"{results.attack_title(known['attack'])} ({results.norm_title(known['norm'])})"
+        return f"{number}{results.setting(known)}: accuracy (%) under {attack}, {known['n']:,} images"
 
     @property
     def audit_note(self) -> str:
@@ -173,18 +170,15 @@ class Table:
     @property
     def notes(self) -> list[str]:
         """Notes on these numbers, then the rules of all such tables."""
-        return [*self._known, *_published_notes([self]), LEGEND]
-
-    @property
-    def _known(self) -> list[str]:
-        return [note for note in (self.missing, self.audit_note) if note]
+        return [*self.sheet.notes, *self.sheet.rules]
 
     @property
     def sheet(self) -> Sheet:
         """As a sheet: below a row of ours, rows of published values and of differences."""
         part = _Part(self, "", _FACTS, self.strengths)
-        rules = self.notes[len(self._known) :]
-        return _sheet(self.caption, [part], self._known, [self.context["settings"]], rules)
+        notes = [note for note in (self.missing, self.audit_note) if note]
+        rules = [*_published_notes([self]), LEGEND]
+        return _sheet(self.caption, [part], notes, [self.context["settings"]], rules)
 
 
 def _published_notes(made: Sequence[Table]) -> list[str]:
@@ -212,11 +206,8 @@ def audit_note(lines: Iterable[Line]) -> str:
     missing = [line.described for line in lines if line.warnings is None]
     if len(missing) == len(lines):
         return "No row was audited in this norm (analysis=audit): read these accuracies as upper bounds."
-    note = (
-        f"† not to be trusted, the audit warns: {'; '.join(warned)}."
-        if warned
-        else "The audit warns of no row."
-    )
+    told = f"† not to be trusted, the audit warns: {'; '.join(warned)}."
+    note = told if warned else "The audit warns of no row."
     return f"{note} Not audited: {', '.join(missing)}." if missing else note
 
 
@@ -310,8 +301,7 @@ def strength(eps: float) -> str:
     return f"ε={eps:g}" if eps else "clean"
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """The columns of one table in a sheet."""
 
     table: Table
@@ -324,9 +314,6 @@ class _Part:
         facts = [Column(n, self.block, spare=_SPARE.index(n) if n in _SPARE else None) for n in self.facts]
         return facts + [Column(strength(eps), self.block, strength=True) for eps in self.strengths]
 
-    def lines(self) -> dict[tuple[float, str], Line]:
-        return {(line.compression, line.label): line for line in self.table.lines}
-
     def values(self, line: Line | None, kind: str) -> list[Value]:
         none = Value("–" if kind == "ours" else "")
         if line is None:
@@ -337,7 +324,7 @@ class _Part:
 
 def _sheet(caption: str, parts: Sequence[_Part], *notes: Sequence[str]) -> Sheet:
     """Put tables side by side; rows of the same name and compression are merged."""
-    known = [part.lines() for part in parts]
+    known = [{(line.compression, line.label): line for line in part.table.lines} for part in parts]
     groups: dict[float, list[Row]] = {}
     for key in dict.fromkeys(key for lines in known for key in lines):
         own = [lines.get(key) for lines in known]
@@ -369,9 +356,8 @@ def table1(made: Sequence[Table], paper: Path) -> Iterator[Sheet]:
             for table, (model, name) in zip(pair, NUMBERS, strict=True):
                 table = table or _only_published(model, name, paper)
                 strengths = table.strengths if not table.number else _published_strengths(table)
-                parts.append(
-                    _Part(table, results.dataset(table.context), ["measured", "seeds"], strengths[::2])
-                )
+                block = results.dataset(table.context)
+                parts.append(_Part(table, block, ("measured", "seeds"), strengths[::2]))
                 trained = results.epochs(table.context) if table.number else "not run"
                 which.append(f"{results.network(table.context)} ({trained})")
             shown = [part.table for part in parts]

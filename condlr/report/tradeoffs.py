@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from condlr.report import _style
 from condlr.report._style import Drawing, Drawn, Styles
-from condlr.report.results import TRAINING, Known, attack_title, contexts, norm_title, setting, summarize
+from condlr.report.results import TRAINING, Known, attack_title, contexts, norm_title, summarize
 
 _SAME = 0.005  # points with closer compressions would overlap
 _ATTACK = ["attack", "norm", "n"]
@@ -35,7 +35,6 @@ def compression(cells: pd.DataFrame, out: Path) -> Iterator[Drawing]:
             _compressions(axis, part, styles, marks)
         exported = Line2D([], [], **_hollow(_point(marks, 0)), label="exported")
         caption = (
-            f"{setting(known)}: "
             "accuracy against the fraction of weights that were really removed, in training (filled) "
             "and exported (hollow, where it differs); bars: one standard deviation over seeds"
         )
@@ -76,10 +75,7 @@ def cost(cells: pd.DataFrame, counted: pd.DataFrame | None, out: Path) -> Iterat
             axis.set_xlabel(text)
         _style.percent(axes[0].yaxis)
         axes[0].set_ylabel(textwrap.fill(f"accuracy: {name}", 30))
-        caption = (
-            f"{setting(known)}: accuracy ({name}) against what training costs; bars: one standard "
-            "deviation over seeds"
-        )
+        caption = f"accuracy ({name}) against what training costs; bars: one standard deviation over seeds"
         return Drawn(figure, caption, _methods(frame, styles), 5, _marks(frame, marks))
 
     return _style.drawings(out, "cost", tables, draw)
@@ -110,8 +106,8 @@ def weights(cells: pd.DataFrame, counted: pd.DataFrame | None, out: Path) -> Ite
             _style.log_axis(axis.xaxis, frame["kept"])
             _style.percent(axis.yaxis)
         caption = (
-            f"{setting(known)}: accuracy against the weights of the exported network (squares: rows of one "
-            "size); bars: one standard deviation over seeds"
+            "accuracy against the weights of the exported network (squares: rows of one size); bars: one "
+            "standard deviation over seeds"
         )
         return Drawn(figure, caption, _methods(frame, styles), 4)
 

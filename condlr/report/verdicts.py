@@ -66,10 +66,9 @@ def _panel(axes: Axes, claim: Claim, names: Sequence[str]) -> None:
         if pairs:
             at = mean.value - pairs[0].slack
             ends = [place, *(places[side.name] for pair in pairs for side in (pair.left, pair.right))]
-            axes.vlines(at, min(ends) - 0.4, max(ends) + 0.4, color=drawn, linewidth=0.9, linestyle="--")
+            span = min(ends) - 0.4, max(ends) + 0.4
+            axes.vlines(at, *span, color=drawn, linewidth=0.9, linestyle="--")
             if not pairs[0].slack and mean.margin == mean.margin:
                 low, high = mean.value - mean.margin, mean.value + mean.margin
-                axes.fill_betweenx(
-                    [min(ends) - 0.4, max(ends) + 0.4], low, high, color=drawn, alpha=0.08, linewidth=0
-                )
+                axes.fill_betweenx(span, low, high, color=drawn, alpha=0.08, linewidth=0)
     _style.percent(axes.xaxis)
