@@ -31,7 +31,6 @@ _DASHES = {0.0: "-", 0.5: "-", 0.8: (0, (4, 1.5))}
 _MARKS = ("D", "o", "s", "^", "v", "P")
 
 Styles = dict[str, dict[str, Any]]
-Table = tuple[Known, pd.DataFrame]
 T = TypeVar("T")
 
 

@@ -3,14 +3,13 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 
 from condlr.analysis.embeddings import CLASSIFIERS, COMPRESSION
 from condlr.report import theses
 from condlr.report.evidence import Claim, Comparison, Rows, judged
-from condlr.report.results import TRAINING, attack_title, contexts, decay, setting, summarize
+from condlr.report.results import TRAINING, Known, Table, attack_title, contexts, decay, setting, summarize
 from condlr.report.shifts import shift_names
 from condlr.report.theses import DIRECTIONS, LOSS, Thesis, put
 
@@ -45,7 +44,7 @@ def by_title(cells: pd.DataFrame, tables: Mapping[str, pd.DataFrame] | None = No
 
 def _of_settings(cells: pd.DataFrame) -> Iterator[Claim]:
     """The claims on accuracy without an attack."""
-    decayed: dict[tuple[object, ...], list[tuple[Mapping[str, Any], pd.DataFrame]]] = {}
+    decayed: dict[tuple[object, ...], list[Table]] = {}
     for _, alike in contexts(_summary(cells), TRAINING):
         # Without an attack, tables agree: the first of those with the most rows stands for them
         known, frame = max(contexts(alike), key=lambda table: table[1]["row_id"].nunique())
@@ -76,7 +75,7 @@ def _summary(cells: pd.DataFrame) -> pd.DataFrame:
     return summarize(cells).sort_values("n", ascending=False, kind="stable")
 
 
-def _of_each(cells: pd.DataFrame, by_run: pd.DataFrame) -> Iterator[tuple[Mapping[str, Any], pd.DataFrame]]:
+def _of_each(cells: pd.DataFrame, by_run: pd.DataFrame) -> Iterator[Table]:
     """For each setting and each name of `by_run` the rows' means of its `accuracy`, as at eps 0.
 
     Args:
@@ -119,7 +118,7 @@ TABLES: Mapping[str, tuple[Thesis, Callable[[pd.DataFrame, pd.DataFrame], pd.Dat
 }
 
 
-def _of_weight_decay(tables: Sequence[tuple[Mapping[str, Any], pd.DataFrame]]) -> Iterator[Claim]:
+def _of_weight_decay(tables: Sequence[Table]) -> Iterator[Claim]:
     """Of tables that differ in their weight decay alone."""
     for known, frame in tables:
         if _DECAY.search(str(known["settings"])):
@@ -140,7 +139,7 @@ def _of_weight_decay(tables: Sequence[tuple[Mapping[str, Any], pd.DataFrame]]) -
                 )
 
 
-def _without_decay(known: Mapping[str, object]) -> tuple[object, ...]:
+def _without_decay(known: Known) -> tuple[object, ...]:
     """What tables share that differ in their weight decay alone."""
     return *(known[name] for name in TRAINING if name != "settings"), _DECAY.sub("", str(known["settings"]))
 

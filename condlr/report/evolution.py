@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from condlr.report import _style
 from condlr.report._style import WIDTH, Drawing, Drawn
-from condlr.report.results import Known, by_row, decay, of_rows, setting
+from condlr.report.results import Known, Table, by_row, decay, of_rows, setting
 
 _DASHES = ("-", (0, (5, 1.2)), (0, (2.5, 1)), (0, (5, 1, 1, 1)))
 _PREFIX = "cond_"
@@ -129,7 +129,7 @@ def product(steps: pd.DataFrame) -> pd.Series:
     return steps[_layers(steps)].prod(axis=1, skipna=False)
 
 
-def _tables(cells: pd.DataFrame, steps: pd.DataFrame) -> Iterator[_style.Table]:
+def _tables(cells: pd.DataFrame, steps: pd.DataFrame) -> Iterator[Table]:
     """The steps of each table's rows, in the table's order; only layers that its network has."""
     recorded = ["seed", "step", *(c for c in steps if c.startswith(("train_", _PREFIX)))]
     for known, frame in of_rows(cells, steps, recorded):

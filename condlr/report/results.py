@@ -24,8 +24,9 @@ from condlr.suite.collecting import nothing_to_show
 from condlr.suite.runs import examined, keys
 
 T = TypeVar("T")
-# What the runs of a table share, by column.
-Known = Mapping[str, Any]
+# What the runs of a table share, by column; and with it their rows.
+Known = dict[str, Any]
+Table = tuple[Known, pd.DataFrame]
 
 # The columns that runs of one table share; each combination is a table of its own.
 CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm", "n"]
@@ -146,24 +147,13 @@ def summarize(cells: pd.DataFrame) -> pd.DataFrame:
     done = cells[_evaluated(cells)].fillna({"options": "", "settings": ""}).reset_index(drop=True)
     pairs = [*zip(done["seed"].astype(int), done["accuracy"].astype(float), strict=True)]
     done = done.assign(variant=_variants(done), n=done["n"].astype(int), pair=pairs)
-    means = {name: (name, "mean") for name in _MEANS}
-    frame = (
-        done.groupby([*CONTEXT, *ROW, "eps"], dropna=False, sort=False)
-        .agg(
-            accuracy=("accuracy", "mean"),
-            std=("accuracy", "std"),
-            seeds=("seed", "nunique"),
-            by_seed=("pair", tuple),
-            **means,
-        )
-        .reset_index()
-    )
+    told = {"accuracy": ("accuracy", "mean"), "std": ("accuracy", "std"), "seeds": ("seed", "nunique")}
+    told |= {"by_seed": ("pair", tuple)} | {name: (name, "mean") for name in _MEANS}
+    frame = done.groupby([*CONTEXT, *ROW, "eps"], dropna=False, sort=False).agg(**told).reset_index()
     return ordered(frame, ["compression", "label", "variant", "row_id", "eps"]).reset_index(drop=True)
 
 
-def contexts(
-    frame: pd.DataFrame, names: Sequence[str] = CONTEXT
-) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+def contexts(frame: pd.DataFrame, names: Sequence[str] = CONTEXT) -> Iterator[Table]:
     """Group a frame by these columns: pairs of their values and the group, in the order of the frame."""
     for values, part in frame.groupby([*names], sort=False, dropna=False):
         yield dict(zip(names, values, strict=True)), part
@@ -175,9 +165,7 @@ def by_row(frame: pd.DataFrame) -> Iterator[tuple[RowKey, pd.DataFrame]]:
         yield RowKey(*key), part
 
 
-def of_rows(
-    cells: pd.DataFrame, table: pd.DataFrame, columns: Sequence[str]
-) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+def of_rows(cells: pd.DataFrame, table: pd.DataFrame, columns: Sequence[str]) -> Iterator[Table]:
     """For each setting, columns of another table for its done runs, beside what identifies their rows."""
     rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
     done = table.loc[table["run_id"].isin(done_runs(cells)), ["row_id", *columns]]
@@ -213,10 +201,8 @@ def order(labels: pd.Series) -> pd.Series:
 
 def ordered(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """Sort a frame by these columns; labels have the order of tables."""
-    placed = frame.assign(_place=order(frame["label"]))
-    return placed.sort_values(
-        [key for name in keys for key in (("_place", "label") if name == "label" else (name,))], kind="stable"
-    ).drop(columns="_place")
+    by = [key for name in keys for key in (["_place", name] if name == "label" else [name])]
+    return frame.assign(_place=order(frame["label"])).sort_values(by, kind="stable").drop(columns="_place")
 
 
 def unharmed(rows: pd.DataFrame) -> pd.DataFrame:
@@ -229,18 +215,15 @@ def _variants(done: pd.DataFrame) -> pd.Series:
     """For each line, the options in which its row differs from others of its table and label."""
     variants = pd.Series("", index=done.index)
     for _, group in done.groupby([*CONTEXT, "label", "compression"], dropna=False):
-        options = {
-            text: dict(part.split("=", 1) for part in text.split()) for text in group["options"].unique()
-        }
+        texts = group["options"].unique()
+        options = {text: dict(part.split("=", 1) for part in text.split()) for text in texts}
         differing = {
             key for known in options.values() for key in known
             if len({other.get(key) for other in options.values()}) > 1
         }  # fmt: skip
-        text = {
-            whole: " ".join(f"{key}={value}" for key, value in known.items() if key in differing)
-            for whole, known in options.items()
-        }
-        variants[group.index] = group["options"].map(text)
+        for text, known in options.items():
+            variant = " ".join(f"{key}={value}" for key, value in known.items() if key in differing)
+            variants[group.index[group["options"].eq(text)]] = variant
     return variants
 
 

@@ -60,8 +60,14 @@ def _tables(shifted: pd.DataFrame, cells: pd.DataFrame) -> Iterator[str]:
     clean = _clean(cells)
     for kind, n, frame in _shifts(shifted):
         title = f"{kind.title}: accuracy in %"
-        if n is None:
-            yield _table(title, *_without_severities(frame, clean), [kind.legend])
+        if n is None:  # a column for each set
+            sets = [*dict.fromkeys(zip(frame["name"], frame["n"], strict=True))]
+            header = ["run", "clean", *(f"{str(name).replace('_', ' ')} (n={size:,})" for name, size in sets)]
+            lines = []
+            for run_id, run in _runs(frame):
+                means = [clean.get((run_id, None)), *_means(run, ["name", "n"], sets)]
+                lines.append([run_title(run.iloc[0]), *map(_shown, means)])
+            yield _table(title, header, lines, [kind.legend])
             continue
         ratios = _error_ratios(frame)
         names, severities = [*dict.fromkeys(frame["name"])], _severities(frame)
@@ -70,25 +76,12 @@ def _tables(shifted: pd.DataFrame, cells: pd.DataFrame) -> Iterator[str]:
         header += [f"severity {severity:g}" for severity in severities]
         lines = []
         for run_id, run in _runs(frame):
-            by_name, by_severity = (run.groupby(key)["accuracy"].mean() for key in ("name", "severity"))
             values = [clean.get((run_id, n)), run["accuracy"].mean()]
-            means = [*by_name.reindex(names), *by_severity.reindex(severities)]
+            means = [*_means(run, "name", names), *_means(run, "severity", severities)]
             ratio = [f"{ratios[run_id]:.3f}" if run_id in ratios else "–"] if ratios else []
             lines.append([run_title(run.iloc[0]), *map(_shown, values), *ratio, *map(_shown, means)])
         notes = [kind.legend, *([_RATIO] if ratios else [])]
         yield _table(f"{title}, {n:,} images a set", header, lines, notes)
-
-
-def _without_severities(
-    frame: pd.DataFrame, clean: dict[tuple[Any, Any], float]
-) -> tuple[list[str], list[list[str]]]:
-    """The header and the lines of a table with a column for each set."""
-    sets = [*dict.fromkeys(zip(frame["name"], frame["n"], strict=True))]
-    lines = []
-    for run_id, run in _runs(frame):
-        means = run.groupby(["name", "n"])["accuracy"].mean().reindex(sets)
-        lines.append([run_title(run.iloc[0]), *map(_shown, [clean.get((run_id, None)), *means])])
-    return ["run", "clean", *(f"{name.replace('_', ' ')} (n={n:,})" for name, n in sets)], lines
 
 
 def _grid(kind: type[Shift], n: int | None, frame: pd.DataFrame) -> str:
@@ -96,12 +89,16 @@ def _grid(kind: type[Shift], n: int | None, frame: pd.DataFrame) -> str:
     lines = []
     for _, run in _runs(frame):
         for name, change in run.groupby("name", sort=False):
-            values = change.groupby("severity")["accuracy"].mean().reindex(severities)
-            cells = map(_shown, [change["accuracy"].mean(), *values])
-            lines.append([run_title(run.iloc[0]), str(name).replace("_", " "), *cells])
+            means = [change["accuracy"].mean(), *_means(change, "severity", severities)]
+            lines.append([run_title(run.iloc[0]), str(name).replace("_", " "), *map(_shown, means)])
     header = ["run", "change", "mean", *(f"severity {severity:g}" for severity in severities)]
     title = f"{kind.title}: accuracy in % by change and severity, {n:,} images a set"
     return _table(title, header, lines, [])
+
+
+def _means(run: pd.DataFrame, by: str | list[str], keys: Sequence[Any]) -> Iterable[float]:
+    """The mean accuracy of each key; NaN for one that the run lacks."""
+    return run.groupby(by)["accuracy"].mean().reindex(keys)
 
 
 def _runs(frame: pd.DataFrame) -> Iterable[tuple[Any, pd.DataFrame]]:
