@@ -1,7 +1,7 @@
 """The results of analyses, in the layout that each class declares; for the terminal and as Markdown."""
 
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,9 @@ def print_cells(cells: Sequence[Sequence[str]], header: Sequence[str], console: 
 
 def markdown(kind: type[Analysis], frame: pd.DataFrame) -> str:
     """The rows as Markdown, in the layout of the class."""
-    return _LAYOUTS[kind.layout](kind, frame)
+    if kind.layout == "checks":
+        return audit.markdown(frame)
+    return _by_run(kind, frame) if kind.layout == "runs" else _by_row(kind, frame)
 
 
 def _by_row(kind: type[Analysis], frame: pd.DataFrame) -> str:
@@ -98,13 +100,6 @@ def _by_run(kind: type[Analysis], frame: pd.DataFrame) -> str:
     header = [first, *names.values(), *(f"{name} ({next(iter(names.values()))})" for name in others)]
     rows = [[key, *(of_key.get(run, "–") for run in names), *besides[key]] for key, of_key in values.items()]
     return _page(kind, header, rows, kind.legend)
-
-
-_LAYOUTS: dict[str, Callable[[type[Analysis], pd.DataFrame], str]] = {
-    "rows": _by_row,
-    "runs": _by_run,
-    "checks": lambda _, frame: audit.markdown(frame),
-}
 
 
 def _page(kind: type[Analysis], header: Sequence[str], rows: Sequence[Sequence[str]], legend: str) -> str:

@@ -33,6 +33,7 @@ from condlr.shifts.base import Shift
 from condlr.suite.registry import analyses
 from condlr.suite.sweeps.plan import experiments_of, names_seed, of_experiments
 
+_TRAINING = "Losses, condition numbers and constraints of each run"
 _STATUSES = ("pass", "note", "warning", "not done")
 
 
@@ -65,7 +66,7 @@ def document(study: Path, paper: Path, runs_dir: Path) -> content.Document:
         "Audit of the attacks": () if audits is None else _audits(audits),
         "Shifts": () if shifted is None else _shifted(shifted, cells),
         "Analyses": _analyses(analysed),
-        "Training": _training(history),
+        "Training": [content.Folded(_TRAINING, [training(history)])] if history["epoch"].gt(0).any() else (),
         "Runs": [_runs(cells, origin, history, study, runs_dir / study.name)],
         "Provenance": [content.Facts([*origin.facts()])],
         "To make it again": _commands(study, cells, origin),
@@ -194,12 +195,6 @@ def _shifted(shifted: pd.DataFrame, cells: pd.DataFrame) -> Iterator[content.Blo
         yield content.Folded("Accuracy by change and severity", [content.Fragment(grids)])
 
 
-def _training(history: pd.DataFrame) -> Iterator[content.Block]:
-    if history["epoch"].gt(0).any():
-        summary = "Losses, condition numbers and constraints of each run"
-        yield content.Folded(summary, [training(history)])
-
-
 def _runs(
     cells: pd.DataFrame, origin: Provenance, history: pd.DataFrame, study: Path, folders: Path
 ) -> content.Folded:
@@ -233,25 +228,22 @@ def _commands(study: Path, cells: pd.DataFrame, origin: Provenance) -> Iterator[
     """The commands that train, evaluate and report the study, as its results record them."""
     attacks = {*cells["attack"].dropna()} - {*_usual(cells)["attack"]} if "attack" in cells else ()
     others = [results.attack_title(attack) for attack in sorted(attacks)]
-    lines = _lines(study, f" seed={','.join(map(str, origin.seeds))}")
-    if not lines[0].startswith("python scripts/train.py"):
+    seeds = f" seed={','.join(map(str, origin.seeds))}"
+    lines = [
+        f"python scripts/train.py experiment={name}"
+        f"{'' if all(map(names_seed, of_experiments([name])[0])) else seeds}"
+        for name in experiments_of(study.name)
+    ]
+    if not lines:
         yield "The runs were trained one by one: `config.yaml` in the folder of each says how."
     if others:
         yield f"Attacked afterwards, too, with `scripts/evaluate.py attack=...`: {'; '.join(others)}."
-    yield content.Commands(lines)
-
-
-def _lines(study: Path, seeds: str) -> list[str]:
-    seeded = {name: all(map(names_seed, of_experiments([name])[0])) for name in experiments_of(study.name)}
-    lines = [
-        f"python scripts/train.py experiment={name}{'' if own else seeds}" for name, own in seeded.items()
-    ]
     kinds = analyses().items()
     keys = [*dict.fromkeys(_shifts(study))]
     if made := [name for name, kind in kinds if not kind.always and (study / f"{name}.csv").exists()]:
         keys.append(f"'analysis=[{','.join(made)}]'" if len(made) > 1 else f"analysis={made[0]}")
     lines += [f"python scripts/evaluate.py run='runs/{study.name}/*' {key}" for key in keys]
-    return [*lines, *_pages(study)]
+    yield content.Commands([*lines, *_pages(study)])
 
 
 def _shifts(study: Path) -> Iterator[str]:

@@ -5,7 +5,6 @@ This module renders what Markdown cannot express: tables of accuracies, embedded
 
 import base64
 import io
-from functools import singledispatch
 from html import escape
 from pathlib import Path
 
@@ -45,23 +44,30 @@ def _section(section: content.Section) -> str:
     return "\n".join([heading, *map(block, section.blocks), "</section>"])
 
 
-@singledispatch
 def block(part: content.Block) -> str:
-    """A part of a report as HTML; rendered from its Markdown unless registered below."""
-    return _breaks(_MARKDOWN.render(report_markdown.block(part)))
+    """A part of a report as HTML; most are rendered from their Markdown."""
+    match part:
+        case Sheet():
+            return table(part)
+        case Drawing():
+            return _figure(part)
+        case content.Verdicts():
+            return _verdicts(part)
+        case content.Overview():
+            return f"{_badges(part.grid)}\n<p><small>{inline(report_markdown.OVERVIEW)}</small></p>"
+        case content.Folded():
+            inside = "\n".join(map(block, part.blocks))
+            return f"<details>\n<summary>{inline(part.summary)}</summary>\n{inside}\n</details>"
+        case _:
+            return _breaks(_MARKDOWN.render(report_markdown.block(part)))
 
 
-@block.register
-def _(part: Sheet) -> str:
-    return table(part)
-
-
-@block.register
-def _(part: Drawing) -> str:
-    caption, _, settings = part.caption.partition(" Settings: ")
+def _figure(drawing: Drawing) -> str:
+    caption, _, settings = drawing.caption.partition(" Settings: ")
     fold = f"<details><summary>Settings</summary>{inline(settings)}</details>" if settings else ""
-    vectors = f"<small>As vectors: {escape(part.pdf.name)}</small>"
-    return f"<figure>\n{_image(part)}\n<figcaption>{inline(caption)} {vectors}{fold}</figcaption>\n</figure>"
+    vectors = f"<small>As vectors: {escape(drawing.pdf.name)}</small>"
+    words = f"<figcaption>{inline(caption)} {vectors}{fold}</figcaption>"
+    return f"<figure>\n{_image(drawing)}\n{words}\n</figure>"
 
 
 def _image(drawing: Drawing) -> str:
@@ -72,46 +78,29 @@ def _image(drawing: Drawing) -> str:
     return f'<div class="{kind}"><img src="{data}" {size} alt="{escape(content.alternative(drawing))}"></div>'
 
 
-@block.register
-def _(part: content.Verdicts) -> str:
+def _verdicts(part: content.Verdicts) -> str:
     first, (_, own) = part.claims[0], places(part.claims)
-    rows = [
-        (
-            f"**{claim.verdict}**",
-            where,
-            content.points(claim.decisive),
-            str(claim.decisive),
-            content.detectable(claim),
-        )
-        for claim, where in zip(part.claims, own, strict=True)
-    ]
+    rows = []
+    for claim, where in zip(part.claims, own, strict=True):
+        pair = claim.decisive
+        rows.append([
+            f"**{claim.verdict}**", where, content.points(pair), str(pair), content.detectable(claim)
+        ])  # fmt: skip
     header = ["verdict", "where", "points", "comparison that decides", content.SEEN]
-    numbers = content.Grid(header, rows).filled
-    fold = content.Folded(report_markdown.COMPARISONS, [content.Fragment(report_markdown.comparisons(part))])
     return "\n".join([
         f'<article class="claim" id="{first.anchor}">', f"<h3>{inline(first.title)}</h3>",
-        f"<p>{inline(first.statement)}</p>", _image(part.drawing), _badges(block(numbers)), block(fold),
-        "</article>",
+        f"<p>{inline(first.statement)}</p>", _image(part.drawing),
+        _badges(content.Grid(header, rows).filled), block(report_markdown.comparisons(part)), "</article>",
     ])  # fmt: skip
 
 
-@block.register
-def _(part: content.Overview) -> str:
-    return f"{_badges(block(part.grid))}\n<p><small>{inline(report_markdown.OVERVIEW)}</small></p>"
-
-
-def _badges(html: str) -> str:
-    """Colour the verdicts, which are bold in Markdown."""
+def _badges(grid: content.Grid) -> str:
+    """The table with its verdicts, which are bold in Markdown, in colour."""
+    html = block(grid)
     for verdict in VERDICTS:
         badge = f'<span class="verdict {verdict.replace(" ", "-")}">{verdict}</span>'
         html = html.replace(f"<strong>{verdict}</strong>", badge)
     return f'<div class="verdicts">{html}</div>'
-
-
-@block.register
-def _(part: content.Folded) -> str:
-    inside = "\n".join(map(block, part.blocks))
-    return f"<details>\n<summary>{inline(part.summary)}</summary>\n{inside}\n</details>"
 
 
 def inline(text: str) -> str:

@@ -58,14 +58,10 @@ def differences(context: Known, cells: pd.DataFrame) -> list[str]:
 
 def _differing(keys: Mapping[str, Any], paper: Mapping[str, Any]) -> list[str]:
     return [
-        f"{key} {_text(value)} (paper: {_text(paper[key])}{_meaning(key)})"
+        f"{key} {_text(value)} (paper: {'; '.join(filter(None, [_text(paper[key]), _MEANINGS.get(key)]))})"
         for key, value in keys.items()
         if key in paper and value != paper[key]
     ]
-
-
-def _meaning(key: str) -> str:
-    return f"; {_MEANINGS[key]}" if key in _MEANINGS else ""
 
 
 def _text(value: Any) -> str:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from condlr.report.results import ROW, duration, network, row_title
+from condlr.report.results import ROW, TRAINING, contexts, duration, network, row_title
 from condlr.suite.sweeps.plan import experiments_of, of_experiments
 
-_SHARED = ["dataset", "model", "protocol", "epochs", "settings"]
 _VERSIONS = ("python", "condlr", "torch", "torchvision", "numpy", "hydra-core")
 _RECORDED = ("reason", "started", "ended", "train_seconds", "record_seconds", "device", "commit")
 _UNKNOWN = "not recorded"
@@ -51,7 +50,7 @@ class Provenance:
     def incomplete(self) -> dict[str, list[int]]:
         """The seeds that a row lacks and another row of the same setting has, by the row's name."""
         found = {}
-        for _, alike in self.runs.fillna({"settings": ""}).groupby(_SHARED, sort=False, dropna=False):
+        for _, alike in contexts(self.runs.fillna({"settings": ""}), TRAINING):
             seeds = {*map(int, alike["seed"])}
             for (label, compression, _), runs in alike.groupby(ROW[:3], sort=False):
                 if lacking := sorted(seeds - {*map(int, runs["seed"])}):
@@ -67,13 +66,16 @@ class Provenance:
 
     def facts(self) -> Iterator[tuple[str, str]]:
         """Each fact with its name, in words."""
-        yield "runs", self._counts()
+        counts = ", ".join(f"{count} {status}" for status, count in self.statuses.items())
+        planned = f"; {self.missing} of the {self.planned} planned missing" if self.missing else ""
+        yield "runs", f"{counts}{planned}"
         if self.incomplete:
             parts = (f"{row} (seed {', '.join(map(str, seeds))})" for row, seeds in self.incomplete.items())
             yield "seeds that only other rows have", "; ".join(parts)
         yield "seeds", ", ".join(map(str, self.seeds))
-        for setting in self._settings():
-            yield "setting", setting
+        for known, runs in contexts(self.runs.fillna({"settings": ""}), TRAINING):
+            told = f"{network(known)}, protocol {known['protocol']}, {known['epochs']} epochs"
+            yield "setting", f"{told} ({len(runs)} runs): `{known['settings']}`"
         yield "images", self._official()
         yield "commit", self._words("commit")
         versions = ((name, self._words(name)) for name in _VERSIONS)
@@ -84,18 +86,6 @@ class Provenance:
         yield "training", self._times()
         yield "recording condition numbers", self._overhead()
         yield "attacks", duration(self.attack_seconds) if self.attack_seconds else _UNKNOWN
-
-    def _counts(self) -> str:
-        counts = ", ".join(f"{count} {status}" for status, count in self.statuses.items())
-        return f"{counts}; {self.missing} of the {self.planned} planned missing" if self.missing else counts
-
-    def _settings(self) -> Iterator[str]:
-        for context, runs in self.runs.fillna({"settings": ""}).groupby(_SHARED, sort=False, dropna=False):
-            known = dict(zip(_SHARED, context, strict=True))
-            yield (
-                f"{network(known)}, protocol {known['protocol']}, {known['epochs']} epochs "
-                f"({len(runs)} runs): `{known['settings']}`"
-            )
 
     def _official(self) -> str:
         official = self.runs["official_data"].dropna().astype(bool)
