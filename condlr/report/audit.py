@@ -47,9 +47,7 @@ _CONCERNS = {
 class Marks:
     """The rows of each table that an audit warns about.
 
-    Args:
-        audits: see `condlr.report.results.read`; None if there are none. If a row has several audits
-            in one norm, those on the most images count.
+    If a row has several audits in one norm, those on the most images count.
     """
 
     def __init__(self, audits: pd.DataFrame | None):

@@ -17,12 +17,9 @@ _DECAY = re.compile(r" weight_decay=(\S+)")
 
 
 def claims(cells: pd.DataFrame, tables: Mapping[str, pd.DataFrame] | None = None) -> list[Claim]:
-    """The claims that the runs of a study can test.
+    """The claims that the runs of a study, and those of `TABLES` that it has, can test.
 
     The claims on robustness are put to each attack's largest strength, one after the other.
-
-    Args:
-        tables: those of `TABLES` that there are.
     """
     tables = tables or {}
     found = [*_of_settings(cells), *_of_attacks(cells)]

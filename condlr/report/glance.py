@@ -40,8 +40,7 @@ def glances(
 ) -> Iterator[Sheet]:
     """A sheet for each setting in which something beside one attack was measured.
 
-    Args:
-        analysed: `conditioning`, `effective_rank` and `cost` where they are, by name.
+    Of the tables of analyses `conditioning`, `effective_rank` and `cost` are used.
     """
     runs = cells.drop_duplicates("run_id").set_index("run_id")["row_id"]
     for known, frame in contexts(summarize(cells), TRAINING):

@@ -35,12 +35,7 @@ _MEANINGS = {
 
 
 def differences(context: Known, cells: pd.DataFrame) -> list[str]:
-    """What differs from the paper's text: a phrase for the settings and one for each kind of row; maybe none.
-
-    Args:
-        context: what the rows share, see `condlr.report.results.CONTEXT`.
-        cells: the cells of those rows.
-    """
+    """What differs from the paper's text: phrases for the settings and each kind of row, maybe none."""
     paper = _paper(context["model"], context["dataset"])
     settings = {"epochs": context["epochs"], **_keys(context["settings"])}
     known = {"settings": _differing(settings, paper)}

@@ -343,10 +343,7 @@ def _sheet(caption: str, parts: Sequence[_Part], *notes: Sequence[str]) -> Sheet
 def table1(made: Sequence[Table], paper: Path) -> Iterator[Sheet]:
     """Table 1 of the paper, for each protocol: Table 2 and Table 3 at four strengths, side by side.
 
-    Args:
-        made: see `tables`; of one study or of several. Where one of the two networks was not trained,
-            its columns hold what was published.
-        paper: the directory of published numbers.
+    The tables may be of several studies. A network that was not trained has columns of what was published.
     """
     ours = {n: [table for table in made if table.number == n] for n in NUMBERS.values()}
     for protocol in dict.fromkeys(t.context["protocol"] for tables in ours.values() for t in tables):

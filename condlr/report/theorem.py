@@ -44,11 +44,7 @@ def figure(frame: pd.DataFrame, out: Path) -> Iterator[Path]:
 
     Only the middle eta is drawn. Shaded: learning rates or singular values outside the assumptions of
     Theorem 1. Dotted vertical line: the largest learning rate up to which one step of Algorithm 1 is within
-    3 lambda eta.
-
-    Args:
-        frame: the rows of `analysis.theory.theorem1.errors`.
-        out: where `theorem1.png` and `.pdf` go; a number follows the name for a second flow.
+    3 lambda eta. The files are `theorem1.png` and `.pdf`; a number follows the name for a second flow.
     """
     # Imported here, because the table of the same rows needs no matplotlib
     from matplotlib import pyplot as plt

@@ -1,7 +1,5 @@
 """The training of each run of a study."""
 
-from collections.abc import Callable
-
 import pandas as pd
 
 from condlr.report.numbers import accuracy, condition, shown
@@ -17,30 +15,29 @@ _HELD_OUT = (
     "held out: accuracy on the training images that were kept out of the training, in percent, at the end."
 )
 _PENALTY = "penalised: the sum over the layers that the penalty names, before its weight, at start and end."
-_AUDITS = ("audit_orthonormality_error", "audit_cond_S")
-_FORMS: tuple[Callable[[float], str], ...] = (lambda value: f"{value:.1e}", lambda value: f"{value:.6g}")
+# By column, how it is printed
+_AUDITS = {"audit_orthonormality_error": ".1e", "audit_cond_S": ".6g"}
 
 
 def training(history: pd.DataFrame) -> Sheet:
     """A row for each run: its loss from the first epoch to the last, and its constraints."""
-    names = ("requested", "protocol", "seed", "epochs", "steps", "loss", "cond")
-    names += ("orthonormality error", "cond(S)")
+    names = [
+        "requested", "protocol", "seed", "epochs", "steps", "loss", "cond", "orthonormality error", "cond(S)"
+    ]  # fmt: skip
     require(history, ("protocol", "epoch", "train_loss"), "history.csv")
     penalised = history["penalty_value"].groupby(history["run_id"]) if "penalty_value" in history else None
     held_out = "held_out_accuracy" in history and bool(history["held_out_accuracy"].notna().any())
-    names += ("held out",) if held_out else ()
-    names += ("penalised",) if penalised is not None else ()
+    names += [*["held out"] * held_out, *["penalised"] * (penalised is not None)]
     keys = ["protocol", "compression", "label", "run_id"]
     trained = ordered(history[history["epoch"] > 0], [*keys, "epoch"])
     groups: dict[tuple[str, float], list[Row]] = {}
     for (protocol, compression, label, run_id), run in trained.groupby(keys, sort=False):
         first, last = run.iloc[0], run.iloc[-1]
-        audits = [run[column].max() if column in run else float("nan") for column in _AUDITS]
+        audits = run.reindex(columns=[*_AUDITS]).max()
         texts = [
-            f"{100 * float(compression):g}", protocol, str(last["seed"]),
-            str(last["epoch"]), str(last["step"]),
+            f"{100 * compression:g}", protocol, str(last["seed"]), str(last["epoch"]), str(last["step"]),
             f"{first['train_loss']:.3f} → {last['train_loss']:.3f}", condition(last["cond"]),
-            *("" if pd.isna(audit) else form(audit) for audit, form in zip(audits, _FORMS, strict=True)),
+            *("" if pd.isna(audits[name]) else f"{audits[name]:{form}}" for name, form in _AUDITS.items()),
         ]  # fmt: skip
         if held_out:
             texts.append(accuracy(last["held_out_accuracy"]))
@@ -48,6 +45,6 @@ def training(history: pd.DataFrame) -> Sheet:
             values = penalised.get_group(run_id).dropna()
             texts.append(f"{shown(values.iloc[0])} → {shown(values.iloc[-1])}" if len(values) else "")
         row = Row(title(label), [*map(Value, texts)])
-        groups.setdefault((protocol, float(compression)), []).append(row)
+        groups.setdefault((protocol, compression), []).append(row)
     legend = [LEGEND, *[_HELD_OUT] * held_out, *[_PENALTY] * (penalised is not None)]
     return Sheet("How each run went", [*map(Column, names)], [*groups.values()], legend)
