@@ -18,9 +18,9 @@ def shown(value: Any) -> str:
 
 
 def accuracy(fraction: float | None, std: float = float("nan")) -> str:
-    """An accuracy in percent, with ± its standard deviation if it has one; a dash for None."""
+    """An accuracy in percent, with ± its standard deviation if it has one; a dash for none."""
     spread = "" if math.isnan(std) else f" ±{100 * std:.2f}"
-    return "–" if fraction is None else f"{100 * fraction:.2f}{spread}"
+    return "–" if fraction is None or math.isnan(fraction) else f"{100 * fraction:.2f}{spread}"
 
 
 def counted(number: int, noun: str) -> str:

@@ -266,7 +266,8 @@ def comparable(context: Known, cells: pd.DataFrame) -> bool:
 def attack_title(label: str) -> str:
     """The title of an attack: `PGD-50×3 on the margin`. An unknown label stays as it is."""
     if label.startswith("transfer-"):
-        return f"{attack_title(label.removeprefix('transfer-'))}, transferred"
+        made, _, source = label.removeprefix("transfer-").partition("-source=")
+        return f"{attack_title(made)}, transferred{f' from {source}' if source else ''}"
     titles = (find("attacks", name, Attack).title_of(label) for name in available("attacks"))
     name, _, rest = label.partition("-")
     return next(filter(None, titles), name + (f", {rest}" if rest else ""))

@@ -349,6 +349,7 @@ def test_attacks_of_one_strength_stand_side_by_side():
         ("pgd20-ce_rescaled", "PGD-20 on rescaled logits"), ("square5000", "Square, 5,000 queries"),
         ("simba-dct-frequencies=4-100", "SimBA, DCT, frequencies=4, 100 directions"), ("noise", "noise"),
         ("transfer-pgd50-margin", "PGD-50 on the margin, transferred"),
+        ("transfer-pgd50-margin-source=a/lenet5-x-s0", "PGD-50 on the margin, transferred from a/lenet5-x-s0"),
     ],
 )  # fmt: skip
 def test_attacks_have_names_a_person_can_read(label, text):
