@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,8 @@ _NARROW = 1.0
 # The key of the constraint's state in the first parameter group of an optimiser's state_dict
 _MEMORY = "condlr"
 
-# The constraints of each optimiser. Their hooks may be on a wrapper that the optimiser does not know of.
-_ATTACHED: WeakKeyDictionary[torch.optim.Optimizer, "WeakSet[Constraint]"] = WeakKeyDictionary()
+# All constraints. The hooks of one may be on a wrapper that its optimiser does not know of.
+_ATTACHED: "WeakSet[Constraint]" = WeakSet()
 
 
 def constrain(
@@ -188,14 +188,14 @@ class Constraint:
 
     def _attach(self) -> None:
         self._hooks = self._stepper.attach(self._before_step, self._after_step, self._save, self._recall)
-        _ATTACHED.setdefault(self.optimizer, WeakSet()).add(self)
+        _ATTACHED.add(self)
 
     def remove(self) -> None:
         """Remove the hooks from the optimiser; the factors do not change."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        _ATTACHED.get(self.optimizer, WeakSet()).discard(self)
+        _ATTACHED.discard(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_hooks": bool(self._hooks)}  # PyTorch does not copy hooks
@@ -303,8 +303,9 @@ class Constraint:
 
     def _require_alone(self, new: "Sequence[Held]") -> None:
         """Refuse a second constraint on a layer, which would precondition its gradients twice."""
-        for other in _ATTACHED.get(self.optimizer, ()):
-            if other is not self and any(held.layer in other._held for held in new):
+        others = [c for c in _ATTACHED if c is not self and c.optimizer is self.optimizer]
+        for other in others:
+            if any(held.layer in other._held for held in new):
                 raise ValueError("these layers are constrained already: remove() that constraint first")
 
     def _first_scale(self, layer: LowRank) -> float | None:

@@ -87,10 +87,10 @@ def drawings(
     for number, (known, frame) in enumerate(tables, start=1):
         with style():
             drawn = draw(known, frame)
-            title, caption = drawn.title, drawn.caption
-            if title is None:
-                title, caption = setting(known), f"{setting(known)}: {caption}"
-            drawn.figure.suptitle(title)
+            above, caption = drawn.title, drawn.caption
+            if above is None:
+                above, caption = setting(known), f"{setting(known)}: {caption}"
+            drawn.figure.suptitle(above)
             if drawn.lines:
                 _below(drawn.figure, drawn.lines, drawn.columns, drawn.marks)
             # The settings that all runs share come last
@@ -147,7 +147,7 @@ def _below(figure: Figure, lines: Sequence[Line2D], columns: int, marks: Sequenc
 
 
 def mean_line(axis: Axes, x: pd.Series, y: pd.Series, look: dict[str, Any], geometric: bool = False) -> None:
-    """The mean of y over the lines of one x, which are seeds; maybe the geometric mean."""
+    """Draw the mean of y over the seeds at each x; with `geometric` the geometric mean."""
     with np.errstate(divide="ignore"):
         mean = (np.log(y) if geometric else y).groupby(x).mean()
     axis.plot(mean.index, np.exp(mean) if geometric else mean, **look)

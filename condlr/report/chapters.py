@@ -139,7 +139,8 @@ def _usual(cells: pd.DataFrame) -> pd.DataFrame:
 def _claims(claims: Sequence[Sequence[Claim]], drawn: Sequence[Drawing]) -> Iterator[content.Block]:
     if claims:
         yield verdicts.LEGEND
-        yield from map(content.Verdicts, claims, drawn)
+        for claim, picture in zip(claims, drawn, strict=True):
+            yield content.Verdicts(claim, picture)
         yield content.Folded("How rows are told apart, and what the verdicts mean", [RULE])
 
 

@@ -23,10 +23,9 @@ from condlr.report.results import read, read_if_there, read_those, require_evalu
 def drawings(study: Path, paper: Path, out: Path) -> Iterator[Drawing]:
     """Draw each figure for which a study's directory has the tables, as PNG and PDF files in `out`."""
     flow = read_if_there(study, "flow")
-    if flow is not None:
+    if flow is not None and not (study / "cells.csv").exists():
         yield from _theorem(flow, out)
-        if not (study / "cells.csv").exists():
-            return
+        return
     cells = read(study)
     require_evaluated(cells)
     # Read all tables before drawing: with a damaged table, no figure is drawn rather than some
@@ -41,6 +40,8 @@ def drawings(study: Path, paper: Path, out: Path) -> Iterator[Drawing]:
     yield from tradeoffs.compression(cells, out)
     yield from tradeoffs.weights(cells, tables.get("cost"), out)
     yield from tradeoffs.cost(cells, tables.get("cost"), out)
+    if flow is not None:
+        yield from _theorem(flow, out)
 
 
 # In their order, with the table that each is of

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from condlr.report import _style
 from condlr.report._style import WIDTH, Drawing, Drawn
-from condlr.report.results import ROW, Known, by_row, done_runs, of_rows
+from condlr.report.results import Known, by_row, done_runs, of_rows
 
 
 def variance_ratios(cells: pd.DataFrame, ratios: pd.DataFrame, out: Path) -> Iterator[Drawing]:
@@ -97,7 +97,7 @@ def _figure(
         figure, axes = _style.panels(len(layers), columns, 2.4, sharey=True)
         for axis, layer in zip(axes, layers, strict=True):
             own = frame[frame["layer"].eq(layer)]
-            for (_, _, row_id, _, thin), row in own.groupby([*ROW, "dotted"], sort=False):
+            for (row_id, thin), row in own.groupby(["row_id", "dotted"], sort=False):
                 looks = {"linestyle": ":", "linewidth": 0.9} if thin else {}
                 _style.mean_line(axis, row["x"], row["y"], styles[row_id] | looks)
             axis.set_title(layer)

@@ -32,7 +32,7 @@ Table = tuple[Known, pd.DataFrame]
 CONTEXT = ["dataset", "model", "protocol", "epochs", "settings", "attack", "norm", "n"]
 # Those of them that its runs share under every attack.
 TRAINING = [name for name in CONTEXT if name not in ("attack", "norm", "n")]
-# Those of them that are shared by what stands side by side under several attacks.
+# Those of them that tables share if they differ in the attack and its images alone.
 BESIDE = [name for name in CONTEXT if name not in ("attack", "n")]
 # The columns that identify a set of shifted images.
 SHIFT = ["shift", "name", "severity", "n", "shift_seed"]
@@ -73,6 +73,8 @@ _NUMBERS = {
     *_MEANS, "eps", "n", "accuracy", "compression", "step", "seed", "epochs", "train_loss", "train_accuracy",
     "index", "singular_value", "train_flops",
 }  # fmt: skip
+# Names, which may look like numbers.
+_TEXTS = ("row_id", "run_id", "label", "dataset", "model", "protocol", "options", "settings", "attack")
 # What must hold in each line of a table that has the column.
 _RULES: dict[str, Callable[[pd.DataFrame], Any]] = {
     "label": lambda frame: frame["label"].notna(),
@@ -85,9 +87,8 @@ _RULES: dict[str, Callable[[pd.DataFrame], Any]] = {
 def read(study: Path, name: str = "cells") -> pd.DataFrame:
     """`cells.csv`, `history.csv` or another table of a study's results."""
     path = study / f"{name}.csv"
-    text = dict.fromkeys(("row_id", "run_id", "options", "settings"), str)
     try:
-        frame = pd.read_csv(path, dtype=text, keep_default_na=True)
+        frame = pd.read_csv(path, dtype=dict.fromkeys(_TEXTS, str), keep_default_na=True)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: collect the study's runs first (condlr collect)") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
@@ -104,7 +105,7 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
         columns = ["run_id", *(keys(file) if file in examined() else ())]
         if {*columns} <= {*frame.columns}:  # strengths that print alike: the last counts
             alike = frame["eps"].notna() & frame.duplicated(columns, keep="last")
-            frame = frame[~alike].reset_index(drop=True) if alike.any() else frame
+            frame = frame.loc[~alike].reset_index(drop=True) if alike.any() else frame
     for column, rule in _RULES.items():
         if column in frame and not rule(frame).all():
             raise UserError(f"{path} is damaged in the column {column}: collect the runs again")
@@ -147,8 +148,8 @@ def summarize(cells: pd.DataFrame) -> pd.DataFrame:
     done = cells[_evaluated(cells)].fillna({"options": "", "settings": ""}).reset_index(drop=True)
     pairs = [*zip(done["seed"].astype(int), done["accuracy"].astype(float), strict=True)]
     done = done.assign(variant=_variants(done), n=done["n"].astype(int), pair=pairs)
-    told = {"accuracy": ("accuracy", "mean"), "std": ("accuracy", "std"), "seeds": ("seed", "nunique")}
-    told |= {"by_seed": ("pair", tuple)} | {name: (name, "mean") for name in _MEANS}
+    told = {name: (name, "mean") for name in ("accuracy", *_MEANS)}
+    told |= {"std": ("accuracy", "std"), "seeds": ("seed", "nunique"), "by_seed": ("pair", tuple)}
     frame = done.groupby([*CONTEXT, *ROW, "eps"], dropna=False, sort=False).agg(**told).reset_index()
     return ordered(frame, ["compression", "label", "variant", "row_id", "eps"]).reset_index(drop=True)
 
@@ -194,15 +195,11 @@ def place(label: str) -> int:
     return _method(_parts(label)[0]).order
 
 
-def order(labels: pd.Series) -> pd.Series:
-    """The rank of each label's method in tables."""
-    return labels.map(place)
-
-
 def ordered(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """Sort a frame by these columns; labels have the order of tables."""
     by = [key for name in keys for key in (["_place", name] if name == "label" else [name])]
-    return frame.assign(_place=order(frame["label"])).sort_values(by, kind="stable").drop(columns="_place")
+    placed = frame.assign(_place=frame["label"].map(place))
+    return placed.sort_values(by, kind="stable").drop(columns="_place")
 
 
 def unharmed(rows: pd.DataFrame) -> pd.DataFrame:

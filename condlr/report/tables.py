@@ -228,7 +228,7 @@ def tables(cells: pd.DataFrame, paper: Path, marks: Marks | None = None) -> Iter
                 row_cells[cell["eps"]] = replace(beside.get(cell["eps"], Cell()), **ours)
             warnings = marks.of(key.row_id, known["norm"], known["attack"]) if marks else None
             name, measured = results.title(key.label, key.variant), row.iloc[0]["train_compression"]
-            lines.append(Line(name, *key[:2], _facts(row), row_cells, warnings, measured))
+            lines.append(Line(name, key.label, key.compression, _facts(row), row_cells, warnings, measured))
         if number:
             ran = {(line.method, line.compression) for line in lines}
             lines += [_not_run(*key, row) for key, row in printed.items() if key not in ran]
@@ -245,8 +245,9 @@ def _printed(
     first, second = results.comparison(context, cells, paper), results.quoted(context, cells, paper)
     printed: dict[tuple[str, float], dict[float, Cell]] = {}
     for key in dict.fromkeys([*first, *second]):
+        label, compression, eps = key
         cell = Cell(published=first.get(key), camera_ready=second.get(key))
-        printed.setdefault(key[:2], {})[key[2]] = cell
+        printed.setdefault((label, compression), {})[eps] = cell
     return printed
 
 

@@ -47,7 +47,7 @@ def _dense(rows: Rows) -> list[Mean]:
 
 def _ours(rows: Rows) -> list[Mean]:
     """CondLR's rows, however the weights are allocated."""
-    return [mean for mean in rows.starting("condlr") if _elsewise(mean) in CONSTRAINED]
+    return [mean for mean in rows.starting("condlr") if _unallocated(mean) in CONSTRAINED]
 
 
 def _chosen(rows: Rows) -> list[Mean]:
@@ -76,7 +76,7 @@ def _allocation(mean: Mean) -> str:
     return next((option for option in options if option.startswith("ranks=")), "")
 
 
-def _elsewise(mean: Mean) -> str:
+def _unallocated(mean: Mean) -> str:
     """The label without what says how the weights are allocated."""
     return "-".join(part for part in mean.label.split("-") if not part.startswith(("ranks=", "period=")))
 
@@ -159,7 +159,7 @@ ATTACKED = (
         lambda rows: [
             pair
             for pair in rows.pairs(_chosen(rows), _ours(rows))
-            if pair.left.compression == pair.right.compression and _elsewise(pair.left) == pair.right.label
+            if pair.left.compression == pair.right.compression and _unallocated(pair.left) == pair.right.label
         ],
     ),
     Thesis(

@@ -282,6 +282,7 @@ def _model_and_dataset(
 
 
 def _attack(keys: Mapping[str, Any], protocol: Protocol) -> "Attack":
+    """The attack, whose strengths may be texts such as 8/255."""
     from condlr.attacks.base import Attack
 
     keys = {
@@ -305,7 +306,7 @@ def _scheme(
     model: "Architecture",
     dataset: "Dataset",
 ) -> "Scheme":
-    """How layers are replaced; for a method that compresses, as much as is asked or the budget needs."""
+    """How layers are replaced: compressed as asked, or as the budget needs; a dense method has neither."""
     from condlr.factorization import Scheme
 
     asked = compression if method.compresses else None

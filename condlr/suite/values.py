@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import fields
 from functools import lru_cache
-from typing import Any, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -83,10 +84,10 @@ def one_line(error: BaseException) -> str:
 
 
 def _no_such_key(found: re.Match[str]) -> str:
-    group, _, key = found[1].rpartition(".")
-    # Hydra sets no key of a group within a group that is null, such as protocol.adversarial
-    whole = f", or its group is null: then give the group whole, as in {group}={{{key}:...}}"
-    return f"There is no such key{whole if '.' in group else ''}; see --help."
+    within, _, key = found[1].rpartition(".")
+    # Hydra sets no key of a group that is null, and some groups are null within another
+    whole = f" If {within} is a group that is null, give it whole, as in {within}={{{key}:...}}."
+    return f"There is no such key; see --help.{whole if '.' in within else ''}"
 
 
 def convert(schema: type, values: Mapping[str, Any], group: str = "") -> dict[str, Any]:
@@ -94,7 +95,8 @@ def convert(schema: type, values: Mapping[str, Any], group: str = "") -> dict[st
     free = [field.name for field in fields(schema) if field.type == dict[str, Any]]
     apart = {key: values[key] for key in free if isinstance(values.get(key), dict)}  # of any types
     for field in fields(schema):
-        value, kinds = values.get(field.name), (field.type, *get_args(field.type))
+        value, of_union = values.get(field.name), get_origin(field.type) in (Union, UnionType)
+        kinds = get_args(field.type) if of_union else (field.type,)
         if value is not None and not isinstance(value, Mapping) and dict in map(get_origin, kinds):
             where = f"{group}.{field.name}" if group else field.name
             raise UserError(f"{where} is a group of keys, as in {where}={{key:value}}; got {value!r}")

@@ -6,6 +6,7 @@
 import itertools
 import os
 import warnings
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -187,14 +188,17 @@ def called(model, x):
 
 
 @pytest.fixture(scope="module")
-def table():
+def table(request):
     """Gathers the lines of the table; `make test-networks` names the file that they are written to."""
     lines: list[list[str]] = []
     yield lines.append
-    if (path := os.environ.get("NETWORKS_TABLE")) and lines:
+    if (path := os.environ.get("NETWORKS_TABLE")) and not request.session.testsfailed:
         head = ["network", "optimiser", "parameters removed", "max abs(UᵀU − I)", "cond(S)", "export"]
         rows = [head, ["---", "---", "---:", "---:", "---:", "---:"], *lines]
-        Path(path).write_text("".join(f"| {' | '.join(row)} |\n" for row in rows), encoding="utf-8")
+        packages = ("torch", "torchvision", "timm", "transformers", "pytorch_optimizer")
+        made = ", ".join(f"{name} {version(name)}" for name in packages if find_spec(name))
+        text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        Path(path).write_text(f"{text}\nMade with {made}.\n", encoding="utf-8")
 
 
 def tried(name, chosen, optimizer, low, x, show):
@@ -202,14 +206,9 @@ def tried(name, chosen, optimizer, low, x, show):
     constraint = condlr.constrain(optimizer, low, tau=TAU)
     size = condlr.measure(low)
     for _ in range(2):
-
-        def closure():
-            optimizer.zero_grad()
-            loss = torch.stack([y.float().square().mean() for y in called(low, x)]).sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+        optimizer.zero_grad()
+        torch.stack([y.float().square().mean() for y in called(low, x)]).sum().backward()
+        optimizer.step()
     found = constraint.check()
     low.eval()
     with torch.no_grad():

@@ -443,7 +443,7 @@ def test_all_figures_of_all_tables(plain, tmp_path, monkeypatch):
     assert [d.png.stem for d in drawings(tmp_path, PAPER, tmp_path)] == names
 
 
-def test_a_matrix_flow_needs_no_other_table(tmp_path, monkeypatch):
+def test_a_matrix_flow_needs_no_other_table(plain, tmp_path, monkeypatch):
     draw_pictures_alone(monkeypatch)
     settings = Settings(n=9, m=8, rank=3, steps=[1, 4], etas=[0.05], weak=[1.0], weak_steps=4)
     write(tmp_path, flow=pd.DataFrame(errors(settings)).assign(commit="a"))
@@ -451,6 +451,10 @@ def test_a_matrix_flow_needs_no_other_table(tmp_path, monkeypatch):
     assert [(drawing.png.name, drawing.pdf.name) for drawing in made] == [
         ("theorem1.png", "theorem1.pdf"), ("theorem1-2.png", "theorem1-2.pdf"),
     ]  # fmt: skip
+    # Beside networks it comes last: the report takes the first figures for those of the claims
+    copied(plain, tmp_path, ("cells", "history"))
+    names = [drawing.png.stem for drawing in drawings(tmp_path, PAPER, tmp_path)]
+    assert names == ["claims", "robustness", "compression", "cost", "theorem1", "theorem1-2"]
 
 
 def test_damaged_tables_are_named(tmp_path):

@@ -349,7 +349,7 @@ def test_attacks_of_one_strength_stand_side_by_side():
         ("pgd20-ce_rescaled", "PGD-20 on rescaled logits"), ("square5000", "Square, 5,000 queries"),
         ("simba-dct-frequencies=4-100", "SimBA, DCT, frequencies=4, 100 directions"), ("noise", "noise"),
         ("transfer-pgd50-margin", "PGD-50 on the margin, transferred"),
-        ("transfer-pgd50-margin-source=a/lenet5-x-s0", "PGD-50 on the margin, transferred from a/lenet5-x-s0"),
+        ("transfer-fgsm-source=a/lenet5-x-s0", "FGSM, transferred from a/lenet5-x-s0"),
     ],
 )  # fmt: skip
 def test_attacks_have_names_a_person_can_read(label, text):
@@ -377,3 +377,13 @@ def test_precision_and_part_of_the_data_make_a_table_of_their_own():
     assert settings("dataset=digits", "precision=bf16") == f"{usual} precision=bf16"
     assert settings("dataset=digits", "dataset.train_images=500") == f"{usual} train_images=500"
     assert "precision" not in usual
+
+
+def test_a_name_that_looks_like_a_number_is_a_name(tmp_path):
+    other = cells(protocol=2025, settings="lr_factor=0.3")
+    other[["row_id", "run_id"]] += "other"
+    pd.concat([cells(protocol=2024), other]).assign(device="cpu", deploy_compression=0.0).to_csv(
+        tmp_path / "cells.csv", index=False
+    )
+    (sheet,) = comparisons.by_protocol(list(tables.tables(results.read(tmp_path), PAPER)))
+    assert markdown(sheet).splitlines()[2].count("2025") == 2

@@ -107,7 +107,7 @@ def run(small_run, tmp_path):
             r"protocol.adversarial is a group of keys, as in .*=\{key:value\}; got 0.1",
         ),
         (["protocol.adversarial=[1]"], r"protocol.adversarial is a group of keys.*got \[1\]"),
-        (["protocol.adversarial.eps=0.1"], r"give the group whole, as in protocol.adversarial=\{eps:...\}"),
+        (["protocol.adversarial.eps=0.1"], r"null, give it whole, as in protocol.adversarial=\{eps:...\}"),
         (["attack.eps=[]"], "attack.eps is empty"),
         (["attack.eps=[0,2]"], "attack.eps must be in"),
         (["model.slope=-1"], "model.slope must be in"),

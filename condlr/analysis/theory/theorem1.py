@@ -34,8 +34,8 @@ from condlr.manifolds import spectrum
 
 INTEGRATORS = ("exact", "condlr", "unbanded", "vanilla")
 
-# Relative tolerance of `exact`, far below the errors that it is compared with.
-_RTOL = 1e-10
+# Tolerances of `exact`, far below the errors that it is compared with; of numbers near 0 the absolute one.
+_RTOL, _ATOL = 1e-10, 1e-12
 # Points of [0, T] at which mu, eta and the band are measured.
 _POINTS = 201
 
@@ -77,7 +77,12 @@ def measure(flow: Flow, settings: Settings) -> Assumptions:
 
 
 def exact(flow: Flow, times: Sequence[float]) -> Iterator[Tensor]:
-    """Y at these ascending times, Y' = -P(Y) grad L(Y): flow (5) of the factors, integrated by scipy."""
+    """Y at these times, Y' = -P(Y) grad L(Y): flow (5) of the factors, integrated by scipy.
+
+    Args:
+        flow: from its low-rank start at time 0.
+        times: > 0, ascending, each once.
+    """
     from scipy.integrate import solve_ivp
 
     U, D, V = flow.start()
@@ -91,7 +96,7 @@ def exact(flow: Flow, times: Sequence[float]) -> Iterator[Tensor]:
         return _flat(_velocity(flow, t, *factors(flat)))
 
     solution = solve_ivp(
-        velocity, (0, times[-1]), _flat(start), method="DOP853", t_eval=times, rtol=_RTOL, atol=_RTOL / 100
+        velocity, (0, times[-1]), _flat(start), method="DOP853", t_eval=times, rtol=_RTOL, atol=_ATOL
     )
     if not solution.success:
         raise RuntimeError(f"flow (5) could not be integrated up to t = {times[-1]:g}: {solution.message}")
