@@ -29,3 +29,8 @@ def test_the_page_has_verdicts_and_every_study():
     assert len(LINES) > 10
     linked = set(re.findall(r"\]\((\w+)[/)]", PAGE))
     assert {path.name for path in RESULTS.iterdir() if path.is_dir()} <= linked | {"paper"}
+
+
+@pytest.mark.parametrize("page", sorted(RESULTS.glob("*/report.*")), ids=lambda page: page.parent.name)
+def test_a_report_links_to_nothing_outside_of_the_project(page):
+    assert "../../../" not in page.read_text("utf-8")
