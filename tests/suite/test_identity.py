@@ -1,8 +1,6 @@
 """What a run is called: the ids of all committed studies, made again; what changes and renames no run."""
 
 import csv
-import itertools
-import re
 import sys
 import tarfile
 from dataclasses import field, make_dataclass
@@ -12,80 +10,81 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from condlr.suite.config import CONF, check, fingerprint
+from condlr.suite.sweeps.plan import of_experiment
 from tests.helpers import ROOT
 
 RESULTS = ROOT / "results"
 # How each study's README says that it is made, but for the places where things lie.
 STUDIES = {
     "mnist_rows": [
-        ["experiment=table_mnist", "protocol.epochs=3"],
-        ["experiment=table_mnist", "protocol.epochs=3", "protocol=released_code"],
+        ["table_mnist", "protocol.epochs=3"],
+        ["table_mnist", "protocol.epochs=3", "protocol=released_code"],
     ],
-    "cifar10_first_steps": [["experiment=cifar10_first_steps"]],
-    "mnist_attacks": [["experiment=mnist_attacks", "seed=0,1"]],
-    "reproduce_mnist": [["experiment=reproduce_mnist"], ["experiment=figure2"]],
+    "cifar10_first_steps": [["cifar10_first_steps"]],
+    "mnist_attacks": [["mnist_attacks", "seed=0,1"]],
+    "reproduce_mnist": [["reproduce_mnist"], ["figure2"]],
     "frame_cifar10": [
         [
-            "experiment=frame_cifar10",
+            "frame_cifar10",
             "seed=0",
             "row=baseline,mhe,so,srip,ocnn,frame,frame_eigen,condlr-operator-tau0.1-c0.5,condlr-tau0.1-c0.5",
         ],
         [
-            "experiment=frame_cifar10",
+            "frame_cifar10",
             "seed=1",
             "row=baseline,so,frame_eigen,condlr-tau0.1-c0.5,condlr-operator-tau0.1-c0.5",
         ],
         [
-            "experiment=frame_cifar10",
+            "frame_cifar10",
             "seed=0",
             "row=condlr-operator-tau0.1-c0.5",
             "penalty.weight=1e-2,1e-3",
         ],
     ],
     "lr_cifar10": [
-        ["experiment=lr_cifar10", "row=baseline,condlr-tau0.1-c0.5", "seed=0,1"],
-        ["experiment=lr_cifar10", "row=lr1,snip-c0.5,srn,frame", "seed=0"],
-        ["experiment=lr_cifar10", "row=lr1", "penalty.weight=1e-1", "seed=0"],
+        ["lr_cifar10", "row=baseline,condlr-tau0.1-c0.5", "seed=0,1"],
+        ["lr_cifar10", "row=lr1,snip-c0.5,srn,frame", "seed=0"],
+        ["lr_cifar10", "row=lr1", "penalty.weight=1e-1", "seed=0"],
     ],
     "rivals_mnist": [
         [
-            "experiment=rivals_mnist",
+            "rivals_mnist",
             "budget=85e3",
             "seed=0,1",
             "row=baseline,condlr-energy-c0.5,condlr-tau0.1-c0.5,condlr-soft-c0.5,dlrt-R-c0.5,spectral_cap-c0.5,"
             "spectral_cap-energy-c0.5",
         ],
-        ["experiment=rivals_mnist", "budget=85e3", "seed=0", "row=condlr-energy-tau0-c0.5,dlrt-energy-c0.5"],
+        ["rivals_mnist", "budget=85e3", "seed=0", "row=condlr-energy-tau0-c0.5,dlrt-energy-c0.5"],
     ],
     "lr_weights": [
-        ["experiment=lr_weights", "penalty=none"],
-        ["experiment=lr_weights", "penalty.weight=1e-3,1e-2,1e-1,1"],
+        ["lr_weights", "penalty=none"],
+        ["lr_weights", "penalty.weight=1e-3,1e-2,1e-1,1"],
         [
-            "experiment=lr_weights",
+            "lr_weights",
             "penalty.layers=[stage3,fc.input]",
             "penalty.ranks=[100,10]",
             "penalty.weight=1e-3,1e-2",
         ],
     ],
     "frame_weights": [
-        ["experiment=frame_weights", "penalty=none"],
+        ["frame_weights", "penalty=none"],
         *(
-            ["experiment=frame_weights", f"penalty={name}", "penalty.weight=1e-5,1e-4,1e-3,1e-2"]
+            ["frame_weights", f"penalty={name}", "penalty.weight=1e-5,1e-4,1e-3,1e-2"]
             for name in ("ocnn", "frame", "so")
         ),
         *(
-            ["experiment=frame_weights", f"penalty={name}", "penalty.weight=1e-3,1e-2,1e-1,1"]
+            ["frame_weights", f"penalty={name}", "penalty.weight=1e-3,1e-2,1e-1,1"]
             for name in ("srip", "mhe")
         ),
         [
-            "experiment=frame_weights",
+            "frame_weights",
             "penalty=frame_eigen",
             "penalty.every=10",
             "penalty.weight=1e-2,1e-1,1",
         ],
-        ["experiment=frame_weights", "method=condlr", "penalty=none"],
+        ["frame_weights", "method=condlr", "penalty=none"],
         [
-            "experiment=frame_weights",
+            "frame_weights",
             "method=condlr",
             "penalty=ocnn",
             "penalty.acts_on=V",
@@ -97,28 +96,9 @@ STUDIES = {
 WITHOUT_PRECISION = {"mnist_rows": 32, "cifar10_first_steps": 17}
 
 
-def split(values):
-    """The values of a sweep; a list in brackets is one."""
-    return re.split(r",(?![^\[]*\])", values)
-
-
-def planned(arguments):
-    """Each run of a sweep, checked."""
-    given = {key: split(value) for key, _, value in (a.partition("=") for a in arguments)}
+def composed(*overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        first = [f"{key}={values[0]}" for key, values in given.items()]
-        params = compose("train", overrides=first, return_hydra_config=True).hydra.sweeper.params
-        asked = {key: split(str(value).replace(" ", "")) for key, value in (params or {}).items()} | given
-        # Composing takes long, and no other key of a config depends on these
-        later = {key: asked.pop(key) for key in [*asked] if key in ("seed", "penalty.weight")}
-        later.setdefault("seed", [str(compose("train", first).seed)])
-        for values in itertools.product(*asked.values()):
-            overrides = [f"{key}={value}" for key, value in zip(asked, values, strict=True)]
-            config = compose("train", overrides=overrides)
-            for others in itertools.product(*later.values()):
-                for key, value in zip(later, others, strict=True):
-                    OmegaConf.update(config, key, float(value) if "." in key else int(value))
-                yield check(OmegaConf.to_container(config, resolve=True))
+        return OmegaConf.to_container(compose("train", overrides=list(overrides)), resolve=True)
 
 
 def collected(study, name="cells"):
@@ -134,7 +114,8 @@ def without_precision(config):
 @pytest.mark.slow
 @pytest.mark.parametrize("study", STUDIES)
 def test_committed_studies_have_the_ids_that_their_configs_have_today(study):
-    runs = [config for arguments in STUDIES[study] for config in planned(arguments)]
+    plans = [of_experiment(name, *arguments) for name, *arguments in STUDIES[study]]
+    runs = [job.config for plan in plans for job in plan]
     committed = collected(study)
     today = {config.run_id: config.row["row_id"] for config in runs if config.run_id in committed}
     before = {name for config in runs if (name := without_precision(config)) in committed}
@@ -159,7 +140,7 @@ def test_archived_runs_have_the_ids_of_their_configs(study):
 
 
 def test_a_key_that_counts_though_it_is_null_is_one_of_the_old_ones():
-    (config,) = planned(["dataset=mnist", "method=vanilla"])
+    config = check(composed("dataset=mnist", "method=vanilla"))
     nulls = {
         key
         for keys in (config.identity, *(v for v in config.identity.values() if isinstance(v, dict)))
@@ -179,9 +160,7 @@ def test_a_key_that_counts_though_it_is_null_is_one_of_the_old_ones():
 )
 def test_a_new_key_that_is_null_renames_no_run(module, name, group, monkeypatch):
     def run(**keys):
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("train", overrides=["dataset=digits", "method=vanilla"])
-        plain = OmegaConf.to_container(config, resolve=True)
+        plain = composed("dataset=digits", "method=vanilla")
         return check(plain | {group: plain[group] | keys})
 
     before = run()
@@ -197,9 +176,8 @@ def test_a_new_key_that_is_null_renames_no_run(module, name, group, monkeypatch)
 
 
 def test_a_config_without_the_keys_that_came_later_is_the_same_run():
-    (config,) = planned(["dataset=digits"])
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        plain = OmegaConf.to_container(compose("train", overrides=["dataset=digits"]), resolve=True)
+    plain = composed("dataset=digits")
+    config = check(plain)
     del plain["record_every"], plain["penalty"], plain["protocol"]["decay"]
     assert check(plain).run_id == config.run_id
     assert check(plain | {"flow": None}).run_id == config.run_id  # as config.yaml of before had it

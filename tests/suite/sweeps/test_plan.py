@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from hydra import initialize_config_dir
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from condlr._support.files import read_csv
 from condlr.report.provenance import provenance
-from condlr.suite.config import CONF
+from condlr.suite.config import CONF, check
 from condlr.suite.sweeps import plan
 from condlr.suite.sweeps.estimate import Pace
 from condlr.suite.sweeps.plan import experiments_of, of_experiment, of_experiments
@@ -127,6 +127,29 @@ def test_several_experiments_are_the_runs_of_each(ask):
     whole = [job.config.run_id for name in ("first", "second") for job in of_experiment(name)]
     assert swept == whole, "a run of each study, also where they are alike"
     assert (estimated, len(whole)) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["seed=1,2", "budget=40e3,null", "protocol.lr=0.1,1e-2"],
+        ["compression=0.3,0.6", "protocol.lr_milestones=[1],[1,2]", "study=a,b"],
+        ["attack.eps=0.3,[0.1,0.2]", "seed=1,2"],
+        ["protocol.adversarial=null,{eps:0.1},{eps:0.1,attack:fgsm}", "seed=1,2"],
+        ["penalty=so,mhe", "++penalty.every=1,2", "seed=3"],
+        ["seed=1,2", "study=${method.name}-${seed},plain", "protocol.epochs=${seed}"],
+        ["seed=1,2", "study=plain,a${hydra:job.num}"],
+    ],
+)
+def test_each_config_is_the_one_that_is_composed_alone(arguments):
+    jobs = of_experiment("demo", "row=condlr-tau0.1-c0.8,vanilla-c0.8", *arguments)
+    assert len({(job.config.run_id, job.study, repr(job.config.attack)) for job in jobs}) == len(jobs) > 3
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for job in jobs:
+            alone = check(compose("train", job.overrides))
+            assert (alone.run_id, alone.study) == (job.config.run_id, job.config.study)
+            assert alone.identity == job.config.identity
+            assert alone.attack == job.config.attack
 
 
 @pytest.mark.parametrize("begun", [False, True])
