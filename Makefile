@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STUDY ?= default
 
-.PHONY: help api demo test test-fast test-networks test-long test-chaos test-slurm test-ray test-wheel tables figures report status archive restore reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks frame-cifar10 lr-cifar10 lr-cifar100 rivals-mnist benchmark clean
+.PHONY: help api demo test test-fast test-networks test-long test-chaos test-slurm test-ray test-wheel tables figures report status archive restore reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks frame-cifar10 lr-cifar10 lr-cifar100 rivals-mnist rivals-cifar10 benchmark clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -145,9 +145,16 @@ endef
 
 rivals-mnist: $(VENV)/.installed  ## Train CondLR and its rivals on MNIST at equal weights, and adversarially, attack them (a day)
 	-$(RUN) scripts/train.py experiment=rivals_mnist $(LAUNCHER) $(ARGS)
-	-$(RUN) scripts/train.py experiment=rivals_mnist study=rivals_mnist_adversarial budget=85e3 seed=0 'protocol.adversarial={eps:0.1}' row=baseline,condlr-tau0.1-c0.5,robust_dlrt-fixed-c0.5,spectral_cap-c0.5,dlrt-c0.5,vanilla-c0.5 $(LAUNCHER)
+	-$(RUN) scripts/train.py experiment=rivals_mnist_adversarial $(LAUNCHER) $(ARGS)
 	$(call attack_rivals,rivals_mnist)
 	$(call attack_rivals,rivals_mnist_adversarial)
+
+rivals-cifar10: $(VENV)/.installed  ## Train six rivals at equal weights on CIFAR-10, attack them (hours on a GPU, a day without)
+	-$(RUN) scripts/train.py experiment=rivals_cifar10 $(ARGS)
+	$(RUN) scripts/evaluate.py run='runs/rivals_cifar10/*' analysis=[conditioning,cost]
+	$(RUN) scripts/evaluate.py run='runs/rivals_cifar10/*' $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.004,8/255]
+	$(RUN) scripts/evaluate.py run='runs/rivals_cifar10/*-s0-*' attack.images=200 attack=autoattack attack.eps=[0.004]
+	$(MAKE) --no-print-directory tables figures report STUDY=rivals_cifar10
 
 lr-cifar100: $(VENV)/.installed  ## Train three rows of ResNet-50 on CIFAR-100's superclasses, and classify its classes (hours on a GPU)
 	-$(RUN) scripts/train.py experiment=lr_cifar100 $(ARGS)

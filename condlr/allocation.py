@@ -73,12 +73,14 @@ def by_budget(
     limit: int,
     core: str = "full",
 ) -> dict[str, int]:
-    """The ranks that keep the most energy with at most `limit` weights in all layers together.
+    """The ranks with the largest product of the layers' energies, with at most `limit` weights in all.
 
-    Each layer counts by the share of its own energy. Starting at rank 1, the singular value that adds the
-    largest share for each weight that it costs is added, until none fits. Shares fall and costs rise with the
-    rank, so this is the best allocation up to the last value that no longer fits. No layer gets more weights
-    than the dense one.
+    Layers follow one another, so what one of them loses no other gives back: of two allocations with the same
+    sum of energies, the product prefers the one that starves no layer. It also does not depend on the scale
+    of a layer, which means nothing before a normalisation. Starting at rank 1, the singular value that adds
+    most to the logarithm of the product for each weight that it costs is added, until none fits. Gains fall
+    and costs rise with the rank, so this is the best allocation up to the last value that no longer fits. No
+    layer gets more weights than the dense one.
 
     Args:
         spectra: squared singular values by layer, descending.
@@ -93,15 +95,15 @@ def by_budget(
     left = limit - sum(weights(core, *shapes[name], 1) for name in ranks)
     if left < 0:
         raise ValueError(f"rank 1 in all {len(ranks)} layers takes {-left:,} weights too many")
-    shares = {name: (values / values.sum().clamp_min(1e-300)).tolist() for name, values in spectra.items()}
+    gains = {name: _gains(values) for name, values in spectra.items()}
     heap: list[tuple[float, str]] = []
 
     def offer(name: str) -> None:
         n, m = shapes[name]
         r = ranks[name]
-        if r < len(shares[name]) and weights(core, n, m, r + 1) <= n * m:
+        if r <= len(gains[name]) and weights(core, n, m, r + 1) <= n * m:
             cost = weights(core, n, m, r + 1) - weights(core, n, m, r)
-            heapq.heappush(heap, (-shares[name][r] / cost, name))
+            heapq.heappush(heap, (-gains[name][r - 1] / cost, name))
 
     for name in ranks:
         offer(name)
@@ -113,6 +115,12 @@ def by_budget(
             ranks[name], left = r + 1, left - cost
             offer(name)
     return ranks
+
+
+def _gains(values: Tensor) -> list[float]:
+    """What each squared singular value after the first adds to the logarithm of the energy; 0 for zeros."""
+    before = values.double().cumsum(0)[:-1]
+    return torch.log1p(values[1:] / before.clamp_min(1e-300)).tolist()
 
 
 def limit_of(budget: float, total: int, factorable: int) -> int:

@@ -87,8 +87,8 @@ class Scheme:
     def ranks_by_energy(self, model: nn.Module) -> dict[str, int]:
         """The ranks of the layers of `ranks`, allocated anew by the spectra of their weights.
 
-        U and V^T together have at most as many weights as with `ranks`, and keep the most energy, see
-        `condlr.allocation.by_budget`. A classifier at full rank stays there.
+        U and V^T together have at most as many weights as with `ranks`, see `condlr.allocation.by_budget`. A
+        classifier at full rank stays there.
         """
         found, ranks = sites(model), self.ranks(model)
         head = _head(found, self.classifier)
@@ -150,8 +150,8 @@ def factorize(
             min(n, m), but an error for a layer that is named exactly.
         energy: the smallest rank that keeps this share of the sum of the squared singular values.
         error: the smallest rank with at most this relative error ||W - U S V^T||_F / ||W||_F.
-        budget: the share of all parameters of the network that the low-rank network may have. The ranks keep
-            as much of each layer's energy as that allows, see `condlr.allocation.by_budget`.
+        budget: the share of all parameters of the network that the low-rank network may have. The ranks are
+            those with the largest product of the layers' energies, see `condlr.allocation.by_budget`.
         include: names or patterns of the layers and modules to factor, with all their layers.
         exclude: names or patterns of layers and modules to leave dense (`"head"`, `"stem.*"`).
         data: a few batches of inputs, each a tensor, a tuple of positional arguments or a mapping of

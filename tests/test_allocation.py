@@ -1,6 +1,7 @@
 """From a wish to ranks: by number, energy, error and budget, for all layers or by name."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_a_budget_is_kept_and_used_up(budget, core):
     assert len(layers) == 3
 
 
-def test_a_budget_keeps_as_much_energy_as_any_allocation():
+def test_a_budget_keeps_as_large_a_product_of_energies_as_any_allocation():
     """By trying all ranks; the greedy choice may miss what a last value that no longer fits leaves."""
     spectra = {"a": torch.tensor([9.0, 4, 1, 1]), "b": torch.tensor([5.0, 5, 4, 0.1])}
     shapes = {"a": (20, 30), "b": (25, 15)}
@@ -112,7 +113,7 @@ def test_a_budget_keeps_as_much_energy_as_any_allocation():
         found = allocation.by_budget(spectra, shapes, limit, "none")
 
         def kept(ranks):
-            return sum((spectra[k][:r].sum() / spectra[k].sum()).item() for k, r in ranks.items())
+            return math.prod((spectra[k][:r].sum() / spectra[k].sum()).item() for k, r in ranks.items())
 
         def cost(ranks):
             return sum(allocation.weights("none", *shapes[k], r) for k, r in ranks.items())
@@ -123,6 +124,22 @@ def test_a_budget_keeps_as_much_energy_as_any_allocation():
         assert kept(found) >= max(map(kept, possible)) - 0.1
         same = [kept(r) for r in possible if cost(r) <= cost(found)]
         assert kept(found) == pytest.approx(max(same)), "the best of what costs no more"
+
+
+def test_a_budget_starves_no_layer():
+    """Spectra of random matrices are flat: a sum of shares would leave the large layers rank 1."""
+    torch.manual_seed(0)
+    shapes = {"small": (16, 144), "middle": (64, 576), "large": (128, 1152), "also": (128, 1152)}
+    spectra = {name: allocation.squares(torch.randn(shape)) for name, shape in shapes.items()}
+    found = allocation.by_budget(spectra, shapes, 40_000, "none")
+    taken = {name: allocation.weights("none", *shapes[name], rank) for name, rank in found.items()}
+    assert found["small"] == 14, "the largest rank that saves weights"
+    assert max(taken.values()) < 1.6 * min(weights for name, weights in taken.items() if name != "small")
+    scaled = {name: values * 10**power for power, (name, values) in enumerate(spectra.items())}
+    assert allocation.by_budget(scaled, shapes, 40_000, "none") == found, "scales mean nothing"
+    nothing = spectra | {"middle": torch.zeros(64), "also": torch.tensor([1.0] + 127 * [0.0])}
+    found = allocation.by_budget(nothing, shapes, 20_000, "none")
+    assert found["middle"] == found["also"] == 1 < found["large"], "where there is no energy, no weights"
 
 
 @pytest.mark.parametrize(
