@@ -9,12 +9,23 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from condlr.report import _style
 from condlr.report._style import Drawing, Drawn, Styles
-from condlr.report.results import TRAINING, Known, attack_title, contexts, norm_title, summarize
+from condlr.report.results import (
+    TRAINING,
+    Known,
+    attack_title,
+    by_row,
+    contexts,
+    norm_title,
+    summarize,
+    title,
+)  # fmt: skip
 
 _SAME = 0.005  # points with closer compressions would overlap
+_ALIKE = 0.05  # rows whose compressions differ by less would be a stack of dots
 _ATTACK = ["attack", "norm", "n"]
 
 
@@ -22,13 +33,17 @@ def compression(cells: pd.DataFrame, out: Path) -> Iterator[Drawing]:
     """Accuracy, clean and at the largest eps of each attack, against the compression that was measured.
 
     Filled: the weights of training; hollow: those of the exported network, where they differ; bars: one
-    standard deviation over seeds. A study of dense rows alone has no such figure.
+    standard deviation over seeds. Rows of one compression stand one below the other instead. A study of dense
+    rows alone has no such figure.
     """
     tables = (
         table for table in contexts(summarize(cells), TRAINING) if table[1]["compression"].nunique() > 1
     )
 
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
+        low = frame.loc[frame["compression"].gt(0), "train_compression"]
+        if low.max() - low.min() < _ALIKE:
+            return _one_below_the_other(frame)
         styles, marks = _style.styles(frame, by_compression=False), _style.marks(frame)
         figure, parts = _attacked(frame, 2.3, "weights removed")
         for axis, part in parts:
@@ -113,6 +128,33 @@ def weights(cells: pd.DataFrame, counted: pd.DataFrame | None, out: Path) -> Ite
 
     budgets = (table for table in tables if len({*table[1]["compression"]} - {0.0}) > 2)
     yield from _style.drawings(out, "weights", budgets, draw)
+
+
+def _one_below_the_other(frame: pd.DataFrame) -> Drawn:
+    """A line for each row, the most accurate one under the attack of most rows on top."""
+    styles, marks = _style.styles(frame, by_compression=False), _style.marks(frame)
+    best = _broadest(frame)[1].set_index("row_id")["accuracy"]
+    titles = {key.row_id: textwrap.fill(title(key.label, key.variant), 30) for key, _ in by_row(frame)}
+    order = sorted(titles, key=lambda row_id: best.get(row_id, -1.0))
+    height = 0.5 + 0.14 * sum(text.count("\n") + 1.5 for text in titles.values())
+    shown = _at_full_strength(frame)
+    columns = 2 if len(shown) in (2, 4) else min(len(shown), 3)
+    figure, axes = _style.panels(len(shown), columns, height, sharey=True)
+    for axis, (name, part) in zip(axes, shown.items(), strict=True):
+        axis.set_title(textwrap.fill(name, 72 // columns))
+        for row in part.to_dict("records"):
+            point = _point(marks, row["compression"], styles[row["row_id"]]["color"])
+            axis.errorbar(row["accuracy"], order.index(row["row_id"]), xerr=row["std"], **point)
+        axis.set_yticks(range(len(order)), [titles[row_id] for row_id in order])
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        _style.percent(axis.xaxis)
+    _style.outer(axes, columns, "accuracy", "")
+    removed = frame.loc[frame["compression"].gt(0), "compression"].mean()
+    caption = (
+        f"accuracy of each row with {100 * removed:.4g} % of the weights removed, and of the dense ones "
+        "(diamonds); bars: one standard deviation over seeds"
+    )
+    return Drawn(figure, caption)
 
 
 def _attacked(frame: pd.DataFrame, height: float, x: str) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:

@@ -366,6 +366,26 @@ def test_compression_is_what_was_measured(tmp_path, drawn):
     assert len({(colour, mark) for colour, mark, _ in points if mark in "Dos"}) == 17
 
 
+def test_rows_of_one_compression_stand_one_below_the_other(tmp_path, drawn):
+    frame = study()
+    frame.loc[frame["label"].eq("condlr-tau0.1") & frame["eps"].eq(0.06), "accuracy"] += 0.04
+    (drawing,) = tradeoffs.compression(frame, tmp_path)
+    assert "accuracy of each row with 50 % of the weights removed" in drawing.caption
+    clean, attacked = drawn[0].axes
+    assert [axis.get_title().split(",")[0] for axis in (clean, attacked)] == ["no attack", "FGSM"]
+    names = [text.get_text() for text in clean.get_yticklabels()]
+    wanted = frame[frame["eps"].eq(0.06)].groupby("label")["accuracy"].mean().sort_values()
+    titles = {"baseline": "Baseline", "vanilla": "Vanilla", "condlr-tau0.1": "CondLR τ=0.1"}
+    assert names == [titles[label] for label in wanted.index]
+    at = {
+        names[round(line.get_ydata()[0])]: line for line in attacked.get_lines() if line.get_marker() in "Do"
+    }
+    assert {name: line.get_xdata()[0] for name, line in at.items()} == pytest.approx(
+        {titles[label]: accuracy for label, accuracy in wanted.items()}
+    )
+    assert [name for name, dot in at.items() if dot.get_marker() == "D"] == ["Baseline"]
+
+
 def test_cost_in_seconds_and_where_counted_in_flops(tmp_path, drawn):
     list(tradeoffs.cost(study(), None, tmp_path))
     (axes,) = drawn[0].axes
