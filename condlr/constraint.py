@@ -3,16 +3,18 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from condlr._support.errors import ConstraintBreach, in_range, one_of
+from condlr import algorithm
+from condlr._support.errors import ConstraintBreach, in_range
 from condlr._support.inputs import require_module
 from condlr._support.precision import strict
+from condlr.algorithm import Group, Options
 from condlr.held import (
     Held,
     audited,
@@ -29,15 +31,8 @@ from condlr.held import (
     worst,
 )  # fmt: skip
 from condlr.layers import LowRank
-from condlr.manifolds import spectrum, stiefel
+from condlr.manifolds import spectrum
 from condlr.steppers import Stepper, require_plain_sgd
-
-PRECONDITIONERS = ("exact", "scalar", "released_code")
-MOMENTA = ("after_projection", "before_projection", "transported")
-PROJECTIONS = ("svd", "qr")
-
-# Up to this tau, cond(S) is so small that the inverse of a Gram matrix is accurate.
-_NARROW = 1.0
 
 # The key of the constraint's state in the first parameter group of an optimiser's state_dict
 _MEMORY = "condlr"
@@ -133,35 +128,6 @@ def constrain(
         model,
         Options(tau, centre, preconditioner, momentum, retraction, projection, transport, cap),
     )
-
-
-@dataclass(frozen=True)
-class Options:
-    """The settings of `constrain`, checked."""
-
-    tau: float
-    centre: str = "rms"
-    preconditioner: str = "exact"
-    momentum: str = "after_projection"
-    retraction: str = "qr"
-    projection: str = "svd"
-    transport: bool = False
-    cap: float = math.inf
-
-    def __post_init__(self) -> None:
-        in_range("tau", self.tau, 0, math.inf)
-        one_of("centre", self.centre, spectrum.CENTRES)
-        one_of("preconditioner", self.preconditioner, PRECONDITIONERS)
-        one_of("momentum", self.momentum, MOMENTA)
-        one_of("retraction", self.retraction, stiefel.RETRACTIONS)
-        one_of("projection", self.projection, PROJECTIONS)
-        if self.preconditioner == "released_code" and math.isinf(self.tau):
-            raise ValueError("preconditioner=released_code is a function of the band: it needs a finite tau")
-        in_range("cap", self.cap, 0, math.inf)
-        if self.cap == 0:
-            raise ValueError("cap must be > 0; got 0")
-        if math.isfinite(self.cap) and math.isfinite(self.tau):
-            raise ValueError("cap bounds the norm alone: it needs tau=inf")
 
 
 class NothingHeld(ValueError):
@@ -394,9 +360,10 @@ class Constraint:
         self._warn_without_gradient()
         with strict(self._device):
             for group in self._moving:
-                if self.options.transport or self.options.momentum == "transported":
+                if self.options.keeps_bases:
                     self._bases |= {X: X.detach().clone() for X in (*group.U, *group.Vt)}
-                self._direct(group)
+                G, H = ([*map(self._gradient, side)] for side in (group.U, group.Vt))
+                algorithm.direct(group, G, H, self.options)
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
@@ -404,24 +371,18 @@ class Constraint:
             self._moving = [*self._groups()]
         with strict(self._device):
             for group in self._moving:
-                left, right = _batch_or_none(group.U), _transposed(_batch_or_none(group.Vt))
-                sides = [X for X in (left, right) if X is not None]
-                found = stiefel.retract(sides, self.options.retraction)
-                if group.U:
-                    _copy(group.U, found[0])
-                if group.Vt:
-                    _copy(group.Vt, found[-1].mT)
+                algorithm.retract(group, self.options)
                 if self.options.momentum == "transported":
                     for held in group.held:
                         U0, Vt0 = (self._bases.get(X, X) for X in (held.U, held.Vt))
                         transport_moments(held, self.optimizer.state, U0, Vt0)
                 if group.S:
-                    self._constrain_core(group)
+                    algorithm.constrain_core(group, self._bases, self.options)
         self._forget_step()
 
     def _forget_step(self) -> None:
         self._pending = False
-        self._moving: list[_Group] = []
+        self._moving: list[Group] = []
         self._bases: dict[nn.Parameter, Tensor] = {}
 
     def _warn_without_gradient(self) -> None:
@@ -438,14 +399,14 @@ class Constraint:
                 stacklevel=6,
             )
 
-    def _groups(self) -> "Iterable[_Group]":
+    def _groups(self) -> Iterable[Group]:
         """The factors with a gradient, in groups that are computed together.
 
         On a GPU layers of the same shapes form a group, since small products leave a GPU idle. On a CPU
         stacking only costs time, so each layer is a group. So it is with the released code's scalar, which is
         a number for each layer.
         """
-        groups: dict[Any, _Group] = {}
+        groups: dict[Any, Group] = {}
         single = self.options.preconditioner == "released_code"
         for held in self._held.values():
             moved = [X.grad is not None and X in self._trained for X in held.factors]
@@ -454,21 +415,12 @@ class Constraint:
             U, _, Vt = held.factors
             require_float(held.name, U)
             key = (U.shape, Vt.shape, U.dtype, U.device, *moved) if U.is_cuda and not single else held.layer
-            group = groups.setdefault(key, _Group([], [], [], []))
+            group = groups.setdefault(key, Group([], [], [], []))
             group.held.append(held)
             for members, X, flag in zip((group.U, group.S, group.Vt), held.factors, moved, strict=True):
                 if flag:
                     members.append(X)
         return groups.values()
-
-    def _direct(self, group: "_Group") -> None:
-        """Replace the gradients of U and V^T by their directions."""
-        G, H = (_batch_or_none([*map(self._gradient, side)]) for side in (group.U, group.Vt))
-        G, H, scale = self._precondition(group, G, _transposed(H))
-        if G is not None:
-            _set_gradients(group.U, stiefel.horizontal(_batch(group.U), G, scale))
-        if H is not None:
-            _set_gradients(group.Vt, stiefel.horizontal(_batch(group.Vt).mT, H, scale).mT)
 
     def _gradient(self, X: nn.Parameter) -> Tensor:
         """The gradient of X. With `before_projection`, SGD's momentum is moved from its buffer into it."""
@@ -481,62 +433,6 @@ class Constraint:
         summed = torch.add(X.grad, buffer, alpha=_group(self.optimizer, X)["momentum"])
         buffer.zero_()  # because SGD will compute buffer <- mu buffer + grad
         return summed
-
-    def _precondition(
-        self, group: "_Group", G: Tensor | None, H: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, float]:
-        """The preconditioned gradients of U and V, and a scalar that is still to be multiplied."""
-        S = _batch([held.S for held in group.held])
-        if self.options.preconditioner == "exact":
-            known = group.held[0].inverses() if len(group.held) == 1 else None
-            return *spectrum.gram_solve(S, G, H, known), 1.0
-        if self.options.preconditioner == "scalar":
-            return spectrum.rms_solve(S, G), spectrum.rms_solve(S, H), 1.0
-        scale = group.held[0].scale
-        assert scale is not None, "with this preconditioner every layer has a scale"
-        return G, H, scale
-
-    def _constrain_core(self, group: "_Group") -> None:
-        """Transport S to the new bases, if asked, and project it onto the band."""
-        for held in group.held:
-            held.settled = True
-            if not self.options.transport:
-                continue
-            if held.U in self._bases:
-                held.S.copy_(held.U.mT @ self._bases[held.U] @ held.S)
-            if held.Vt in self._bases:
-                held.S.copy_(held.S @ self._bases[held.Vt] @ held.Vt.mT)
-        if math.isfinite(self.options.cap):
-            _copy(group.S, spectrum.cap(_batch(group.S), self.options.cap))
-        elif math.isfinite(self.options.tau):
-            _copy(group.S, self._project(group))
-
-    def _project(self, group: "_Group") -> Tensor:
-        S, tau, centre = _batch(group.S), self.options.tau, self.options.centre
-        for held in group.held:  # a checkpoint of a CPU may have brought some to a GPU
-            held.known = None
-        released = self.options.preconditioner == "released_code" and tau > 0
-        if tau == 0 and self.options.projection == "qr":
-            return spectrum.scaled_orthogonal(S, centre)
-        if S.is_cuda and not released:
-            return spectrum.clip(S, tau, centre)
-        found = spectrum.fast_project(S, tau, centre)
-        projected, sigma = spectrum.project(S, tau, centre) if found is None else (found.matrix, found.sigma)
-        held = group.held[0]
-        if released:
-            held.scale = float((sigma.amin() / sigma.amax()).square())
-        elif found is not None and self.options.preconditioner == "exact" and tau <= _NARROW:
-            held.known = (projected, *found.gram_inverses())
-        return projected
-
-
-class _Group(NamedTuple):
-    """Layers of one shape. Each of U, S and Vt lists the factors of all layers, or is empty if none move."""
-
-    held: list[Held]
-    U: list[nn.Parameter]
-    S: list[nn.Parameter]
-    Vt: list[nn.Parameter]
 
 
 @torch.no_grad()
@@ -582,34 +478,6 @@ def audit(model: nn.Module) -> dict[str, float]:
         ValueError: there is no such layer.
     """
     return worst(map(audited, required("audit", model).values()))
-
-
-def _batch(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape as a batch; a single one is not stacked."""
-    return tensors[0] if len(tensors) == 1 else torch.stack([*tensors])
-
-
-def _batch_or_none(tensors: Sequence[Tensor]) -> Tensor | None:
-    """`_batch`, or None without tensors."""
-    return _batch(tensors) if tensors else None
-
-
-def _transposed(X: Tensor | None) -> Tensor | None:
-    return None if X is None else X.mT
-
-
-def _apart(batch: Tensor, count: int) -> Sequence[Tensor]:
-    return [batch] if count == 1 else batch.unbind()
-
-
-def _copy(targets: Sequence[Tensor], batch: Tensor) -> None:
-    for target, value in zip(targets, _apart(batch, len(targets)), strict=True):
-        target.copy_(value)
-
-
-def _set_gradients(targets: Sequence[nn.Parameter], directions: Tensor) -> None:
-    for target, direction in zip(targets, _apart(directions, len(targets)), strict=True):
-        target.grad = direction
 
 
 def _group(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict:

@@ -19,6 +19,7 @@ FLOORS = [
     {"attention", "convolutions"},
     {"allocation", "ranks", "replacement", "sites"},
     {"exporting", "factorization", "forms", "groups", "held", "moments", "reading", "size", "steppers"},
+    {"algorithm"},
     {"constraint"},
     {"data", "models"},
     {"attacks"},

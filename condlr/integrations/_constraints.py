@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from condlr._support.errors import ConstraintBreach
-from condlr.constraint import Constraint, NothingHeld, Options, constrain
+from condlr.algorithm import Options
+from condlr.constraint import Constraint, NothingHeld, constrain
 from condlr.held import worst
 
 

@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from condlr._support.errors import in_range
 from condlr._support.precision import strict
-from condlr.constraint import Constraint, Options
+from condlr.algorithm import Options
+from condlr.constraint import Constraint
 from condlr.factorization import low_rank_layers
 from condlr.methods._bases import Objective, dense_gradients, is_free
 from condlr.methods._reallocation import reallocate

@@ -10,7 +10,8 @@ from torch import nn
 from typing_extensions import override
 
 from condlr._support.errors import ConstraintBreach, one_of
-from condlr.constraint import PRECONDITIONERS, Constraint, Options
+from condlr.algorithm import PRECONDITIONERS, Options
+from condlr.constraint import Constraint
 from condlr.factorization import low_rank_layers
 from condlr.methods.base import Allocating
 

@@ -11,7 +11,8 @@ from torch import nn
 
 import condlr
 from condlr._support.errors import ConstraintBreach
-from condlr.constraint import MOMENTA, Constraint
+from condlr.algorithm import MOMENTA
+from condlr.constraint import Constraint
 from condlr.factorization import low_rank_layers
 from condlr.manifolds import _fast, stiefel
 from condlr.methods.condlr import CondLR

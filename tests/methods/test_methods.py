@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from condlr._support.errors import ConstraintBreach
-from condlr.constraint import Options
+from condlr.algorithm import Options
 from condlr.data.base import Data
 from condlr.data.digits import Digits
 from condlr.factorization import Scheme, low_rank_layers
