@@ -306,11 +306,11 @@ class Constraint:
         # Keys are strings: torch.distributed.checkpoint makes them so. Older state_dicts have numbers.
         loaded = {str(place): memory for place, memory in group.pop(_MEMORY, {}).items()}
         self._update_held()
-        places = self._places()
+        places, moments = self._places(), self._stepper.moments
         for held in self._held.values() if of is None else of:
-            transpose_old_moments(self.optimizer.state.get(held.Vt, {}), held.Vt)
+            transpose_old_moments(moments.get(held.Vt, {}), held.Vt)
             memory = loaded.get(places[held])
-            memory = memory or old_memory(group, self.optimizer.state.get(held.S, {}), held.name)
+            memory = memory or old_memory(group, moments.get(held.S, {}), held.name)
             if memory is None and of is None:  # the state comes from an optimiser without a constraint
                 memory = {"scale": self._first_scale(held.layer), "settled": False}
             if memory is not None:
@@ -375,7 +375,7 @@ class Constraint:
                 if self.options.momentum == "transported":
                     for held in group.held:
                         U0, Vt0 = (self._bases.get(X, X) for X in (held.U, held.Vt))
-                        transport_moments(held, self.optimizer.state, U0, Vt0)
+                        transport_moments(held, self._stepper.moments, U0, Vt0)
                 if group.S:
                     algorithm.constrain_core(group, self._bases, self.options)
         self._forget_step()

@@ -1,11 +1,12 @@
 """Which optimiser steps and which is saved, where one wraps another."""
 
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import torch
 
-# What wrappers call the optimiser in them: those of trainers and Lookahead, SAM, timm's Lookahead
-_INNER = ("optimizer", "base_optimizer", "_base_optimizer")
+# What wrappers call the optimiser in them: those of trainers and Lookahead, SAM, timm's Lookahead, PyTorch
+_INNER = ("optimizer", "base_optimizer", "_base_optimizer", "optim")
 _SECOND_ORDER = ("AdaHessian", "Adahessian", "SophiaH")
 # It moves the parameters once more, after the step of the optimiser in it
 _MOVES_AFTER = ("WSAM",)
@@ -28,16 +29,20 @@ class Stepper(NamedTuple):
     def of(optimizer: Any) -> "Stepper":
         """The parts of `optimizer`.
 
-        A trainer's wrapper has no hooks of its own, and calls the step of the optimiser in it. Lookahead and
-        its like move the parameters once more after that. SAM steps in two parts that may be called one by
-        one; the second calls the step of the optimiser in it.
+        A trainer's wrapper has no hooks of its own, and calls the step of the optimiser in it. Lookahead,
+        averages over processes (PostLocalSGDOptimizer) and their like move the parameters once more after
+        that. SAM steps in two parts that may be called one by one; the second calls the step of the optimiser
+        in it. An optimiser whose inner one has the parameters of one process only (ZeroRedundancyOptimizer)
+        wraps none.
 
         Raises:
             ValueError: no optimiser, or one that cannot be constrained.
         """
         name = type(optimizer).__name__
+        if getattr(optimizer, "_overlap_with_ddp", False):
+            raise ValueError(f"{name} steps within the backward pass: use overlap_with_ddp=False")
         within = [getattr(optimizer, key, None) for key in _INNER]
-        inner: Any = next((part for part in within if isinstance(part, torch.optim.Optimizer)), None)
+        inner: Any = next((part for part in within if _has_all(part, optimizer)), None)
         in_parts = hasattr(optimizer, "first_step")
         if inner is None or inner is optimizer:
             if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
@@ -57,9 +62,16 @@ class Stepper(NamedTuple):
         below = Stepper.of(inner)
         saved = optimizer if hasattr(optimizer, "_optimizer_state_dict_post_hooks") else below.saved
         hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
-        if in_parts or hooks is None or hooks is inner._optimizer_step_pre_hooks:
+        averages = hasattr(optimizer, "averager")
+        if in_parts or (hooks is None and not averages) or hooks is inner._optimizer_step_pre_hooks:
             return below._replace(saved=saved)
         return Stepper(below.inner, optimizer, saved)
+
+    @property
+    def moments(self) -> Any:
+        """The moments by parameter; of several processes with parts of them, those of this one."""
+        part = getattr(self.inner, "optim", None)
+        return (part if isinstance(part, torch.optim.Optimizer) else self.inner).state
 
     def attach(self, before: Any, after: Any, save: Any, recall: Any) -> list[Any]:
         """Register the four hooks, or none."""
@@ -69,6 +81,9 @@ class Stepper(NamedTuple):
                 name = type(self.stepping).__name__
                 raise ValueError(f"a scheduler holds the step of {name}: make the scheduler after constrain")
             torch.optim.Optimizer._patch_step_function(self.stepping)
+        for registry in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            if not hasattr(self.stepping, registry):
+                setattr(self.stepping, registry, OrderedDict())
         ways = (
             (self.stepping.register_step_pre_hook, before),
             (self.stepping.register_step_post_hook, after),
@@ -84,6 +99,17 @@ class Stepper(NamedTuple):
                 hook.remove()
             raise
         return hooks
+
+
+def _has_all(part: Any, optimizer: Any) -> bool:
+    """Whether `part` is an optimiser of all parameters of `optimizer`."""
+    if not isinstance(part, torch.optim.Optimizer):
+        return False
+    groups = getattr(optimizer, "param_groups", part.param_groups)
+    held, wanted = (
+        {id(p) for group in each for p in group["params"]} for each in (part.param_groups, groups)
+    )
+    return wanted <= held
 
 
 def require_plain_sgd(optimizer: torch.optim.Optimizer) -> None:

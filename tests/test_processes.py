@@ -1,5 +1,7 @@
 """A constraint in two processes under DistributedDataParallel is that of one process with the whole batch."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,15 +24,25 @@ def network():
     return condlr.factorize(nn.Sequential(*layers), 0.4)
 
 
-def trained(net, images, labels):
+def trained(net, images, labels, make=torch.optim.SGD):
     """The losses are means: the mean of the gradients of halves is the gradient of the whole."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    constraint = condlr.constrain(optimizer, net, tau=TAU)
-    for _ in range(STEPS):
+    optimizer = make(net.parameters(), lr=0.1, momentum=0.9)
+    constraint = condlr.constrain(optimizer, net, tau=TAU, momentum="transported")
+    for number in range(STEPS):
+        if number == STEPS - 1 and hasattr(optimizer, "consolidate_state_dict"):
+            resume(optimizer)
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(images), labels).backward()
         optimizer.step()
     return constraint.check()
+
+
+def resume(optimizer):
+    """Save the parts of all processes in the first one, and load them again in each."""
+    optimizer.consolidate_state_dict(0)
+    kept = [optimizer.state_dict() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(kept, 0)
+    optimizer.load_state_dict(kept[0])
 
 
 def batch():
@@ -39,20 +51,26 @@ def batch():
     return images, torch.randint(3, (BATCH,), generator=generator)
 
 
-def work(rank, folder):
+def work(rank, folder, zero):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         net = network()
         images, labels = batch()
-        found = trained(nn.parallel.DistributedDataParallel(net), images[rank::2], labels[rank::2])
+        make = torch.optim.SGD
+        if zero:  # each process has the moments of a part
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+
+            make = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.SGD)
+        found = trained(nn.parallel.DistributedDataParallel(net), images[rank::2], labels[rank::2], make)
         torch.save((net.state_dict(), found), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-def test_two_processes_keep_one_network_in_the_constraint(tmp_path):
-    mp.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+@pytest.mark.parametrize("zero", [False, True])
+def test_two_processes_keep_one_network_in_the_constraint(tmp_path, zero):
+    mp.start_processes(work, args=(str(tmp_path), zero), nprocs=2, start_method="spawn")
     (first, found), (second, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert found == other
     assert found["cond_S"] <= (1 + TAU) * (1 + 1e-4) and found["orthonormality_error"] <= 1e-5

@@ -94,7 +94,26 @@ def step(net, optimizer):
         optimizer.step()
 
 
+class Average:
+    """In place of the average over processes: it pulls all weights towards a point."""
+
+    step = 0
+
+    def average_parameters(self, params):
+        self.step += 1
+        with torch.no_grad():
+            for p in (p for group in params for p in group["params"]):
+                p.lerp_(torch.ones_like(p), 0.01)
+
+
+def averaged(net):
+    from torch.distributed.optim import PostLocalSGDOptimizer
+
+    return PostLocalSGDOptimizer(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), Average())
+
+
 MAKE = {
+    "averaged": averaged,
     "SAM": lambda net: Sam(net.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9),
     "Lookahead": lambda net: Lookahead(torch.optim.AdamW(net.parameters(), lr=0.05)),
 }
@@ -189,8 +208,15 @@ def test_optimizers_that_cannot_be_constrained_are_one_line():
     class Parts(torch.optim.SGD):
         def first_step(self): ...
 
+    class Overlapping(torch.optim.SGD):
+        _overlap_with_ddp = True  # as of a ZeroRedundancyOptimizer
+
     net = network()
-    for kind, message in ((SophiaH, "differentiates the gradients"), (Parts, "in parts of its own")):
+    for kind, message in (
+        (SophiaH, "differentiates the gradients"),
+        (Parts, "in parts of its own"),
+        (Overlapping, "within the backward pass: use overlap_with_ddp=False"),
+    ):
         with pytest.raises(ValueError, match=message):
             condlr.constrain(kind(net.parameters(), lr=0.1), net)
 
