@@ -153,7 +153,9 @@ class Constraint:
         self._attach()
 
     def _attach(self) -> None:
-        self._hooks = self._stepper.attach(self._before_step, self._after_step, self._save, self._recall)
+        hooks = self._before_step, self._after_step, self._save, self._recall
+        # A step that the user compiles calls them as they are: traced, they would be compiled again and again
+        self._hooks = self._stepper.attach(*map(torch.compiler.disable, hooks))
         _ATTACHED.add(self)
 
     def remove(self) -> None:
@@ -255,7 +257,7 @@ class Constraint:
             warnings.warn(
                 "no layer is constrained any more: the optimiser has none of the model's factors "
                 "(layers were replaced, or loaded with assign=True)",
-                stacklevel=4,
+                stacklevel=5,
             )
         self._require_alone(new)
         if self.options.momentum == "before_projection":
@@ -396,7 +398,7 @@ class Constraint:
         if still and self._moving:
             warnings.warn(
                 f"no gradient reached {', '.join(still)}: the network may call other layers instead",
-                stacklevel=6,
+                stacklevel=7,
             )
 
     def _groups(self) -> Iterable[Group]:

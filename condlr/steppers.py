@@ -105,11 +105,11 @@ def _has_all(part: Any, optimizer: Any) -> bool:
     """Whether `part` is an optimiser of all parameters of `optimizer`."""
     if not isinstance(part, torch.optim.Optimizer):
         return False
-    groups = getattr(optimizer, "param_groups", part.param_groups)
-    held, wanted = (
-        {id(p) for group in each for p in group["params"]} for each in (part.param_groups, groups)
-    )
-    return wanted <= held
+    groups, wanted = getattr(part, "param_groups", None), getattr(optimizer, "param_groups", None)
+    if groups is None or wanted is None:  # a wrapper of a trainer
+        return True
+    held = {id(p) for group in groups for p in group["params"]}
+    return all(id(p) in held for group in wanted for p in group["params"])
 
 
 def require_plain_sgd(optimizer: torch.optim.Optimizer) -> None:

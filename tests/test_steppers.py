@@ -169,6 +169,25 @@ def test_moments_of_the_optimizer_within_move_with_the_bases():
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
+def test_a_compiled_step_calls_the_constraint_as_it_is():
+    """Traced, its branches would be compiled for each layer, until the compiler gives up."""
+    nets = [network(), network()]
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for net, compiled in zip(nets, (False, True), strict=True):
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            constraint = condlr.constrain(optimizer, net)
+            move = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+            for _ in range(3):
+                optimizer.zero_grad()
+                backward(net)
+                move()
+            constraint.check()
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_scheduler_that_holds_the_step_comes_after():
     class Fresh(Lookahead):
         step = Lookahead.__dict__["step"].__wrapped__ if hasattr(Lookahead.step, "hooked") else Lookahead.step
