@@ -1,7 +1,6 @@
 """CondLR: orthonormal U and V, singular values of S in a band (Algorithm 1, arXiv 2306.01485)."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from condlr import algorithm
-from condlr._support.errors import ConstraintBreach, in_range
+from condlr._support.errors import ConstraintBreach, in_range, warn
 from condlr._support.inputs import require_module
 from condlr._support.precision import strict
 from condlr.algorithm import Group, Options
@@ -164,6 +163,10 @@ class Constraint:
             hook.remove()
         self._hooks = []
         _ATTACHED.discard(self)
+        # A ZeroRedundancyOptimizer puts back what was recalled; a later constraint is not to find it
+        kept = self.optimizer.param_groups[0].get(_MEMORY, {})
+        for place in self._places().values():
+            kept.pop(place, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_hooks": bool(self._hooks)}  # PyTorch does not copy hooks
@@ -254,10 +257,9 @@ class Constraint:
         for held in new:
             require_usable(held)
         if self._held and not now:
-            warnings.warn(
+            warn(
                 "no layer is constrained any more: the optimiser has none of the model's factors "
-                "(layers were replaced, or loaded with assign=True)",
-                stacklevel=5,
+                "(layers were replaced, or loaded with assign=True)"
             )
         self._require_alone(new)
         if self.options.momentum == "before_projection":
@@ -352,7 +354,7 @@ class Constraint:
                 )
             loss = closure()
             with torch.no_grad():
-                self._direct_all()
+                torch.compiler.disable(self._direct_all)()
             return loss
 
         return evaluate
@@ -396,10 +398,7 @@ class Constraint:
                 still.append(held.name)
             held.new = False
         if still and self._moving:
-            warnings.warn(
-                f"no gradient reached {', '.join(still)}: the network may call other layers instead",
-                stacklevel=7,
-            )
+            warn(f"no gradient reached {', '.join(still)}: the network may call other layers instead")
 
     def _groups(self) -> Iterable[Group]:
         """The factors with a gradient, in groups that are computed together.

@@ -62,7 +62,7 @@ class Stepper(NamedTuple):
         below = Stepper.of(inner)
         saved = optimizer if hasattr(optimizer, "_optimizer_state_dict_post_hooks") else below.saved
         hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
-        averages = hasattr(optimizer, "averager")
+        averages = isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "averager")
         if in_parts or (hooks is None and not averages) or hooks is inner._optimizer_step_pre_hooks:
             return below._replace(saved=saved)
         return Stepper(below.inner, optimizer, saved)
@@ -70,8 +70,8 @@ class Stepper(NamedTuple):
     @property
     def moments(self) -> Any:
         """The moments by parameter; of several processes with parts of them, those of this one."""
-        part = getattr(self.inner, "optim", None)
-        return (part if isinstance(part, torch.optim.Optimizer) else self.inner).state
+        zero = type(self.inner).__name__ == "ZeroRedundancyOptimizer"
+        return (getattr(self.inner, "optim") if zero else self.inner).state  # noqa: B009 (no type has it)
 
     def attach(self, before: Any, after: Any, save: Any, recall: Any) -> list[Any]:
         """Register the four hooks, or none."""

@@ -672,8 +672,9 @@ def test_a_constraint_without_layers_says_so():
     constraint = condlr.constrain(optimizer, net)
     net.load_state_dict({key: 3 * value for key, value in net.state_dict().items()}, assign=True)
     loss_of(net).backward()
-    with pytest.warns(UserWarning, match="no layer is constrained any more"):
+    with pytest.warns(UserWarning, match="no layer is constrained any more") as seen:
         optimizer.step()
+    assert [warning.filename for warning in seen] == [__file__], "the line that led there"
     for look in (constraint.audit, constraint.check):
         with pytest.raises(ValueError, match="no layer is constrained"):
             look()

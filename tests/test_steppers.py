@@ -188,6 +188,27 @@ def test_a_compiled_step_calls_the_constraint_as_it_is():
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
+def test_a_compiled_step_with_a_closure_calls_the_constraint_as_it_is():
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    constraint = condlr.constrain(optimizer, net)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    move = torch.compile(optimizer.step, backend="eager")
+
+    def closure():
+        optimizer.zero_grad()
+        backward(net)
+
+    for _ in range(3):
+        move(closure)
+    constraint.check()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6, (
+        "those of the optimiser and the network"
+    )
+
+
 def test_a_scheduler_that_holds_the_step_comes_after():
     class Fresh(Lookahead):
         step = Lookahead.__dict__["step"].__wrapped__ if hasattr(Lookahead.step, "hooked") else Lookahead.step

@@ -1,6 +1,10 @@
-"""Errors of the user, as opposed to bugs, and checks of arguments."""
+"""Errors of the user, as opposed to bugs, warnings, and checks of arguments."""
 
+import os
+import sys
+import warnings
 from numbers import Real
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -37,6 +41,16 @@ class Interrupted(KeyboardInterrupt):
 
 class ConstraintBreach(UserError):
     """The factors violate their constraint: a bug or a broken machine, never a bad setting."""
+
+
+def warn(message: str) -> None:
+    """Warn of the line that led here, outside of condlr and PyTorch."""
+    files = Path(__file__).parent, Path(sys.modules["torch"].__file__ or __file__)
+    inside = tuple(f"{file.parent}{os.sep}" for file in files)
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def not_installed(error: ModuleNotFoundError) -> str | None:

@@ -42,18 +42,12 @@ def resolved(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """A composed config as plain values, without Hydra's own part, as config.yaml holds it."""
     if not isinstance(config, DictConfig):
         return _with_home(config)
+    ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:
-        return _with_home({str(key): _plain(config[key]) for key in config if key != "hydra"})
+        plain: Any = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(one_line(error)) from error
-
-
-def _plain(value: Any) -> Any:
-    return (
-        OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
-        if OmegaConf.is_config(value)
-        else value
-    )
+    return _with_home(plain)
 
 
 def _with_home(values: Mapping[str, Any]) -> dict[str, Any]:

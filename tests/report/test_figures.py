@@ -370,7 +370,7 @@ def test_rows_of_one_compression_stand_one_below_the_other(tmp_path, drawn):
     frame = study()
     frame.loc[frame["label"].eq("condlr-tau0.1") & frame["eps"].eq(0.06), "accuracy"] += 0.04
     (drawing,) = tradeoffs.compression(frame, tmp_path)
-    assert "accuracy of each row with 50 % of the weights removed" in drawing.caption
+    assert "accuracy of each row with some 50 % of the weights removed" in drawing.caption
     clean, attacked = drawn[0].axes
     assert [axis.get_title().split(",")[0] for axis in (clean, attacked)] == ["no attack", "FGSM"]
     names = [text.get_text() for text in clean.get_yticklabels()]

@@ -189,7 +189,7 @@ class _Composer:
 
     def compose(self, combination: list[str]) -> DictConfig:
         """The config of these arguments; valid until the next call."""
-        values = {part: self._parsed(part) for part in combination if self._sets_value(part)}
+        values = {part: self._parsed(part) for part in combination if self._sets_value(part, combination)}
         others = tuple(values[part].key_or_group if part in values else f"{part} " for part in combination)
         if others in self._composed:
             composed = self._composed[others]
@@ -203,16 +203,26 @@ class _Composer:
             self._composed[others] = composed
         return composed
 
-    def _sets_value(self, part: str) -> bool:
-        """Whether an argument sets one value; others choose a file, add a key or set several values."""
+    def _sets_value(self, part: str, combination: list[str]) -> bool:
+        """Whether an argument sets one value, and no other one has to do with it.
+
+        Others choose a file, add or delete a key, or set several values.
+        """
         override = self._parsed(part)
         return (
             override.type == OverrideType.CHANGE
             and override.package is None
             and not isinstance(override.value(), list | dict)
             and not self._is_group(override.key_or_group)
-            and "{hydra:" not in part
+            and "{hydra:" not in str(override.value())
+            and not any(self._overlap(part, other) for other in combination if other != part)
         )
+
+    def _overlap(self, part: str, other: str) -> bool:
+        """Whether both set the same key, or one sets a key within the other's: then their order counts."""
+        one, two = self._parsed(part).key_or_group, self._parsed(other).key_or_group
+        chooses = self._is_group(two) and not isinstance(self._parsed(other).value(), dict)
+        return not chooses and (f"{one}.".startswith(f"{two}.") or f"{two}.".startswith(f"{one}."))
 
 
 def _combinations(loader: ConfigLoader, config: DictConfig, arguments: list[str]) -> list[list[str]]:

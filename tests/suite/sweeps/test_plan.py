@@ -139,6 +139,11 @@ def test_several_experiments_are_the_runs_of_each(ask):
         ["penalty=so,mhe", "++penalty.every=1,2", "seed=3"],
         ["seed=1,2", "study=${method.name}-${seed},plain", "protocol.epochs=${seed}"],
         ["seed=1,2", "study=plain,a${hydra:job.num}"],
+        # Whose order counts
+        ["compression=0.3,0.6", "++compression=0.4", "seed=1,2"],
+        ["seed=1,2", "protocol.adversarial=null", "++protocol.adversarial={eps:0.3}"],
+        ["protocol.lr=0.1,0.01", "protocol={lr:0.05}", "seed=1,2"],
+        ["seed=1,2", "protocol.momentum=0.5", "~protocol.momentum", "+protocol.momentum=0.4"],
     ],
 )
 def test_each_config_is_the_one_that_is_composed_alone(arguments):
