@@ -113,13 +113,18 @@ def groups(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def styles(frame: pd.DataFrame, by_compression: bool) -> Styles:
     """A colour for each method and variant; with `by_compression`, a dash for each compression."""
     drawn = {colour(label) for label in frame["label"].unique()}
-    spare, taken, found = cycle([other for other in _SPARE_COLOURS if other not in drawn]), set(), {}
+    spare = cycle([other for other in _SPARE_COLOURS if other not in drawn])
+    found: Styles = {}
+    colours: dict[tuple[str, str], str] = {}
+    labels = set()
     by_compression = by_compression and len({*frame["compression"]} - {0.0}) > 1
-    for (label, compression, row_id, _), _ in by_row(frame):
-        own = None if (label, compression) in taken else colour(label)
-        taken.add((label, compression))
-        dash = _DASHES.get(compression, (0, (2, 1))) if by_compression else "-"
-        found[row_id] = {"color": own or next(spare), "linestyle": dash}
+    for key, _ in by_row(frame):
+        if (key.label, key.variant) not in colours:
+            own = None if key.label in labels else colour(key.label)
+            colours[key.label, key.variant] = own or next(spare)
+        labels.add(key.label)
+        dash = _DASHES.get(key.compression, (0, (2, 1))) if by_compression else "-"
+        found[key.row_id] = {"color": colours[key.label, key.variant], "linestyle": dash}
     return found
 
 

@@ -172,6 +172,24 @@ def test_variants_have_colours_of_their_own():
     assert len({(str(s["color"]), str(s["linestyle"])) for s in styles.values()}) == 6
 
 
+def test_a_variant_has_one_colour_at_all_compressions():
+    low = study().assign(variant="")
+    low = low[low["label"].ne("baseline")]
+    parts = [
+        low.assign(options=f"slope={slope}", compression=each, row_id=low["label"] + f"{slope}{each}")
+        for slope in (0.1, 0.5) for each in (0.5, 0.8)
+    ]  # fmt: skip
+    frame = results.summarize(pd.concat(parts))
+    for by_compression in (False, True):
+        styles = _style.styles(frame, by_compression)
+        colours = {
+            label: [[styles[f"{label}{slope}{each}"]["color"] for each in (0.5, 0.8)] for slope in (0.1, 0.5)]
+            for label in low["label"].unique()
+        }
+        for (one, same), (other, alike) in colours.values():
+            assert one == same != other == alike
+
+
 def test_ten_rows_without_a_colour_of_their_own_take_none_that_a_row_has():
     labels = ["baseline", "snip", "srn", *(f"baseline+{name}" for name in "abcdefgh")]
     frames = [study().assign(label=label, row_id=label, compression=0.0) for label in labels]

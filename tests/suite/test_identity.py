@@ -54,7 +54,24 @@ STUDIES = {
             "row=baseline,condlr-energy-c0.5,condlr-tau0.1-c0.5,condlr-soft-c0.5,dlrt-R-c0.5,spectral_cap-c0.5,"
             "spectral_cap-energy-c0.5",
         ],
-        ["rivals_mnist", "budget=85e3", "seed=0", "row=condlr-energy-tau0-c0.5,dlrt-energy-c0.5"],
+        [
+            "rivals_mnist",
+            "budget=85e3",
+            "seed=0",
+            "row=condlr-energy-tau0-c0.5,dlrt-energy-c0.5,robust_dlrt-c0.5",
+        ],
+        [
+            "rivals_mnist",
+            "budget=30e3",
+            "seed=0",
+            "row=condlr-energy-c0.5,condlr-tau0.1-c0.5,spectral_cap-energy-c0.5",
+        ],
+    ],
+    "rivals_mnist_adversarial": [
+        [
+            "rivals_mnist_adversarial",
+            "row=baseline,condlr-energy-c0.5,condlr-tau0.1-c0.5,spectral_cap-energy-c0.5",
+        ]
     ],
     "lr_weights": [
         ["lr_weights", "penalty=none"],
