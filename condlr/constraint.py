@@ -345,6 +345,7 @@ class Constraint:
 
     def _directed(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, followed by the replacement of the gradients."""
+        direct: Any = torch.compiler.disable(self._direct_all)  # as the hooks, see `_attach`
 
         def evaluate() -> Any:
             if self._moving:
@@ -354,7 +355,7 @@ class Constraint:
                 )
             loss = closure()
             with torch.no_grad():
-                torch.compiler.disable(self._direct_all)()
+                direct()
             return loss
 
         return evaluate
