@@ -70,8 +70,8 @@ class Stepper(NamedTuple):
     @property
     def moments(self) -> Any:
         """The moments by parameter; of several processes with parts of them, those of this one."""
-        zero = type(self.inner).__name__ == "ZeroRedundancyOptimizer"
-        return (getattr(self.inner, "optim") if zero else self.inner).state  # noqa: B009 (no type has it)
+        inner: Any = self.inner
+        return (inner.optim if type(inner).__name__ == "ZeroRedundancyOptimizer" else inner).state
 
     def attach(self, before: Any, after: Any, save: Any, recall: Any) -> list[Any]:
         """Register the four hooks, or none."""

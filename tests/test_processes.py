@@ -11,6 +11,8 @@ from torch import nn
 import condlr
 
 BATCH, STEPS, TAU = 16, 4, 0.2
+# Where each process has the moments of a part, they also move with the bases
+MOMENTUM = {False: "after_projection", True: "transported"}
 
 pytestmark = [
     pytest.mark.long,
@@ -24,10 +26,10 @@ def network():
     return condlr.factorize(nn.Sequential(*layers), 0.4)
 
 
-def trained(net, images, labels, make=torch.optim.SGD):
+def trained(net, images, labels, momentum, make=torch.optim.SGD):
     """The losses are means: the mean of the gradients of halves is the gradient of the whole."""
     optimizer = make(net.parameters(), lr=0.1, momentum=0.9)
-    constraint = condlr.constrain(optimizer, net, tau=TAU, momentum="transported")
+    constraint = condlr.constrain(optimizer, net, tau=TAU, momentum=momentum)
     for number in range(STEPS):
         if number == STEPS - 1 and hasattr(optimizer, "consolidate_state_dict"):
             resume(optimizer)
@@ -57,12 +59,13 @@ def work(rank, folder, zero):
     try:
         net = network()
         images, labels = batch()
+        half = nn.parallel.DistributedDataParallel(net), images[rank::2], labels[rank::2]
         make = torch.optim.SGD
         if zero:  # each process has the moments of a part
             from torch.distributed.optim import ZeroRedundancyOptimizer
 
             make = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.SGD)
-        found = trained(nn.parallel.DistributedDataParallel(net), images[rank::2], labels[rank::2], make)
+        found = trained(*half, MOMENTUM[zero], make)
         torch.save((net.state_dict(), found), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -75,7 +78,7 @@ def test_two_processes_keep_one_network_in_the_constraint(tmp_path, zero):
     assert found == other
     assert found["cond_S"] <= (1 + TAU) * (1 + 1e-4) and found["orthonormality_error"] <= 1e-5
     whole = network()
-    trained(whole, *batch())
+    trained(whole, *batch(), MOMENTUM[zero])
     for name, value in whole.state_dict().items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5, msg=name)
