@@ -22,8 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from joblib.externals.loky.backend import fork_exec
+from omegaconf import OmegaConf
 
+from condlr.suite.config import CONF, check
 from condlr.suite.sweeps import processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +35,17 @@ SMALL = [
     "dataset=digits", "dataset.train_images=400", "protocol=demo", "protocol.epochs=1", "attack.eps=[0,0.1]",
     "forms=factored",
 ]  # fmt: skip
+
+
+def composed(*overrides):
+    """The config of `condlr train` with these overrides, as a dict."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return OmegaConf.to_container(compose("train", overrides=[*overrides]), resolve=True)
+
+
+def configured(*overrides):
+    """`composed`, checked."""
+    return check(composed(*overrides))
 
 
 def run_script(name, *arguments):

@@ -12,8 +12,7 @@ from scipy.io import savemat
 from condlr._support.errors import UserError
 from condlr.data import svhn
 from condlr.data.svhn import Svhn
-from condlr.suite.config import check
-from tests.suite.test_identity import composed
+from tests.helpers import configured
 
 SIZES = {"train": 30, "test": 12, "extra": 20}
 
@@ -140,7 +139,7 @@ def test_without_scipy_it_says_what_to_install(root, monkeypatch):
 
 def test_the_frame_protocol_mirrors_no_digit():
     arguments = ["protocol=frame", "model=resnet18", "method=baseline"]
-    checked = {name: check(composed(*arguments, f"dataset={name}")) for name in ("svhn", "cifar10")}
+    checked = {name: configured(*arguments, f"dataset={name}") for name in ("svhn", "cifar10")}
     assert {name: config.protocol.augmentation for name, config in checked.items()} == {
         "svhn": "crop", "cifar10": "crop_flip"
     }  # fmt: skip

@@ -9,23 +9,21 @@ import copy
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch.nn import functional as F
 
 import condlr.suite.cli  # noqa: F401  (registers the resolvers that conf/ uses)
 from condlr._support.seeds import derive_seed
 from condlr.data.digits import Digits
-from condlr.suite.config import CONF, check
 from condlr.suite.loading import build
+from tests.helpers import configured
 
 pytestmark = pytest.mark.slow
 
 STEPS = 20
 
 
-def configured(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return check(compose("train", ["protocol=released_code", "dataset=digits", *overrides]))
+def released(*overrides):
+    return configured("protocol=released_code", "dataset=digits", *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +158,7 @@ def compare(config, theirs_of, data):
 @pytest.mark.parametrize("tau", [0, 0.1, 0.5])
 @pytest.mark.parametrize("compression", [0.5, 0.8])
 def test_condlr(tau, compression, data):
-    config = configured("method=condlr", f"method.tau={tau}", f"compression={compression}")
+    config = released("method=condlr", f"method.tau={tau}", f"compression={compression}")
     assert (config.protocol.lr, config.protocol.momentum) == (0.1, 0.3)
     models = compare(config, lambda p: TheirCondLR(p, dense_start(config, data), tau, 0.1, 0.3), data)
     ranks = [10, 25, 250, 10] if compression == 0.5 else [4, 10, 100, 10]
@@ -170,14 +168,14 @@ def test_condlr(tau, compression, data):
 @pytest.mark.long
 @pytest.mark.parametrize(("method", "curve"), [("cayley_sgd", "cayley"), ("projected_sgd", "qr")])
 def test_stiefel_methods(method, curve, data):
-    config = configured(f"method={method}")
+    config = released(f"method={method}")
     compare(config, lambda p: TheirStiefel(p, curve, 0.1, 0.3), data)
 
 
 def test_rows_are_orthonormalised_every_101st_step(data):
     """The program does so with probability 1/101 in each step; until then the rows have unit length only."""
-    assert configured("method=cayley_sgd").identity["method"]["qr_period"] == 101
-    config = configured("method=cayley_sgd", "method.qr_period=3")
+    assert released("method=cayley_sgd").identity["method"]["qr_period"] == 101
+    config = released("method=cayley_sgd", "method.qr_period=3")
     model = build(config, data)
     optimizer = config.method.optimizer(model, 1e-9, 0.0)
     orthonormal = []
@@ -202,20 +200,19 @@ def test_rows_are_orthonormalised_every_101st_step(data):
     ],
 )
 def test_the_protocol_sets_the_released_switches(overrides, expected):
-    keys = configured(*overrides).identity["method"]
+    keys = released(*overrides).identity["method"]
     assert {key: keys[key] for key in expected} == expected
 
 
 def test_networks_and_datasets_have_their_own_numbers():
-    config = configured("model=vgg16", "dataset=cifar10")
+    config = released("model=vgg16", "dataset=cifar10")
     protocol = config.protocol
     assert (protocol.lr, protocol.momentum, protocol.augmentation) == (0.05, 0.45, "crop_flip")
     assert config.attack.label() == "fgsm-unclamped"
     assert config.identity["model"]["batch_norm_momentum"] == 0.9
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        paper = check(compose("train", ["model=vgg19", "dataset=cifar10"]))
-        mine = check(compose("train", ["model=vgg16", "dataset=cifar10", "protocol.lr=0.3"]))
+    paper = configured("model=vgg19", "dataset=cifar10")
+    mine = configured("model=vgg16", "dataset=cifar10", "protocol.lr=0.3")
     assert (paper.protocol.lr, paper.protocol.augmentation, paper.attack.label()) == (0.05, "none", "fgsm")
     assert mine.protocol.lr == 0.3
-    assert configured("dataset=mnist").attack.label() == "fgsm"
-    assert configured("model=lenet5").protocol.lr == 0.1
+    assert released("dataset=mnist").attack.label() == "fgsm"
+    assert released("model=lenet5").protocol.lr == 0.1

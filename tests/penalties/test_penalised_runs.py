@@ -4,18 +4,16 @@ import csv
 import shutil
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from condlr.suite.config import CONF, check
-from tests.helpers import ROOT, SMALL, complains
+from condlr.suite.config import check
+from tests.helpers import ROOT, SMALL, complains, configured
 
 PAPER = ROOT / "results" / "paper"
 
 
 def checked(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return check(compose("train", overrides=["dataset=digits", *overrides]))
+    return configured("dataset=digits", *overrides)
 
 
 def test_what_a_penalised_run_is_called():

@@ -13,6 +13,7 @@ from condlr.report.latex import latex
 from condlr.report.markdown import markdown
 from condlr.report.terminal import print_sheet
 from condlr.report.training import training
+from tests.helpers import configured
 from tests.report.study import PAPER, cells
 
 
@@ -365,13 +366,9 @@ def test_numbers_of_analyses_are_readable():
 
 def test_precision_and_part_of_the_data_make_a_table_of_their_own():
     """Tables share their settings, and what is not as usual is one of them."""
-    from hydra import compose, initialize_config_dir
-
-    from condlr.suite.config import CONF, check
 
     def settings(*overrides):
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return check(compose("train", overrides=list(overrides))).row["settings"]
+        return configured(*overrides).row["settings"]
 
     usual = settings("dataset=digits")
     assert settings("dataset=digits", "precision=bf16") == f"{usual} precision=bf16"

@@ -2,18 +2,16 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from condlr._support.errors import UserError
 from condlr.factorization import measure
-from condlr.suite.config import CONF, check
+from tests.helpers import configured
 
 LENET5 = 20 * 25 + 50 * 500 + 500 * 800 + 500 * 10
 
 
 def checked(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return check(compose("train", overrides=["protocol=rivals", *overrides]))
+    return configured("protocol=rivals", *overrides)
 
 
 @pytest.mark.slow

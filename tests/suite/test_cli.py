@@ -29,9 +29,9 @@ from condlr.data.digits import Digits
 from condlr.report import results
 from condlr.suite import environment
 from condlr.suite.cli import explain
-from condlr.suite.config import CONF, check
+from condlr.suite.config import CONF
 from condlr.suite.runs import Run, _seal
-from tests.helpers import ROOT, SMALL, complains, run_script, write_idx
+from tests.helpers import ROOT, SMALL, complains, configured, run_script, write_idx
 from tests.report.study import draw_pictures_alone
 
 PAPER = ROOT / "results" / "paper"
@@ -349,7 +349,7 @@ def test_the_tables_have_the_rows_of_the_papers(experiment, paper):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", [f"experiment={experiment}"], return_hydra_config=True)
         rows = config.hydra.sweeper.params.row.split(",")
-        checked = [check(compose("train", [f"experiment={experiment}", f"row={row}"])) for row in rows]
+        checked = [configured(f"experiment={experiment}", f"row={row}") for row in rows]
     found = {(run.label, run.scheme.compression or 0.0, eps) for run in checked for eps in run.attack.eps}
     model, dataset = paper.split("_")[1:]
     published = results.published(ROOT / "results" / "paper", dataset, model)

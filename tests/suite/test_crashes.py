@@ -12,17 +12,15 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 
 from condlr._support import files
 from condlr._support.errors import UserError
 from condlr._support.locks import Lock, owners
-from condlr.suite.config import CONF, check
 from condlr.suite.runs import Run
 from condlr.suite.sweeps import processes
 from condlr.suite.sweeps.processes import Killed, call_apart
-from tests.helpers import ROOT, SMALL, at_once, wait_for
+from tests.helpers import ROOT, SMALL, at_once, configured, wait_for
 from tests.suite.work import linger, stop_slowly
 
 pytestmark = pytest.mark.slow
@@ -121,8 +119,7 @@ def test_a_log_that_cannot_be_written_is_no_stack_trace(script, tmp_path):
 def test_a_sweep_whose_launcher_died_does_not_count_on_its_orphans(script, tmp_path, monkeypatch):
     """They stop, so that what is at work elsewhere will not be done."""
 
-    with initialize_config_dir(str(CONF), version_base=None):
-        config = check(compose("train", [*SMALL, "method=baseline"]))
+    config = configured(*SMALL, "method=baseline")
     orphan = Lock(tmp_path / config.directory)
 
     def launch(*arguments, **options):

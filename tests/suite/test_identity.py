@@ -6,12 +6,11 @@ import tarfile
 from dataclasses import field, make_dataclass
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from condlr.suite.config import CONF, check, fingerprint
+from condlr.suite.config import check, fingerprint
 from condlr.suite.sweeps.plan import of_experiment
-from tests.helpers import ROOT
+from tests.helpers import ROOT, composed, configured
 
 RESULTS = ROOT / "results"
 # How each study's README says that it is made, but for the places where things lie.
@@ -113,11 +112,6 @@ STUDIES = {
 WITHOUT_PRECISION = {"mnist_rows": 32, "cifar10_first_steps": 17}
 
 
-def composed(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return OmegaConf.to_container(compose("train", overrides=list(overrides)), resolve=True)
-
-
 def collected(study, name="cells"):
     with (RESULTS / study / f"{name}.csv").open() as file:
         return {row["run_id"]: row["row_id"] for row in csv.DictReader(file)}
@@ -157,7 +151,7 @@ def test_archived_runs_have_the_ids_of_their_configs(study):
 
 
 def test_a_key_that_counts_though_it_is_null_is_one_of_the_old_ones():
-    config = check(composed("dataset=mnist", "method=vanilla"))
+    config = configured("dataset=mnist", "method=vanilla")
     nulls = {
         key
         for keys in (config.identity, *(v for v in config.identity.values() if isinstance(v, dict)))

@@ -5,20 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from condlr._support.errors import UserError
 from condlr.factorization import low_rank_layers
-from condlr.suite.config import CONF, check
 from condlr.suite.loading import build, load_data, load_network, pick_device
 from condlr.suite.runs import Run
+from tests.helpers import configured
 
 SHORT = ["dataset=digits", "protocol=demo", "protocol.epochs=2", "dataset.train_images=300"]
 
 
 def checked(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return check(compose("train", overrides=[*SHORT, *overrides]))
+    return configured(*SHORT, *overrides)
 
 
 @pytest.fixture

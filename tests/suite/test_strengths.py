@@ -1,11 +1,10 @@
 """The strengths of each attack on each dataset, as a config composes them."""
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from condlr._support.errors import UserError
 from condlr.suite.config import CONF, check
+from tests.helpers import composed, configured
 
 PIXELS = [0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06]
 FINER = [0, 0.001, 0.002, 0.003, 0.004, 0.005, 0.006]
@@ -33,11 +32,6 @@ WHATEVER_THE_DATASET = {
 }  # fmt: skip
 
 
-def composed(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", overrides=list(overrides))
-
-
 def of(dataset):
     return [f"dataset={dataset}", *(["model=vgg16"] if WANTED[dataset] is COLOUR else [])]
 
@@ -47,11 +41,11 @@ def of(dataset):
 def test_each_dataset_has_its_strengths(dataset):
     attacks = WANTED[dataset] | WHATEVER_THE_DATASET
     assert {*attacks} == {path.stem for path in (CONF / "attack").glob("*.yaml")}
-    found = {attack: check(composed(*of(dataset), f"attack={attack}")).attack.eps for attack in attacks}
+    found = {attack: configured(*of(dataset), f"attack={attack}").attack.eps for attack in attacks}
     assert found == attacks
-    strengths = composed(*of(dataset)).dataset.strengths
+    strengths = composed(*of(dataset))["dataset"]["strengths"]
     for other in (name for name in WANTED if WANTED[name] is WANTED[dataset]):
-        assert composed(*of(other)).dataset.strengths == strengths
+        assert composed(*of(other))["dataset"]["strengths"] == strengths
 
 
 def test_every_dataset_is_in_the_table():
@@ -60,27 +54,27 @@ def test_every_dataset_is_in_the_table():
 
 @pytest.mark.parametrize("dataset", WANTED)
 def test_strengths_are_no_part_of_what_a_run_is(dataset):
-    usual = check(composed(*of(dataset)))
-    other = check(composed(*of(dataset), "dataset.strengths.linf=[0,0.5]"))
+    usual = configured(*of(dataset))
+    other = configured(*of(dataset), "dataset.strengths.linf=[0,0.5]")
     assert other.attack.eps == [0, 0.5]
     assert (other.run_id, other.row, other.identity) == (usual.run_id, usual.row, usual.identity)
     assert "strengths" not in str([usual.row, usual.identity])
 
 
 def test_a_config_from_before_datasets_had_strengths_is_the_same_run():
-    config = OmegaConf.to_container(composed("dataset=mnist"), resolve=True)
+    config = composed("dataset=mnist")
     before = config | {"dataset": {k: v for k, v in config["dataset"].items() if k != "strengths"}}
     assert check(before).run_id == check(config).run_id
 
 
 def test_strengths_that_are_asked_for_come_first():
-    assert check(composed("attack.eps=[0.2]")).attack.eps == [0.2]
-    assert check(composed("experiment=demo")).attack.eps == RELATIVE
+    assert configured("attack.eps=[0.2]").attack.eps == [0.2]
+    assert configured("experiment=demo").attack.eps == RELATIVE
 
 
 @pytest.mark.parametrize("eps", ["8/255", "0.03137254901960784"])
 def test_the_strength_of_adversarial_training_is_one_number(eps):
-    config = check(composed(f"protocol.adversarial={{eps:{eps},step_size:1/4}}"))
+    config = configured(f"protocol.adversarial={{eps:{eps},step_size:1/4}}")
     assert config.protocol.attack.eps == pytest.approx(8 / 255) and config.protocol.attack.step_size == 0.25
 
 
@@ -103,13 +97,13 @@ def test_the_strength_of_adversarial_training_is_one_number(eps):
 )
 def test_what_is_no_such_value_is_one_line(keys, says):
     with pytest.raises(UserError, match=says):
-        check(composed("method=condlr", "compression=0.5", keys))
+        configured("method=condlr", "compression=0.5", keys)
 
 
 def test_a_training_too_short_for_an_allocation_is_refused_before_it_begins():
     with pytest.raises(UserError, match="method.ranks=adaptive allocates in the first half"):
         keys = ["protocol.epochs=3", "protocol.lr_milestones=[]"]
-        check(composed("method=condlr", "compression=0.5", "method.ranks=adaptive", *keys))
+        configured("method=condlr", "compression=0.5", "method.ranks=adaptive", *keys)
 
 
 def test_the_options_in_a_label_keep_their_order():
@@ -122,4 +116,4 @@ def test_the_options_in_a_label_keep_their_order():
     }
     for (method, *options), label in wanted.items():
         asked = [f"method.{option}" for option in options]
-        assert check(composed(f"method={method}", "compression=0.5", *asked)).label == label
+        assert configured(f"method={method}", "compression=0.5", *asked).label == label

@@ -8,18 +8,18 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from condlr._support.files import read_csv
 from condlr.report.provenance import provenance
-from condlr.suite.config import CONF, check
+from condlr.suite.config import CONF
 from condlr.suite.sweeps import plan
 from condlr.suite.sweeps.estimate import Pace
 from condlr.suite.sweeps.plan import experiments_of, of_experiment, of_experiments
 from condlr.suite.sweeps.status import survey
-from tests.helpers import ROOT, SMALL, complains
+from tests.helpers import ROOT, SMALL, complains, configured
 
 # What an experiment sweeps over, the arguments given beside it, and how many runs that makes.
 WAYS = {
@@ -149,12 +149,11 @@ def test_several_experiments_are_the_runs_of_each(ask):
 def test_each_config_is_the_one_that_is_composed_alone(arguments):
     jobs = of_experiment("demo", "row=condlr-tau0.1-c0.8,vanilla-c0.8", *arguments)
     assert len({(job.config.run_id, job.study, repr(job.config.attack)) for job in jobs}) == len(jobs) > 3
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        for job in jobs:
-            alone = check(compose("train", job.overrides))
-            assert (alone.run_id, alone.study) == (job.config.run_id, job.config.study)
-            assert alone.identity == job.config.identity
-            assert alone.attack == job.config.attack
+    for job in jobs:
+        alone = configured(*job.overrides)
+        assert (alone.run_id, alone.study) == (job.config.run_id, job.config.study)
+        assert alone.identity == job.config.identity
+        assert alone.attack == job.config.attack
 
 
 @pytest.mark.parametrize("begun", [False, True])

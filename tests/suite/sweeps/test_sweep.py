@@ -14,21 +14,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 
 from condlr._support.errors import Interrupted, UserError
 from condlr._support.files import read_csv
 from condlr._support.locks import owners
-from condlr.suite.config import CONF, check
 from condlr.suite.runs import Run
 from condlr.suite.signals import Signals
 from condlr.suite.sweeps import jobs
 from condlr.suite.sweeps.estimate import Pace
 from condlr.suite.sweeps.processes import Killed, call_apart
 from condlr.suite.sweeps.sweep import StudySweeper
-from tests.helpers import ROOT, SMALL, Program, at_once, complains, wait_for
+from tests.helpers import ROOT, SMALL, Program, at_once, complains, configured, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -162,11 +160,7 @@ def test_a_config_that_cannot_be_stops_a_sweep_before_its_first_run(script, tmp_
 
 def test_what_is_in_the_way_of_a_run_costs_no_other(script, tmp_path):
     arguments = ["-m", *SMALL, "method=baseline", "seed=0,1,2", "study=a"]
-    with initialize_config_dir(str(CONF), version_base=None):
-        names = [
-            check(compose("train", [*SMALL, "method=baseline", f"seed={seed}", "study=a"])).run_id
-            for seed in range(3)
-        ]
+    names = [configured(*SMALL, "method=baseline", f"seed={seed}", "study=a").run_id for seed in range(3)]
     (tmp_path / "runs" / "a" / names[1] / "train.log").mkdir(parents=True)
     (tmp_path / "runs" / "a" / names[2]).touch()
     status, out, err = script("train", *arguments)
