@@ -138,23 +138,24 @@ lr-cifar10: $(VENV)/.installed  ## Train eight rows on CIFAR-10, low-rank activa
 
 define attack_rivals
 	$(RUN) scripts/evaluate.py run='runs/$(1)/*' analysis=[conditioning,cost]
-	$(RUN) scripts/evaluate.py run='runs/$(1)/*' $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.06,0.1]
-	$(RUN) scripts/evaluate.py run='runs/$(1)/*-s0-*' attack.images=500 attack=autoattack attack.eps=[0.1]
+	$(RUN) scripts/evaluate.py run='runs/$(1)/*' $(HARD) attack=pgd attack.restarts=3 $(PGD)
+	$(RUN) scripts/evaluate.py run='runs/$(1)/*-s0-*' attack=autoattack $(AUTOATTACK)
 	$(MAKE) --no-print-directory tables figures report STUDY=$(1)
 endef
 
+rivals-mnist: PGD = attack.eps=[0.06,0.1]
+rivals-mnist: AUTOATTACK = attack.images=500 attack.eps=[0.1]
 rivals-mnist: $(VENV)/.installed  ## Train CondLR and its rivals on MNIST at equal weights, and adversarially, attack them (a day)
 	-$(RUN) scripts/train.py experiment=rivals_mnist $(LAUNCHER) $(ARGS)
 	-$(RUN) scripts/train.py experiment=rivals_mnist_adversarial $(LAUNCHER) $(ARGS)
 	$(call attack_rivals,rivals_mnist)
 	$(call attack_rivals,rivals_mnist_adversarial)
 
+rivals-cifar10: PGD = attack.eps=[0.004,8/255]
+rivals-cifar10: AUTOATTACK = attack.images=200 attack.eps=[0.004]
 rivals-cifar10: $(VENV)/.installed  ## Train six rivals at equal weights on CIFAR-10, attack them (hours on a GPU, a day without)
 	-$(RUN) scripts/train.py experiment=rivals_cifar10 $(ARGS)
-	$(RUN) scripts/evaluate.py run='runs/rivals_cifar10/*' analysis=[conditioning,cost]
-	$(RUN) scripts/evaluate.py run='runs/rivals_cifar10/*' $(HARD) attack=pgd attack.restarts=3 attack.eps=[0.004,8/255]
-	$(RUN) scripts/evaluate.py run='runs/rivals_cifar10/*-s0-*' attack.images=200 attack=autoattack attack.eps=[0.004]
-	$(MAKE) --no-print-directory tables figures report STUDY=rivals_cifar10
+	$(call attack_rivals,rivals_cifar10)
 
 lr-cifar100: $(VENV)/.installed  ## Train three rows of ResNet-50 on CIFAR-100's superclasses, and classify its classes (hours on a GPU)
 	-$(RUN) scripts/train.py experiment=lr_cifar100 $(ARGS)

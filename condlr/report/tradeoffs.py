@@ -44,7 +44,7 @@ def compression(cells: pd.DataFrame, out: Path) -> Iterator[Drawing]:
         if _alike(frame):
             return _one_below_the_other(frame)
         styles, marks = _style.styles(frame, by_compression=False), _style.marks(frame)
-        figure, parts = _attacked(frame, 2.3, "weights removed")
+        figure, parts = _attacked(frame, 2.3, "weights removed", "accuracy", sharex=True)
         for axis, part in parts:
             _compressions(axis, part, styles, marks)
         exported = Line2D([], [], **_hollow(_point(marks, 0)), label="exported")
@@ -109,7 +109,7 @@ def weights(cells: pd.DataFrame, counted: pd.DataFrame | None, out: Path) -> Ite
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         frame = frame.assign(kept=frame["row_id"].map(kept)).sort_values("kept", kind="stable")
         styles = _style.styles(frame, by_compression=False)
-        figure, parts = _attacked(frame, 2.6, "weights kept in deployment")
+        figure, parts = _attacked(frame, 2.6, "weights kept in deployment", "accuracy", sharex=True)
         for axis, part in parts:
             for _, line in part.groupby(["label", "variant"], sort=False):
                 colour = styles[line["row_id"].iloc[0]]["color"]
@@ -144,18 +144,14 @@ def _one_below_the_other(frame: pd.DataFrame) -> Drawn:
     titles = {key.row_id: textwrap.fill(title(key.label, key.variant), 30) for key, _ in by_row(frame)}
     order = sorted(titles, key=lambda row_id: best.get(row_id, -1.0))
     height = 0.5 + 0.14 * sum(text.count("\n") + 1.5 for text in titles.values())
-    shown = _at_full_strength(frame)
-    columns = 2 if len(shown) in (2, 4) else min(len(shown), 3)
-    figure, axes = _style.panels(len(shown), columns, height, sharey=True)
-    for axis, (name, part) in zip(axes, shown.items(), strict=True):
-        axis.set_title(textwrap.fill(name, 72 // columns))
+    figure, parts = _attacked(frame, height, "accuracy", "", sharey=True)
+    for axis, part in parts:
         for row in part.to_dict("records"):
             point = _point(marks, row["compression"], styles[row["row_id"]]["color"])
             axis.errorbar(row["accuracy"], order.index(row["row_id"]), xerr=row["std"], **point)
         axis.set_yticks(range(len(order)), [titles[row_id] for row_id in order])
         axis.xaxis.set_major_locator(MaxNLocator(4))
         _style.percent(axis.xaxis)
-    _style.outer(axes, columns, "accuracy", "")
     removed = 100 * frame.loc[frame["compression"].gt(0), "train_compression"].mean()
     caption = (
         f"accuracy of each row with some {removed:.0f} % of the weights removed, and of the dense ones "
@@ -164,14 +160,16 @@ def _one_below_the_other(frame: pd.DataFrame) -> Drawn:
     return Drawn(figure, caption)
 
 
-def _attacked(frame: pd.DataFrame, height: float, x: str) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+def _attacked(
+    frame: pd.DataFrame, height: float, x: str, y: str, **shared: bool
+) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
     """A figure with a panel of accuracies for each part of `_at_full_strength`, and its data."""
     shown = _at_full_strength(frame)
-    columns = min(len(shown), 3)
-    figure, axes = _style.panels(len(shown), columns, height, sharex=True)
+    columns = 2 if len(shown) == 4 else min(len(shown), 3)
+    figure, axes = _style.panels(len(shown), columns, height, **shared)
     for axis, name in zip(axes, shown, strict=True):
         axis.set_title(textwrap.fill(name, 72 // columns))
-    _style.outer(axes, columns, x, "accuracy")
+    _style.outer(axes, columns, x, y)
     return figure, [*zip(axes, shown.values(), strict=True)]
 
 
