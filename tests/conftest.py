@@ -17,10 +17,11 @@ import condlr.suite.cli  # noqa: F401  (what makes the sweeper of our configs kn
 from condlr.data.base import Data
 from condlr.data.digits import Digits
 from condlr.suite.sweeps import processes
-from tests.helpers import Streams, made_once, run_script, start_worker, work_with
+from tests.helpers import Streams, made_once, read_configs_once, run_script, start_worker, work_with
 
 torch.set_num_threads(1)
 os.fsync = os.fstat  # nobody looks at these files after a power failure
+read_configs_once()
 gc.disable()  # until all tests are found: searches for garbage take a third of that time
 
 # What layers were timed at is kept for the tests alone, also by the programs they start.
