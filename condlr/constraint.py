@@ -78,7 +78,7 @@ def constrain(
     is ill-conditioned, loses less if tau falls to its last value over some epochs.
 
     Args:
-        optimizer: has the factors among its parameters; a wrapper such as those of accelerate and Lightning
+        optimizer: has the factors among its parameters; a wrapper such as those of accelerate and Opacus
             stands for the optimiser in it, and SAM and Lookahead are constrained as they step (see
             `condlr.steppers`). It must take one gradient in a step: LBFGS, or any other optimiser that
             evaluates its closure twice, is refused, and so is one that differentiates the gradients. Use no

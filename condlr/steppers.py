@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-# What wrappers call the optimiser in them: those of trainers and Lookahead, SAM, timm's Lookahead, PyTorch
-_INNER = ("optimizer", "base_optimizer", "_base_optimizer", "optim")
 _SECOND_ORDER = ("AdaHessian", "Adahessian", "SophiaH")
 # It moves the parameters once more, after the step of the optimiser in it
 _MOVES_AFTER = ("WSAM",)
@@ -41,12 +39,13 @@ class Stepper(NamedTuple):
         name = type(optimizer).__name__
         if getattr(optimizer, "_overlap_with_ddp", False):
             raise ValueError(f"{name} steps within the backward pass: use overlap_with_ddp=False")
-        within = [getattr(optimizer, key, None) for key in _INNER]
+        # Each library calls the optimiser in its wrapper by another name; some have it as a property
+        within = [getattr(optimizer, "optimizer", None), *getattr(optimizer, "__dict__", {}).values()]
         inner: Any = next((part for part in within if _has_all(part, optimizer)), None)
         in_parts = hasattr(optimizer, "first_step")
         if inner is None or inner is optimizer:
             if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-                raise ValueError(f"a {name} is no torch.optim.Optimizer, and has none in .optimizer")
+                raise ValueError(f"a {name} is no torch.optim.Optimizer, and has none in it: use one of PyTorch's kind")
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise ValueError(
                     "LBFGS takes several gradients in a step and is not constrained between them: "

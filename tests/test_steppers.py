@@ -70,6 +70,42 @@ class Lookahead(torch.optim.Optimizer):
         self._base_optimizer.load_state_dict(state)
 
 
+class Wrapper:
+    """No optimiser itself, and with a name of its own for the one in it, as of fastai's OptimWrapper."""
+
+    def __init__(self, optimizer):
+        self.opt = optimizer
+        self.zero_grad, self.state_dict, self.load_state_dict = (
+            optimizer.zero_grad, optimizer.state_dict, optimizer.load_state_dict
+        )  # fmt: skip
+
+    def step(self):
+        self.opt.step()
+
+
+class Private(torch.optim.Optimizer):
+    """Noise on the gradients before the step, made as Opacus's DPOptimizer: without PyTorch's constructor."""
+
+    def __init__(self, optimizer):
+        self.original_optimizer = optimizer
+
+    param_groups = property(lambda self: self.original_optimizer.param_groups)
+
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.grad = p.grad + 1e-3 * torch.randn_like(p)
+        return self.original_optimizer.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.original_optimizer.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return self.original_optimizer.state_dict()
+
+    def load_state_dict(self, state):
+        self.original_optimizer.load_state_dict(state)
+
+
 def network():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 5))
@@ -116,6 +152,8 @@ MAKE = {
     "averaged": averaged,
     "SAM": lambda net: Sam(net.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9),
     "Lookahead": lambda net: Lookahead(torch.optim.AdamW(net.parameters(), lr=0.05)),
+    "a wrapper": lambda net: Wrapper(torch.optim.SGD(net.parameters(), lr=0.1)),
+    "noise": lambda net: Private(torch.optim.SGD(net.parameters(), lr=0.1)),
 }
 
 
