@@ -75,10 +75,8 @@ def run(small_run, tmp_path):
         (["method.name=dropout"], "methods: there is no 'dropout'; choose from baseline, cayley_sgd, condlr"),
         (["+method.rank=3"], "method.rank: there is no such key; the keys of method are tau"),
         (["precision=fp16"], "precision must be one of float32, tf32, bf16; got 'fp16'"),
-        (["precision=tf32", "device=cpu"], "precision=tf32 is for CUDA devices"),
         (["forms=fast"], "forms must be one of measured, factored, chained, multiplied; got 'fast'"),
         (["forms={conv1:fast}"], r"forms.conv1 must be one of factored, chained, multiplied"),
-        (["forms={conv9:factored}"], "no low-rank layer is named 'conv9'; there are conv1, conv2, fc1"),
         (["compression=1.5"], r"compression must be in \[0, 1\); got 1.5"),
         (["compression=-0.5"], r"compression must be in \[0, 1\)"),
         (["compression=half"], "compression: Value 'half'.*Float"),
@@ -116,10 +114,6 @@ def run(small_run, tmp_path):
             "model=vgg16 with dataset=.*: vgg16 takes images of 32 x 32 pixels; these are 1 x 28 x 28",
         ),
         (["model=vgg16", "model.dropout=1"], "model.dropout must be in"),
-        (
-            ["dataset=cifar10", "model=vgg16", "dataset.download=false"],
-            "CIFAR10 is missing.*data_batch_1",
-        ),
         (["dataset.train_images=0"], "dataset.train_images must be in"),
         (["protocol.augmentation=mirror"], "protocol.augmentation must be one of none, crop, crop_flip"),
         (["protocol.batch_norm_momentum=2"], "protocol.batch_norm_momentum must be in"),
@@ -151,6 +145,34 @@ def run(small_run, tmp_path):
         (["seed=one"], "seed: Value 'one'.*Integer"),
         (["study=../elsewhere"], "study must be a plain name"),
         (["device=tpu"], "device must be one of auto, cpu, cuda"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_wrong_with_a_config_is_one_line(arguments, pattern):
+    with pytest.raises(Exception) as caught:
+        configured(*SMALL, *arguments)
+    line = explain(caught.value)
+    assert re.search(pattern, line)
+    assert "\n" not in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        # One of each kind that a config itself shows, then what only the run finds
+        (["metod=condlr"], "Could not override 'metod'"),
+        (["method=dropout"], "Could not find 'method/dropout'.*condlr"),
+        (["compression=1.5"], r"compression must be in \[0, 1\); got 1.5"),
+        (["compression=["], "no viable alternative at input"),
+        (["protocol=[1]"], "the command line makes no config"),
+        (["~protocol.lr"], "protocol.lr is missing"),
+        (["precision=tf32", "device=cpu"], "precision=tf32 is for CUDA devices"),
+        (["forms={conv9:factored}"], "no low-rank layer is named 'conv9'; there are conv1, conv2, fc1"),
+        (
+            ["dataset=cifar10", "model=vgg16", "dataset.download=false"],
+            "CIFAR10 is missing.*data_batch_1",
+        ),
         (["runs_dir=file/runs"], "Not a directory: .*file"),
         (["dataset=mnist", "dataset.download=false"], "MNIST is missing.*put train-images-idx3-ubyte"),
         (["dataset=fashion_mnist", "dataset.download=false"], "put .* into data/FashionMNIST/raw"),
@@ -348,8 +370,8 @@ def test_the_tables_have_the_rows_of_the_papers(experiment, paper):
     """Each row of the published table is a row file, and sets what the paper's row is."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", [f"experiment={experiment}"], return_hydra_config=True)
-        rows = config.hydra.sweeper.params.row.split(",")
-        checked = [configured(f"experiment={experiment}", f"row={row}") for row in rows]
+    rows = config.hydra.sweeper.params.row.split(",")
+    checked = [configured(f"experiment={experiment}", f"row={row}") for row in rows]
     found = {(run.label, run.scheme.compression or 0.0, eps) for run in checked for eps in run.attack.eps}
     model, dataset = paper.split("_")[1:]
     published = results.published(ROOT / "results" / "paper", dataset, model)
