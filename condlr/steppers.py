@@ -45,7 +45,7 @@ class Stepper(NamedTuple):
         in_parts = hasattr(optimizer, "first_step")
         if inner is None or inner is optimizer:
             if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-                raise ValueError(f"a {name} is no torch.optim.Optimizer, and has none in it: use one of PyTorch's kind")
+                raise ValueError(f"a {name} is no torch.optim.Optimizer, and has none in it")
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise ValueError(
                     "LBFGS takes several gradients in a step and is not constrained between them: "

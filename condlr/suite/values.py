@@ -42,12 +42,15 @@ def resolved(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """A composed config as plain values, without Hydra's own part, as config.yaml holds it."""
     if not isinstance(config, DictConfig):
         return _with_home(config)
-    ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:
-        plain: Any = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
+        return _with_home({str(key): _plain(config[key]) for key in config if key != "hydra"})
     except OmegaConfBaseException as error:
         raise UserError(one_line(error)) from error
-    return _with_home(plain)
+
+
+def _plain(node: Any) -> Any:
+    is_group = OmegaConf.is_config(node)
+    return OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if is_group else node
 
 
 def _with_home(values: Mapping[str, Any]) -> dict[str, Any]:

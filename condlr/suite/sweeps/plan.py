@@ -89,7 +89,6 @@ def compose(loader: ConfigLoader, config: DictConfig, arguments: list[str]) -> l
             # Numbered here: done runs are not launched, so a launcher would number the others differently
             combination = [_JOB_NUMBER.sub(str(number), argument) for argument in numbered]
             composed = composer.compose(combination)
-            HydraConfig.instance().set_config(composed)  # for ${hydra:...}
             try:
                 checked = check(composed)
             except UserError as error:
@@ -178,7 +177,8 @@ class _Composer:
     """Composes the configs of a plan; configs that differ only in single values are composed once.
 
     Composing takes 0.2 s. Hydra merges all files first and then sets the values of the command line, so the
-    config of other values is the same one with these set. Configs that refer to `${hydra:...}` are excepted.
+    config of other values is the same one with these set. Configs that refer to `${hydra:...}` are excepted;
+    what that is, is set for them.
     """
 
     def __init__(self, loader: ConfigLoader, config: DictConfig) -> None:
@@ -198,6 +198,7 @@ class _Composer:
                     OmegaConf.update(composed, override.key_or_group, override.value())
             return composed
         composed = self._loader.load_sweep_config(self._config, combination)
+        HydraConfig.instance().set_config(composed)
         ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
         if "{hydra:" not in OmegaConf.to_yaml(ours):
             self._composed[others] = composed
