@@ -36,6 +36,11 @@ from condlr.steppers import Stepper, require_plain_sgd
 # The key of the constraint's state in the first parameter group of an optimiser's state_dict
 _MEMORY = "condlr"
 
+_COPIES = (
+    "copies of them (DeepSpeed's ZeRO, master weights of half precision) cannot be constrained: "
+    "keep the parameters whole and in float32, with autocast for speed"
+)
+
 # All constraints. The hooks of one may be on a wrapper that its optimiser does not know of.
 _ATTACHED: "WeakSet[Constraint]" = WeakSet()
 
@@ -145,9 +150,11 @@ class Constraint:
         self._forget_step()
         self._update_held()
         if not self._held:
+            copies = f"; {_COPIES}" if self._trained.isdisjoint(self._model.parameters()) else ""
             raise NothingHeld(
                 "no U S V^T layer of this model is in the optimizer: factorize the model first "
                 "(core='full'), and make the optimizer from the parameters of the model that it returns"
+                f"{copies}"
             )
         self._attach()
 
@@ -257,6 +264,8 @@ class Constraint:
         for held in new:
             require_usable(held)
         if self._held and not now:
+            if trained and trained.isdisjoint({*self._trained, *self._model.parameters()}):
+                raise ValueError(f"the optimiser has no parameter of the model any more; {_COPIES}")
             warn(
                 "no layer is constrained any more: the optimiser has none of the model's factors "
                 "(layers were replaced, or loaded with assign=True)"

@@ -680,6 +680,25 @@ def test_a_constraint_without_layers_says_so():
             look()
 
 
+def test_copies_of_the_parameters_are_refused():
+    """DeepSpeed's ZeRO gives the optimiser flat parts of them, half precision master weights."""
+    net = network()
+    optimizer = torch.optim.AdamW(net.parameters())
+    constraint = condlr.constrain(optimizer, net)
+    copies = [p.detach().double() for p in net.parameters()]
+    optimizer.param_groups[0]["params"] = copies
+    for p in copies:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="has no parameter of the model any more; copies of them"):
+        optimizer.step()
+    assert all(torch.equal(p.double(), copy) for p, copy in zip(net.parameters(), copies, strict=True))
+    constraint.remove()
+    with pytest.raises(ValueError, match=r"that it returns; copies of them \(DeepSpeed's ZeRO, master"):
+        condlr.constrain(torch.optim.AdamW(copies), net)
+    with pytest.raises(ValueError, match="that it returns$"):
+        condlr.constrain(torch.optim.AdamW([net[0].bias]), net)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
