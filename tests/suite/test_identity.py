@@ -63,13 +63,14 @@ STUDIES = {
             "rivals_mnist",
             "budget=30e3",
             "seed=0",
-            "row=condlr-energy-c0.5,condlr-tau0.1-c0.5,spectral_cap-energy-c0.5",
+            "row=condlr-energy-c0.5,condlr-tau0.1-c0.5,spectral_cap-energy-c0.5,dlrt-energy-c0.5",
         ],
+        ["rivals_mnist", "budget=200e3", "seed=0", "row=condlr-energy-c0.5,spectral_cap-energy-c0.5"],
     ],
     "rivals_mnist_adversarial": [
         [
             "rivals_mnist_adversarial",
-            "row=baseline,condlr-energy-c0.5,condlr-tau0.1-c0.5,spectral_cap-energy-c0.5",
+            "row=baseline,condlr-energy-c0.5,condlr-tau0.1-c0.5,spectral_cap-energy-c0.5,dlrt-energy-c0.5",
         ]
     ],
     "lr_weights": [
