@@ -177,8 +177,8 @@ class _Composer:
     """Composes the configs of a plan; configs that differ only in single values are composed once.
 
     Composing takes 0.2 s. Hydra merges all files first and then sets the values of the command line, so the
-    config of other values is the same one with these set. Configs that refer to `${hydra:...}` are excepted;
-    what that is, is set for them.
+    config of other values is the same one with these set. A config that refers to `${hydra:...}` is composed
+    each time, and finds there what belongs to it.
     """
 
     def __init__(self, loader: ConfigLoader, config: DictConfig) -> None:
