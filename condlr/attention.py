@@ -28,7 +28,8 @@ class LowRankMultiheadAttention(nn.MultiheadAttention):
     reading their matrices; so it needs fewer operations, as any low-rank layer.
 
     Modules:
-        q_proj, k_proj, v_proj, out_proj: `LowRankLinear` or `nn.Linear`; the first three without bias.
+        q_proj, k_proj, v_proj, out_proj: `LowRankLinear`, `nn.Linear`, or two thin `nn.Linear` in an exported
+            network; the first three without bias.
 
     Parameters:
         in_proj_bias, bias_k, bias_v: as in `nn.MultiheadAttention`.
@@ -176,7 +177,7 @@ def dense(attention: LowRankMultiheadAttention) -> nn.MultiheadAttention:
         if (bias := getattr(attention, name)) is not None:
             getattr(plain, name).copy_(bias).requires_grad_(bias.requires_grad)
     if has_bias:
-        bias: Any = attention.out_proj.bias
+        bias: Any = _last(attention.out_proj).bias
         plain.out_proj.bias.copy_(bias).requires_grad_(bias.requires_grad)
     for name in PROJECTIONS:
         key = name if name == "out_proj" else "in_proj" if plain.in_proj_weight is not None else name
@@ -188,7 +189,7 @@ def dense(attention: LowRankMultiheadAttention) -> nn.MultiheadAttention:
 def _trained(attention: nn.MultiheadAttention, name: str) -> bool:
     if isinstance(attention, LowRankMultiheadAttention):
         layer = attention.get_submodule(name)
-        return any(p.requires_grad for key, p in layer.named_parameters() if key != "bias")
+        return any(p.requires_grad for key, p in layer.named_parameters() if not key.endswith("bias"))
     if name == "out_proj":
         return attention.out_proj.weight.requires_grad
     whole = attention.in_proj_weight
@@ -205,4 +206,11 @@ def _take_settings(new: nn.MultiheadAttention, old: nn.MultiheadAttention) -> No
 
 
 def _matrix(layer: Any) -> Tensor:
+    if isinstance(layer, nn.Sequential):
+        right, left = layer
+        return left.weight @ right.weight
     return layer.matrix if isinstance(layer, LowRank) else layer.weight
+
+
+def _last(layer: Any) -> Any:
+    return layer[-1] if isinstance(layer, nn.Sequential) else layer

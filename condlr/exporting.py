@@ -24,6 +24,8 @@ from condlr.replacement import listed, replaced
 from condlr.sites import matches, patterns
 
 EXPORTS = ("smallest", "dense", "factored")
+# They read the weights of layers for a fast path, which LowRankMultiheadAttention keeps them from
+_READING = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
 def export(
@@ -33,6 +35,9 @@ def export(
     form: str = "smallest",
 ) -> nn.Module:
     """A copy of `model` with PyTorch's own layers only, which computes the same function.
+
+    `nn.MultiheadAttention` has no thin projections. So an attention becomes dense, unless the form is
+    `factored`: then it stays `LowRankMultiheadAttention`, with projections of two thin layers each.
 
     The virtual layers of `condlr.low_rank_activations` are left out, and the parametrisations of condlr's own
     methods become plain weights.
@@ -58,10 +63,9 @@ def export(
         raise TypeError(f"an example is an input of the network; for a form say form={example!r}")
     forms = export_forms(model, form, () if example is not None else None)
     if example is not None:
-        forms = export_forms(model, form, _read_by(model, forms, example))
-    plain, lost = replaced(
-        model, _made(_attentions(model), {layer: _plain(layer, form) for layer, form in forms.items()})
-    )
+        forms = export_forms(model, form, _read_by(model, forms, form, example))
+    layers = {layer: _plain(layer, kind) for layer, kind in forms.items()}
+    plain, lost = replaced(model, _made(_attentions(model, form), layers))
     remove(plain)
     for module in plain.modules():
         if is_parametrized(module):
@@ -90,12 +94,12 @@ def unfactorize(
     """
     require_module("unfactorize", model)
     wanted = patterns("include", include)
-    inside = {layer for attention in _attentions(model) for layer in attention.modules()}
+    attentions = _attentions(model, "dense")
+    inside = {layer for attention in attentions for layer in attention.modules()} - {*attentions}
     named = {
         module: name
         for name, module in model.named_modules()
-        if isinstance(module, LowRankMultiheadAttention)
-        or (isinstance(module, LowRank) and module not in inside)
+        if module in attentions or (isinstance(module, LowRank) and module not in inside)
     }
     there = [*named.values()]
     if unknown := [pattern for pattern in wanted if not any(matches(name, [pattern]) for name in there)]:
@@ -119,11 +123,11 @@ def export_forms(
     """
     layers = [layer for layer in model.modules() if isinstance(layer, LowRank)]
     if read is None:
-        read = read_layers(model, layers) if form != "dense" else ()
+        read = read_layers(model, layers, _silent(model, form)) if form != "dense" else ()
         if any(isinstance(layer, TRANSPOSED) for layer in layers) and _sized(model):
             read = {*read, *(layer for layer in layers if isinstance(layer, TRANSPOSED))}
     # nn.MultiheadAttention holds its projections as dense matrices
-    read = {*read, *(part for name in _attentions(model) for part in name.modules())}
+    read = {*read, *(part for attention in _attentions(model, form) for part in attention.modules())}
     return {layer: _form(layer, form) if layer not in read else "dense" for layer in layers}
 
 
@@ -156,8 +160,19 @@ def _sized(model: nn.Module) -> bool:
     return False
 
 
-def _attentions(model: nn.Module) -> list[LowRankMultiheadAttention]:
-    return [module for module in model.modules() if isinstance(module, LowRankMultiheadAttention)]
+def _attentions(model: nn.Module, form: str) -> list[LowRankMultiheadAttention]:
+    """The low-rank attentions that become PyTorch's own, and so dense; none if pairs of layers are wanted."""
+    if form == "factored":
+        return []
+    every = [module for module in model.modules() if isinstance(module, LowRankMultiheadAttention)]
+    return [module for module in every if any(isinstance(part, LowRank) for part in module.children())]
+
+
+def _silent(model: nn.Module, form: str) -> Collection[type]:
+    """The classes of PyTorch that read weights only for an `nn.MultiheadAttention`, if none will be there."""
+    every = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    kept = form == "factored" and all(isinstance(module, LowRankMultiheadAttention) for module in every)
+    return _READING if kept and every else ()
 
 
 def _made(
@@ -167,7 +182,9 @@ def _made(
     plain = {module: dense(module) for module in attentions}
     projections = {module.get_submodule(part) for module in attentions for part in PROJECTIONS}
     others = {layer: new for layer, new in layers.items() if layer not in projections}
-    outputs = {module.out_proj: new.out_proj for module, new in plain.items()}
+    # Two thin layers of an earlier export are a part of their attention alone
+    single = [module for module in plain if not isinstance(module.out_proj, nn.Sequential)]
+    outputs = {module.out_proj: plain[module].out_proj for module in single}
     return {**plain, **outputs, **others}
 
 
@@ -206,12 +223,12 @@ def _probe(layer: LowRank, asked: set[nn.Module]) -> nn.Sequential:
     return Probe(*_plain(layer, "factored").children())
 
 
-def _read_by(model: nn.Module, forms: Mapping[LowRank, str], example: Any) -> set[nn.Module]:
+def _read_by(model: nn.Module, forms: Mapping[LowRank, str], form: str, example: Any) -> set[nn.Module]:
     """The layers of which `model` reads attributes when it is run on `example`."""
     asked: set[nn.Module] = set()
     thin = {layer for layer, form in forms.items() if form == "factored"}
     made = {layer: _probe(layer, asked) if layer in thin else _plain(layer, "dense") for layer in forms}
-    trial, _ = replaced(model, _made(_attentions(model), made))
+    trial, _ = replaced(model, _made(_attentions(model, form), made))
     devices = {p.get_device() for p in model.parameters() if p.is_cuda}
     state = random.getstate()
     try:

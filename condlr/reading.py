@@ -50,16 +50,20 @@ class _Uses:
         return self
 
 
-def read_layers(model: nn.Module, layers: Collection[nn.Module]) -> set[nn.Module]:
+def read_layers(
+    model: nn.Module, layers: Collection[nn.Module], silent: Collection[type] = ()
+) -> set[nn.Module]:
     """The layers of which a method of `model` or of its modules may read `weight` or a similar attribute.
 
     A layer is read if any method, except those that make weights, has `<anything>.<its name>.weight`. If the
     forward pass reads an attribute of something without a name (`for layer in self.layers: layer.weight`),
     all layers that are not only called by their names count as read: rather too many than too few.
+
+    Methods of the classes in `silent` are known to read nothing.
     """
     methods: dict[str, set[tuple[FunctionType, type | None]]] = defaultdict(set)
     kinds = {type(thing) for module in model.modules() for thing in (module, *vars(module).values())}
-    others = {nn.Module, object}.union(*(type(layer).__mro__ for layer in layers))
+    others = {nn.Module, object, *silent}.union(*(type(layer).__mro__ for layer in layers))
     for cls in {cls for kind in kinds for cls in kind.__mro__} - others:
         for name, value in vars(cls).items():
             methods[name] |= {(function, cls) for function in _functions(value)}

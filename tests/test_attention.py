@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import condlr
-from condlr.attention import LowRankMultiheadAttention
+from condlr.attention import PROJECTIONS, LowRankMultiheadAttention
 from condlr.factorization import low_rank_layers
 from condlr.layers import LowRankLinear
 
@@ -108,6 +108,49 @@ def test_an_exported_attention_is_pytorchs_own(name):
         assert {*plain.state_dict()} == {f"0.{key}" for key in dense.state_dict()}
         torch.testing.assert_close(plain[0](*inputs), low[0](*inputs))
     assert condlr.measure(low).deploy_compression == 0, "PyTorch's module holds dense matrices"
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_attention_exported_as_factored_keeps_its_rank(name):
+    dense, inputs = made(**SETTINGS[name])
+    low = condlr.factorize(nn.ModuleList([dense]), 0.3)
+    plain = condlr.export(low, form="factored")
+    assert not low_rank_layers(plain) and isinstance(plain[0], LowRankMultiheadAttention)
+    ranks = {part: low[0].get_submodule(part).rank for part in PROJECTIONS}
+    assert {part: plain[0].get_submodule(part)[0].out_features for part in PROJECTIONS} == ranks
+    assert condlr.summary(plain).parameters < condlr.summary(condlr.export(low)).parameters
+    for options in ({}, {"need_weights": False}):
+        torch.testing.assert_close(plain[0](*inputs, **options), low[0](*inputs, **options))
+    torch.testing.assert_close(condlr.export(plain)[0](*inputs), low[0](*inputs))
+
+
+def test_the_thin_layers_of_an_exported_attention_are_factored_and_exported_again():
+    dense, inputs = made()
+    low = condlr.factorize(dense, ranks={"q_proj": 2, "out_proj": 3})
+    plain = condlr.export(low, form="factored")
+    again = condlr.factorize(plain, ranks={"k_proj": 8})
+    assert [*low_rank_layers(again)] == ["k_proj"]
+    for whole in (condlr.export(again), condlr.unfactorize(again)):
+        assert type(whole) is nn.MultiheadAttention and {*whole.state_dict()} == {*dense.state_dict()}
+        torch.testing.assert_close(whole(*inputs), low(*inputs))
+
+
+@pytest.mark.parametrize("with_example", [False, True])
+def test_an_encoder_exported_as_factored_is_low_rank_throughout(with_example):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    net = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    low, x = condlr.factorize(net, ranks=2), torch.randn(3, 5, 16)
+    plain = condlr.export(low, x if with_example else None, form="factored")
+    counted = condlr.summary(low), condlr.summary(plain)
+    lost = sum(row.rank**2 for row in counted[0])  # S goes into U
+    assert counted[1].parameters == counted[0].parameters - lost
+    torch.testing.assert_close(plain(x), low(x))
+    torch.testing.assert_close(torch.export.export(plain, (x,)).module()(x), low(x))
+    # A dense attention takes PyTorch's fast path, which reads the weights of the layers beside it
+    low = condlr.factorize(net, ranks={"*.linear1": 2})
+    plain = condlr.export(low, x if with_example else None, form="factored")
+    assert type(plain.layers[0].linear1) is nn.Linear
+    torch.testing.assert_close(plain(x), low(x))
 
 
 def test_a_part_of_the_projections():
