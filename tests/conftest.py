@@ -17,11 +17,11 @@ import condlr.suite.cli  # noqa: F401  (what makes the sweeper of our configs kn
 from condlr.data.base import Data
 from condlr.data.digits import Digits
 from condlr.suite.sweeps import processes
-from tests.helpers import Streams, made_once, read_configs_once, run_script, start_worker, work_with
+from tests.helpers import Streams, configure_once, made_once, run_script, start_worker, work_with
 
 torch.set_num_threads(1)
 os.fsync = os.fstat  # nobody looks at these files after a power failure
-read_configs_once()
+configure_once()
 gc.disable()  # until all tests are found: searches for garbage take a third of that time
 
 # What layers were timed at is kept for the tests alone, also by the programs they start.
@@ -71,6 +71,7 @@ def data(tmp_path_factory):
 def pytest_collection_finish():
     """What is imported by now stays, and is not searched again for what may be freed."""
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)  # memory is at hand, and searching took 8 % of the tests
     gc.enable()
 
 

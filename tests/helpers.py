@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.hydra import Hydra
 from joblib.externals.loky.backend import fork_exec
 from omegaconf import OmegaConf
 
@@ -38,8 +39,11 @@ SMALL = [
 ]  # fmt: skip
 
 
-def read_configs_once():
-    """Have a YAML file parsed once in a process: a command composes twice, and half of that is parsing."""
+def configure_once():
+    """Have a YAML file parsed once in a process, and the mode of a command looked up once.
+
+    A command composes its config twice, first for its mode alone, which an experiment or `hydra.mode` sets.
+    """
     load, parsed = OmegaConf.load, {}
 
     def remembered(file):
@@ -52,6 +56,16 @@ def read_configs_once():
         return copy.deepcopy(parsed[key])
 
     OmegaConf.load = staticmethod(remembered)
+    find, modes = Hydra.get_mode, {}
+
+    def get_mode(self, config_name, overrides):
+        deciding = tuple(text for text in overrides if re.match(r"\W*(hydra|experiment)\b", text))
+        key = config_name, deciding, str(self.config_loader.get_search_path())
+        if key not in modes:
+            modes[key] = find(self, config_name, [*deciding])
+        return modes[key]
+
+    Hydra.get_mode = get_mode
 
 
 def composed(*overrides):
@@ -171,7 +185,7 @@ class Program:
 
 def _program(directory, folder, address, environment, name, arguments):
     os.setsid()
-    read_configs_once()
+    configure_once()
     os.fsync = os.fstat
     os.environ.clear()
     os.environ.update(environment)  # not that of the server, which began in the midst of a script
