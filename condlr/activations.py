@@ -25,6 +25,7 @@ from condlr._support.inputs import require_module
 from condlr._support.precision import strict
 from condlr._support.seeds import derive_seed
 from condlr.manifolds.truncation import WAYS, truncate
+from condlr.sites import patterns
 
 SUBSPACES = (*WAYS, "pca")
 # Up to so many dimensions W is a matrix (16 MB in float32); beyond it is a product of two thin ones.
@@ -92,6 +93,7 @@ class VirtualLayer(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.taken = 0  # the same as a number, which a GPU need not be asked for
         self.noted: Tensor | None = None
+        self.graded = True  # whether gradients were on as they were noted
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -117,8 +119,17 @@ class VirtualLayer(nn.Module):
     def forward(self) -> tuple[Tensor, Tensor]:
         """L_c and L_n of the activations noted last, which are forgotten; W and b take their step."""
         if self.noted is None:
-            raise RuntimeError("no activations: call the network in training mode before its extra loss")
+            raise RuntimeError(
+                "no activations: call the network in training mode before its extra loss, and compile it "
+                "only after low_rank_activations"
+            )
         A, self.noted = self.noted.flatten(1), None
+        learns = torch.is_grad_enabled()
+        if learns and not self.graded:
+            raise RuntimeError(
+                "the activations were computed without gradients, so the network cannot learn from their "
+                "loss: say checkpoint(..., use_reentrant=False), or torch.no_grad() around the loss, too"
+            )
         with strict(A.device):
             A = A.float() if A.dtype in (torch.float16, torch.bfloat16) else A
             if self.b is None:
@@ -128,7 +139,6 @@ class VirtualLayer(nn.Module):
                 self.to(A.device, A.dtype)
             if A.shape[1] != len(self.b):
                 raise ValueError(f"activations of {A.shape[1]} dimensions, after others of {len(self.b)}")
-            learns = torch.is_grad_enabled()
             if learns and self.subspace == "pca":
                 self._follow(A.detach())
             # Copies, for the step below changes the originals, and the backward pass needs these values
@@ -153,7 +163,7 @@ class VirtualLayer(nn.Module):
         if m > MATRIX_LIMIT and self.subspace == "pca":
             raise ValueError(f"subspace=pca is for at most {MATRIX_LIMIT} dimensions; these are {m}")
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "directions"))
-        directions = torch.randn(m, min(self.rank, m), generator=generator, dtype=torch.float64)
+        directions = torch.randn(m, min(self.rank, m), generator=generator, device="cpu", dtype=torch.float64)
         Q = torch.linalg.qr(directions).Q.to(A)
         self.b = A.new_zeros(m)
         if m <= MATRIX_LIMIT:
@@ -272,6 +282,7 @@ class _Tap:
         if not isinstance(activations, Tensor):
             raise TypeError(f"{self.name} is a {type(activations).__name__}, not a tensor")
         self.layer.noted = activations.clone()  # what follows may change it in place
+        self.layer.graded = torch.is_grad_enabled()
 
 
 class _Saved:
@@ -336,6 +347,7 @@ def low_rank_activations(
     require_module("low_rank_activations", model)
     if not isinstance(ranks, Mapping) or not all(map(_is_whole, ranks.values())):
         raise ValueError(f"ranks are whole numbers by the names of activations, {{'1': 3}}; got {ranks!r}")
+    patterns("ranks", ranks)
     if any(isinstance(hook, _Saved) for hook in model._state_dict_hooks.values()):
         raise ValueError("the network has low-rank activations: condlr.activations.remove(model) first")
     if not ranks:

@@ -3,7 +3,7 @@
 import heapq
 import math
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def by_number(name: str, wanted: object, n: int, m: int) -> int:
     full = min(n, m)
     if isinstance(wanted, Real) and not isinstance(wanted, bool):
         value = float(wanted)
-        if isinstance(wanted, float) and 0 < value <= 1:
+        if not isinstance(wanted, Integral) and 0 < value <= 1:
             return max(1, round(value * full))
         if 1 <= value < math.inf and value == int(value):
             return min(int(value), full)

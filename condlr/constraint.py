@@ -1,7 +1,7 @@
 """CondLR: orthonormal U and V, singular values of S in a band (Algorithm 1, arXiv 2306.01485)."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
@@ -254,9 +254,9 @@ class Constraint:
         self._device = next((p.device for p in parameters), torch.device("cpu"))
         _refuse_sharded(self._model, parameters)
         now, trained = {}, {*parameters}
-        for name, layer in triples(self._model).items():
-            held = Held(name, layer, layer.U, core_of(layer), layer.Vt)
+        for held in _apart(Held(n, x, x.U, core_of(x), x.Vt) for n, x in triples(self._model).items()):
             if not trained.isdisjoint(held.factors):
+                layer = held.layer
                 before = self._held.get(layer)
                 same = before and all(X is Y for X, Y in zip(before.factors, held.factors, strict=True))
                 now[layer] = before if before and same else held
@@ -493,6 +493,25 @@ def audit(model: nn.Module) -> dict[str, float]:
 
 def _group(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict:
     return next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+
+
+def _apart(every: Iterable[Held]) -> Iterator[Held]:
+    """Layers without those that have all factors of an earlier one: a step changes a factor once.
+
+    Raises:
+        ValueError: layers share some factors, and others not.
+    """
+    owners: dict[nn.Parameter, Held] = {}
+    for held in every:
+        found = [owners.get(X) for X in held.factors]
+        other = next((owner for owner in found if owner is not None), None)
+        if other is None:
+            owners |= dict.fromkeys(held.factors, held)
+            yield held
+        elif any(owner is not other for owner in found):
+            raise ValueError(
+                f"{held.name} and {other.name} share some factors: let them share U, S and Vt, or none"
+            )
 
 
 def _refuse_sharded(model: nn.Module, parameters: Iterable[Tensor]) -> None:

@@ -286,10 +286,13 @@ def _require_named(
     """Raise `ValueError` for a name that nothing has, and for a named layer that cannot be factored."""
     everything = {n for name, _ in model.named_parameters(remove_duplicate=False) for n in around(name)}
     layers = {n for name in found for n in around(name)}
+    low = {n for name in low_rank_layers(model) for n in around(name)}
     named = [*wish] if isinstance(wish, Mapping) else []
     for pattern in (*include, *exclude, *named):
         known = everything | layers if pattern in exclude else layers
         if not any(matches(name, [pattern]) for name in known) and (pattern, len(found)) != ("*", 0):
+            if any(matches(name, [pattern]) for name in low):
+                raise ValueError(f"{pattern} is low-rank already: condlr.unfactorize makes it dense again")
             raise ValueError(
                 f"no linear or convolution layer is named {pattern!r}; there are {listed(sorted(found), 12)}"
             )

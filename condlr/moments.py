@@ -27,15 +27,18 @@ class Moment:
     adds to the output. Its outputs count before such parts are summed where they overlap.
 
     Attributes:
-        matrix: (n, n), float64.
+        matrix: (n, n), float64; (m, m) with a basis.
         of_inputs: which of the two.
+        basis: an orthonormal basis of W's columns, (n, m), in which the outputs of a W with n > m are
+            counted: a layer of many outputs costs no more than its weights do.
     """
 
     matrix: Tensor
     of_inputs: bool = False
+    basis: Tensor | None = None
 
     def energies(self, W: Tensor) -> Tensor:
-        """The squared singular values of all outputs of W, (n, m), as one matrix; (n,), descending."""
+        """The squared singular values of all outputs of W, (n, m), as one matrix, descending."""
         moment = self.matrix
         if self.of_inputs:
             root = _root(moment)
@@ -45,7 +48,9 @@ class Moment:
 
     def truncation(self, W: Tensor, rank: int) -> Truncation:
         """The matrix of this rank that is nearest to W in the outputs."""
-        return (weighted_by_inputs if self.of_inputs else weighted)(W, self.matrix, rank)
+        if self.of_inputs:
+            return weighted_by_inputs(W, self.matrix, rank)
+        return weighted(W, self.matrix, rank, self.basis)
 
 
 @torch.no_grad()
@@ -78,11 +83,16 @@ def moments(model: nn.Module, sites: Iterable[Site], data: Iterable[Any]) -> dic
 
 
 def _hook(site: Site, found: dict[str, Moment]) -> Callable[..., None]:
+    n, m = site.shape
+    tall = n > m and site.kind not in TRANSPOSED
+    basis = torch.linalg.qr(site.matrix.detach().double()).Q if tall else None
+
     def add(rows: Tensor, of_inputs: bool = False) -> None:
-        rows = rows.flatten(0, -2).double()
+        rows = rows.reshape(-1, rows.shape[-1]).double()
+        rows = rows if basis is None else rows @ basis
         moment = rows.mT @ rows
         before = found.get(site.name)
-        found[site.name] = Moment(moment if before is None else before.matrix + moment, of_inputs)
+        found[site.name] = Moment(moment if before is None else before.matrix + moment, of_inputs, basis)
 
     def of_layer(layer: Any, inputs: Any, named: Any, y: Tensor) -> None:
         if layer.bias is not None:
@@ -111,16 +121,18 @@ def _spatial(layer: Any) -> int:
 
 
 @torch.no_grad()
-def weighted(W: Tensor, moment: Tensor, rank: int) -> Truncation:
+def weighted(W: Tensor, moment: Tensor, rank: int, basis: Tensor | None = None) -> Truncation:
     """The matrix of rank r nearest to W, (n, m), in the outputs: it minimises sum ||(W - W_r) x||^2.
 
     With M = sum y y^T, y = W x, it is P P^T W, P the leading eigenvectors of M: W C^(1/2) has the left
-    singular vectors P, C = sum x x^T. A small part of W W^T in M decides among directions without data.
+    singular vectors P, C = sum x x^T. A small part of W W^T in M decides among directions without data. With
+    a basis B of W's columns, M is that of B^T y.
     """
     W = W.detach().double()
-    gram = W @ W.mT
-    moment = _share(moment.to(W)) + _WITHOUT_DATA * _share(gram)
-    return within(W, torch.linalg.eigh(moment).eigenvectors[:, -rank:])
+    seen = W if basis is None else basis.to(W).mT @ W
+    moment = _share(moment.to(W)) + _WITHOUT_DATA * _share(seen @ seen.mT)
+    P = torch.linalg.eigh(moment).eigenvectors[:, -rank:]
+    return within(W, P if basis is None else basis.to(W) @ P)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from condlr._support.errors import in_range, one_of
+from condlr._support.modes import in_eval_mode
 from condlr.convolutions import CONVOLUTIONS, TRANSPOSED, LowRankConv3d, LowRankConvTranspose3d
 from condlr.layers import LowRank
 from condlr.manifolds.convolution import (
@@ -127,7 +128,7 @@ def _matrix(layer: Any, shape: Sequence[int]) -> Tensor | None:
     """The matrix of a linear layer in float64; None for others."""
     if isinstance(layer, (*_PLAIN, *_ADJOINT, *_CUBES)) or not isinstance(layer, nn.Linear | LowRank):
         return None
-    weight = layer.weight if isinstance(layer, nn.Linear) else layer.matrix
+    weight = _weight(layer) if isinstance(layer, nn.Linear) else layer.matrix
     _require_values(weight)
     if len(shape) > 0 and shape[-1] != weight.shape[1]:
         raise ValueError(f"a linear layer of {weight.shape[1]} inputs needs no shape; got {tuple(shape)}")
@@ -167,7 +168,9 @@ def _require_shape(layer: Any, shape: Sequence[int], boundary: str) -> None:
 
 
 def _weight(layer: Any) -> Tensor:
-    return layer.weight if is_lazy(layer.weight) else layer.weight.detach().as_subclass(Tensor)
+    with in_eval_mode(layer):  # reading a weight with spectral norm changes it in training mode
+        weight = layer.weight
+    return weight if is_lazy(weight) else weight.detach().as_subclass(Tensor)
 
 
 def _overhangs(layer: Any) -> bool:
@@ -220,7 +223,7 @@ def _norm_of_map(layer: nn.Module, shape: Sequence[int], tolerance: float) -> fl
         return product.flatten(1)
 
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(1, math.prod(shape), generator=generator, dtype=torch.float64)
+    start = torch.randn(1, math.prod(shape), generator=generator, device="cpu", dtype=torch.float64)
     values, _ = largest_singular_values(gram, start.to(_weight(layer).device), tolerance)
     return values.item()
 

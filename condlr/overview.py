@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from condlr._support.inputs import call, untouched
+from condlr._support.modes import in_eval_mode
 from condlr.analysis._layers import compact_kernel
 from condlr.analysis.conditioning import circular, spread
 from condlr.attention import PROJECTIONS, LowRankMultiheadAttention
@@ -135,12 +136,13 @@ def summary(model: nn.Module, example: Any = None) -> Summary:
     """
     seen = {} if example is None else _positions(model, example)
     rows = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.MultiheadAttention):
-            if not isinstance(layer, LowRankMultiheadAttention):
-                rows.append(_attention(name, layer))
-        elif _has_matrix(layer) and not _within(model, name) and _made(layer):
-            rows.append(_row(name, layer, seen.get(layer)))
+    with in_eval_mode(model):  # reading a weight with spectral norm changes it in training mode
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.MultiheadAttention):
+                if not isinstance(layer, LowRankMultiheadAttention):
+                    rows.append(_attention(name, layer))
+            elif _has_matrix(layer) and not _within(model, name) and _made(layer):
+                rows.append(_row(name, layer, seen.get(layer)))
     total = sum(map(numel, model.parameters()))
     saved = sum(row.dense_parameters - row.parameters for row in rows)
     return Summary(rows, total + saved, total)
@@ -165,9 +167,7 @@ def _row(name: str, layer: Any, seen: _Seen | None) -> LayerRow:
     else:
         kind: Any = kind_of(layer)
         n, m = kind.matrix_of(layer).shape
-        rank, weights, cost, error = None, n * m, n * m // getattr(layer, "groups", 1), None
-        weights = layer.weight.numel()
-        cond_S = None
+        rank, weights, cost, error, cond_S = None, n * m, n * m, None, None
     biases = 0 if layer.bias is None else layer.bias.numel()
     dense = weights if rank is None else n * m
     macs = None if seen is None else seen.positions * cost
@@ -247,11 +247,16 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 def _batch(example: Any) -> int:
     """The size of the batch: the first dimension of the first tensor."""
-    if isinstance(example, Mapping):
-        example = [*example.values()]
-    tensors = example if isinstance(example, tuple | list) else [example]
-    first = next((X for X in tensors if isinstance(X, Tensor) and X.ndim), None)
+    first = next((X for X in _tensors(example) if X.ndim), None)
     return 1 if first is None else max(len(first), 1)
+
+
+def _tensors(example: Any) -> Iterator[Tensor]:
+    if isinstance(example, Tensor):
+        yield example
+    elif isinstance(example, Mapping | tuple | list):
+        for part in example.values() if isinstance(example, Mapping) else example:
+            yield from _tensors(part)
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:

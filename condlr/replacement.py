@@ -52,6 +52,8 @@ def replaced(
         if isinstance(thing, MethodType) and isinstance(thing.__self__, nn.Module) and thing.__self__ in made:
             memo[id(thing)] = getattr(made[thing.__self__], thing.__name__, thing)
     copied = _copy(model, memo)
+    for module, key in _compiled_methods(model):
+        vars(memo[id(module)]).pop(key, None)  # it would run the original; the copy has the method itself
     arrived = {*copied.modules()}
     if not all(new in arrived for new in made.values()):
         raise RuntimeError(
@@ -151,6 +153,17 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         raise RuntimeError(
             f"this network cannot be copied: {what}: {reason}; inplace=True needs no copy"
         ) from error
+
+
+def _compiled_methods(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The methods that `torch.compile` made of a module's own and that replace them, as Lightning does."""
+    for module in model.modules():
+        for key, value in vars(module).items():
+            method = getattr(value, "_torchdynamo_orig_callable", None)
+            while isinstance(method, FunctionType):  # methods of PyTorch's own modules are wrapped
+                method = getattr(method, "__wrapped__", None)
+            if isinstance(method, MethodType) and method.__self__ is module and method.__name__ == key:
+                yield module, key
 
 
 def _copier(model: nn.Module) -> str:
@@ -263,6 +276,10 @@ def _refers_to(value: object, targets: set[int], known: MutableMapping[int, obje
 
 @cache
 def _usual(kind: type[nn.Module]) -> frozenset[str]:
-    """The attributes of every layer of a kind: those of its class, and those its constructors set."""
-    constructors = [cls.__init__ for cls in kind.__mro__ if "__init__" in vars(cls) and cls is not object]
+    """The attributes of every layer of a kind: those of its class, and those its constructors set.
+
+    Those of nn.Module are known otherwise, and its constructor is another one once something was compiled.
+    """
+    own = [cls for cls in kind.__mro__ if "__init__" in vars(cls) and cls not in (nn.Module, object)]
+    constructors = [cls.__init__ for cls in own]
     return frozenset(dir(kind)).union(*(f.__code__.co_names for f in constructors))

@@ -91,7 +91,7 @@ def patterns(what: str, names: Collection[str] | str) -> tuple[str, ...]:
 
 def matches(name: str, patterns: Collection[str]) -> bool:
     """Whether a pattern matches a layer or parameter, or a module that contains it."""
-    return any(fnmatchcase(n, pattern) for n in around(name) for pattern in patterns)
+    return any(n == pattern or fnmatchcase(n, pattern) for n in around(name) for pattern in patterns)
 
 
 def around(name: str) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from condlr._support.modes import in_eval_mode
 from condlr.exporting import export_forms
 from condlr.layers import LowRank
 from condlr.sites import kind_of
@@ -84,18 +85,24 @@ def measure(model: nn.Module) -> Size:
     """
     forms = export_forms(model)
     factored = trained = deployed = others = layers = 0
-    for layer in model.modules():
-        if isinstance(layer, LowRank):
-            (n, m), r = layer.shape, layer.rank
-            factored += n * m
-            trained += r * (n + m) + (0 if layer.S is None else layer.S.numel())
-            deployed += n * m if forms[layer] == "dense" else r * (n + m)
-        elif kind_of(layer) is not None:
-            weight: Any = layer.weight
-            others += weight.numel()
-        elif isinstance(layer, nn.MultiheadAttention):  # its last projection is a layer of its own
-            others += sum(numel(p) for name, p in layer.named_parameters(recurse=False) if "weight" in name)
-        layers += any(numel(p) and p.ndim > 1 for p in layer.parameters(recurse=False))
+    counted: set[nn.Parameter | None] = {None}
+    with in_eval_mode(model):  # reading a weight with spectral norm changes it in training mode
+        for layer in model.modules():
+            if isinstance(layer, LowRank):
+                (n, m), r = layer.shape, layer.rank
+                factored += n * m
+                # Layers may share factors; exported, each has its own
+                factors = {layer.U, layer.S, layer.Vt} - counted
+                counted |= factors
+                trained += sum(p.numel() for p in factors if p is not None)
+                deployed += n * m if forms[layer] == "dense" else r * (n + m)
+            elif kind_of(layer) is not None:
+                weight: Any = layer.weight
+                others += numel(weight)
+            elif isinstance(layer, nn.MultiheadAttention):  # its last projection is a layer of its own
+                own = layer.named_parameters(recurse=False)
+                others += sum(numel(p) for name, p in own if "weight" in name)
+            layers += any(numel(p) and p.ndim > 1 for p in layer.parameters(recurse=False))
     total = sum(map(numel, model.parameters()))
     return Size(
         dense=others + factored,

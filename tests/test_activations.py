@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import condlr
 from condlr import activations
@@ -420,3 +421,26 @@ def test_the_learning_rate_may_follow_a_schedule(digits):
     assert extra.lr == 0 and torch.equal(state_of(net)["W"], before)
     with pytest.raises(ValueError, match="lr must be"):
         extra.lr = -1
+
+
+def test_a_forward_pass_without_gradients_teaches_the_network_nothing_and_is_refused():
+    x, grads = torch.randn(8, 64, requires_grad=True), []
+    for run in (lambda net: net(x), lambda net: checkpoint(net, x, use_reentrant=False)):
+        net = network()
+        extra = low_rank_activations(net, {"1": 3})
+        y = run(net)
+        (0 * y.sum() + extra()).backward()
+        grads.append(net[0].weight.grad)
+    assert grads[0].any()
+    torch.testing.assert_close(*grads)
+    checkpoint(net, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match=r"computed without gradients.*use_reentrant=False"):
+        extra()
+    with torch.no_grad():
+        net(x)
+        assert extra() > 0
+
+
+def test_names_are_strings():
+    with pytest.raises(ValueError, match="names of layers are strings, such as '0'; got 0"):
+        low_rank_activations(network(), {0: 3})

@@ -719,3 +719,33 @@ def test_a_cap_is_a_positive_number(cap):
     net = network()
     with pytest.raises(ValueError, match="cap"):
         condlr.constrain(torch.optim.SGD(net.parameters(), lr=0.1), net, math.inf, cap=cap)
+
+
+def tied(names):
+    low = condlr.factorize(nn.Sequential(*(nn.Linear(12, 12, bias=False) for _ in range(2))), ranks=4)
+    for name in names:
+        setattr(low[1], name, getattr(low[0], name))
+    return low
+
+
+def test_layers_that_share_all_factors_move_them_once():
+    low, x = tied(("U", "S", "Vt")), torch.randn(8, 12)
+    optimizer = torch.optim.SGD(low.parameters(), lr=0.05)
+    constraint = condlr.constrain(optimizer, low, tau=0.1)
+    (low(x) - x).square().mean().backward()
+    U, S = (X.detach().double() for X in (low[0].U, low[0].S))
+    G = low[0].U.grad.double()
+    optimizer.step()
+    expected = torch.linalg.solve(S @ S.mT, (G - U @ (U.mT @ G)).mT).mT
+    torch.testing.assert_close(low[0].U.grad.double(), expected, rtol=1e-4, atol=1e-6)
+    assert constraint.check()["cond_S"] <= 1.1 * (1 + 1e-4)
+    size = condlr.measure(low)
+    assert size.network_trained == size.trained == sum(p.numel() for p in low.parameters())
+    assert size.network_deployed == sum(p.numel() for p in condlr.export(low).parameters())
+
+
+@pytest.mark.parametrize("names", [["U"], ["S", "Vt"]])
+def test_layers_that_share_some_factors_are_refused(names):
+    low = tied(names)
+    with pytest.raises(ValueError, match="1 and 0 share some factors: let them share U, S and Vt, or none"):
+        condlr.constrain(torch.optim.SGD(low.parameters(), lr=0.1), low)

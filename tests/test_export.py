@@ -462,3 +462,20 @@ def test_pythons_own_random_numbers_go_on_where_they_were():
     net, state = condlr.factorize(Net(), 0.5), random.getstate()
     condlr.export(net, torch.randn(3, 20))
     assert random.getstate() == state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", [False, True], ids=["of the network", "of a part"])
+def test_a_compiled_forward_stays_with_the_original(inner):
+    class Own(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    low = condlr.factorize(nn.Sequential(Own(nn.Linear(20, 30), nn.Linear(30, 5))), ranks=2)
+    for module in low.modules() if inner else [low]:
+        module.forward = torch.compile(module.forward, backend="eager")
+    x = torch.randn(3, 20)
+    expected = low(x)
+    for made in (condlr.export(low), condlr.export(low, x), condlr.unfactorize(low)):
+        assert not any("forward" in vars(module) for module in made.modules())
+        torch.testing.assert_close(made(x), expected)

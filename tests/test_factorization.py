@@ -7,6 +7,7 @@ import weakref
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -676,3 +677,48 @@ def test_ranks_by_energy_take_no_more_weights_and_keep_more_of_each_layers_energ
     assert kept(found) > kept(uniform)
     low = condlr.factorize(model, ranks=found)
     assert {name: low.get_submodule(name).rank for name in found} == found
+
+
+def test_a_name_may_have_brackets():
+    net = nn.ModuleDict({"a[0]": nn.Linear(9, 9), "b": nn.Linear(9, 9)})
+    assert [*low_rank_layers(condlr.factorize(net, ranks={"a[0]": 3}))] == ["a[0]"]
+    assert [*low_rank_layers(condlr.factorize(net, ranks=3, exclude="a[0]"))] == ["b"]
+
+
+def test_a_layer_that_is_low_rank_already_is_told():
+    low = condlr.factorize(nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 5)), ranks={"0": 2})
+    with pytest.raises(ValueError, match="^0 is low-rank already: condlr.unfactorize makes it dense again"):
+        condlr.factorize(low, ranks={"0": 3})
+
+
+def test_a_fraction_may_be_of_numpy():
+    net = nn.Sequential(nn.Linear(20, 30))
+    for ranks, expected in ((np.float32(0.2), 4), (np.float64(1), 20), (np.int64(1), 1), (np.float32(3), 3)):
+        assert condlr.factorize(net, ranks=ranks)[0].rank == expected
+
+
+def test_another_default_device_changes_nothing():
+    """`meta` stands for a GPU: what is made on the default device by mistake has no values."""
+    net = nn.Sequential(nn.Linear(600, 700), nn.Linear(700, 4))
+    conv, x = nn.Conv2d(3, 4, 3, padding=1), torch.randn(8, 600)
+
+    def found():
+        torch.manual_seed(0)
+        low = condlr.factorize(net, ranks=10, data=[x])
+        low = condlr.factorize(copy.deepcopy(net), ranks=10, inplace=True)
+        optimizer = torch.optim.SGD(low.parameters(), lr=0.1)
+        extra = condlr.low_rank_activations(low, {"0": 3})
+        constraint = condlr.constrain(optimizer, low)
+        (low(x).square().mean() + extra()).backward()
+        optimizer.step()
+        values = condlr.operator_norm(conv, (3, 32, 32)), *condlr.singular_values(conv, (3, 6, 6)).tolist()
+        return [condlr.export(low)(x), constraint.check(), condlr.summary(low, x).as_rows(), *values]
+
+    expected = found()
+    torch.set_default_device("meta")
+    try:
+        now = found()
+    finally:
+        torch.set_default_device(None)
+    torch.testing.assert_close(now[0], expected[0])
+    assert now[1:] == expected[1:]

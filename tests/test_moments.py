@@ -41,7 +41,11 @@ def test_the_moments_are_those_of_the_outputs_without_bias():
                     expected[name] = expected[name] + rows.mT @ rows
                 z = y
     for name, moment in expected.items():
-        torch.testing.assert_close(found[name].matrix, moment.double(), rtol=1e-4, atol=1e-4)
+        matrix, basis = found[name].matrix, found[name].basis
+        if name == "7":  # of more outputs than inputs
+            assert matrix.shape == (2, 2)
+            matrix = basis @ matrix @ basis.mT
+        torch.testing.assert_close(matrix, moment.double(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 7])
@@ -60,6 +64,50 @@ def test_no_other_matrix_of_that_rank_is_nearer_in_the_outputs(rank):
     plain = condlr.factorize(linear(W), ranks=rank)
     assert ((W - low) @ X.mT).norm() < ((W - plain.matrix) @ X.mT).norm()
     assert found.error == pytest.approx(((W - low).norm() / W.norm()).item())
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("full", [True, False], ids=["W of full rank", "W of rank 5"])
+def test_a_layer_of_many_outputs_is_nearest_in_them_from_few_numbers(rank, full):
+    X = correlated(200, 8).double()
+    W = torch.randn(40, 8).double() if full else torch.randn(40, 5).double() @ torch.randn(5, 8).double()
+    layer = linear(W)
+    (moment,) = moments(nn.Sequential(layer), sites(nn.Sequential(layer)).values(), [X]).values()
+    assert moment.matrix.shape == (8, 8)
+    Y = X @ W.mT
+    torch.testing.assert_close(moment.energies(W), torch.linalg.svdvals(Y)[:8].square(), rtol=1e-8, atol=1e-8)
+    found = moment.truncation(W, rank)
+    low = (found.P * found.sigma) @ found.Q.mT
+    least = torch.linalg.svdvals(Y)[rank:].norm()
+    assert ((W - low) @ X.mT).norm().item() == pytest.approx(least.item(), rel=1e-4)
+
+
+def test_a_layer_may_take_a_vector():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.latent, self.map, self.f = nn.Parameter(torch.randn(8)), nn.Linear(8, 6), nn.Linear(10, 6)
+
+        def forward(self, x):
+            return self.f(x) + self.map(self.latent)
+
+    net, x = Net(), torch.randn(5, 10)
+    low = condlr.factorize(net, ranks={"map": 1}, data=[x])
+    torch.testing.assert_close(low(x), net(x), msg="of one vector one direction is enough")
+
+
+@pytest.mark.slow
+def test_a_network_that_was_compiled_and_run_shows_its_layers():
+    dense = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 5))
+    x = correlated(64, 20)
+    expected, rows = condlr.factorize(dense, ranks=2, data=[x]), condlr.summary(dense, x).as_rows()
+    net = torch.compile(dense, backend="eager")
+    net(x)
+    torch.testing.assert_close(condlr.factorize(net, ranks=2, data=[x])(x), expected(x))
+    assert [row["macs"] for row in condlr.summary(net, x).as_rows()] == [row["macs"] for row in rows]
+    low = torch.compile(expected, backend="eager")
+    low(x)
+    assert len(condlr.choose_forms(low, x)) == 2
 
 
 def linear(W):

@@ -130,3 +130,47 @@ def test_random_numbers_are_drawn_by_nobody_else():
     before = random.getstate(), torch.get_rng_state()
     condlr.summary(low, torch.ones(2, 8))
     assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 12, 3, stride=2, groups=4),
+        nn.ConvTranspose2d(8, 16, 3, groups=4),
+    ],
+    ids=repr,
+)
+def test_operations_of_grouped_convolutions_are_counted_once(layer):
+    x = torch.randn(1, 8, 16, 16)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert [row.macs for row in condlr.summary(layer, x)] == [counter.get_total_flops() // 2]
+
+
+def test_the_batch_is_found_in_what_is_nested():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, batch, scale):
+            return scale * self.layer(batch["x"][0])
+
+    for size in (1, 7):
+        (row,) = condlr.summary(Net(), ({"x": [torch.randn(size, 4)]}, 2.0))
+        assert row.macs == 16
+
+
+def test_looking_at_a_network_with_spectral_norm_does_not_move_it():
+    net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(9, 9)), nn.Linear(9, 9))
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    condlr.summary(net, torch.randn(2, 9))
+    condlr.measure(net)
+    condlr.operator_norm(net[0], (9,))
+    condlr.factorize(net, ranks={"1": 2})
+    assert net.training and all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+def test_the_size_of_a_network_with_a_layer_that_has_no_weights_yet():
+    assert condlr.measure(nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(3))).network_dense == 12

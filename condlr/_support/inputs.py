@@ -2,8 +2,9 @@
 
 import copy
 import random
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -41,14 +42,15 @@ def copied(example: Any) -> Any:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Run the network in evaluation mode; its modes, buffers and random numbers are as before afterwards.
 
-    Every layer is called: PyTorch's fast path of attention, which reads weights instead, is off.
+    Every layer is called, with its hooks: PyTorch's fast path of attention, which reads weights instead, and
+    code that `torch.compile` made before the hooks were there, are off.
     """
     buffers = {buffer: buffer.detach().clone() for buffer in model.buffers() if not buffer.is_meta}
     devices = {p.get_device() for p in model.parameters() if p.is_cuda}
     fast, numbers = torch.backends.mha.get_fastpath_enabled(), random.getstate()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with in_eval_mode(model), torch.random.fork_rng([*devices]):
+        with in_eval_mode(model), torch.random.fork_rng([*devices]), _uncompiled():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -57,3 +59,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
             for buffer, value in buffers.items():
                 if not torch.equal(buffer, value):  # a buffer that is expanded cannot be written
                     buffer.copy_(value)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Compiled code is not used in the body; without any, its compiler need not be imported for that."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -62,12 +62,16 @@ def training(model: nn.Module, precision: str, device: torch.device) -> Iterator
 def products(kind: str) -> Iterator[None]:
     """Compute products and convolutions of float32 tensors as `ieee` or `tf32` in the body."""
     backends: Any = torch.backends
-    settings = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
-    others = [(setting, before) for setting in settings if (before := setting.fp32_precision) != kind]
+    families = backends.cudnn, backends.mkldnn
+    single = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
+    changed: list[tuple[Any, str]] = []
     try:
-        for setting, _ in others:
-            setting.fp32_precision = kind
+        # From the whole to its parts: what still differs then has a value of its own, and is not inherited
+        for setting in (backends, *families, *single):
+            if (before := setting.fp32_precision) != kind:
+                changed.append((setting, before))
+                setting.fp32_precision = kind
         yield
     finally:
-        for setting, before in others:
+        for setting, before in reversed(changed):
             setting.fp32_precision = before

@@ -43,16 +43,16 @@ def project(norm: str, perturbation: Tensor, radii: Tensor) -> Tensor:
 def inside(norm: str, images: Tensor, generator: torch.Generator) -> Tensor:
     """A point for each image, uniform in the ball of radius 1, drawn on the CPU."""
     if norm == "linf":
-        return (2 * torch.rand(images.shape, generator=generator) - 1).to(images)
+        return (2 * torch.rand(images.shape, generator=generator, device="cpu") - 1).to(images)
     direction = on_sphere(images, generator)
     n, dimension = len(images), images[0].numel()
-    distance = torch.rand(n, generator=generator).to(images) ** (1 / dimension)
+    distance = torch.rand(n, generator=generator, device="cpu").to(images) ** (1 / dimension)
     return direction * distance.view(-1, *[1] * (images.ndim - 1))
 
 
 def on_sphere(images: Tensor, generator: torch.Generator) -> Tensor:
     """A point for each image, uniform on the Euclidean sphere of radius 1, drawn on the CPU."""
-    direction = torch.randn(images.shape, generator=generator).to(images)
+    direction = torch.randn(images.shape, generator=generator, device="cpu").to(images)
     return direction / lengths(direction)
 
 

@@ -38,12 +38,15 @@ class Noise(StrengthByStrength):
     def strike(self, model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> Perturbed:
         generator = torch.Generator().manual_seed(seed)
         if self.norm == "std":
-            noise = eps * torch.randn(images.shape, generator=generator)
+            noise = eps * torch.randn(images.shape, generator=generator, device="cpu")
         elif self.norm == "linf":
-            noise = eps * (2.0 * torch.randint(0, 2, images.shape, generator=generator) - 1)
+            noise = eps * (2.0 * torch.randint(0, 2, images.shape, generator=generator, device="cpu") - 1)
         else:
             noise = radius(self.norm, eps, images) * on_sphere(images, generator)
         if self.probability < 1:
-            touched = torch.rand(len(images), 1, *images.shape[2:], generator=generator) < self.probability
+            touched = (
+                torch.rand(len(images), 1, *images.shape[2:], generator=generator, device="cpu")
+                < self.probability
+            )
             noise = noise * touched.to(noise.device)
         return Perturbed(self.label(), eps, (images + noise.to(images)).clamp_(0, 1))

@@ -114,7 +114,7 @@ class _Search:
         self._moved = torch.zeros_like(images)
         directions = images.shape[1] * len(self.rows) * len(self.columns)
         generator = torch.Generator().manual_seed(seed)
-        order = torch.rand(len(images), directions, generator=generator).argsort(1)
+        order = torch.rand(len(images), directions, generator=generator, device="cpu").argsort(1)
         self._order, self._done = order.to(images.device), 0
         self._odds = torch.empty(len(images)).to(images)
         self._fooled = torch.empty_like(labels, dtype=torch.bool)

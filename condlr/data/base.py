@@ -122,7 +122,7 @@ class Data:
         if count == 0:
             return self
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self.train), generator=generator)
+        order = torch.randperm(len(self.train), generator=generator, device="cpu")
         return replace(
             self,
             train=self.train.take(order[count:].sort().values),

@@ -36,5 +36,5 @@ class Digits(Dataset):
         small = pixels.view(-1, 1, 8, 8) / 16
         large = F.interpolate(small, size=(28, 28), mode="bilinear", align_corners=False)
         images = Images((large * 255).round().to(torch.uint8), labels.long())
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0), device="cpu")
         return Data(images.take(order[_TEST:]), images.take(order[:_TEST]), classes=10)

@@ -172,7 +172,7 @@ def padded_frame_bounds(
     B = padded_bound(kernel, size, padding, stride, dilation) ** 2
     gram, shape = operator.gram()
     generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(1, math.prod(shape), generator=generator, dtype=torch.float64)
+    vector = torch.randn(1, math.prod(shape), generator=generator, device="cpu", dtype=torch.float64)
     vector = vector.to(operator.kernel.device)
     if not B:
         return 0.0, 0.0, 0.0
@@ -244,7 +244,7 @@ def padded_norm(
     operator = convolution(kernel, size, stride, padding, dilation)
     gram, shape = operator.gram()
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(1, math.prod(shape), generator=generator, dtype=torch.float64)
+    start = torch.randn(1, math.prod(shape), generator=generator, device="cpu", dtype=torch.float64)
     values, _ = largest_singular_values(
         lambda z: gram(z.view(-1, *shape)).flatten(1), start.to(operator.kernel.device), tolerance
     )

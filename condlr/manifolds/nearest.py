@@ -107,7 +107,7 @@ def _leading(W: Tensor, rank: int, tolerance: float) -> Tensor:
     W = _wide(W)
     # A generator of its own: the network's random numbers are the user's
     generator = torch.Generator().manual_seed(0)
-    omega = torch.randn(W.shape[1], rank + max(16, rank // 4), generator=generator).to(W)
+    omega = torch.randn(W.shape[1], rank + max(16, rank // 4), generator=generator, device="cpu").to(W)
     gram = _gram(W)
     total = gram.diagonal().double().sum()
     if not 0 < total < torch.inf:

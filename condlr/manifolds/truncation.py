@@ -59,7 +59,7 @@ def _nearest(W: Tensor, rank: int) -> Tensor:
 
 def _by_range(W: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
     vectors = min(rank + OVERSAMPLING, *W.shape)
-    omega = torch.randn(W.shape[1], vectors, generator=generator, dtype=W.dtype).to(W.device)
+    omega = torch.randn(W.shape[1], vectors, generator=generator, device="cpu", dtype=W.dtype).to(W.device)
     Q = torch.linalg.qr(W @ omega).Q
     Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q).Q).Q
     return Q @ _nearest(Q.mT @ W, rank)

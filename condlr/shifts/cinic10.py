@@ -64,7 +64,7 @@ class Cinic10(Shift):
             _pack(root)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "shift", which.name))
         every = sizes[which.name]
-        chosen = torch.randperm(every, generator=generator)[: which.n].sort().values
+        chosen = torch.randperm(every, generator=generator, device="cpu")[: which.n].sort().values
         rows = _unpacked(packed, chosen) if packed.is_file() else _rows(root, chosen.tolist())
         device = data.test.pixels.device
         return Images(rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()).to(device)

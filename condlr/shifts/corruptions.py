@@ -58,7 +58,7 @@ class Corruptions(Graded):
 
 
 def _gaussian_noise(pixels: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(pixels.shape, generator=generator)
+    noise = torch.randn(pixels.shape, generator=generator, device="cpu")
     return (pixels + 255 * deviation * noise).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from condlr._support.precision import PRECISIONS, require, strict, training
+from condlr._support.precision import PRECISIONS, products, require, strict, training
 from condlr.suite import config
 from tests.training import METHODS, Stop, trainer
 
@@ -83,3 +83,33 @@ def test_what_a_device_does_not_have_is_refused():
     with pytest.raises(ValueError, match="precision must be one of float32, tf32, bf16; got 'fp8'"):
         require("fp8", CPU)
     require("tf32", torch.device("cuda"))
+
+
+def test_what_was_inherited_is_inherited_afterwards():
+    backends = torch.backends
+    single = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
+    settings = backends, backends.cudnn, backends.mkldnn, *single
+
+    def readings():
+        return [setting.fp32_precision for setting in settings]
+
+    before = readings()
+    try:
+        for setting in settings:  # a compiler, too, may have given them values of their own
+            setting.fp32_precision = "none"
+        for kind in ("ieee", "tf32"):
+            with products(kind):
+                assert {setting.fp32_precision for setting in single} == {kind}
+            assert {*readings()} == {"none"}
+        backends.fp32_precision = "tf32"
+        with products("ieee"):
+            pass
+        backends.fp32_precision = "ieee"
+        assert {*readings()} == {"ieee"}
+        backends.mkldnn.matmul.fp32_precision = "tf32"  # a value of its own
+        with products("ieee"):
+            assert backends.mkldnn.matmul.fp32_precision == "ieee"
+        assert backends.mkldnn.matmul.fp32_precision == "tf32"
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value

@@ -73,7 +73,7 @@ def lipschitz(model: nn.Module, shape: Sequence[int]) -> Lipschitz:
     found = operations(model)
     with in_eval_mode(model):
         x = blank(model, shape)
-        x = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        x = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
         made = [*outputs(found, x)]
         inputs = [given for given, _ in made]
         # Tracing does not see that `z += x` changes what z is elsewhere

@@ -112,7 +112,7 @@ class _Draw:
         n, m, r = settings.n, settings.m, settings.rank
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+            return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float64)
 
         (U, P), (V, Q) = (stiefel.qr(normal(size, 2 * r)).split(r, dim=1) for size in (n, m))
         N = normal(n, m)

@@ -112,7 +112,9 @@ def _at(f: Callable[[Tensor], Tensor], x: Tensor, tolerance: float) -> _At:
         return (pull(push(z)[0])[0] if on_inputs else push(pull(z)[0])[0]).flatten(1).detach()
 
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(domain[0].numel(), generator=generator, dtype=torch.float64).to(x.device)
+    start = torch.randn(domain[0].numel(), generator=generator, device="cpu", dtype=torch.float64).to(
+        x.device
+    )
     sigma, vector = largest_singular_values(gram, start.expand(len(x), -1), tolerance)
     vector = vector.view_as(domain)
     other = (push(vector) if on_inputs else pull(vector))[0].detach()
