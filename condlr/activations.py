@@ -115,6 +115,10 @@ class VirtualLayer(nn.Module):
             setattr(self, name, None if found is None else found.detach().clone())
         self.taken = int(self.steps)
 
+    def note(self, activations: Tensor) -> None:
+        """Keep a batch's activations for the next call."""
+        self.noted, self.graded = activations, torch.is_grad_enabled()
+
     @override
     def forward(self) -> tuple[Tensor, Tensor]:
         """L_c and L_n of the activations noted last, which are forgotten; W and b take their step."""
@@ -281,8 +285,7 @@ class _Tap:
         activations = (given[0] if given else None) if self.of_input else output
         if not isinstance(activations, Tensor):
             raise TypeError(f"{self.name} is a {type(activations).__name__}, not a tensor")
-        self.layer.noted = activations.clone()  # what follows may change it in place
-        self.layer.graded = torch.is_grad_enabled()
+        self.layer.note(activations.clone())  # what follows may change it in place
 
 
 class _Saved:

@@ -207,8 +207,8 @@ def _take_settings(new: nn.MultiheadAttention, old: nn.MultiheadAttention) -> No
 
 def _matrix(layer: Any) -> Tensor:
     if isinstance(layer, nn.Sequential):
-        right, left = layer
-        return left.weight @ right.weight
+        right, left = (_matrix(thin) for thin in layer)
+        return left @ right
     return layer.matrix if isinstance(layer, LowRank) else layer.weight
 
 

@@ -144,7 +144,11 @@ class LowRank(nn.Module):
                 parameter.copy_(value)
             else:
                 parameter.grad = None
-                parameter.data = value.to(parameter).clone(memory_format=torch.contiguous_format)
+                new = value.to(parameter).clone(memory_format=torch.contiguous_format)
+                # Of another dtype first: else gradients keep the old shape while anything holds an old graph
+                other = torch.float64 if parameter.dtype == torch.float32 else torch.float32
+                parameter.data = parameter.data.new_empty(0, dtype=other)
+                parameter.data = new
 
     @torch.no_grad()
     def set_matrix(self, W: Tensor, tolerance: float = 1e-5) -> Truncation:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import condlr
 from condlr.factorization import Scheme, low_rank_layers
+from condlr.layers import LowRankLinear
 from condlr.manifolds import stiefel
 from condlr.methods.vanilla import Vanilla
 from condlr.models.lenet5 import LeNet5
@@ -415,3 +416,16 @@ def test_a_start_that_float32_cannot_hold_is_refused():
 def test_layers_are_called_with_pytorchs_names(dense):
     ours, theirs = (inspect.signature(kind.forward).parameters for kind in (KINDS[dense], dense))
     assert [*ours] == [*theirs]
+
+
+def test_another_rank_while_a_loss_of_the_old_one_is_held():
+    layer, x = LowRankLinear(8, 6, 2), torch.randn(3, 8)
+    loss = layer(x).sum()  # held, as by any loop that prints it later
+    grown = LowRankLinear(8, 6, 4)
+    layer.load_state_dict(grown.state_dict())
+    layer(x).square().sum().backward()
+    grown(x).square().sum().backward()
+    for p, q in zip(layer.parameters(), grown.parameters(), strict=True):
+        assert p.dtype == torch.float32
+        torch.testing.assert_close(p.grad, q.grad)
+    del loss

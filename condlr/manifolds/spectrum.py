@@ -72,8 +72,8 @@ def project(S: Tensor, tau: float, kind: str = "rms") -> tuple[Tensor, Tensor]:
 def cap(S: Tensor, largest: float) -> Tensor:
     """The nearest matrix to S whose singular values are at most `largest` (arXiv 2507.13338); no lower bound.
 
-    With S^T S = Q diag(sigma^2) Q^T it is S Q diag(min(1, largest / sigma)) Q^T. Small singular values, which
-    a Gram matrix has inaccurately, are multiplied by 1.
+    With S^T S = Q diag(sigma^2) Q^T it is S Q diag(min(1, largest / sigma)) Q^T. The eigenvalues have the
+    rounding of the largest, so that this serves while it is near the cap; beyond, the SVD in float64 does.
 
     Args:
         S: (..., r, r), floating.
@@ -82,9 +82,15 @@ def cap(S: Tensor, largest: float) -> Tensor:
     Returns:
         (..., r, r); NaN if S is not finite.
     """
-    squares, Q = eigh(_fast.gram(S))
-    factors = (largest * squares.clamp_min(largest**2).rsqrt()).clamp_max(1)
-    return ((S @ Q) * factors.unsqueeze(-2)) @ Q.mT
+    squares, Q = eigh(_fast.gram(S / largest))
+    fast = ((S @ Q) * squares.clamp_min(1).rsqrt().unsqueeze(-2)) @ Q.mT
+
+    def exact() -> Tensor:
+        P, sigma, Qh = svd(S.double())
+        return ((P * sigma.clamp_max(largest).unsqueeze(-2)) @ Qh).to(S)
+
+    unusable = ~S.isfinite().flatten(-2).all(-1)
+    return _fast.fall_back((squares.amax(-1) <= _fast.CONDITION_LIMIT) | unusable, fast, exact)
 
 
 class Triplet(NamedTuple):

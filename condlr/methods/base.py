@@ -57,6 +57,9 @@ class Method:
     def require_epochs(self, epochs: int) -> None:
         """Raise `ValueError` if so many epochs are too few for the method."""
 
+    def require_penalty(self, acts_on: str) -> None:
+        """Raise `ValueError` if the method cannot be trained with a penalty of this."""
+
     @property
     def passes(self) -> int:
         """Forward and backward passes in a step."""

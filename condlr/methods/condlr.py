@@ -114,6 +114,8 @@ class CondLR(Allocating):
     @override
     def require_epochs(self, epochs: int) -> None:
         period = self.period or _PERIOD
+        if self.ranks == "adaptive" and epochs < 2:
+            raise ValueError("ranks=adaptive allocates between epochs: train for two at least")
         if self.ranks == "adaptive" and 2 * period > epochs:
             raise ValueError(
                 f"ranks=adaptive allocates in the first half of the training, and never in {epochs} epochs "

@@ -15,7 +15,15 @@ from condlr._support.precision import strict
 from condlr.factorization import Scheme, low_rank_layers
 from condlr.layers import LowRank
 from condlr.manifolds import stiefel
-from condlr.methods._bases import Objective, half_rank, is_free, kept, transport, truncate
+from condlr.methods._bases import (
+    Objective,
+    half_rank,
+    is_free,
+    kept,
+    require_no_basis,
+    transport,
+    truncate,
+)
 from condlr.methods.base import Allocating, Term
 from condlr.methods.vanilla import step_along
 
@@ -45,6 +53,10 @@ class Dlrt(Allocating):
     K V_0^T + U_0 Z^T, Z = 0, gives both, so a batch takes two passes instead of three. Batch normalisation
     updates its statistics twice.
 
+    A penalty of S has its gradient in the S-step alone. In the K- and L-steps it would be U_0 R'(S_0) V_0^T,
+    which is within the old bases, and so turns the new ones in second order of lr only. A penalty of V alone
+    is no function of the matrix, which the steps move, and is refused.
+
     Attributes:
         theta: 0 for a fixed rank; > 0 is the relative tolerance of the truncation.
     """
@@ -59,6 +71,10 @@ class Dlrt(Allocating):
     def __post_init__(self) -> None:
         super().__post_init__()
         in_range("theta", self.theta, 0, 1, half_open=True)
+
+    @override
+    def require_penalty(self, acts_on: str) -> None:
+        require_no_basis(acts_on)
 
     @property
     @override
@@ -93,8 +109,14 @@ class Dlrt(Allocating):
         added: Term | None = None,
     ) -> tuple[Tensor, Tensor]:
         layers = {name: layer for name, layer in low_rank_layers(model).items() if is_free(layer)}
-        objective = Objective(model, lambda network: self.loss(network, images, labels, added))
+        # In the first pass other factors, with the same product, stand for those of the layers
+        apart = added if getattr(added, "of_factors", False) else None
+        first = None if apart else added
+        objective = Objective(model, lambda network: self.loss(network, images, labels, first))
         loss, logits, gradients = _basis_gradients(objective, layers)
+        if apart is not None:
+            with torch.no_grad():
+                loss = loss + apart(model)
         moving = {layers[name]: pair for name, pair in gradients.items()}
         adaptive = [layer for layer in moving if self._adapts(layer)]
         optimizer.zero_grad()
@@ -111,7 +133,8 @@ class Dlrt(Allocating):
             for layer in moving:
                 self._rebase(layer, optimizer, *before[layer])
         bases = {factor for layer in layers.values() for factor in (layer.U, layer.Vt)}
-        step_along(model, optimizer, objective()[0], {*model.parameters()} - bases)
+        again, _ = self.loss(model, images, labels, added)
+        step_along(model, optimizer, again, {*model.parameters()} - bases)
         with strict(images.device):
             for layer in adaptive:
                 most = half_rank(layer)

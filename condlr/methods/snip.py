@@ -48,7 +48,8 @@ class Snip(Method):
         self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0, kind: str = "sgd"
     ) -> torch.optim.Optimizer:
         optimizer = super().optimizer(model, lr, momentum, weight_decay, kind)
-        optimizer.register_step_pre_hook(_hold_zeros)
+        optimizer.register_step_pre_hook(self._hold_zeros)
+        self._new: dict[Tensor, Tensor] = {}  # masks of the first step
         return optimizer
 
     @override
@@ -61,12 +62,23 @@ class Snip(Method):
         added: Term | None = None,
     ) -> tuple[Tensor, Tensor]:
         weights = [*_weights(model)]
-        if weights and "mask" not in optimizer.state[weights[0]]:
+        if weights and "mask" not in optimizer.state.get(weights[0], {}):
             masks = top_share(self._sensitivities(model, images, labels), self._kept)
-            for weight, mask in zip(weights, masks, strict=True):
+            self._new = dict(zip(weights, masks, strict=True))
+            for weight, mask in self._new.items():
                 weight.detach().mul_(mask)
-                optimizer.state[weight]["mask"] = mask
-        return super().step(model, optimizer, images, labels, added)
+        found = super().step(model, optimizer, images, labels, added)
+        # AdamW makes its state in the first step, and only where there is none
+        for weight in [*self._new]:
+            optimizer.state[weight]["mask"] = self._new.pop(weight)
+        return found
+
+    def _hold_zeros(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """No gradient, so no momentum either, where a weight was pruned; weight decay leaves 0 at 0."""
+        masks = {weight: state["mask"] for weight, state in optimizer.state.items() if "mask" in state}
+        for weight, mask in (masks | self._new).items():
+            if weight.grad is not None:
+                weight.grad.mul_(mask)
 
     def _sensitivities(self, model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
         """|w dL/dw| of each weight; running statistics stay as they are."""
@@ -101,10 +113,3 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
     for layer in model.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             yield layer.weight
-
-
-def _hold_zeros(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """No gradient, so no momentum either, where a weight was pruned; weight decay leaves 0 at 0."""
-    for weight, state in optimizer.state.items():
-        if "mask" in state and weight.grad is not None:
-            weight.grad.mul_(state["mask"])

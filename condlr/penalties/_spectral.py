@@ -23,6 +23,11 @@ class SpectralPenalty(LayerPenalty):
 
     acts: ClassVar[tuple[str, ...]] = ("weight", "S")
 
+    @property
+    @override
+    def of_factors(self) -> bool:
+        return True
+
     @abstractmethod
     def of_matrix(self, W: Tensor) -> Tensor:
         """The penalised quantity of an n x m matrix with n <= m, a scalar."""

@@ -66,6 +66,11 @@ class Penalty(ABC):
             in_range("factors", factor, 0, math.inf, half_open=True)
         self._scheduled: Tensor | None = None
 
+    @property
+    def of_factors(self) -> bool:
+        """Whether it looks at factors of low-rank layers, and not only at their product and what it makes."""
+        return False
+
     @abstractmethod
     def named(self, model: nn.Module) -> Sequence[nn.Module]:
         """The modules that are penalised.
@@ -152,6 +157,11 @@ class LayerPenalty(Penalty):
 
     acts: ClassVar[tuple[str, ...]] = ("weight", "V")
     takes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d, LowRank)
+
+    @property
+    @override
+    def of_factors(self) -> bool:
+        return self.acts_on == "V"
 
     @abstractmethod
     def term(self, layer: Layer) -> Tensor:

@@ -26,7 +26,8 @@ from condlr.penalties.base import Penalty
 class LrLayer(Penalty):
     """weight (L_c + norm L_n) of the named activations, see `condlr.activations.VirtualLayer`.
 
-    W and b of each take steps of their own, at the learning rate of the epoch.
+    W and b of each take steps of their own, at the learning rate of the epoch; with a method that passes each
+    batch through the network twice (DLRT, the alternating Vanilla), two steps a batch.
 
     Attributes:
         layers: names of modules, for their outputs, or `name.input`; the end of a name suffices.
@@ -109,7 +110,7 @@ class LrLayer(Penalty):
         def term() -> Tensor:
             for layer, activations in zip(layers, noted, strict=True):
                 assert activations is not None
-                layer.noted = activations.detach().requires_grad_()
+                layer.note(activations.detach().requires_grad_())
             return self(model)
 
         term()  # the first call makes W

@@ -204,6 +204,11 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     attack = _attack(values["attack"], protocol)
     scheme = _scheme(values["compression"], values["budget"], protocol, method, model, dataset)
     penalty, penalty_keys = _penalty(values["penalty"])
+    if penalty is not None:
+        try:
+            method.require_penalty(penalty.acts_on)
+        except ValueError as error:
+            raise UserError(f"penalty.{error}") from None
     begun = origin(values["start"], dataset_keys["name"], model_keys["name"], values["seed"])
     if begun is not None:
         _require_kept(protocol, method_keys)

@@ -252,3 +252,24 @@ def test_the_cap_is_the_nearest_matrix_below_it(name, largest):
     batch = torch.stack([S, torch.zeros_like(S)])
     torch.testing.assert_close(spectrum.cap(batch, largest)[0], spectrum.cap(S, largest))
     assert not spectrum.cap(batch, largest)[1].any()
+
+
+@pytest.mark.parametrize(
+    ("sigma", "largest"),
+    [
+        ([1e4, 0.9, 0.5], 1.0), ([1e6, 1.0, 1e-6], 1.0), ([1e20, 1e19, 1.0], 1.0),
+        ([3e-20, 1e-20, 1e-24], 1e-20), ([30.0, 29.0, 1e-3], 1e-5), ([1e20, 0.5, 0.1], 1e-3),
+    ],
+)  # fmt: skip
+def test_the_cap_is_far_below_the_norm(sigma, largest):
+    S = with_spectrum(3, 3, torch.tensor(sigma, dtype=torch.float64)).float()
+    P, d, Qh = torch.linalg.svd(S.double())
+    wanted = (P * d.clamp_max(largest)) @ Qh
+    low = spectrum.cap(S, largest).double()
+    assert torch.linalg.svdvals(low)[0] <= largest * (1 + 1e-5)
+    torch.testing.assert_close(low, wanted, rtol=0, atol=1e-6 * largest)
+
+
+def test_the_cap_of_what_is_not_finite_is_not_finite():
+    assert spectrum.cap(torch.full((3, 3), torch.nan), 1.0).isnan().all()
+    assert not spectrum.cap(torch.full((3, 3), torch.inf), 1.0).isfinite().any()

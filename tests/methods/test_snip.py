@@ -48,8 +48,9 @@ def test_what_is_kept_are_the_most_sensitive_weights_of_all_layers(compression):
     assert len({*shares.values()}) > 1, "the share is one of all layers together"
 
 
-def test_the_zeros_stay_and_the_others_move():
-    method, net, optimizer = started(0.8, weight_decay=1e-3)
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_the_zeros_stay_and_the_others_move(kind):
+    method, net, optimizer = started(0.8, weight_decay=1e-3, kind=kind)
     images, labels = batch()
     method.step(net, optimizer, images, labels)
     first = [p.detach().clone() for p in net.parameters()]
@@ -61,11 +62,12 @@ def test_the_zeros_stay_and_the_others_move():
     assert method.audit(net)["kept"] == pytest.approx(0.2, abs=1e-3)
 
 
-def test_the_mask_is_in_the_state_of_the_optimiser():
-    method, net, optimizer = started(0.5)
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_the_mask_is_in_the_state_of_the_optimiser(kind):
+    method, net, optimizer = started(0.5, kind=kind)
     images, labels = batch()
     method.step(net, optimizer, images, labels)
-    other, twin, second = started(0.5)
+    other, twin, second = started(0.5, kind=kind)
     twin.load_state_dict(net.state_dict())
     second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for _ in range(3):

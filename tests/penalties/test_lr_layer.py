@@ -67,6 +67,13 @@ def test_an_interrupted_training_goes_on_with_the_same_bits(method, subspace, da
     ]
 
 
+def test_steps_without_the_term_are_in_nobodys_way(data):
+    """A method whose ranks change, and activations that nobody asked for."""
+    run = trainer("robust_dlrt", data, every=3)
+    run.fit()
+    assert all(math.isfinite(row["train_loss"]) for row in run.history[1:])
+
+
 def test_the_subspace_follows_the_learning_rate(data):
     run = trainer("baseline", data)
     run.protocol.lr_milestones, run.protocol.lr_factor = [1], 0.5

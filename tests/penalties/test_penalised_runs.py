@@ -54,6 +54,10 @@ def test_the_dense_network_beside_it_has_no_penalty():
             "penalties: there is no 'glue'; choose from condition, dso, frame, frame_eigen, group_lasso,",
         ),
         (["penalty=3"], "the command line makes no config"),
+        (
+            ["penalty=ocnn", "penalty.acts_on=V", "method=dlrt"],
+            "penalty.acts_on=V: this method moves U and V with the matrix; choose acts_on=weight, or S",
+        ),
         (["row=condlr-soft-c0.5", "penalty=none"], "penalty.acts_on is set, but no penalty is chosen"),
     ],
 )

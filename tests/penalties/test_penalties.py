@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from condlr.factorization import Scheme, factorize, low_rank_layers
 from condlr.layers import LowRank
@@ -12,6 +13,8 @@ from condlr.methods.dlrt import Dlrt
 from condlr.methods.vanilla import Vanilla
 from condlr.models.lenet5 import LeNet5
 from condlr.penalties.base import Penalty
+from condlr.penalties.condition import Condition
+from condlr.penalties.nuclear import Nuclear
 from condlr.penalties.so import So
 from condlr.suite.engine import Trainer
 from condlr.suite.runs import Run
@@ -282,3 +285,17 @@ def test_a_graph_trains_with_a_penalty_as_single_steps_do(name, data):
         runs.append(t)
     for a, b in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "acts_on"), [(Condition, "S"), (Condition, "weight"), (Nuclear, "S"), (So, "weight")]
+)
+def test_the_loss_of_a_step_of_dlrt_is_that_of_its_weights(kind, acts_on):
+    torch.manual_seed(0)
+    method = Dlrt()
+    net = method.apply(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 5)), Scheme(0.5))
+    x, y = torch.randn(8, 12), torch.arange(8) % 5
+    penalty = kind(weight=2.0, acts_on=acts_on)
+    expected = F.cross_entropy(net(x), y) + penalty(net)
+    loss, _ = method.step(net, method.optimizer(net, 0.1, 0.0), x, y, penalty)
+    torch.testing.assert_close(loss, expected.detach())

@@ -101,9 +101,10 @@ def test_what_is_no_such_value_is_one_line(keys, says):
 
 
 def test_a_training_too_short_for_an_allocation_is_refused_before_it_begins():
-    with pytest.raises(UserError, match="method.ranks=adaptive allocates in the first half"):
-        keys = ["protocol.epochs=3", "protocol.lr_milestones=[]"]
-        configured("method=condlr", "compression=0.5", "method.ranks=adaptive", *keys)
+    for epochs, says in ((3, "in the first half"), (1, "between epochs: train for two at least")):
+        with pytest.raises(UserError, match=f"method.ranks=adaptive allocates {says}"):
+            keys = [f"protocol.epochs={epochs}", "protocol.lr_milestones=[]"]
+            configured("method=condlr", "compression=0.5", "method.ranks=adaptive", *keys)
 
 
 def test_the_options_in_a_label_keep_their_order():
