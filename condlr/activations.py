@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from numbers import Integral
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -73,22 +74,26 @@ class VirtualLayer(nn.Module):
             leading principal components of a running covariance, b minus the running mean.
         lr, momentum: of W and b; `lr` may be changed at any time.
         seed: of random directions and samples.
+        name: of the activations; a saved state knows whose it is.
     """
 
     # What a step changes, and what `pca` keeps instead
     _MOVED, _KEPT = ("W", "P", "Q", "b"), ("mean", "covariance")
 
-    def __init__(self, rank: int, subspace: str, lr: float, momentum: float, seed: int):
+    def __init__(self, rank: int, subspace: str, lr: float, momentum: float, seed: int, name: str = ""):
         super().__init__()
         in_range("rank", rank, 1, math.inf)
         one_of("subspace", subspace, SUBSPACES)
         in_range("lr", lr, 0, math.inf)
         in_range("momentum", momentum, 0, 1, half_open=True)
         self.rank, self.subspace, self.lr, self.momentum, self.seed = rank, subspace, lr, momentum, seed
-        for name in (*self._MOVED, *(f"speed_{name}" for name in self._MOVED), *self._KEPT):
-            self.register_buffer(name, None)
+        for key in (*self._MOVED, *(f"speed_{key}" for key in self._MOVED), *self._KEPT):
+            self.register_buffer(key, None)
         self.last: Tensor | None
         self.register_buffer("last", None)
+        self.settings: Tensor
+        known = [rank, SUBSPACES.index(subspace), crc32(name.encode())]
+        self.register_buffer("settings", torch.tensor(known, device="cpu"))
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.taken = 0  # the same as a number, which a GPU need not be asked for
@@ -104,13 +109,20 @@ class VirtualLayer(nn.Module):
         """Take over the buffers of another training.
 
         Raises:
-            ValueError: it has another subspace or rank.
+            ValueError: it is of other activations, or has another subspace or rank.
         """
+        found = state.get("settings")  # not in those of an older condlr
+        if found is not None and found.tolist() != self.settings.tolist():
+            rank, subspace, _ = found.tolist()
+            raise ValueError(
+                "the saved low-rank activations are of another module, subspace or rank: "
+                f"{SUBSPACES[subspace]}, rank {rank}; these are {self.subspace}, rank {self.rank}"
+            )
         if "b" in state and ("covariance" in state) != (self.subspace == "pca"):
             raise ValueError(f"the saved low-rank activations have another subspace than {self.subspace}")
         if "P" in state and state["P"].shape[1] != min(self.rank, len(state["P"])):
             raise ValueError(f"the saved low-rank activations have the rank {state['P'].shape[1]}")
-        for name in self._buffers:
+        for name in {*self._buffers} - {"settings"}:
             found = state.get(name)
             setattr(self, name, None if found is None else found.detach().clone())
         self.taken = int(self.steps)
@@ -127,7 +139,10 @@ class VirtualLayer(nn.Module):
                 "no activations: call the network in training mode before its extra loss, and compile it "
                 "only after low_rank_activations"
             )
-        A, self.noted = self.noted.flatten(1), None
+        A, self.noted = self.noted, None
+        if not len(A):  # nothing to learn from
+            return A.sum(), A.sum()
+        A = A.flatten(1)
         learns = torch.is_grad_enabled()
         if learns and not self.graded:
             raise RuntimeError(
@@ -279,10 +294,11 @@ class _Tap:
     def __init__(self, name: str, layer: VirtualLayer, of_input: bool = False):
         self.name, self.layer, self.of_input = name, layer, of_input
 
-    def __call__(self, module: nn.Module, given: tuple[Any, ...], output: Any = None) -> None:
+    def __call__(self, module: nn.Module, given: tuple[Any, ...], last: Any = None) -> None:
+        """`last` is the output; of a hook before the layer, the inputs given by keyword."""
         if not module.training:
             return
-        activations = (given[0] if given else None) if self.of_input else output
+        activations = next(iter((*given, *last.values())), None) if self.of_input else last
         if not isinstance(activations, Tensor):
             raise TypeError(f"{self.name} is a {type(activations).__name__}, not a tensor")
         self.layer.note(activations.clone())  # what follows may change it in place
@@ -329,7 +345,8 @@ def low_rank_activations(
 
     The layers are virtual: they see the activations of forward passes in training mode, and change none. The
     state dict of the network has their tensors (`low_rank_activations.*`), so that a training that is resumed
-    goes on with the same bits. `condlr.export` leaves them out, and `remove` takes them off the network.
+    goes on with the same bits. `condlr.export` leaves them out, and `remove` takes them off the network. With
+    several processes (DistributedDataParallel), each has subspaces of its own, from its part of the images.
 
     Args:
         model: any network.
@@ -360,7 +377,7 @@ def low_rank_activations(
         if name not in modules and name.removesuffix(INPUT) not in modules:
             raise ValueError(f"ranks: the network has no module {name!r}; it has {', '.join(modules)}")
     layers = {
-        name: VirtualLayer(rank, subspace, lr, momentum, derive_seed(seed, name))
+        name: VirtualLayer(rank, subspace, lr, momentum, derive_seed(seed, name), name)
         for name, rank in ranks.items()
     }
     extra = LowRankActivations(layers, projection, norm)
@@ -369,7 +386,8 @@ def low_rank_activations(
             modules[name].register_forward_hook(_Tap(f"the output of {name}", layer))
         else:
             place = name.removesuffix(INPUT)
-            modules[place].register_forward_pre_hook(_Tap(f"the input of {place}", layer, of_input=True))
+            tap = _Tap(f"the input of {place}", layer, of_input=True)
+            modules[place].register_forward_pre_hook(tap, with_kwargs=True)
     # Not a submodule: a network may call all that it has, as nn.Sequential does
     model.register_state_dict_post_hook(_Saved(extra))
     model.register_load_state_dict_pre_hook(_Loaded(extra))
@@ -421,6 +439,7 @@ def remove(model: nn.Module) -> bool:
             for key, hook in [*hooks.items()]:
                 if isinstance(getattr(hook, "hook", hook), ours):  # PyTorch wraps some
                     del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
                     found = True
     return found
 

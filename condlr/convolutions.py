@@ -1,6 +1,5 @@
 """Convolutions of low rank, in one to three dimensions, and transposed ones."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -227,15 +226,12 @@ class _ConvTranspose(_Convolution):
         raise NotImplementedError
 
     @override
-    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Compute y; `output_size` chooses among the sizes that give x, as in PyTorch."""
         missing = list(self.output_padding)
         if output_size is not None:
-            # PyTorch's own rule; it reads nothing of the layer beyond these arguments
-            missing = nn.ConvTranspose2d._output_padding(
-                self, input, list(output_size), self.stride, self.padding, self.kernel_size,  # type: ignore[arg-type]
-                len(self.kernel_size), self.dilation,  # type: ignore[arg-type]
-            )  # fmt: skip
+            known = list(self.stride), list(self.padding), list(self.dilation), list(self.kernel_size)
+            missing = _missing(list(input.shape), output_size, *known)
         if self.form == "multiplied":
             return self._spread(input, self._as_kernel(self.matrix), self.bias, missing)
         S = self.S
@@ -245,6 +241,31 @@ class _ConvTranspose(_Convolution):
             core = S.mT if self.core == "full" else torch.diag(S)
             z = self._mixed(self._mixed(input, self.U.mT, None), core, None)
         return self._spread(z, self.filters, self.bias, missing)
+
+
+def _missing(
+    given: list[int],
+    wanted: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    kernel_size: list[int],
+) -> list[int]:
+    """The output padding that gives outputs of the size `wanted`, for inputs of the shape `given`."""
+    dims = len(kernel_size)
+    if len(wanted) == len(given):
+        wanted = wanted[len(given) - dims :]
+    if len(wanted) != dims:
+        raise ValueError(f"output_size has {dims} or {len(given)} numbers; got {wanted}")
+    least = [
+        (given[d - dims] - 1) * stride[d] - 2 * padding[d] + dilation[d] * (kernel_size[d] - 1) + 1
+        for d in range(dims)
+    ]
+    missing = [wanted[d] - least[d] for d in range(dims)]
+    if not all([0 <= missing[d] < stride[d] for d in range(dims)]):  # noqa: C419 (TorchScript has no generators)
+        most = [least[d] + stride[d] - 1 for d in range(dims)]
+        raise ValueError(f"output_size is from {least} to {most} here; got {wanted}")
+    return missing
 
 
 class LowRankConvTranspose1d(_In1d, _ConvTranspose):

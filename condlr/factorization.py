@@ -233,7 +233,7 @@ def factorize(
     shares = _shares(model, [*exclude, *apart], {site.holder for site in layers})
     low, lost = replaced(model, _replacements(layers), inplace)
     if remove(low):
-        text = "the low-rank activations are left out of the copy: add them after factorize"
+        text = "the low-rank activations are left out: add them after factorize"
         warnings.warn(text, stacklevel=2)
     if lost:
         warnings.warn(f"not copied to the low-rank layers: {listed(lost)}", stacklevel=2)
@@ -324,6 +324,9 @@ def _ranks(
     if rule == "budget":
         total = sum(map(numel, model.parameters()))
         limit = limit_of(wish, total, sum(n * m for n, m in shapes.values()))
+        if head is not None and head in chosen and scheme.classifier == "full_rank":
+            n, m = chosen[head].shape
+            limit -= weights(core, n, m, min(n, m)) - n * m  # more than the dense one has
         spectra = {name: _squares(chosen[name], batches) for name in shapes}
         try:
             found = by_budget(spectra, shapes, limit, core)

@@ -5,13 +5,17 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from condlr._support.inputs import require_module
 from condlr.layers import LowRank
+
+# Their weights may have several dimensions
+_NORMALISATIONS = nn.LayerNorm, nn.RMSNorm
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, *, core: bool = False) -> list[dict[str, Any]]:
     """The parameters of `model` in a group with weight decay and one without.
 
-    Without decay: U and V, since decay would turn them (`condlr.constrain`), biases, the vectors of
+    Without decay: U and V, since decay would turn them (`condlr.constrain`), biases, vectors,
     normalisations, and S unless asked for. With decay: all other matrices and kernels. Decay on S acts on the
     scale of W alone, since the constraint sets the ratios of its singular values.
 
@@ -25,7 +29,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, core: bool = Fals
         Groups without parameters are left out.
 
     Raises:
-        ValueError: a lazy parameter.
+        ValueError: no network, or a lazy parameter.
 
     Example:
         >>> import torch
@@ -38,13 +42,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, core: bool = Fals
     """
     decayed: dict[nn.Parameter, None] = {}
     free: dict[nn.Parameter, None] = {}
-    for module in model.modules():
+    for module in require_module("parameter_groups", model).modules():
+        normalises = isinstance(module, _NORMALISATIONS)
         for name, parameter in module.named_parameters(recurse=False):
             if is_lazy(parameter):
                 raise ValueError(
                     f"{name} of a {type(module).__name__} has no shape yet: run the network once first"
                 )
-            matrix = parameter.ndim > 1 and "bias" not in name
+            matrix = parameter.ndim > 1 and "bias" not in name and not normalises
             decays = (name == "S" and core) if isinstance(module, LowRank) else matrix
             (decayed if decays else free)[parameter] = None
     groups = [

@@ -64,7 +64,9 @@ def moments(model: nn.Module, sites: Iterable[Site], data: Iterable[Any]) -> dic
         stack.enter_context(untouched(model))
         for site in sites:
             hook = _hook(site, found)
-            stack.callback(site.holder.register_forward_hook(hook, with_kwargs=True).remove)
+            # Before other hooks, which may change what the layer puts out
+            handle = site.holder.register_forward_hook(hook, with_kwargs=True, prepend=True)
+            stack.callback(handle.remove)
         for example in data:
             try:
                 call(model, copied(example))

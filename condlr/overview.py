@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from condlr._support.inputs import call, untouched
+from condlr._support.inputs import call, require_module, untouched
 from condlr._support.modes import in_eval_mode
 from condlr.analysis._layers import compact_kernel
 from condlr.analysis.conditioning import circular, spread
@@ -134,6 +134,7 @@ def summary(model: nn.Module, example: Any = None) -> Summary:
         >>> [(row.layer, row.rank, row.parameters, row.dense_parameters) for row in summary(net)]
         [('0', 10, 1444, 4160), ('2', None, 520, 520)]
     """
+    require_module("summary", model)
     seen = {} if example is None else _positions(model, example)
     rows = []
     with in_eval_mode(model):  # reading a weight with spectral norm changes it in training mode

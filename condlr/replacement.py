@@ -3,8 +3,8 @@
 import copy
 import gc
 import weakref
-from collections import ChainMap
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections import ChainMap, OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import cache
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -44,6 +44,10 @@ def replaced(
     """
     if inplace:
         return model, _replace(model, made)
+
+    def copied_part(value: Any) -> Any:
+        return copy.deepcopy(value, memo)
+
     memo: dict[int, Any] = {id(old): new for old, new in made.items()}
     for old, new in made.items():
         # A weight maps to itself. If something else holds it without its layer, _refuse_old raises.
@@ -60,11 +64,11 @@ def replaced(
             f"this network copies itself in its own way ({_copier(model)}.__deepcopy__), without its new "
             "layers: use inplace=True"
         )
-    lost = _copy_extras(model, made, memo)
+    lost = _take_extras(model, made, copied_part)
     for parameter in model.parameters():
         other = memo.get(id(parameter))
         if other is not None and other is not parameter:
-            _copy_parameter_extras(other, parameter, memo)
+            _take_parameter_extras(other, parameter, copied_part)
     _refuse_old(model, copied, made)
     return copied, lost
 
@@ -87,11 +91,21 @@ def _replace(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> list[str]
     kept = [thing for module in model.modules() for thing in (module, *module._parameters.values())]
     memo: dict[int, Any] = {id(thing): thing for thing in kept if thing is not None}
     memo |= {id(layer): new for layer, new in made.items()}
-    lost = _copy_extras(model, made, memo)
+
+    def moved(value: Any) -> Any:
+        """The same object; a copy of one that refers to an old layer, with the new layer in its place."""
+        if isinstance(value, OrderedDict):  # of hooks, which their handles know
+            for key, part in value.items():
+                value[key] = moved(part)
+            return value
+        refers = any(id(thing) in old for thing in reachable([value], ChainMap({}, seen)))
+        return copy.deepcopy(value, memo) if refers else value
+
+    lost = _take_extras(model, made, moved)
     for layer, new in made.items():
         bias, other = layer._parameters.get("bias"), _bias(new)
         if bias is not None and other is not None:
-            _copy_parameter_extras(other, bias, memo)
+            _take_parameter_extras(other, bias, moved)
     for module in [*model.modules()]:
         for key, child in module._modules.items():
             if child is not None and child in made and id(module) not in within:
@@ -99,14 +113,17 @@ def _replace(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> list[str]
     return lost
 
 
-def _copy_extras(model: nn.Module, made: Mapping[nn.Module, nn.Module], memo: dict[int, Any]) -> list[str]:
+def _take_extras(
+    model: nn.Module, made: Mapping[nn.Module, nn.Module], taken: Callable[[Any], Any]
+) -> list[str]:
+    """Give new layers the hooks and attributes of old ones, as `taken` makes them; return what is lost."""
     known: dict[int, object] = {id(module): module for module in model.modules()}
     return [
         f"{name}.{key}".lstrip(".")
         for name, old in model.named_modules()
         if old in made
-        for copy_extras in (_copy_layer_extras, _copy_weight_extras)
-        for key in copy_extras(old, made[old], memo, known)
+        for take_extras in (_take_layer_extras, _take_weight_extras)
+        for key in take_extras(old, made[old], taken, known)
     ]
 
 
@@ -183,10 +200,10 @@ def _uncopied(model: nn.Module, memo: Mapping[int, Any]) -> str:
     return type(model).__name__
 
 
-def _copy_layer_extras(
-    old: nn.Module, new: nn.Module, memo: dict[int, Any], known: MutableMapping[int, object]
+def _take_layer_extras(
+    old: nn.Module, new: nn.Module, taken: Callable[[Any], Any], known: MutableMapping[int, object]
 ) -> list[str]:
-    """Copy the hooks and attributes of `old` to `new`; return the names of those that do not fit."""
+    """Give `new` the hooks and attributes of `old`; return the names of those that do not fit."""
     lost = []
     own = {id(parameter) for parameter in _own(old).values()}
     for key, value in old.__getstate__().items():  # without what torch.compile added
@@ -195,21 +212,21 @@ def _copy_layer_extras(
         if key in ("_parameters", "_buffers", "_modules"):
             ours = _OWN | ({*PROJECTIONS} if isinstance(old, nn.MultiheadAttention) else set())
             extra = {k: v for k, v in value.items() if k not in ours}
-            vars(new)[key].update(copy.deepcopy(extra, memo))
+            vars(new)[key].update({k: taken(v) for k, v in extra.items()})
         elif key in _MODULE:
-            vars(new)[key] = copy.deepcopy(value, memo)
+            vars(new)[key] = taken(value)
         elif key not in _usual(type(old)):
             if hasattr(new, key) or _refers_to(value, own, known):
                 lost.append(key)
             else:
-                vars(new)[key] = copy.deepcopy(value, memo)
+                vars(new)[key] = taken(value)
     return lost
 
 
-def _copy_weight_extras(
-    old: nn.Module, new: nn.Module, memo: dict[int, Any], known: MutableMapping[int, object]
+def _take_weight_extras(
+    old: nn.Module, new: nn.Module, taken: Callable[[Any], Any], known: MutableMapping[int, object]
 ) -> list[str]:
-    """Copy the attributes of `old`'s parameters to those of `new`; return the names that do not fit."""
+    """Give the parameters of `new` the attributes of `old`'s; return the names that do not fit."""
     lost = []
     old_weights = {key: p for key, p in _own(old).items() if key != "bias"}
     own = {id(parameter) for parameter in old_weights.values()}
@@ -221,21 +238,21 @@ def _copy_weight_extras(
                 lost.append(f"{name}.{key}")
             else:
                 for parameter in weights:
-                    vars(parameter)[key] = copy.deepcopy(value, memo)
+                    vars(parameter)[key] = taken(value)
         if weight._backward_hooks or weight._post_accumulate_grad_hooks:
             lost.append(f"{name} (its hooks)")
     return lost
 
 
-def _copy_parameter_extras(new: Tensor, old: Tensor, memo: dict[int, Any]) -> None:
-    """Copy the attributes and hooks that `deepcopy` leaves out of a parameter."""
-    vars(new).update(copy.deepcopy(vars(old), memo))
+def _take_parameter_extras(new: Tensor, old: Tensor, taken: Callable[[Any], Any]) -> None:
+    """Give a parameter the attributes and hooks that `deepcopy` leaves out."""
+    vars(new).update({key: taken(value) for key, value in vars(old).items()})
     for hooks, register in (
         (old._backward_hooks, new.register_hook),
         (old._post_accumulate_grad_hooks, new.register_post_accumulate_grad_hook),
     ):
         for hook in (hooks or {}).values() if new.requires_grad else ():
-            register(copy.deepcopy(hook, memo))
+            register(taken(hook))
 
 
 def _refuse_old(model: nn.Module, copied: nn.Module, made: Collection[nn.Module]) -> None:

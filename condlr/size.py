@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from condlr._support.inputs import require_module
 from condlr._support.modes import in_eval_mode
 from condlr.exporting import export_forms
 from condlr.layers import LowRank
@@ -83,7 +84,7 @@ def measure(model: nn.Module) -> Size:
         >>> print(measure(factorize(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)), ranks={"0": 10})))
         factored 1 of 2 layers: 66 % of their weights removed, 58 % of all parameters
     """
-    forms = export_forms(model)
+    forms = export_forms(require_module("measure", model))
     factored = trained = deployed = others = layers = 0
     counted: set[nn.Parameter | None] = {None}
     with in_eval_mode(model):  # reading a weight with spectral norm changes it in training mode

@@ -379,14 +379,14 @@ def test_a_state_of_another_subspace_is_refused(digits):
     trained(saved, low_rank_activations(saved, {"1": 3}), digits, 2)
     other = network()
     low_rank_activations(other, {"1": 3}, subspace="pca")
-    with pytest.raises(ValueError, match="another subspace than pca"):
+    with pytest.raises(ValueError, match="svd, rank 3; these are pca, rank 3"):
         other.load_state_dict(saved.state_dict())
     wide, extra, _ = alone(MATRIX_LIMIT + 1, torch.float32)
     wide(torch.randn(4, MATRIX_LIMIT + 1))
     extra()
     twin = nn.Sequential(nn.Identity())
     low_rank_activations(twin, {"0": 2})
-    with pytest.raises(ValueError, match="have the rank 3"):
+    with pytest.raises(ValueError, match="svd, rank 3; these are svd, rank 2"):
         twin.load_state_dict(wide.state_dict())
 
 
@@ -444,3 +444,53 @@ def test_a_forward_pass_without_gradients_teaches_the_network_nothing_and_is_ref
 def test_names_are_strings():
     with pytest.raises(ValueError, match="names of layers are strings, such as '0'; got 0"):
         low_rank_activations(network(), {0: 3})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "keys", "says"),
+    [
+        ({"1": 2}, {}, "svd, rank 3; these are svd, rank 2"),
+        ({"1": 3}, {"subspace": "nystrom"}, "svd, rank 3; these are nystrom, rank 3"),
+        ({"0": 3}, {}, "of another module"),
+    ],
+)
+def test_a_state_of_other_activations_is_refused(digits, ranks, keys, says):
+    net = network()
+    trained(net, low_rank_activations(net, {"1": 3}), digits, 2)
+    other = network()
+    low_rank_activations(other, ranks, **keys)
+    with pytest.raises(ValueError, match=says):
+        other.load_state_dict(net.state_dict())
+    older = {key: value for key, value in net.state_dict().items() if not key.endswith("settings")}
+    same = network()
+    extra = low_rank_activations(same, {"1": 3})
+    same.load_state_dict(older)
+    assert extra.layers[0].taken == 2
+
+
+@pytest.mark.parametrize("subspace", SUBSPACES)
+def test_an_empty_batch_teaches_nothing(subspace):
+    net, extra, X = alone(8, subspace=subspace)
+    net(X)
+    extra()
+    before = copy.deepcopy(extra.state_dict())
+    net(X[:0])
+    assert extra() == 0
+    assert all(torch.equal(before[key], value) for key, value in extra.state_dict().items())
+
+
+def test_an_input_given_by_keyword():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.f(input=x)
+
+    net, x = Net(), torch.randn(5, 8)
+    extra = low_rank_activations(net, {"f.input": 2})
+    net(x)
+    assert extra() > 0
+    assert remove(net) and not net.f._forward_pre_hooks and not net.f._forward_pre_hooks_with_kwargs
+    torch.testing.assert_close(net(x), net.f(x))

@@ -104,7 +104,7 @@ def test_every_kind_can_be_traced_saved_and_exported_with_a_free_batch_size(name
     torch.testing.assert_close(other(x), expected, msg="the rank comes with the state")
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if "transposed" not in name])
+@pytest.mark.parametrize("name", LAYERS)
 def test_layers_can_be_scripted(name):
     layer, shape = LAYERS[name]
     low = condlr.factorize(nn.Sequential(copy.deepcopy(layer)), ranks=2).eval()
@@ -116,10 +116,17 @@ def test_a_transposed_convolution_takes_an_output_size():
     dense = nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1)
     low = condlr.factorize(dense, ranks=1.0)
     x = torch.randn(2, 6, 5, 5)
-    for size in ([9, 9], [10, 9]):
-        torch.testing.assert_close(low(x, size), dense(x, size), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="output"):
-        low(x, [12, 9])
+    for size in ([9, 9], [10, 9], [2, 4, 10, 10]):
+        expected = dense(x, size)
+        torch.testing.assert_close(low(x, size), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.jit.script(low)(x, size), expected, rtol=1e-4, atol=1e-5)
+        if len(size) == 2:
+            torch.testing.assert_close(low(x[0], size), expected[0], rtol=1e-4, atol=1e-5)
+    for size in ([12, 9], [8, 9], [9]):
+        with pytest.raises(ValueError, match="output"):
+            dense(x, size)
+        with pytest.raises(ValueError, match="output_size"):
+            low(x, size)
 
 
 def test_subclasses_that_compute_as_their_base_are_factored_and_others_are_not():

@@ -722,3 +722,48 @@ def test_another_default_device_changes_nothing():
         torch.set_default_device(None)
     torch.testing.assert_close(now[0], expected[0])
     assert now[1:] == expected[1:]
+
+
+def test_in_place_hooks_and_attributes_are_the_same_objects():
+    class Recorder:
+        seen = 0
+
+        def __call__(self, module, given, output):
+            self.seen += 1
+
+        def also(self, module, given):
+            self.seen += 10
+
+    net, recorder, tag = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16)), Recorder(), {"a": 1}
+    handle = net[0].register_forward_hook(recorder)
+    net[0].register_forward_pre_hook(recorder.also)
+    net[0].tag, net[0].partner, net[0].weight.tag = tag, [net[0]], tag
+    condlr.factorize(net, 0.3, exclude="2", inplace=True)
+    net(torch.randn(2, 8))
+    assert recorder.seen == 11 and net[0].tag is tag and net[0].U.tag is tag
+    assert net[0].partner == [net[0]], "what referred to the old layer refers to the new one"
+    handle.remove()
+    net(torch.randn(2, 8))
+    assert recorder.seen == 21
+    condlr.unfactorize(net, inplace=True)
+    net(torch.randn(2, 8))
+    assert recorder.seen == 31 and net[0].tag is tag
+
+
+def test_unfactorize_in_place_leaves_low_rank_activations_on_the_network():
+    net = condlr.factorize(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16)), 0.3)
+    extra = condlr.low_rank_activations(net, {"2": 3, "0.input": 2})
+    condlr.unfactorize(net, inplace=True)
+    net(torch.randn(5, 8))
+    extra().backward()
+    assert net[2].weight.grad.any()
+
+
+@pytest.mark.parametrize("budget", [0.5, 1.0])
+def test_a_budget_holds_with_a_classifier_at_full_rank(budget):
+    net = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 10))
+    total = sum(p.numel() for p in net.parameters())
+    low = condlr.factorize(net, budget=budget, classifier="full_rank")
+    assert low[4].rank == 10 and sum(p.numel() for p in low.parameters()) <= budget * total
+    with pytest.raises(ValueError, match="budget=0.2 cannot be kept: rank 1 in all 2 layers takes"):
+        condlr.factorize(net, budget=0.2, classifier="full_rank")

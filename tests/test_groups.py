@@ -81,3 +81,15 @@ def test_the_biases_of_keys_and_values_do_not_decay_and_lazy_weights_are_named()
     assert all(p.ndim == 2 for p in decayed["params"]) and len(free["params"]) == 4
     with pytest.raises(ValueError, match="weight of a LazyLinear has no shape yet"):
         condlr.parameter_groups(nn.LazyLinear(3), 0.1)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_normalisations_over_several_dimensions_do_not_decay(norm):
+    (free,) = condlr.parameter_groups(nn.Sequential(norm([4, 8])), 0.1)
+    assert free["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("call", [lambda x: condlr.parameter_groups(x, 0.1), condlr.summary, condlr.measure])
+def test_what_is_no_network_is_one_line(call):
+    with pytest.raises(ValueError, match=r"needs a network, an nn.Module; got list"):
+        call([*nn.Linear(8, 8).parameters()])

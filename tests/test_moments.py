@@ -96,6 +96,13 @@ def test_a_layer_may_take_a_vector():
     torch.testing.assert_close(low(x), net(x), msg="of one vector one direction is enough")
 
 
+def test_the_outputs_are_those_of_the_layer_whatever_its_hooks_make_of_them():
+    layer, X = nn.Linear(6, 6, bias=False), torch.randn(50, 6)
+    expected = condlr.factorize(nn.Sequential(copy.deepcopy(layer)), ranks=2, data=[X])[0].matrix
+    layer.register_forward_hook(lambda module, given, y: 0 * y + y[:, :1])
+    torch.testing.assert_close(condlr.factorize(nn.Sequential(layer), ranks=2, data=[X])[0].matrix, expected)
+
+
 @pytest.mark.slow
 def test_a_network_that_was_compiled_and_run_shows_its_layers():
     dense = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 5))

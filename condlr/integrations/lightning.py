@@ -24,7 +24,7 @@ class CondLR(Callback):
 
     Args:
         tau: see `condlr.constrain`; or a function from the epoch to tau.
-        every: steps between two figures; 0 logs none.
+        every: steps of the optimiser between two figures; 0 logs none.
         exports: set `exported` at the end of the training.
         options: further arguments of `condlr.constrain`.
 
@@ -40,12 +40,15 @@ class CondLR(Callback):
         exports: bool = False,
         **options: Any,
     ):
-        self.every, self.exports = every, exports
+        if not isinstance(every, int) or every < 0:
+            raise ValueError(f"every is a number of steps, 0 for none; got {every!r}")
+        self.every, self.exports, self._logged = every, exports, 0
         self.exported: nn.Module | None = None
         self._constraints = Constraints(tau, options)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._logged = trainer.global_step
         self._constraints.start(trainer.optimizers, pl_module, trainer.current_epoch)
 
     @override
@@ -56,7 +59,10 @@ class CondLR(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.every and trainer.global_step % self.every == 0:
+        # Batches whose gradients are accumulated are at the same step
+        step = trainer.global_step
+        if self.every and step % self.every == 0 and step not in (0, self._logged):
+            self._logged = step
             pl_module.log_dict(self._constraints.figures())
 
     @override

@@ -47,13 +47,16 @@ class CondLR(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._constraints.start([kwargs["optimizer"]], kwargs["model"], int(state.epoch or 0))
+        self._epoch = int(state.epoch or 0)
+        self._constraints.start([kwargs["optimizer"]], kwargs["model"], self._epoch)
 
     @override
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._constraints.follow(int(state.epoch or 0))
+        # Of data without a length, the trainer's own number still is that of the pass before
+        self._constraints.follow(self._epoch)
+        self._epoch += 1
 
     @override
     def on_log(

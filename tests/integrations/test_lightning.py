@@ -196,3 +196,24 @@ def test_an_average_is_what_is_exported_whatever_the_order_of_callbacks(first):
         fit(module, 4, callbacks=both if first else both[::-1])
     x = torch.randn(4, 20)
     torch.testing.assert_close(callback.exported.net(x), module.net(x))
+
+
+def test_figures_are_of_steps_and_not_of_batches(monkeypatch):
+    from condlr.integrations._constraints import Constraints
+
+    logged, figures = [], Constraints.figures
+    module = Module()
+
+    def counted(constraints):
+        logged.append(module.trainer.global_step)
+        return figures(constraints)
+
+    monkeypatch.setattr(Constraints, "figures", counted)
+    fit(module, epochs=6, callbacks=[CondLR(every=2)], accumulate_grad_batches=2)
+    assert logged == [2, 4, 6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("every", ["x", -1, 0.5])
+def test_a_number_of_steps_that_is_none_is_refused(every):
+    with pytest.raises(ValueError, match="every is a number of steps"):
+        CondLR(every=every)

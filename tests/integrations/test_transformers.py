@@ -125,3 +125,21 @@ def test_skorch():
     X = torch.stack([line["x"] for line in data()])
     net.fit(X, torch.tensor([line["labels"] for line in data()]))
     assert held[0].check()["cond_S"] <= LIMIT
+
+
+def test_the_tolerance_follows_the_epochs_of_data_without_a_length(tmp_path):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from data()
+
+    seen = []
+
+    def tau(epoch):
+        seen.append(epoch)
+        return 1 / (1 + epoch)
+
+    made = trainer(Net(), tmp_path)
+    made.train_dataset, made.args.max_steps = Endless(), 12
+    CondLR(tau).add_to(made)
+    made.train()
+    assert seen == [0, 0, 1, 2]
