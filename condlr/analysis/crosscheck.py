@@ -21,6 +21,8 @@ from condlr.data.base import Images
 from condlr.evaluation import evaluate, evaluating, first
 
 _LOSSES = ("ce", "margin")
+# The most images that are taken unasked
+_IMAGES = 1000
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Crosscheck(Analysis):
     Attributes:
         eps: strengths in the maximum norm.
         steps: of PGD.
-        images: the first N test images.
+        images: the first N test images; None for all, 1000 at most.
     """
 
     title: ClassVar[str] = "Our attacks beside foolbox's"
@@ -44,28 +46,34 @@ class Crosscheck(Analysis):
 
     eps: Any = field(default_factory=lambda: [0.01, 0.02, 0.03, 0.04, 0.05, 0.06])
     steps: int = 40
-    images: int = 1000
+    images: int | None = None
 
     def __post_init__(self) -> None:
         self.eps = pixel_strengths(self.eps)
         in_range("steps", self.steps, 1, math.inf)
-        in_range("images", self.images, 1, math.inf)
+        if self.images is not None:
+            in_range("images", self.images, 1, math.inf)
 
     @override
     def require(self, trained: Trained) -> None:
-        if self.images > trained.test_images:
+        if self._count(trained) > trained.test_images:
             raise ValueError(f"images={self.images}, but there are only {trained.test_images}")
+
+    def _count(self, trained: Trained) -> int:
+        return min(_IMAGES, trained.test_images) if self.images is None else self.images
 
     @override
     def lacks(self, there: Sequence[Mapping[str, Any]], trained: Trained) -> bool:
         known = {(row["attack"], as_printed(float(row["eps"])), int(float(row["n"]))) for row in there}
         asked = [Fgsm(self.eps), *(Pgd(self.eps, steps=self.steps, loss=loss) for loss in _LOSSES)]
         cells = [cell for attack in asked for cell in attack.cells()]
-        return any((label, as_printed(eps), self.images) not in known for label, eps in cells)
+        count = self._count(trained)
+        return any((label, as_printed(eps), count) not in known for label, eps in cells)
 
     @override
     def rows(self, trained: Trained) -> Iterator[dict[str, Any]]:
-        return crosscheck(trained.model, first(trained.data.test, self.images), self.eps, self.steps)
+        images = first(trained.data.test, self._count(trained))
+        return crosscheck(trained.model, images, self.eps, self.steps)
 
 
 def crosscheck(

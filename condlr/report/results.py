@@ -226,13 +226,15 @@ def _variants(done: pd.DataFrame) -> pd.Series:
 
 def left_out(cells: pd.DataFrame) -> str:
     """The runs that tables do not show: `CondLR τ=0.1 50 % seed 1 (diverged)`; empty if none."""
-    unfinished = cells[cells["status"].ne("done")].drop_duplicates("run_id")
+    runs = cells.drop_duplicates("run_id")
     names = {
-        run.run_id: f"{title(run.label)} {100 * run.compression:g} % seed {run.seed} ({run.status})"
-        for run in unfinished.itertuples()
+        run.run_id: f"{title(run.label)} {100 * run.compression:g} % seed {run.seed}"
+        for run in runs.itertuples()
     }
-    alike = Counter(names.values())
-    return ", ".join(name if alike[name] == 1 else f"{name}: {run_id}" for run_id, name in names.items())
+    alike = Counter(names.values())  # also with runs that are done, of other settings
+    left = runs[runs["status"].ne("done")].set_index("run_id")["status"]
+    told = ((run_id, f"{names[run_id]} ({status})") for run_id, status in left.items())
+    return ", ".join(text if alike[names[run_id]] == 1 else f"{text}: {run_id}" for run_id, text in told)
 
 
 def own(context: Known, cells: pd.DataFrame) -> pd.DataFrame:

@@ -65,6 +65,7 @@ def archive(study: Path, path: Path) -> Summary:
     for found in sorted(study.glob("*/run.json")):
         run = Run(found.parent)
         if run.status in _FINISHED:
+            run.read_config()  # raises for a damaged one
             here[run.directory.name] = _files(run.directory)
         else:
             unfinished.append(run.directory.name)

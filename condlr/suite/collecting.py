@@ -63,6 +63,8 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
             raise UserError(
                 f"{path} belongs to the run {info['run_id']}: a copy would count twice, move it away"
             )
+        if info["status"] == "done":
+            run.read_config()  # raises for a damaged one
         who = {"study": study.name, "run_id": info["run_id"]} | about
         for name, lines in others.items():
             # Rows of long tables repeat only the keys of their run, to keep the files small

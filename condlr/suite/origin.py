@@ -50,6 +50,8 @@ def origin(start: Any, dataset: str, model: str, seed: int) -> Origin | None:
         if not known or not all(isinstance(value, str) for value in start.values()):
             raise UserError(f"start must be a run's directory; got {start!r}")
         return Origin(**start)
+    if not start.strip():
+        raise UserError("start is empty: name a finished run's directory, or say start=null")
     place = Path(start)
     if place.is_file():
         raise UserError(f"start={start} is a file: name a run's directory")

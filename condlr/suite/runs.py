@@ -26,6 +26,8 @@ _FACTS = {
     "status": str, "run_id": str, "attempts": int, "images": dict, "ranks": dict, "weights": dict,
     "versions": dict,
 }  # fmt: skip
+# Advice for a damaged config.yaml
+_WRITTEN_AGAIN = "the command that trained the run writes it again"
 # Advice for lost weights.
 _FROM_CHECKPOINT = "remove run.json beside it and start the run again, which continues from its checkpoint"
 
@@ -193,9 +195,9 @@ class Run:
         except FileNotFoundError:
             raise UserError(f"{self.directory} is not a run: it has no config.yaml") from None
         except Exception as error:  # a YAML parser's errors share no base with OmegaConf's
-            raise UserError(f"{path} cannot be read ({type(error).__name__})") from error
+            raise UserError(f"{path} cannot be read ({type(error).__name__}): {_WRITTEN_AGAIN}") from error
         if not isinstance(config, dict):
-            raise UserError(f"{path} is not a run's config")
+            raise UserError(f"{path} is not a run's config: {_WRITTEN_AGAIN}")
         return config
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -53,6 +53,7 @@ def carry_out(values: dict[str, Any]) -> None:
     config = without_transfer_to_itself(run, config)
     if finished(run, config):
         _say_done(run, config)
+        _mend_config(run, config, values)
         return
     with Signals() as signals, Lock(run.directory, patience=_PATIENCE) as lock:
         info = run.info  # read under the lock: another process may have changed it
@@ -61,6 +62,7 @@ def carry_out(values: dict[str, Any]) -> None:
             raise Diverged(f"{config.run_id} has {info.get('reason')} ({again})")
         if info.get("status") == "done":
             _say_done(run, config)
+            _mend_config(run, config, values)
             here = opened(run, config)
             for name, analysis in analyses_of_every_run().items():
                 if not run.read_table(f"{name}.csv"):  # the run is older than this analysis
@@ -84,13 +86,26 @@ def _say_done(run: Run, config: RunConfig) -> None:
         )
 
 
+def _mend_config(run: Run, config: RunConfig, values: dict[str, Any]) -> None:
+    """Write a finished run's config.yaml again, if that was damaged; its id says that it is the same."""
+    try:
+        run.read_config()
+    except UserError:
+        _write_config(run, config, values)
+        log.warning("%s/config.yaml could not be read, and was written again", run.directory)
+
+
+def _write_config(run: Run, config: RunConfig, values: dict[str, Any]) -> None:
+    run.write_config(values | ({"start": config.origin.as_dict()} if config.origin else {}))
+
+
 def _train(run: Run, config: RunConfig, written: dict[str, Any], signals: Signals, lock: Lock) -> None:
     """Train a run, from its checkpoint if there is one, then analyse and attack it."""
     facts = {"run_id": config.run_id, "study": config.study, "row": config.row}
     with run.recording(**facts, **environment()):
         device = pick_device(config.device)
         run.note(device=describe(device))
-        run.write_config(written | ({"start": config.origin.as_dict()} if config.origin else {}))
+        _write_config(run, config, written)
         data = load_data(config, device)
         here = Opened(run, config)
         here.data = data

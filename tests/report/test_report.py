@@ -1,6 +1,7 @@
 """From cells to tables: means, marks, and published values beside ours."""
 
 import io
+import re
 
 import pandas as pd
 import pytest
@@ -170,6 +171,11 @@ def test_what_is_left_out_is_counted():
     expected = "CondLR τ=0.1 50 % seed 1 (diverged), Vanilla 50 % seed 1 (diverged)"
     assert results.left_out(frame) == expected
     assert not results.left_out(cells())
+    other = cells().assign(status="diverged")  # of the same names, at another learning rate
+    other["run_id"] += "-fast"
+    told = results.left_out(pd.concat([cells(), other])).split(", ")
+    assert len(told) == other["run_id"].nunique()
+    assert all(re.search(r"seed \d \(diverged\): \S+-fast$", text) for text in told)
 
 
 def test_protocols_stand_side_by_side():

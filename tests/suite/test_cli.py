@@ -512,6 +512,24 @@ def test_damaged_runs_are_named_and_left_alone(script, run, name, damage, patter
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("text", ["a: [b", "[]"])
+def test_a_damaged_config_of_a_finished_run_is_named_and_written_again(script, run, text):
+    path = run / "config.yaml"
+    before = path.read_text()
+    path.write_text(text)
+    for name in ("collect", "archive"):
+        complains(
+            script(name, "study=default"), "config.yaml .*the command that trained the run writes it again"
+        )
+    complains(script("evaluate", f"run={run}", "attack.eps=[0.3]"), "writes it again")
+    status, _, _ = script("train", *SMALL)
+    assert status == 0 and path.read_text() == before
+    path.write_text(text)
+    assert script("train", *SMALL, "attack.eps=[0.2]")[0] == 0
+    assert OmegaConf.load(path).method == OmegaConf.create(before).method
+
+
+@pytest.mark.slow
 def test_a_checkpoint_that_runs_code_is_refused(script, run):
     class Evil:
         def __reduce__(self):

@@ -90,6 +90,7 @@ def test_a_finished_run_needs_its_start_no_more(dense, script):
     [
         (["start=nowhere"], "start=nowhere: no finished run of the dense lenet5 on digits with seed 0"),
         (["start=dense", "seed=7"], "with seed 7 is there"),
+        (["start=''"], "start is empty: name a finished run's directory, or say start=null"),
         (["start=dense", "model=resnet18"], "no finished run of the dense resnet18"),
         (["start=[1]"], "start must be"),
         (["start={run:a}"], "start must be a run's directory"),
