@@ -23,6 +23,7 @@ from condlr.held import (
     orthonormalize,
     require_float,
     require_usable,
+    require_values,
     required,
     transport_moments,
     transpose_old_moments,
@@ -486,9 +487,12 @@ def audit(model: nn.Module) -> dict[str, float]:
     """The largest max |U^T U - I| (V likewise) and cond(S) of all U S V^T layers of `model`, in float64.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: there is no such layer, or one is on the meta device.
     """
-    return worst(map(audited, required("audit", model).values()))
+    layers = required("audit", model)
+    for name, layer in layers.items():
+        require_values(name, layer)
+    return worst(map(audited, layers.values()))
 
 
 def _group(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict:

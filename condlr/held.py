@@ -136,6 +136,14 @@ def require_float(name: str, U: Tensor) -> None:
         raise ValueError(f"the factors of {name} are {U.dtype}: keep them in float32, use autocast")
 
 
+def require_values(name: str, layer: LowRank) -> None:
+    """Raise `ValueError` for a layer on the meta device."""
+    if layer.U.is_meta:
+        raise ValueError(
+            f"the factors of {name or 'the layer'} are on the meta device: they have no values yet"
+        )
+
+
 def require_usable(held: Held) -> None:
     """Raise `ValueError` unless the factors are parameters with finite values in float32 or float64."""
     name = held.name or "the layer"
@@ -146,8 +154,7 @@ def require_usable(held: Held) -> None:
                 "constraint moves parameters"
             )
     require_float(held.name, held.U)
-    if held.U.is_meta:
-        raise ValueError(f"the factors of {name} are on the meta device: they have no values yet")
+    require_values(held.name, held.layer)
     if not all(X.isfinite().all() for X in held.factors):
         raise ValueError(f"the factors of {name} are not finite")
 

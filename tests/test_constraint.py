@@ -714,6 +714,11 @@ def test_factors_that_cannot_be_constrained(spoil, message):
         condlr.constrain(torch.optim.SGD(net.parameters(), lr=0.1), net)
 
 
+def test_what_has_no_values_has_no_audit():
+    with pytest.raises(ValueError, match="the factors of 0 are on the meta device: they have no values yet"):
+        condlr.audit(network().to("meta"))
+
+
 @pytest.mark.parametrize("cap", ["1", math.nan, 0, -1])
 def test_a_cap_is_a_positive_number(cap):
     net = network()
