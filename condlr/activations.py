@@ -26,7 +26,6 @@ from condlr._support.inputs import require_module
 from condlr._support.precision import strict
 from condlr._support.seeds import derive_seed
 from condlr.manifolds.truncation import WAYS, truncate
-from condlr.sites import patterns
 
 SUBSPACES = (*WAYS, "pca")
 # Up to so many dimensions W is a matrix (16 MB in float32); beyond it is a product of two thin ones.
@@ -367,7 +366,8 @@ def low_rank_activations(
     require_module("low_rank_activations", model)
     if not isinstance(ranks, Mapping) or not all(map(_is_whole, ranks.values())):
         raise ValueError(f"ranks are whole numbers by the names of activations, {{'1': 3}}; got {ranks!r}")
-    patterns("ranks", ranks)
+    if odd := [name for name in ranks if not isinstance(name, str)]:
+        raise ValueError(f"ranks: names of modules are strings, such as {str(odd[0])!r}; got {odd[0]!r}")
     if any(isinstance(hook, _Saved) for hook in model._state_dict_hooks.values()):
         raise ValueError("the network has low-rank activations: condlr.activations.remove(model) first")
     if not ranks:

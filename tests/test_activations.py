@@ -442,7 +442,7 @@ def test_a_forward_pass_without_gradients_teaches_the_network_nothing_and_is_ref
 
 
 def test_names_are_strings():
-    with pytest.raises(ValueError, match="names of layers are strings, such as '0'; got 0"):
+    with pytest.raises(ValueError, match="names of modules are strings, such as '0'; got 0"):
         low_rank_activations(network(), {0: 3})
 
 
