@@ -1,7 +1,7 @@
 """Tables of a study side by side: attacks of one strength, and protocols."""
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from condlr.report.results import BESIDE, attack_title, epochs, network, norm_title, setting
@@ -32,8 +32,17 @@ class Comparison:
             values = [self._value(line, most) for line in lines]
             row = Row(label, [Value(f"{100 * compression:g}"), *values])
             groups.setdefault(compression, []).append(row)
-        notes = {audit_note(table.lines): None for table in self.tables}
-        return Sheet(caption, columns, [*groups.values()], [" ".join(notes)])
+        return Sheet(caption, columns, [*groups.values()], [audit_note(self._audited(known))])
+
+    def _audited(self, known: Sequence[Mapping[tuple[str, float], Line]]) -> list[Line]:
+        """Each row once, with the warnings of all its attacks; None if it was audited under none."""
+        found: dict[tuple[str, float], Line] = {}
+        for of_attack in known:
+            for key, line in of_attack.items():
+                told = [one.warnings for one in (line, found.get(key)) if one and one.warnings is not None]
+                every = list(dict.fromkeys(text for warnings in told for text in warnings))
+                found[key] = replace(line, warnings=every if told else None)
+        return [*found.values()]
 
     def _value(self, line: Line | None, most: int) -> Value:
         if line is None:

@@ -81,6 +81,7 @@ _RULES: dict[str, Callable[[pd.DataFrame], Any]] = {
     "row_id": lambda frame: frame["row_id"].notna(),
     "n": lambda frame: frame["n"].notna() | (frame["eps"].isna() if "eps" in frame else False),
     "options": lambda frame: frame["options"].fillna("").str.fullmatch(r"(\S+=\S*( |$))*"),
+    "accuracy": lambda frame: frame["accuracy"].isna() | frame["accuracy"].between(0, 1),
 }
 
 
@@ -93,6 +94,8 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
         raise UserError(f"{path} is missing: collect the study's runs first (condlr collect)") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a table of results ({error})") from error
+    if not path.read_bytes().endswith(b"\n"):
+        raise UserError(f"{path} is cut off: collect the runs again")
     if name == "cells" and {"run_id", "status"} <= {*frame} and not {"attack", "eps", "accuracy"} & {*frame}:
         require_evaluated(frame)
     require(frame, _NEEDED.get(name) or _needed_of(find("analysis", name, Analysis)), str(path))

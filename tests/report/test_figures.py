@@ -505,6 +505,16 @@ def test_damaged_tables_are_named(tmp_path):
         list(drawings(tmp_path, PAPER, tmp_path))
 
 
+def test_numbers_that_cannot_be_and_a_file_that_is_cut_off_are_named(tmp_path):
+    for text, says in (
+        (study().assign(accuracy=1.7).to_csv(index=False), "damaged in the column accuracy"),
+        (study().to_csv(index=False).rstrip(), "is cut off: collect the runs again"),
+    ):
+        (tmp_path / "cells.csv").write_text(text)
+        with pytest.raises(UserError, match=says):
+            results.read(tmp_path)
+
+
 def test_a_study_of_nothing_to_draw_says_so(script, tmp_path):
     results_of = tmp_path / "results" / "one"
     results_of.mkdir(parents=True)

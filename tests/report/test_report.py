@@ -291,6 +291,15 @@ def test_a_mark_stands_where_its_warning_concerns_the_attack():
     assert "float64 at ε=0.06" in text
 
 
+def test_the_note_beside_several_attacks_is_one_of_all_rows():
+    pgd = cells(attack="pgd50-margin")
+    few = pgd[pgd["label"].str.startswith("condlr")]
+    made = list(tables.tables(pd.concat([cells(), few]), PAPER, audit.Marks(audits())))
+    text = markdown([*comparisons.by_attack(made)][-1].sheet)
+    assert text.count("The audit warns of no row.") == 1
+    assert text.count("Not audited: Vanilla 50 %.") == 1
+
+
 def test_the_audit_of_most_images_counts():
     few = audits(("condlr-tau0.1-0.5-1", "float64")).assign(n=5)
     marks = audit.Marks(pd.concat([few, audits()]))
