@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr._support.errors import in_range, one_of
-from condlr._support.inputs import require_module
+from condlr._support.inputs import require_module, require_names
 from condlr._support.precision import strict
 from condlr._support.seeds import derive_seed
 from condlr.manifolds.truncation import WAYS, truncate
@@ -366,8 +366,7 @@ def low_rank_activations(
     require_module("low_rank_activations", model)
     if not isinstance(ranks, Mapping) or not all(map(_is_whole, ranks.values())):
         raise ValueError(f"ranks are whole numbers by the names of activations, {{'1': 3}}; got {ranks!r}")
-    if odd := [name for name in ranks if not isinstance(name, str)]:
-        raise ValueError(f"ranks: names of modules are strings, such as {str(odd[0])!r}; got {odd[0]!r}")
+    require_names("ranks", ranks, of="modules")
     if any(isinstance(hook, _Saved) for hook in model._state_dict_hooks.values()):
         raise ValueError("the network has low-rank activations: condlr.activations.remove(model) first")
     if not ranks:

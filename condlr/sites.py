@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from condlr._support.inputs import require_names
 from condlr.attention import PROJECTIONS, LowRankMultiheadAttention, projections
 from condlr.convolutions import CONVOLUTIONS, TRANSPOSED
 from condlr.layers import LowRank, LowRankLinear
@@ -84,8 +85,7 @@ def sites(model: nn.Module) -> dict[str, Site]:
 def patterns(what: str, names: Collection[str] | str) -> tuple[str, ...]:
     """One name or several as a tuple; raise `ValueError` for what is no name, such as a layer's number."""
     found = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Iterable) else (names,)
-    if odd := [name for name in found if not isinstance(name, str)]:
-        raise ValueError(f"{what}: names of layers are strings, such as {str(odd[0])!r}; got {odd[0]!r}")
+    require_names(what, found)
     return found
 
 

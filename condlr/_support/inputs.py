@@ -3,7 +3,7 @@
 import copy
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -18,6 +18,12 @@ def require_module(what: str, model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"{what} needs a network, an nn.Module; got {type(model).__name__}")
     return model
+
+
+def require_names(what: str, names: Iterable[object], of: str = "layers") -> None:
+    """Raise `ValueError` for what is no name, such as a layer's number."""
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"{what}: names of {of} are strings, such as {str(odd[0])!r}; got {odd[0]!r}")
 
 
 def call(model: nn.Module, example: Any) -> Any:

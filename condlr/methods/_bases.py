@@ -68,12 +68,6 @@ class Objective(nn.Module):
         return self.loss(self.network)
 
 
-def require_no_basis(acts_on: str) -> None:
-    """Raise `ValueError` for a penalty of V, in a method whose bases follow the gradient of the matrix."""
-    if acts_on == "V":
-        raise ValueError("acts_on=V: this method moves U and V with the matrix; choose acts_on=weight, or S")
-
-
 def dense_gradients(objective: Objective, layers: Mapping[str, LowRank]) -> dict[str, Tensor]:
     """dL/dW, (n, m), for each layer U S V^T that the loss depends on; running statistics stay as they are."""
     substitutes: dict[str, Tensor] = {}

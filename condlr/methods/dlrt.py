@@ -15,15 +15,7 @@ from condlr._support.precision import strict
 from condlr.factorization import Scheme, low_rank_layers
 from condlr.layers import LowRank
 from condlr.manifolds import stiefel
-from condlr.methods._bases import (
-    Objective,
-    half_rank,
-    is_free,
-    kept,
-    require_no_basis,
-    transport,
-    truncate,
-)
+from condlr.methods._bases import Objective, half_rank, is_free, kept, transport, truncate
 from condlr.methods.base import Allocating, Term
 from condlr.methods.vanilla import step_along
 
@@ -74,7 +66,10 @@ class Dlrt(Allocating):
 
     @override
     def require_penalty(self, acts_on: str) -> None:
-        require_no_basis(acts_on)
+        if acts_on == "V":
+            raise ValueError(
+                "acts_on=V: this method moves U and V with the matrix; choose acts_on=weight, or S"
+            )
 
     @property
     @override

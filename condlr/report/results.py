@@ -1,5 +1,6 @@
 """Collected results as frames: means over seeds, published values, and the titles of rows."""
 
+import os
 import re
 import string
 from collections import Counter
@@ -94,7 +95,10 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
         raise UserError(f"{path} is missing: collect the study's runs first (condlr collect)") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a table of results ({error})") from error
-    if not path.read_bytes().endswith(b"\n"):
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        whole = file.read() == b"\n"
+    if not whole:
         raise UserError(f"{path} is cut off: collect the runs again")
     if name == "cells" and {"run_id", "status"} <= {*frame} and not {"attack", "eps", "accuracy"} & {*frame}:
         require_evaluated(frame)
