@@ -1,7 +1,7 @@
 """CondLR: orthonormal U and V, singular values of S in a band (Algorithm 1, arXiv 2306.01485)."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from condlr import algorithm
+from condlr._support.closures import with_gradients
 from condlr._support.errors import ConstraintBreach, in_range, warn
 from condlr._support.inputs import require_module
 from condlr._support.precision import strict
 from condlr.algorithm import Group, Options
 from condlr.held import (
+    CONDITION_TOLERANCE,
     Held,
     audited,
     core_of,
@@ -135,6 +137,11 @@ def constrain(
     )
 
 
+def _breach(held: Held, figure: str, value: float, limit: float) -> ConstraintBreach:
+    name = held.name or "the layer"
+    return ConstraintBreach(f"the constraint is broken by {name}: {figure} {value:.6g} > {limit:.6g}")
+
+
 class NothingHeld(ValueError):
     """No layer of the model is in the optimiser."""
 
@@ -225,17 +232,19 @@ class Constraint:
     def check(self) -> dict[str, float]:
         """`audit`, and raise `ConstraintBreach` if a limit is exceeded.
 
-        The limit of cond(S) holds for layers whose S was moved by a step. An S that is zero is a breach.
+        The limits of cond(S), and of the norm if there is a `cap`, hold for layers whose S was moved by a
+        step. An S that is zero is a breach of a finite tau.
         """
         self._require_layers()
         found = {held: audited(held.layer) for held in self._held.values()}
         for held, figures in found.items():
             for name, limit in limits(self.options.tau).items():
-                if not figures[name] <= limit and (held.settled or name != "cond_S"):
-                    raise ConstraintBreach(
-                        f"CondLR's constraint is broken by {held.name or 'the layer'}: "
-                        f"{name} {figures[name]:.3g} > {limit:.3g}"
-                    )
+                if not figures[name] <= limit and (held.settled or name == "orthonormality_error"):
+                    raise _breach(held, name, figures[name], limit)
+            if held.settled and math.isfinite(self.options.cap):
+                norm = held.layer.singular_values()[0].item()
+                if not norm <= (limit := self.options.cap * (1 + CONDITION_TOLERANCE)):
+                    raise _breach(held, "norm", norm, limit)
         return worst(found.values())
 
     def _require_layers(self) -> None:
@@ -343,34 +352,16 @@ class Constraint:
         if skipped is not None and bool(skipped):
             return None
         self._update_held()
-        given = next((i for i, argument in enumerate(args) if i > 0 or argument is not optimizer), None)
-        closure = kwargs.get("closure") if given is None else args[given]
         self._pending = True
-        if not callable(closure):
-            self._direct_all()
-            return None
-        if given is None:
-            return args, kwargs | {"closure": self._directed(closure)}
-        return (*args[:given], self._directed(closure), *args[given + 1 :]), kwargs
-
-    def _directed(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The closure, followed by the replacement of the gradients."""
         direct: Any = torch.compiler.disable(self._direct_all)  # as the hooks, see `_attach`
-
-        def evaluate() -> Any:
-            if self._moving:
-                raise ValueError(
-                    f"{type(self.optimizer).__name__} evaluates its closure twice in one step and is not "
-                    "constrained between them: use an optimizer that takes one gradient in a step"
-                )
-            loss = closure()
-            with torch.no_grad():
-                direct()
-            return loss
-
-        return evaluate
+        return with_gradients(optimizer, args, kwargs, direct)
 
     def _direct_all(self) -> None:
+        if self._moving:
+            raise ValueError(
+                f"{type(self.optimizer).__name__} evaluates its closure twice in one step and is not "
+                "constrained between them: use an optimizer that takes one gradient in a step"
+            )
         self._moving = [*self._groups()]
         self._warn_without_gradient()
         with strict(self._device):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from condlr._support.memory import keep_freed_memory
-from condlr._support.modes import in_eval_mode
+from condlr._support.modes import in_eval_mode, without_gradients
 from condlr._support.precision import strict
 from condlr._support.seeds import derive_seed
 from condlr.attacks._balls import lengths
@@ -74,9 +74,9 @@ def evaluate(
 
 
 def accuracy(model: nn.Module, images: Images, batch_size: int = 1000) -> float:
-    """The fraction of `images` that `model` classifies correctly, without attack."""
+    """The fraction of `images` that `model` classifies correctly, without attack; see `evaluate`."""
     with evaluating(model), torch.no_grad():
-        hits = [(model(x).argmax(1) == y).sum() for x, y in images.batches(batch_size)]
+        hits = [correct(model, x, y).sum() for x, y in images.batches(batch_size)]
     return int(torch.stack(hits).sum()) / len(images)
 
 
@@ -97,17 +97,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     The network gets its images in channels-last layout, which is twice as fast on a CPU.
     """
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
-    device = wanted[0][0].device if wanted else torch.device("cpu")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     keep_freed_memory()
-    try:
-        for parameter, _ in wanted:
-            parameter.requires_grad_(False)
-        with in_eval_mode(model), strict(device), _hooked(model):
-            yield
-    finally:
-        for parameter, flag in wanted:
-            parameter.requires_grad_(flag)
+    with without_gradients(model), in_eval_mode(model), strict(device), _hooked(model):
+        yield
 
 
 @contextmanager

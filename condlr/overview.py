@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from condlr._support.inputs import call, require_module, untouched
 from condlr._support.modes import in_eval_mode
 from condlr.analysis._layers import compact_kernel
-from condlr.analysis.conditioning import circular, spread
+from condlr.analysis.conditioning import circular, condition, core_matrix, spread
 from condlr.attention import PROJECTIONS, LowRankMultiheadAttention
 from condlr.convolutions import TRANSPOSED, LowRankConv2d
 from condlr.layers import LowRank
@@ -163,8 +163,11 @@ def _row(name: str, layer: Any, seen: _Seen | None) -> LayerRow:
         weights, cost = sum(p.numel() for p in (layer.U, layer.Vt, layer.S) if p is not None), rank * (n + m)
         error, cond_S = layer.dense_error, None
         if not layer.U.is_meta:
+            S = core_matrix(layer)
             finite = bool(layer.matrix.isfinite().all())
-            cond_S = spread(layer.singular_values()) if finite else math.nan
+            cond_S = (
+                math.nan if not finite else spread(layer.singular_values()) if S is None else condition(S)
+            )
     else:
         kind: Any = kind_of(layer)
         n, m = kind.matrix_of(layer).shape

@@ -162,6 +162,16 @@ def test_the_batch_is_found_in_what_is_nested():
         assert row.macs == 16
 
 
+@pytest.mark.parametrize("core", ["full", "diagonal"])
+def test_cond_S_is_that_of_S_whatever_the_bases_are(core):
+    net = condlr.factorize(nn.Sequential(nn.Linear(8, 8)), ranks=3, core=core)
+    with torch.no_grad():
+        net[0].U.mul_(torch.tensor([1.0, 10, 100]))
+    S = net[0].S.detach() if core == "full" else torch.diag(net[0].S.detach())
+    (row,) = condlr.summary(net).rows
+    assert row.cond_S == pytest.approx(torch.linalg.cond(S).item(), rel=1e-5)
+
+
 def test_looking_at_a_network_with_spectral_norm_does_not_move_it():
     net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(9, 9)), nn.Linear(9, 9))
     before = {key: value.clone() for key, value in net.state_dict().items()}

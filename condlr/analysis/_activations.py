@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from condlr.activations import INPUT, short_name, whole_name
-from condlr.analysis._layers import blank, first_inputs
+from condlr.analysis._layers import argument, blank, first_inputs
 from condlr.data.base import Images
 from condlr.evaluation import evaluating
 from condlr.layers import LowRank
@@ -59,7 +59,11 @@ def activations(model: nn.Module, images: Images | Tensor, names: Sequence[str])
             hooks.append(modules[whole].register_forward_hook(lambda *given, note=note: note(given[-1])))
         else:
             module = modules[whole.removesuffix(INPUT)]
-            hooks.append(module.register_forward_pre_hook(lambda *given, note=note: note(given[-1][0])))
+            hooks.append(
+                module.register_forward_pre_hook(
+                    lambda _, *given, note=note: note(argument(*given)), with_kwargs=True
+                )
+            )
     try:
         with evaluating(model):
             batches = images.split(_BATCH) if isinstance(images, Tensor) else _pixels(images)

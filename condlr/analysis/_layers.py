@@ -1,9 +1,10 @@
 """Helpers for analyses of layers."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,11 @@ def first_inputs(model: nn.Module, images: Tensor, kinds: tuple[type[nn.Module],
     """The input of each layer of these kinds at its first call, by name; the mode of the network is kept."""
     inputs: dict[str, Tensor] = {}
 
-    def note(name: str, _: nn.Module, given: tuple[Tensor, ...]) -> None:
-        inputs.setdefault(name, given[0])
+    def note(name: str, _: nn.Module, *given: Any) -> None:
+        inputs.setdefault(name, argument(*given))
 
     hooks = [
-        layer.register_forward_pre_hook(partial(note, name))
+        layer.register_forward_pre_hook(partial(note, name), with_kwargs=True)
         for name, layer in model.named_modules()
         if isinstance(layer, kinds)
     ]
@@ -44,6 +45,11 @@ def first_inputs(model: nn.Module, images: Tensor, kinds: tuple[type[nn.Module],
         for hook in hooks:
             hook.remove()
     return inputs
+
+
+def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a module is called with first, by place or by keyword."""
+    return next(iter((*args, *kwargs.values())), None)
 
 
 def obstacle(layer: nn.Conv2d | LowRankConv2d) -> str | None:

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from condlr._support.modes import in_eval_mode
 from condlr.analysis._layers import compact_kernel, input_sizes, obstacle
 from condlr.analysis.base import Analysis, Trained
 from condlr.convolutions import LowRankConv2d
@@ -58,10 +58,11 @@ def layer_conditions(model: nn.Module) -> dict[str, float]:
     cond(W) = ||W|| ||W^+|| (arXiv 2306.01485, section 3). For a convolution it is not the condition number of
     the operator on images.
     """
-    return {
-        name: math.inf if sigma[-1] == 0 else (sigma[0] / sigma[-1]).item()
-        for name, sigma in spectra(model).items()
-    }
+    return {name: _ratio(sigma) for name, sigma in spectra(model).items()}
+
+
+def _ratio(sigma: Tensor) -> float:
+    return math.inf if sigma[-1] == 0 else (sigma[0] / sigma[-1]).item()
 
 
 @torch.no_grad()
@@ -75,11 +76,12 @@ def operator_conditions(model: nn.Module, shape: Sequence[int]) -> dict[str, flo
         shape: of one input, (channels, height, width).
     """
     sizes = input_sizes(model, shape)
-    values = {
-        name: circular(layer, compact_kernel(layer), sizes[name])
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Conv2d | LowRankConv2d) and name in sizes and not obstacle(layer)
-    }
+    with in_eval_mode(model):  # reading a weight with spectral norm changes it in training mode
+        values = {
+            name: circular(layer, compact_kernel(layer), sizes[name])
+            for name, layer in model.named_modules()
+            if isinstance(layer, nn.Conv2d | LowRankConv2d) and name in sizes and not obstacle(layer)
+        }
     return {name: spread(found) for name, found in values.items() if found is not None}
 
 
@@ -90,19 +92,20 @@ def spectra(model: nn.Module) -> dict[str, Tensor]:
     Descending, in float64: min(n, m) values of a dense weight, whose kernels are viewed as out x (in kh kw);
     r values of a low-rank weight, the others being 0. NaN for weights that are not finite.
     """
-    values = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LowRank):
-            finite, rank = torch.isfinite(layer.matrix).all(), layer.rank
-            sigma = layer.singular_values if finite else None
-        elif isinstance(layer, nn.Linear | nn.Conv2d):
-            weight = layer.weight.double().flatten(1)
-            finite, rank = torch.isfinite(weight).all(), min(weight.shape)
-            sigma = partial(torch.linalg.svdvals, weight) if finite else None
-        else:
-            continue
-        values[name] = sigma() if sigma else torch.full((rank,), math.nan, dtype=torch.float64)
-    return values
+    with in_eval_mode(model):
+        return {
+            name: _spectrum(layer)
+            for name, layer in model.named_modules()
+            if isinstance(layer, nn.Linear | nn.Conv2d | LowRank)
+        }
+
+
+def _spectrum(layer: nn.Linear | nn.Conv2d | LowRank) -> Tensor:
+    W = layer.matrix if isinstance(layer, LowRank) else layer.weight.double().flatten(1)
+    rank = layer.rank if isinstance(layer, LowRank) else min(W.shape)
+    if not W.isfinite().all():
+        return torch.full((rank,), math.nan, dtype=torch.float64)
+    return layer.singular_values() if isinstance(layer, LowRank) else torch.linalg.svdvals(W)
 
 
 def conditioning(
@@ -134,33 +137,29 @@ def conditioning(
         dense_limit: see cond_padded.
     """
     sizes = input_sizes(model, shape)
-    conditions = layer_conditions(model)
-    rows = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d | LowRank):
-            row = _matrix_columns(name, layer) | {"cond_matrix": conditions[name]}
-            rows.append(row | _operator_columns(layer, sizes.get(name), dense_limit))
-    return rows
+    values = spectra(model)
+    with in_eval_mode(model):
+        return [
+            _matrix_columns(name, layer, values[name])
+            | _operator_columns(layer, sizes.get(name), dense_limit)
+            for name, layer in model.named_modules()
+            if isinstance(layer, nn.Linear | nn.Conv2d | LowRank)
+        ]
 
 
 @torch.no_grad()
-def _matrix_columns(name: str, layer: nn.Linear | nn.Conv2d | LowRank) -> dict[str, Any]:
-    row: dict[str, Any] = {"layer": name, "kind": "linear", "n": 0, "m": 0, "rank": 0}
-    row |= dict.fromkeys(("cond_U", "cond_S", "cond_V", "norm"))
-    if isinstance(layer, nn.Conv2d | LowRankConv2d):
-        row["kind"] = "conv"
-    if isinstance(layer, LowRank):
-        row |= {"n": layer.shape[0], "m": layer.shape[1], "rank": layer.rank}
-        S = torch.diag(layer.S) if layer.S is not None and layer.S.ndim == 1 else layer.S
-        factors = {"cond_U": layer.U, "cond_S": S, "cond_V": layer.V}
-        row |= {key: None if factor is None else _condition(factor) for key, factor in factors.items()}
-        finite, values = bool(torch.isfinite(layer.matrix).all()), layer.singular_values
-    else:
-        W = layer.weight.double().flatten(1)
-        row |= {"n": W.shape[0], "m": W.shape[1], "rank": min(W.shape)}
-        finite, values = bool(torch.isfinite(W).all()), partial(torch.linalg.svdvals, W)
-    row["norm"] = values()[0].item() if finite else math.nan
-    return row
+def _matrix_columns(name: str, layer: nn.Linear | nn.Conv2d | LowRank, sigma: Tensor) -> dict[str, Any]:
+    low_rank = isinstance(layer, LowRank)
+    n, m = layer.shape if low_rank else layer.weight.flatten(1).shape
+    kind = "conv" if hasattr(layer, "kernel_size") else "linear"
+    factors: dict[str, Tensor | None] = dict.fromkeys(("cond_U", "cond_S", "cond_V"))
+    if low_rank:
+        factors = {"cond_U": layer.U, "cond_S": core_matrix(layer), "cond_V": layer.V}
+    return {
+        "layer": name, "kind": kind, "n": n, "m": m, "rank": len(sigma),
+        **{key: None if factor is None else condition(factor) for key, factor in factors.items()},
+        "norm": sigma[0].item(), "cond_matrix": _ratio(sigma),
+    }  # fmt: skip
 
 
 _OPERATOR = ("norm_circular", "cond_circular", "norm_padded", "norm_bound", "cond_padded")
@@ -195,7 +194,13 @@ def circular(layer: nn.Conv2d | LowRankConv2d, kernel: Tensor, size: tuple[int, 
     return circular_singular_values(kernel, size, layer.stride, layer.dilation)
 
 
-def _condition(matrix: Tensor) -> float:
+def core_matrix(layer: LowRank) -> Tensor | None:
+    """S as a matrix, or None."""
+    return torch.diag(layer.S) if layer.S is not None and layer.S.ndim == 1 else layer.S
+
+
+def condition(matrix: Tensor) -> float:
+    """The largest over the smallest singular value, see `spread`."""
     if not torch.isfinite(matrix).all():
         return math.nan
     return spread(torch.linalg.svdvals(matrix.double()))

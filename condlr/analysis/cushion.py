@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr._support.errors import in_range
-from condlr.analysis._layers import first_inputs, obstacle
+from condlr.analysis._layers import first_inputs
 from condlr.analysis.base import Analysis, Trained
-from condlr.analysis.recovery import layer_map
-from condlr.convolutions import LowRankConv2d
+from condlr.analysis.recovery import layer_maps
 from condlr.evaluation import evaluating, first
 from condlr.layers import LowRank
 from condlr.manifolds.convolution import Convolution
@@ -55,13 +54,7 @@ class Cushion(Analysis):
         model, pixels = trained.model, next(images.batches(len(images)))[0]
         with evaluating(model):
             inputs = first_inputs(model, pixels, (nn.Linear, nn.Conv2d, LowRank))
-        for name, x in inputs.items():
-            layer = model.get_submodule(name)
-            convolves = isinstance(layer, nn.Conv2d | LowRankConv2d)
-            if obstacle(layer) if convolves else x.ndim != 2:  # pyright: ignore[reportArgumentType]
-                continue
-            operator = layer_map(layer, x)
-            x = x.double().view(len(x), *operator.domain)
+        for name, operator, x in layer_maps(model, inputs):
             seen = operator.apply(x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
             found = seen / frobenius(operator)
             noise = math.prod(operator.domain) ** -0.5

@@ -64,12 +64,7 @@ class Recovery(Analysis):
         model, pixels = trained.model, next(images.batches(self.images))[0]
         with evaluating(model):
             inputs = first_inputs(model, pixels, (nn.Linear, nn.Conv2d, LowRank))
-        for name, x in inputs.items():
-            layer = model.get_submodule(name)
-            if isinstance(layer, nn.Conv2d | LowRankConv2d) and obstacle(layer):
-                continue
-            operator = layer_map(layer, x)
-            x = x.double().view(len(x), *operator.domain)
+        for name, operator, x in layer_maps(model, inputs):
             y = operator.apply(x)
             found = least_squares(operator, y, self.iterations)
             error = _norms(found - x) / _norms(x)
@@ -112,6 +107,20 @@ def least_squares(operator: LinearMap, y: Tensor, iterations: int) -> Tensor:
         gamma, before = _norms(s).square(), gamma
         p = s + _wide(_ratio(gamma, before)) * p
     return x
+
+
+def layer_maps(model: nn.Module, inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, Convolution, Tensor]]:
+    """The name of each layer that `layer_map` can describe, its map, and its input in float64.
+
+    Args:
+        inputs: of linear layers and convolutions, see `first_inputs`.
+    """
+    for name, x in inputs.items():
+        layer = model.get_submodule(name)
+        convolves = isinstance(layer, nn.Conv2d | LowRankConv2d)
+        if not obstacle(layer) if convolves else x.ndim == 2:  # pyright: ignore[reportArgumentType]
+            operator = layer_map(layer, x)
+            yield name, operator, x.double().view(len(x), *operator.domain)
 
 
 def layer_map(layer: nn.Module, x: Tensor) -> Convolution:

@@ -3,6 +3,8 @@
 Images and perturbations are (n, ...). Both `l2` and `l2_relative` have Euclidean balls.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ def inside(norm: str, images: Tensor, generator: torch.Generator) -> Tensor:
     if norm == "linf":
         return (2 * torch.rand(images.shape, generator=generator, device="cpu") - 1).to(images)
     direction = on_sphere(images, generator)
-    n, dimension = len(images), images[0].numel()
+    n, dimension = len(images), math.prod(images.shape[1:])
     distance = torch.rand(n, generator=generator, device="cpu").to(images) ** (1 / dimension)
     return direction * distance.view(-1, *[1] * (images.ndim - 1))
 

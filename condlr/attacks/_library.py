@@ -7,10 +7,11 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr._support.errors import UserError
+from condlr._support.modes import without_gradients
 
 log = logging.getLogger(__name__)
 
@@ -24,14 +25,15 @@ def require(attack: str) -> None:
 
 
 @contextmanager
-def library(images: Tensor) -> Iterator[None]:
-    """Isolate the library's seeding, and log each kind of its warnings once."""
+def library(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Isolate the library's seeding and its gradients of weights, and log each kind of its warnings once."""
     logger, voice = logging.getLogger("auto-attack"), _Once()
     logger.propagate, level = False, logger.level
     logger.setLevel(logging.WARNING)
     logger.addHandler(voice)
     try:
-        with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+        devices = [images.device] if images.is_cuda else []
+        with torch.random.fork_rng(devices=devices), without_gradients(model):
             yield
     finally:
         logger.removeHandler(voice)

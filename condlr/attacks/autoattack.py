@@ -36,7 +36,7 @@ class AutoAttack(StrengthByStrength):
         from pyautoattack import AutoAttack as Library
 
         images = images.contiguous(memory_format=torch.contiguous_format)
-        with library(images):
+        with library(model, images):
             with torch.no_grad():
                 classes = model(images[:1]).shape[1]
             if classes < 4:

@@ -84,10 +84,11 @@ class DeepFool(Attack):
         with torch.enable_grad():
             logits = model(points)
             gaps = logits.gather(1, rivals) - logits.gather(1, labels[:, None])
+            of_class = gaps.sum(0).unbind()
         best, nearest = torch.full_like(gaps[:, 0], math.inf), torch.zeros_like(points)
         flat = torch.ones_like(labels, dtype=torch.bool)
         for k in range(gaps.shape[1]):
-            (w,) = torch.autograd.grad(gaps[:, k].sum(), points, retain_graph=k + 1 < gaps.shape[1])
+            (w,) = torch.autograd.grad(of_class[k], points, retain_graph=k + 1 < gaps.shape[1])
             w = w.nan_to_num(0, 0, 0)
             flat &= without_direction(w)
             size, gap = lengths(w).flatten(), gaps[:, k].detach().abs()

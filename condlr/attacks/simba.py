@@ -83,6 +83,10 @@ class Simba(Attack):
 
     def _basis(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """One-dimensional orthonormal vectors for rows and for columns, each (vectors, pixels)."""
+        if images.ndim != 4:
+            raise ValueError(
+                f"SimBA takes images of (n, channels, height, width); these are {tuple(images.shape)}"
+            )
         height, width = images.shape[-2:]
         if self.basis == "pixel":
             return torch.eye(height).to(images), torch.eye(width).to(images)

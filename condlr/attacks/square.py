@@ -50,7 +50,7 @@ class Square(StrengthByStrength):
     def strike(self, model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> Perturbed:
         from pyautoattack.square import SquareAttack
 
-        with library(images), torch.no_grad():
+        with library(model, images), torch.no_grad():
             torch.manual_seed(seed)
             attack = SquareAttack(
                 model, norm=NORMS[self.norm], eps=eps, n_queries=self.queries, resc_schedule=False,

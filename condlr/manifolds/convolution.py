@@ -17,11 +17,13 @@ from condlr.manifolds.lanczos import lanczos, largest_singular_values
 
 Pair = int | Sequence[int]
 Padding = int | Sequence[int] | str
+Map = Callable[[Tensor], Tensor]
 
 # The longest smaller side of a dense matrix of an operator: some seconds on one core, up to 500 MB.
 DENSE_LIMIT = 3500
 
-_BATCH = 64
+# Unit vectors to which a map is applied at once, and the numbers that these make at most.
+_BATCH, _NUMBERS = 64, 2**24
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ def frame_bounds(kernel: Tensor, size: Pair, stride: Pair = 1, dilation: Pair = 
 
     Args:
         kernel, size, stride, dilation: see `circular_singular_values`. Where the stride does not divide the
-            size, the operator is made dense.
+            size, the operator is made dense, or where that is too large its smaller Gram matrix; then an A*
+            below about 1e-13 B* is lost in rounding, and 0.
 
     Raises:
         ValueError: a bad shape, or an operator whose smaller side is above `DENSE_LIMIT`.
@@ -137,13 +140,15 @@ def frame_bounds(kernel: Tensor, size: Pair, stride: Pair = 1, dilation: Pair = 
         torch.arange(n + d * (k - 1), device=K.device) % n
         for n, d, k in zip((height, width), spread, K.shape[2:], strict=True)
     )
-    values = torch.linalg.svdvals(
-        _matrix(
-            lambda x: F.conv2d(x[:, :, down][..., right], K, None, (rows, columns), 0, spread),
-            (K.shape[1], height, width),
-            K,
-        )
-    )
+    domain, reach = (K.shape[1], height, width), (K.shape[0], -(-height // rows), -(-width // columns))
+
+    def apply(x: Tensor) -> Tensor:
+        return F.conv2d(x[:, :, down][..., right], K, None, (rows, columns), 0, spread)
+
+    def adjoint(y: Tensor) -> Tensor:
+        return torch.func.vjp(apply, y.new_zeros(len(y), *domain))[1](y)[0]
+
+    values = _values(apply, adjoint, domain, reach, K, DENSE_LIMIT)
     return values[-1].item() ** 2, values[0].item() ** 2
 
 
@@ -278,10 +283,22 @@ def padded_singular_values(
     inputs, outputs = math.prod(operator.domain), math.prod(operator.range)
     if min(inputs, outputs) > limit:
         return None
-    if max(inputs, outputs) <= 2 * limit:
-        return torch.linalg.svdvals(_matrix(operator.apply, operator.domain, operator.kernel))
-    gram, shape = operator.gram()
-    squares = torch.linalg.eigvalsh(_matrix(gram, shape, operator.kernel)).flip(0)
+    return _values(operator.apply, operator.adjoint, operator.domain, operator.range, operator.kernel, limit)
+
+
+def _values(
+    apply: Map, adjoint: Map, domain: Sequence[int], reach: Sequence[int], like: Tensor, limit: int
+) -> Tensor:
+    """All singular values of a linear map from `domain` to `reach`, see `padded_singular_values`."""
+    inputs, outputs = math.prod(domain), math.prod(reach)
+    larger = max(inputs, outputs)
+    if larger <= 2 * limit:
+        return torch.linalg.svdvals(_matrix(apply, domain, like, larger))
+    if inputs <= outputs:
+        gram = _matrix(lambda x: adjoint(apply(x)), domain, like, larger)
+    else:
+        gram = _matrix(lambda y: apply(adjoint(y)), reach, like, larger)
+    squares = torch.linalg.eigvalsh(gram).flip(0)
     noise = len(squares) * torch.finfo(torch.float64).eps * squares[0]
     return squares.where(squares > noise, 0.0).sqrt()
 
@@ -310,10 +327,14 @@ def convolution(kernel: Tensor, size: Pair, stride: Pair, padding: Padding, dila
     return operator
 
 
-def _matrix(apply: Callable[[Tensor], Tensor], shape: tuple[int, int, int], like: Tensor) -> Tensor:
-    """The transpose of the matrix of a linear map: a row for each unit vector of `shape`."""
+def _matrix(apply: Map, shape: Sequence[int], like: Tensor, larger: int = 1) -> Tensor:
+    """The transpose of the matrix of a linear map: a row for each unit vector of `shape`.
+
+    `larger` is the most numbers in an input, an output or what is between them; so many are in memory.
+    """
     identity = torch.eye(math.prod(shape), dtype=like.dtype, device=like.device)
-    return torch.cat([apply(part.view(-1, *shape)).flatten(1) for part in identity.split(_BATCH)])
+    parts = identity.split(min(max(_NUMBERS // larger, 1), _BATCH))
+    return torch.cat([apply(part.view(-1, *shape)).flatten(1) for part in parts])
 
 
 def transfer_matrices(kernel: Tensor, size: tuple[int, int], stride: Pair = 1, dilation: Pair = 1) -> Tensor:

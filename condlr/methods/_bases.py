@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
+from condlr.factorization import low_rank_layers
 from condlr.held import move_moments
 from condlr.layers import LowRank
 from condlr.manifolds import spectrum, stiefel
@@ -49,6 +50,11 @@ def kept(sigma: Tensor, theta: float, least: int, most: int) -> int:
 def is_free(layer: LowRank) -> bool:
     """Whether all factors are trained; a layer with a frozen factor keeps its bases."""
     return all(factor is not None and factor.requires_grad for factor in (layer.U, layer.S, layer.Vt))
+
+
+def bases(model: nn.Module) -> set[nn.Parameter]:
+    """The U and V of all low-rank layers, which no plain step moves."""
+    return {factor for layer in low_rank_layers(model).values() for factor in (layer.U, layer.Vt)}
 
 
 def half_rank(layer: LowRank) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from condlr._support.closures import register
 from condlr._support.errors import ConstraintBreach, in_range, one_of
 from condlr._support.precision import strict
 from condlr.factorization import low_rank_layers
@@ -123,7 +124,7 @@ class StiefelDescent(Orthonormal, ABC):
             for weight in held:
                 write(weight, weight, stiefel.qr(matrix_of(weight, weight)))
         hooks = _Hooks(self, held)
-        optimizer.register_step_pre_hook(hooks.before_step)
+        register(optimizer, hooks.direct)
         optimizer.register_step_post_hook(hooks.after_step)
         return optimizer
 
@@ -150,8 +151,7 @@ class _Hooks:
         self.method, self.held = method, held
         self.moving: dict[nn.Parameter, cayley.Skew] = {}
 
-    @torch.no_grad()
-    def before_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    def direct(self, optimizer: torch.optim.Optimizer) -> None:
         self.moving.clear()
         group, method = optimizer.param_groups[0], self.method
         group[_STEPS] = group.get(_STEPS, 0) + 1

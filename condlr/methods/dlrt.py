@@ -15,7 +15,7 @@ from condlr._support.precision import strict
 from condlr.factorization import Scheme, low_rank_layers
 from condlr.layers import LowRank
 from condlr.manifolds import stiefel
-from condlr.methods._bases import Objective, half_rank, is_free, kept, transport, truncate
+from condlr.methods._bases import Objective, bases, half_rank, is_free, kept, transport, truncate
 from condlr.methods.base import Allocating, Term
 from condlr.methods.vanilla import step_along
 
@@ -127,9 +127,8 @@ class Dlrt(Allocating):
             optimizer.step()
             for layer in moving:
                 self._rebase(layer, optimizer, *before[layer])
-        bases = {factor for layer in layers.values() for factor in (layer.U, layer.Vt)}
         again, _ = self.loss(model, images, labels, added)
-        step_along(model, optimizer, again, {*model.parameters()} - bases)
+        step_along(model, optimizer, again, {*model.parameters()} - bases(model))
         with strict(images.device):
             for layer in adaptive:
                 most = half_rank(layer)

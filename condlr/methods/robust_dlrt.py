@@ -14,7 +14,7 @@ from condlr._support.precision import strict
 from condlr.factorization import low_rank_layers
 from condlr.layers import LowRank, LowRankLinear
 from condlr.manifolds import stiefel
-from condlr.methods._bases import half_rank, is_free, kept, transport, truncate
+from condlr.methods._bases import bases, half_rank, is_free, kept, transport, truncate
 from condlr.methods.base import Term
 from condlr.methods.dlrt import Dlrt
 
@@ -91,19 +91,18 @@ class RobustDlrt(Dlrt):
         added: Term | None = None,
     ) -> tuple[Tensor, Tensor]:
         layers = {name: layer for name, layer in low_rank_layers(model).items() if is_free(layer)}
-        bases = {factor for layer in layers.values() for factor in (layer.U, layer.Vt)}
-        group = optimizer.param_groups[0]
+        group, fixed = optimizer.param_groups[0], bases(model)
         optimizer.zero_grad()
         loss, logits = self.loss(model, images, labels, added)
-        if not group.get(_STEPS):
-            loss.backward(inputs=[p for p in model.parameters() if p in bases])
+        if layers and not group.get(_STEPS):
+            loss.backward(inputs=[factor for layer in layers.values() for factor in (layer.U, layer.Vt)])
             with strict(images.device):
                 group[_RANKS] = {name: layer.rank for name, layer in layers.items()}
                 for layer in layers.values():
                     self._augment(layer, optimizer)
             optimizer.zero_grad()
         else:
-            moving = [p for p in model.parameters() if p.requires_grad and p not in bases]
+            moving = [p for p in model.parameters() if p.requires_grad and p not in fixed]
             loss.backward(inputs=moving)
             if math.isfinite(self.clip):
                 nn.utils.clip_grad_norm_(moving, self.clip)

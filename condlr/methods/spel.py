@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from condlr._support.closures import register
 from condlr._support.precision import strict
 from condlr.manifolds import stiefel
 from condlr.methods._stiefel_descent import Orthonormal, matrix_of, write
@@ -44,8 +45,7 @@ class Spel(Orthonormal):
         optimizer, held = self.sgd(model, lr, momentum, weight_decay, of_held=0.0)
         _onto_the_manifold(held)
 
-        @torch.no_grad()
-        def before_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        def direct(optimizer: torch.optim.Optimizer) -> None:
             with strict(held[0].device):
                 for weight in held:
                     if weight.grad is None:
@@ -61,7 +61,7 @@ class Spel(Orthonormal):
             with strict(held[0].device):
                 _onto_the_manifold([weight for weight in held if weight.grad is not None])
 
-        optimizer.register_step_pre_hook(before_step)
+        register(optimizer, direct)
         optimizer.register_step_post_hook(after_step)
         return optimizer
 

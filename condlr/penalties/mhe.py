@@ -11,6 +11,9 @@ from typing_extensions import override
 from condlr._support.errors import one_of
 from condlr.penalties.base import Layer, LayerPenalty
 
+# Of ||w_i||^2 in float32; smaller squares have lost digits.
+_LEAST = 1e-30
+
 
 @dataclass
 class Mhe(LayerPenalty):
@@ -18,7 +21,8 @@ class Mhe(LayerPenalty):
 
     With w_i the i-th row of the layer's matrix, out x (in kh kw), divided by its norm, and d the distance of
     two of them, ||w_i - w_j|| or, if `angular`, arccos(w_i^T w_j) / pi, a pair has the energy log(1/d) for
-    s = 0 and d^-s otherwise. The authors' code takes log(1/d^2) for s = 0, twice as much.
+    s = 0 and d^-s otherwise. The authors' code takes log(1/d^2) for s = 0, twice as much. A filter shorter
+    than 1e-15 has no direction, and counts as one at right angles to all others.
 
     Attributes:
         s: 0, 1 or 2.
@@ -43,7 +47,8 @@ class Mhe(LayerPenalty):
         W = self.matrix(layer)
         n, G = len(W), W @ W.mT
         # The Gram matrix is scaled instead of W, which is much larger
-        inverse = (G.diagonal() + 1e-8).rsqrt()
+        squares = G.diagonal()
+        inverse = torch.where(squares > _LEAST, squares.clamp_min(_LEAST).rsqrt(), 0.0)
         # The diagonal, where d = 0, is turned into right angles; what these have is taken off again
         cosines = inverse[:, None] * G * inverse
         cosines = cosines.masked_fill(torch.eye(n, dtype=torch.bool, device=W.device), 0.0)

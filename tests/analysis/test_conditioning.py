@@ -1,5 +1,6 @@
 """The analysis of trained weights, against explicit matrices, dense Jacobians, fine grids and attacks."""
 
+import copy
 import math
 
 import numpy as np
@@ -9,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import condlr
-from condlr.analysis.conditioning import conditioning, layer_conditions
+from condlr.activations import low_rank_activations
+from condlr.analysis.conditioning import conditioning, layer_conditions, operator_conditions
 from condlr.analysis.guarantees import guarantees
 from condlr.analysis.theory.activations import (
     ACTIVATIONS,
@@ -724,6 +727,70 @@ def test_lipschitz_refuses_what_it_cannot_bound():
     ):
         with pytest.raises(ValueError, match=message):
             lipschitz(nn.Sequential(layer, nn.Conv2d(2, 2, 1)), (2, 5, 5))
+
+
+def replaced(layer):
+    forward = layer.forward
+    layer.forward = lambda x: 5 * forward(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.register_forward_hook(lambda module, given, made: 5 * made),
+        lambda layer: layer.register_forward_pre_hook(lambda module, given: (5 * given[0],)),
+        replaced,
+    ],
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_layer_that_does_not_compute_as_its_class_has_no_guarantee(change, whole):
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4))
+    change(net if whole else net[0])
+    for guarantee in (
+        lambda: lipschitz(net, (2, 4, 4)),
+        lambda: certified_radii(net, torch.rand(2, 2, 4, 4), torch.zeros(2, dtype=torch.long)),
+        lambda: proposition_1(net),
+    ):
+        with pytest.raises(ValueError, match="forward hook, which may|was replaced"):
+            guarantee()
+
+
+def test_looking_at_a_network_in_training_with_spectral_norm_does_not_move_it():
+    norm = nn.utils.parametrizations.spectral_norm
+    net = nn.Sequential(norm(nn.Conv2d(2, 3, 3)), nn.Flatten(), norm(nn.Linear(48, 4))).train()
+    before = copy.deepcopy(net.state_dict())
+    conditioning(net, (2, 6, 6))
+    layer_conditions(net)
+    operator_conditions(net, (2, 6, 6))
+    certified_radii(net, torch.rand(2, 2, 6, 6), torch.zeros(2, dtype=torch.long))
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
+    assert all(module.training for module in net.modules())
+
+
+def test_every_layer_has_the_kind_it_computes_with():
+    class Lines(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.line, self.up, self.linear = (
+                nn.Conv1d(2, 4, 3), nn.ConvTranspose2d(4, 6, 3), nn.Linear(6, 4)
+            )  # fmt: skip
+
+        def forward(self, x):
+            return self.linear(input=self.up(self.line(input=x)[..., None]).mean((2, 3)))
+
+    rows = conditioning(condlr.factorize(Lines(), ranks=2), (2, 9))
+    assert [(row["layer"], row["kind"]) for row in rows] == [
+        ("line", "conv"), ("up", "conv"), ("linear", "linear")
+    ]  # fmt: skip
+
+
+def test_hooks_that_set_weights_or_look_on_are_no_obstacle():
+    net = nn.Sequential(nn.utils.spectral_norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3)).eval()
+    prune.l1_unstructured(net[2], "weight", 0.5)
+    low_rank_activations(net, {"1": 2})
+    found = lipschitz(net, (5,)).constant
+    norms = [torch.linalg.matrix_norm(layer.weight.double(), 2).item() for layer in (net[0], net[2])]
+    assert found == pytest.approx(math.prod(norms))
 
 
 def digits():

@@ -9,7 +9,8 @@ from torch import nn
 from condlr.analysis.frame_bounds import FrameBounds
 from condlr.data.base import Data, Images
 from condlr.factorization import factorize
-from condlr.manifolds.convolution import _matrix, convolution
+from condlr.manifolds import convolution as operators
+from condlr.manifolds.convolution import _matrix, convolution, frame_bounds
 from tests.manifolds.convolutions import circular
 
 
@@ -43,6 +44,20 @@ def test_a_layer_of_low_rank_is_no_frame():
     (row,) = FrameBounds().rows(Given(net))
     assert row["ratio"] == math.inf
     assert row["A_circular"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (4, 1)])
+def test_where_one_side_is_long_the_bounds_are_those_of_the_short_one(shape, monkeypatch):
+    """No matrix of the operator is made, which could take terabytes."""
+    kernel = torch.randn(*shape, 3, 3, dtype=torch.float64)
+    wanted = frame_bounds(kernel, 9, 2)
+    side = min(shape[0] * 25, shape[1] * 81)
+    monkeypatch.setattr(operators, "DENSE_LIMIT", side)
+    monkeypatch.setattr(operators, "_NUMBERS", 2000)
+    assert frame_bounds(kernel, 9, 2) == pytest.approx(wanted, rel=1e-9, abs=1e-12 * wanted[1])
+    with pytest.raises(ValueError, match="too large to be made dense"):
+        monkeypatch.setattr(operators, "DENSE_LIMIT", side - 1)
+        frame_bounds(kernel, 9, 2)
 
 
 def test_a_stride_that_does_not_divide_a_large_image_leaves_the_circular_columns_empty():

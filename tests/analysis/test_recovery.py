@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from condlr.analysis.cushion import Cushion
 from condlr.analysis.embeddings import Embeddings
 from condlr.analysis.reconstruction import Reconstruction
 from condlr.analysis.recovery import Recovery, least_squares
@@ -99,3 +100,26 @@ def test_rows_of_other_options_are_missing():
     assert Embeddings(dimensions=[1, 3]).lacks(whole, here)
     image = [{"layer": "conv1", "image": str(number), "iterations": "100"} for number in range(4)]
     assert not Reconstruction().lacks(image, here), "its option layers is a number"
+
+
+class Mixed(nn.Module):
+    """Layers on tokens and on vectors, one called by keyword, and a low-rank convolution of lines."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.line, self.tokens = nn.Conv2d(3, 4, 3), nn.Conv1d(4, 4, 3), nn.Linear(14, 6)
+        self.head = nn.Linear(24, 2)
+
+    def forward(self, x):
+        z = self.line(input=self.conv(input=x).flatten(2))
+        return self.head(input=self.tokens(z).flatten(1))
+
+
+@pytest.mark.parametrize("analysis", [Recovery(images=4, iterations=5), Cushion(images=4)])
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_layers_that_are_no_map_of_vectors_or_images_are_left_out(analysis, low_rank):
+    net = Mixed()
+    if low_rank:
+        net = factorize(net, ranks=2)
+    rows = [*analysis.rows(given(net))]
+    assert [row["layer"] for row in rows] == ["conv", "head"]

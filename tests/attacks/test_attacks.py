@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from condlr.attacks.autoattack import AutoAttack
 from condlr.attacks.fgsm import Fgsm
+from condlr.attacks.pgd import Pgd
+from condlr.attacks.simba import Simba
 from condlr.data.base import Images
 from condlr.evaluation import accuracy, evaluate
 
@@ -142,3 +145,31 @@ def test_stronger_attacks_leave_less_accuracy_on_a_linear_model(linear):
 def test_bad_strengths_are_refused(eps):
     with pytest.raises(ValueError, match="eps"):
         Fgsm(eps)
+
+
+def test_logits_that_are_not_finite_are_wrong_with_and_without_an_attack():
+    class Nan(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :5] * torch.nan
+
+    zeros = Images(images(40).pixels, torch.zeros(40, dtype=torch.long))
+    assert accuracy(Nan(), zeros) == evaluate(Nan(), zeros, Fgsm([0]))[0]["accuracy"] == 0
+
+
+def test_no_image_is_no_mistake(linear):
+    none = torch.empty(0, 1, 3, 4, dtype=torch.float64)
+    for norm in ("linf", "l2"):
+        (made,) = Pgd([0.1], norm=norm, steps=2).perturb(linear, none, torch.empty(0, dtype=torch.long))
+        assert made.images.shape == none.shape
+
+
+def test_simba_says_which_images_it_takes(linear):
+    with pytest.raises(ValueError, match=r"\(n, channels, height, width\); these are \(7, 12\)"):
+        next(Simba([0.1]).perturb(linear, torch.rand(7, 12), torch.zeros(7, dtype=torch.long)))
+
+
+def test_autoattack_leaves_no_gradient_on_the_weights():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
+    x, y = torch.rand(6, 1, 4, 4), torch.arange(6) % 5
+    next(AutoAttack([0.1]).perturb(net, x, y))
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())

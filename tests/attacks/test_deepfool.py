@@ -104,6 +104,14 @@ def test_fewer_classes_and_steps_are_weaker_and_wrong_keys_named(network, test_i
             DeepFool([1], **keys)
 
 
+def test_it_searches_where_gradients_are_off():
+    model, x, y = linear()
+    with torch.no_grad():
+        (quiet,) = DeepFool([10.0], norm="l2").perturb(model, x, y)
+    (made,) = DeepFool([10.0], norm="l2").perturb(model, x, y)
+    assert torch.equal(quiet.images, made.images)
+
+
 def test_a_network_of_one_class_is_one_line():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 1))
     with pytest.raises(ValueError, match="the nearest other class, and this network has one"):

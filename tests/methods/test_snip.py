@@ -77,6 +77,20 @@ def test_the_mask_is_in_the_state_of_the_optimiser(kind):
         assert torch.equal(a, b)
 
 
+def test_frozen_weights_are_neither_pruned_nor_counted_and_shared_ones_once():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 10))
+    net[1].requires_grad_(False)
+    net[3].weight = net[2].weight
+    method = Snip()
+    optimizer = method.optimizer(method.apply(net, Scheme(0.5)), 0.1, 0.9)
+    for _ in range(3):
+        method.step(net, optimizer, *batch())
+    assert net[1].weight.all()
+    assert method.audit(net)["kept"] == 0.5
+    assert sum(int(net[place].weight.count_nonzero()) for place in (2, 4)) == (36 + 60) // 2
+
+
 def test_the_sensitivities_change_no_running_statistics():
     method, net, optimizer = started(0.0)
     twin = copy.deepcopy(net)

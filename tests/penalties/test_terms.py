@@ -99,6 +99,27 @@ def test_filters_that_coincide_have_an_energy_and_a_way_out():
     assert Mhe().term(layer(1, 2, 3)).item() == 0, "one filter has no pair"
 
 
+@pytest.mark.parametrize("s", [0, 1, 2])
+def test_mhe_does_not_see_how_long_filters_are(s):
+    """So its gradient turns them only; a filter of zeros has none."""
+    torch.manual_seed(0)
+    rows = F.normalize(torch.randn(8, 6), dim=1)
+    energies = []
+    for scale in (1, 1e-4, 1e-8, 1e-12, 1e9):
+        linear = nn.Linear(6, 8)
+        linear.weight.data = rows * scale
+        energy = Mhe(s=s)(nn.Sequential(linear))
+        energy.backward()
+        energies.append(energy.item())
+        gradient = linear.weight.grad * scale
+        assert (gradient * rows).sum(1).abs().max() <= 1e-5 * gradient.norm(dim=1).max()
+    assert energies == pytest.approx([energies[0]] * 5, rel=1e-4)
+    linear.weight.data[0] = 0
+    linear.weight.grad = None
+    Mhe(s=s)(nn.Sequential(linear)).backward()
+    assert linear.weight.grad.isfinite().all() and not linear.weight.grad[0].any()
+
+
 @shapes
 def test_ocnn_is_the_distance_of_the_operators_gram_matrix(out, into, size, stride):
     made = layer(out, into, size, stride, 0.3)

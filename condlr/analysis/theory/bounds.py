@@ -135,13 +135,14 @@ def certified_radii(
         raise ValueError("certified radii are for a network that ends in a linear layer")
     bound = bound or lipschitz(model, images.shape[1:])
     logits = _logits(model, images)
-    rows = _weight(last[0].module)
+    with in_eval_mode(model):  # reading a weight with spectral norm changes it in training mode
+        rows = _weight(last[0].module)
     true = labels.to(logits.device)[:, None]
     margins = logits.gather(1, true) - logits
     apart = (rows[:, None] - rows).norm(dim=2)[true[:, 0]] * bound.before_last
     # Classes with equal rows have a constant margin: the radius is inf, or 0 if it is not positive.
     radii = torch.where(margins > 0, margins / apart, 0.0).scatter(1, true, math.inf).amin(1)
-    return radii if norm == "l2" else radii / math.sqrt(images[0].numel())
+    return radii if norm == "l2" else radii / math.sqrt(math.prod(images.shape[1:]))
 
 
 def share_certified(radii: Tensor, eps: float) -> float:

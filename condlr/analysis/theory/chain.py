@@ -136,7 +136,7 @@ def operations(model: nn.Module) -> list[Op]:
 
     Raises:
         ValueError: the network cannot be traced, has not one input and one output, or has an operation that
-            is not supported.
+            is not supported, or hooks that may change what it computes.
     """
     return _operations(*_traced(model))
 
@@ -165,6 +165,7 @@ def _traced(model: nn.Module) -> tuple[nn.Module, list[fx.Node]]:
     """The network and the nodes of its graph that are tensors, from the input to the output."""
     if type(model) in KINDS:  # the tracer always looks inside its root module
         model = nn.Sequential(model)
+    _require_own_forward("the network", model)  # the tracer does not call the root's hooks
     with in_eval_mode(model):
         try:
             nodes = list(_Tracer().trace(model).nodes)
@@ -252,8 +253,19 @@ def _op(model: nn.Module, node: fx.Node) -> Op:
     )
     if kind is None:
         raise ValueError(f"{name}: {type(module).__name__} is not understood")
+    _require_own_forward(name, module)
     _check(name, module)
     return Op(name, kind, module, _activation(name, module) if kind == "activation" else None)
+
+
+def _require_own_forward(name: str, module: nn.Module) -> None:
+    """Raise `ValueError` for a module whose instance computes something else than its class may."""
+    if {"forward", "_conv_forward"} & vars(module).keys():
+        raise ValueError(f"{name}: its forward pass was replaced")
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    # PyTorch's set weights (spectral_norm, prune); ours look at activations in training
+    if any(not type(hook).__module__.startswith(("torch.nn.utils.", "condlr.")) for hook in hooks):
+        raise ValueError(f"{name}: has a forward hook, which may change what it computes: remove it first")
 
 
 def _module(node: fx.Node) -> nn.Module:
