@@ -56,12 +56,16 @@ def layer_conditions(model: nn.Module) -> dict[str, float]:
 
     It is sigma_max / sigma_min of the singular values in `spectra`. For a low-rank layer this means
     cond(W) = ||W|| ||W^+|| (arXiv 2306.01485, section 3). For a convolution it is not the condition number of
-    the operator on images.
+    the operator on images. Infinite for a dense weight whose smallest value is rounding.
     """
-    return {name: _ratio(sigma) for name, sigma in spectra(model).items()}
+    modules = dict(model.named_modules())
+    return {name: _ratio(modules[name], sigma) for name, sigma in spectra(model).items()}
 
 
-def _ratio(sigma: Tensor) -> float:
+def _ratio(layer: nn.Module, sigma: Tensor) -> float:
+    if not isinstance(layer, LowRank):
+        return spread(sigma)
+    # From r x r matrices: small values are accurate
     return math.inf if sigma[-1] == 0 else (sigma[0] / sigma[-1]).item()
 
 
@@ -158,7 +162,7 @@ def _matrix_columns(name: str, layer: nn.Linear | nn.Conv2d | LowRank, sigma: Te
     return {
         "layer": name, "kind": kind, "n": n, "m": m, "rank": len(sigma),
         **{key: None if factor is None else condition(factor) for key, factor in factors.items()},
-        "norm": sigma[0].item(), "cond_matrix": _ratio(sigma),
+        "norm": sigma[0].item(), "cond_matrix": _ratio(layer, sigma),
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from condlr.report import audit
 from condlr.report.content import numeric
 from condlr.report.markdown import piped
 from condlr.report.numbers import shown
-from condlr.report.results import ordered, read_those, run_title
+from condlr.report.results import ordered, read_those, run_titles
 from condlr.suite.registry import analyses
 
 # A terminal only gets the number of rows if there are more than this.
@@ -80,7 +80,8 @@ def markdown(kind: type[Analysis], frame: pd.DataFrame) -> str:
 
 def _by_row(kind: type[Analysis], frame: pd.DataFrame) -> str:
     """A line for each run and row."""
-    rows = [[run_title(row), *_filled(kind.columns, row)] for row in _ordered(frame)]
+    titles = run_titles(frame)
+    rows = [[titles[row["run_id"]], *_filled(kind.columns, row)] for row in _ordered(frame)]
     named = [name for _, name, _, _ in string.Formatter().parse(kind.legend) if name]
     values = {name: ", ".join(map(str, sorted(frame[name].unique()))) for name in named}
     return _page(kind, ["run", *kind.columns], rows, kind.legend.format_map(values))
@@ -88,12 +89,12 @@ def _by_row(kind: type[Analysis], frame: pd.DataFrame) -> str:
 
 def _by_run(kind: type[Analysis], frame: pd.DataFrame) -> str:
     """A line for each key, a column for each run, then the other columns of the first run."""
-    names: dict[str, str] = {}
+    titles, names = run_titles(frame), {}
     values: dict[str, dict[str, str]] = {}
     besides: dict[str, list[str]] = {}
     for row in _ordered(frame):
         key, value, *rest = _filled(kind.columns, row)
-        names[row["run_id"]] = run_title(row)
+        names[row["run_id"]] = titles[row["run_id"]]
         values.setdefault(key, {})[row["run_id"]] = value
         besides.setdefault(key, rest)
     first, _, *others = kind.columns

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from condlr.report.markdown import piped
-from condlr.report.results import ordered, title
+from condlr.report.results import ordered, run_titles
 
 _SIGNS = {
     "pass": "[green]pass[/]",
@@ -70,18 +70,16 @@ class Marks:
 
 def markdown(audits: pd.DataFrame) -> str:
     """The findings as Markdown: a line for each run, and below the table the meaning of the warnings."""
-    parts = []
+    parts, names = [], run_titles(audits)
     for (norm, eps, n), part in audits.groupby(["norm", "eps", "n"]):
         runs = ordered(part, ["compression", "label", "seed"])
         rows = []
-        for (_, _), run in runs.groupby(["run_id", "seed"], sort=False):
-            first = run.iloc[0]
-            name = f"{title(str(first['label']))}, {100 * first['compression']:g} %, seed {first['seed']}"
+        for (run_id, _), run in runs.groupby(["run_id", "attack_seed"], sort=False):
             warned = ", ".join(run.loc[run["status"].eq("warning"), "check"]) or "none"
             found = "<br>".join(
                 f"{_WORDS.get(row.status, '')}{row.check}: {row.found}" for row in run.itertuples()
             )
-            rows.append([name, warned, found])
+            rows.append([names[run_id], warned, found])
         table = piped(["run", "warnings", "what the checks found"], rows, left=range(3))
         meanings = part[part["status"].isin(["warning", "note"])].drop_duplicates("check")
         lines = [f"**Audit at eps={eps:g} ({norm.replace('linf', 'ℓ∞')}), on {n} images**", "", table, ""]

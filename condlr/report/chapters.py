@@ -167,17 +167,18 @@ def _audits(audits: pd.DataFrame) -> Iterator[content.Block]:
     """The number of passed checks and the names of the others, with the findings folded."""
     header = ["row", "ε", "images", "passed", "notes", "warnings", "not done"]
     rows = []
-    keys = ["compression", "label", "seed", "norm", "eps", "n"]
+    keys = ["compression", "label", "seed", "run_id", "norm", "eps", "n", "attack_seed"]
+    names = results.run_titles(audits)
     for _, part in results.ordered(audits, keys).groupby(keys, sort=False):
         first = part.iloc[0]
         found = {status: part.loc[part["status"].eq(status), "check"] for status in _STATUSES}
         strength = f"{first['eps']:g} ({results.norm_title(first['norm'])})"
-        row = [results.run_title(first), strength, f"{first['n']:,}", str(len(found["pass"]))]
+        row = [names[first["run_id"]], strength, f"{first['n']:,}", str(len(found["pass"]))]
         rows.append([*row, *(", ".join(found[status]) or "–" for status in _STATUSES[1:])])
     warned = audits.loc[audits["status"].eq("warning"), "row_id"].nunique()
     yield (
-        f"{len(rows)} audits of {audits['check'].nunique()} checks each: "
-        + (f"**{warned} rows are warned of**." if warned else "no row is warned of.")
+        f"{counted(len(rows), 'audit')} of {audits['check'].nunique()} checks each: "
+        + (f"**the audit warns of {counted(warned, 'row')}**." if warned else "no row is warned of.")
     )
     yield content.Grid(header, rows).filled
     summary = "What each check found, and what notes and warnings mean"
@@ -206,7 +207,7 @@ def _runs(
     accuracies = usual.set_index(["run_id", "eps"])["accuracy"].to_dict()
     cond = cells.drop_duplicates("run_id").set_index("run_id")["cond"]
     losses = history.groupby("run_id")["train_loss"].last().to_dict()
-    why = bool(runs["reason"].notna().any())
+    names, why = results.run_titles(runs), bool(runs["reason"].notna().any())
     under = [f"{results.attack_title(attack)} ε={strongest:g}"] if strongest else []
     header = ["row", "status", *["reason"] * why, "trained", "last loss", "cond", "clean", *under, "folder"]
     rows = []
@@ -216,7 +217,7 @@ def _runs(
         folder = folders / name
         here = content.Link(name, f"{quote(os.fsencode(os.path.relpath(folder, study)))}/")
         rows.append([
-            results.run_title(run), run["status"], *[shown(run["reason"])] * why,
+            names[name], run["status"], *[shown(run["reason"])] * why,
             "–" if pd.isna(run["train_seconds"]) else results.duration(run["train_seconds"]),
             shown(losses.get(name)), shown(cond.get(name)), *map(accuracy, known),
             here if folder.is_dir() else name,

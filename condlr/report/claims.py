@@ -10,7 +10,7 @@ from condlr.analysis.embeddings import CLASSIFIERS, COMPRESSION
 from condlr.report import theses
 from condlr.report.evidence import Claim, Comparison, Rows, judged
 from condlr.report.results import TRAINING, Known, Table, attack_title, contexts, decay, setting, summarize
-from condlr.report.shifts import shift_names
+from condlr.report.shifts import shared, shift_names
 from condlr.report.theses import DIRECTIONS, LOSS, Thesis, put
 
 _DECAY = re.compile(r" weight_decay=(\S+)")
@@ -85,9 +85,14 @@ def _of_each(cells: pd.DataFrame, by_run: pd.DataFrame) -> Iterator[Table]:
 
 
 def _shifted(shifted: pd.DataFrame, _: pd.DataFrame) -> pd.DataFrame:
-    """Of a shift with severities the mean over the sets; of another each set counts for itself."""
-    names = shift_names(shifted).rename("name")
-    return shifted.groupby(["run_id", names, "n"], sort=False)["accuracy"].mean().reset_index()
+    """Of a shift with severities the mean over the sets that all have; of another each set for itself."""
+    named = shifted.assign(set=shifted["name"], name=shift_names(shifted))
+    means = [
+        shared(part.assign(name=part["set"])).groupby("run_id", sort=False)["accuracy"].mean().reset_index()
+        .assign(name=name, n=n)
+        for (name, n), part in named.groupby(["name", "n"], sort=False)
+    ]  # fmt: skip
+    return pd.concat(means)
 
 
 def _first_directions(ratios: pd.DataFrame, _: pd.DataFrame) -> pd.DataFrame:

@@ -20,13 +20,15 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
         return
     view = Table(box=None, pad_edge=False, header_style="bold")
     view.add_column("row", no_wrap=True)
-    for name in ("compression", "left", "epochs", "s/epoch", "s/attack", "time"):
+    for name in ("compression", "left", "epochs", "s/epoch", "attacks", "s/attack", "time"):
         view.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        if row.pace:
+        attacks = sum(count for count, _ in row.attacks.values())
+        if attacks:
             view.add_row(
                 title(row.label), f"{100 * row.compression:g} %", f"{row.runs - row.done - row.diverged}",
-                f"{row.epochs}", f"{row.pace.epoch:.1f}", f"{row.pace.attack:.1f}", duration(row.seconds),
+                f"{row.epochs}", f"{row.epoch:.1f}", f"{attacks}", f"{row.attacking / attacks:.1f}",
+                duration(row.seconds),
             )  # fmt: skip
     console.print(view, highlight=False)
     for row in rows:

@@ -23,7 +23,7 @@ from condlr.report.results import (
     unharmed,
 )
 from condlr.report.sheet import Column, Row, Sheet, Value
-from condlr.report.shifts import shift_names
+from condlr.report.shifts import shared, shift_names
 
 SOURCE = (
     "Published: A. D. Grigoriev's slides on frame regularisation (MIPT, 2022), of networks of full width; ± "
@@ -103,6 +103,7 @@ class _Beside:
         named = named[named["row_id"].isin([*self.rows.values()])]
         if named.empty:
             return
+        named = pd.concat([shared(part) for _, part in named.groupby("title", sort=False)])
         by_run = named.groupby(["row_id", "run_id", "title"], sort=False)["accuracy"].mean().reset_index()
         ours = by_run.pivot_table("accuracy", "row_id", "title", sort=False)
         ours.insert(0, "clean", unharmed(self.frame)["accuracy"])

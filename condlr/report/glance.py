@@ -19,16 +19,16 @@ from condlr.report.results import (
     unharmed,
 )
 from condlr.report.sheet import Column, Row, Sheet, Value
-from condlr.report.shifts import shift_names
+from condlr.report.shifts import shared, shift_names
 
 # The text of each row that has a value, by row_id.
 Texts = Mapping[Any, str]
 
 LEGEND = (
     "Means over seeds; a measure may have fewer seeds than another. Each attack at its largest strength. "
-    "Shifts: mean over sets of several severities. Operator cond: median over the convolutions as they act "
-    "on periodic images; batch normalisation is not counted. Weights (in the exported network) and training "
-    "FLOPs: the part of the dense network's."
+    "Shifts: mean over the sets, of several severities, that all runs have. Operator cond: median over the "
+    "convolutions as they act on periodic images; batch normalisation is not counted. Weights (in the "
+    "exported network) and training FLOPs: the part of the dense network's."
 )
 _OUTPUTS = "rank of outputs"
 # Of a column that few studies have
@@ -76,7 +76,7 @@ def _per_row(
 ) -> Iterator[tuple[Column, Texts]]:
     if shifted is not None:
         for name, part in shifted.groupby(shift_names(shifted), sort=False):
-            yield Column(name), _texts(_by_row(part, "accuracy", runs))
+            yield Column(name), _texts(_by_row(shared(part), "accuracy", runs))
     if (layers := analysed.get("conditioning")) is not None:
         middle = _by_row(layers[layers["kind"].eq("conv")], "cond_circular", runs, "median").dropna()
         yield Column("operator cond"), {row: condition(value) for row, value in middle.items()}

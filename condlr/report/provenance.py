@@ -134,9 +134,8 @@ def provenance(cells: pd.DataFrame, runs: pd.DataFrame | None, study: str) -> Pr
     if runs is not None:
         first = runs.merge(first[["run_id", "official_data"]], on="run_id", how="left")
     lacking = [name for name in (*_RECORDED, *_VERSIONS) if name not in first]
-    attacks = ["run_id", "attack", "norm", "n"]
-    timed = "attack_seconds" in cells
-    seconds = float(cells.drop_duplicates(attacks)["attack_seconds"].sum()) if timed else 0.0
+    # Each strength has its share of the seconds of its attack
+    seconds = float(cells["attack_seconds"].sum()) if "attack_seconds" in cells else 0.0
     planned, _ = of_experiments(experiments_of(study))
     return Provenance(first.assign(**dict.fromkeys(lacking, math.nan)), seconds, len(planned) or None)
 

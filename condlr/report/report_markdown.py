@@ -11,8 +11,8 @@ from condlr.report.markdown import markdown, piped, plain
 from condlr.report.sheet import Sheet
 
 OVERVIEW = (
-    "Verdict: where most images were attacked. Points: the difference of the accuracies of two rows, ± two "
-    "standard errors of it."
+    "Verdict: where most images were attacked. Points: the difference of the accuracies of two rows, ± the "
+    "margin that it must exceed to be told from none."
 )
 
 

@@ -149,7 +149,8 @@ def summarize(cells: pd.DataFrame) -> pd.DataFrame:
         A line for each cell, with the columns of CONTEXT and ROW, eps, accuracy, std (NaN for one
         seed), seeds, by_seed (pairs of a seed and its accuracy), and the means of cond, cond_all, seconds,
         train_compression, deploy_compression.
-        `variant` tells rows of one label apart: the options in which they differ.
+        `variant` tells rows of one label apart: the options in which they differ. `told` does so for
+        the settings of one `setting`.
     """
     require_evaluated(cells)
     done = cells[_evaluated(cells)].fillna({"options": "", "settings": ""}).reset_index(drop=True)
@@ -158,13 +159,18 @@ def summarize(cells: pd.DataFrame) -> pd.DataFrame:
     told = {name: (name, "mean") for name in ("accuracy", *_MEANS)}
     told |= {"std": ("accuracy", "std"), "seeds": ("seed", "nunique"), "by_seed": ("pair", tuple)}
     frame = done.groupby([*CONTEXT, *ROW, "eps"], dropna=False, sort=False).agg(**told).reset_index()
+    frame = frame.assign(told=_told(frame))
     return ordered(frame, ["compression", "label", "variant", "row_id", "eps"]).reset_index(drop=True)
 
 
 def contexts(frame: pd.DataFrame, names: Sequence[str] = CONTEXT) -> Iterator[Table]:
-    """Group a frame by these columns: pairs of their values and the group, in the order of the frame."""
+    """Group a frame by these columns: pairs of their values and the group, in the order of the frame.
+
+    Of a frame of `summarize` the values include `told`.
+    """
     for values, part in frame.groupby([*names], sort=False, dropna=False):
-        yield dict(zip(names, values, strict=True)), part
+        known: Known = dict(zip(names, values, strict=True))
+        yield known | ({"told": part["told"].iloc[0]} if "told" in part else {}), part
 
 
 def by_row(frame: pd.DataFrame) -> Iterator[tuple[RowKey, pd.DataFrame]]:
@@ -217,18 +223,29 @@ def unharmed(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _variants(done: pd.DataFrame) -> pd.Series:
     """For each line, the options in which its row differs from others of its table and label."""
-    variants = pd.Series("", index=done.index)
-    for _, group in done.groupby([*CONTEXT, "label", "compression"], dropna=False):
-        texts = group["options"].unique()
-        options = {text: dict(part.split("=", 1) for part in text.split()) for text in texts}
-        differing = {
-            key for known in options.values() for key in known
-            if len({other.get(key) for other in options.values()}) > 1
-        }  # fmt: skip
-        for text, known in options.items():
-            variant = " ".join(f"{key}={value}" for key, value in known.items() if key in differing)
-            variants[group.index[group["options"].eq(text)]] = variant
-    return variants
+    groups = done.groupby([*CONTEXT, "label", "compression"], dropna=False)["options"]
+    return pd.Series(groups.transform(lambda texts: texts.map(_differing(texts.unique()))))
+
+
+def _told(frame: pd.DataFrame) -> pd.Series:
+    """For each line, the settings in which its table differs from others of the same `setting`."""
+    first = frame.drop_duplicates(TRAINING)[TRAINING]
+    same = [setting(known) for known in first.to_dict("records")]
+    told = first.assign(told=first["settings"].groupby(same).transform(lambda t: t.map(_differing(t))))
+    return pd.Series(frame[TRAINING].merge(told, on=TRAINING, how="left")["told"].to_numpy(), frame.index)
+
+
+def _differing(texts: Iterable[str]) -> dict[str, str]:
+    """For each text of `key=value` parts those parts that not all texts have."""
+    known = {text: dict(part.split("=", 1) for part in text.split()) for text in texts}
+    return {
+        text: " ".join(
+            f"{key}={value}"
+            for key, value in parts.items()
+            if any(other.get(key) != value for other in known.values())
+        )
+        for text, parts in known.items()
+    }
 
 
 def left_out(cells: pd.DataFrame) -> str:
@@ -288,7 +305,8 @@ def setting(context: Known) -> str:
     """The shared setting of a table's rows, for its caption: `LeNet5 on MNIST, protocol paper, 10 epochs`."""
     base = decay(context)
     start = f", singular values falling as {base}⁻ⁱ at the start" if base else ""
-    return f"{network(context)}, protocol {context['protocol']}, {epochs(context)}{start}"
+    told = f", {context['told']}" if context.get("told") else ""
+    return f"{network(context)}, protocol {context['protocol']}, {epochs(context)}{start}{told}"
 
 
 def decay(context: Known) -> str:
@@ -359,6 +377,41 @@ def run_title(run: Mapping[str, Any] | pd.Series) -> str:
     """`CondLR τ=0.1 80 %, seed 0`."""
     compression = f" {100 * run['compression']:g} %" if run["compression"] else ""
     return f"{title(str(run['label']))}{compression}, seed {run['seed']}"
+
+
+def run_titles(runs: pd.DataFrame) -> dict[str, str]:
+    """The title of each run, by run_id; where several have the same, with what tells them apart.
+
+    `CondLR τ=0.1 80 %, seed 0 (lr=0.05)`.
+    """
+    told = told_apart(runs)
+    return {
+        str(run["run_id"]): run_title(run) + (f" ({told[run['run_id']]})" if told[run["run_id"]] else "")
+        for _, run in runs.drop_duplicates("run_id").iterrows()
+    }
+
+
+def told_apart(runs: pd.DataFrame, shown: Collection[str] = ()) -> dict[str, str]:
+    """By run_id, what tells a run from others of the same title: `lr=0.05`; empty where none has it.
+
+    Network, protocol and epochs do where they can, else settings and options.
+
+    Args:
+        shown: columns that stand beside the title.
+    """
+    first = runs.drop_duplicates("run_id").set_index("run_id").fillna({"settings": "", "options": ""})
+    coarse = [name for name in ("dataset", "model", "protocol", "epochs") if name in first]
+    fine = [name for name in ("settings", "options") if name in first]
+    alike = [first.apply(run_title, axis=1), *(first[name] for name in shown)]
+    told = pd.Series("", first.index)
+    for texts in (
+        [" ".join(f"{name}={run[name]}" for name in coarse) for _, run in first.iterrows()],
+        [" ".join(run[name] for name in fine) for _, run in first.iterrows()],
+    ):
+        groups = pd.Series(texts, first.index).groupby(alike)
+        found = groups.transform(lambda group: group.map(_differing(group.unique())))
+        told, alike = (told + " " + found).str.strip(), [*alike, found]
+    return {str(run): text for run, text in told.items()}
 
 
 def duration(seconds: float) -> str:

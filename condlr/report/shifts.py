@@ -8,7 +8,7 @@ import pandas as pd
 from condlr._support.rooms import find
 from condlr.report.markdown import piped
 from condlr.report.numbers import accuracy
-from condlr.report.results import TRAINING, ordered, run_title
+from condlr.report.results import SHIFT, TRAINING, ordered, run_titles
 from condlr.shifts.base import Shift
 
 # What a run shares with the baseline that its errors are compared with.
@@ -46,6 +46,13 @@ def shift_names(shifted: pd.DataFrame) -> pd.Series:
     return pd.Series(titles.where(shifted["severity"].notna(), titles + ": " + shifted["name"].astype(str)))
 
 
+def shared(shifted: pd.DataFrame) -> pd.DataFrame:
+    """The lines of the sets of images that all runs have: only means over these can be compared."""
+    sets = shifted[SHIFT].fillna({"severity": 0}).apply(tuple, axis=1)
+    runs = shifted.groupby(sets)["run_id"].nunique()
+    return shifted.loc[sets.map(runs).eq(shifted["run_id"].nunique())]
+
+
 def _shifts(shifted: pd.DataFrame) -> Iterator[tuple[type[Shift], int | None, pd.DataFrame]]:
     """Each shift with its rows: by number of images if it has severities, else together, with None."""
     for name, sets in shifted.groupby("shift", sort=False):
@@ -57,7 +64,7 @@ def _shifts(shifted: pd.DataFrame) -> Iterator[tuple[type[Shift], int | None, pd
 
 
 def _tables(shifted: pd.DataFrame, cells: pd.DataFrame) -> Iterator[str]:
-    clean = _clean(cells)
+    clean, titles = _clean(cells), run_titles(shifted)
     for kind, n, frame in _shifts(shifted):
         title = f"{kind.title}: accuracy in %"
         if n is None:  # a column for each set
@@ -66,31 +73,34 @@ def _tables(shifted: pd.DataFrame, cells: pd.DataFrame) -> Iterator[str]:
             lines = []
             for run_id, run in _runs(frame):
                 means = [clean.get((run_id, None)), *_means(run, ["name", "n"], sets)]
-                lines.append([run_title(run.iloc[0]), *map(_shown, means)])
+                lines.append([titles[run_id], *map(_shown, means)])
             yield _table(title, header, lines, [kind.legend])
             continue
-        ratios = _error_ratios(frame)
+        ratios, common = _error_ratios(frame), shared(frame)
         names, severities = [*dict.fromkeys(frame["name"])], _severities(frame)
         header = ["run", "clean", "mean", *(["error ratio"] if ratios else [])]
         header += [name.replace("_", " ") for name in map(str, names)]
         header += [f"severity {severity:g}" for severity in severities]
         lines = []
-        for run_id, run in _runs(frame):
+        for run_id, _ in _runs(frame):
+            run = common[common["run_id"].eq(run_id)]
             values = [clean.get((run_id, n)), run["accuracy"].mean()]
             means = [*_means(run, "name", names), *_means(run, "severity", severities)]
             ratio = [f"{ratios[run_id]:.3f}" if run_id in ratios else "–"] if ratios else []
-            lines.append([run_title(run.iloc[0]), *map(_shown, values), *ratio, *map(_shown, means)])
-        notes = [kind.legend, *([_RATIO] if ratios else [])]
+            lines.append([titles[run_id], *map(_shown, values), *ratio, *map(_shown, means)])
+        of_all, every = (part.drop_duplicates(SHIFT).shape[0] for part in (common, frame))
+        fewer = [f"Means over the {of_all} of {every} sets that all runs have."] if of_all < every else []
+        notes = [kind.legend, *([_RATIO] if ratios else []), *fewer]
         yield _table(f"{title}, {n:,} images a set", header, lines, notes)
 
 
 def _grid(kind: type[Shift], n: int | None, frame: pd.DataFrame) -> str:
-    severities = _severities(frame)
+    severities, titles = _severities(frame), run_titles(frame)
     lines = []
-    for _, run in _runs(frame):
+    for run_id, run in _runs(frame):
         for name, change in run.groupby("name", sort=False):
             means = [change["accuracy"].mean(), *_means(change, "severity", severities)]
-            lines.append([run_title(run.iloc[0]), str(name).replace("_", " "), *map(_shown, means)])
+            lines.append([titles[run_id], str(name).replace("_", " "), *map(_shown, means)])
     header = ["run", "change", "mean", *(f"severity {severity:g}" for severity in severities)]
     title = f"{kind.title}: accuracy in % by change and severity, {n:,} images a set"
     return _table(title, header, lines, [])

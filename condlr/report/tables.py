@@ -382,7 +382,8 @@ def frame(table: Table) -> pd.DataFrame:
     """The tables as data: a line for each cell. Values are fractions, except the requested percentage."""
     return pd.DataFrame(
         {
-            **table.context, "table": table.number, "row": line.label, "requested": line.compression,
+            **{name: table.context[name] for name in results.CONTEXT}, "table": table.number,
+            "row": line.label, "requested": line.compression,
             "measured": line.measured, "eps": eps, "v1": cell.published, "camera_ready": cell.camera_ready,
             "accuracy": cell.accuracy, "std": cell.std, "seeds": cell.seeds, "difference": cell.difference,
             "beyond": cell.beyond, "group_best": cell.group_best, "best": cell.best,

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from condlr.report.numbers import accuracy, condition, shown
-from condlr.report.results import ordered, require, title
+from condlr.report.results import ordered, require, title, told_apart
 from condlr.report.sheet import Column, Row, Sheet, Value
 
 LEGEND = (
@@ -28,7 +28,7 @@ def training(history: pd.DataFrame) -> Sheet:
     penalised = history["penalty_value"].groupby(history["run_id"]) if "penalty_value" in history else None
     held_out = "held_out_accuracy" in history and bool(history["held_out_accuracy"].notna().any())
     names += [*["held out"] * held_out, *["penalised"] * (penalised is not None)]
-    keys = ["protocol", "compression", "label", "run_id"]
+    keys, told = ["protocol", "compression", "label", "run_id"], told_apart(history, ["protocol", "epochs"])
     trained = ordered(history[history["epoch"] > 0], [*keys, "epoch"])
     groups: dict[tuple[str, float], list[Row]] = {}
     for (protocol, compression, label, run_id), run in trained.groupby(keys, sort=False):
@@ -44,7 +44,7 @@ def training(history: pd.DataFrame) -> Sheet:
         if penalised is not None:
             values = penalised.get_group(run_id).dropna()
             texts.append(f"{shown(values.iloc[0])} → {shown(values.iloc[-1])}" if len(values) else "")
-        row = Row(title(label), [*map(Value, texts)])
+        row = Row(f"{title(label)} {told[run_id]}".rstrip(), [*map(Value, texts)])
         groups.setdefault((protocol, compression), []).append(row)
     legend = [LEGEND, *[_HELD_OUT] * held_out, *[_PENALTY] * (penalised is not None)]
     return Sheet("How each run went", [*map(Column, names)], [*groups.values()], legend)

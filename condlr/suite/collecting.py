@@ -63,14 +63,14 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
             raise UserError(
                 f"{path} belongs to the run {info['run_id']}: a copy would count twice, move it away"
             )
-        if info["status"] == "done":
-            run.read_config()  # raises for a damaged one
         who = {"study": study.name, "run_id": info["run_id"]} | about
         for name, lines in others.items():
             # Rows of long tables repeat only the keys of their run, to keep the files small
             short = {key: who.get(key) for key in ("run_id", "row_id", "seed")}
             start = short if name in long else who
-            lines += [start | line for line in run.read_table(f"{name}.csv")]
+            file = f"{name}.csv"
+            rows = run.rows(file).values() if file in examined() else run.read_table(file)
+            lines += [start | dict(line) for line in rows]
         compresses = about.get("compresses")
         factored = [f"cond_{name}" for name in info.get("ranks", {})] if compresses else []
         table = path.with_name("history.csv")
@@ -78,8 +78,8 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
             history = [who | row | _largest(row, factored) for row in run.read_table(table.name)]
         except (TypeError, ValueError) as error:
             raise UserError(f"{table} is damaged ({error}): {repair(table.name)}") from error
-        if info["status"] == "done" and not history:
-            raise UserError(f"{table} is missing or empty: {repair(table.name)}")
+        if info["status"] == "done":
+            _require_whole(run, history, about.get("epochs"))
         weights = info.get("weights", {})
         facts = {
             "status": info["status"],
@@ -105,6 +105,16 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
             | {"ranks": " ".join(f"{k}={r}" for k, r in info.get("ranks", {}).items())}
         )
     return {"cells": cells, "runs": runs, "history": histories} | others
+
+
+def _require_whole(run: Run, history: Sequence[Mapping[str, Any]], epochs: Any) -> None:
+    """Raise `UserError` if files of a done run are damaged or lack lines."""
+    table = run.directory / "history.csv"
+    stops = (run.read_config().get("protocol") or {}).get("stop_at") is not None
+    if not history:
+        raise UserError(f"{table} is missing or empty: {repair(table.name)}")
+    if not stops and (last := history[-1]["epoch"]) != str(epochs):
+        raise UserError(f"{table} is cut off after epoch {last} of {epochs}: {repair(table.name)}")
 
 
 def nothing_to_show(statuses: Iterable[str]) -> str:

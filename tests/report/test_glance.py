@@ -38,9 +38,10 @@ def shown(sheet):
 
 def test_each_measure_of_each_row():
     attacked = cells(("fgsm", 0.1, 1000, 0.8), ("noise", 0.2, 1000, 0.9))
-    origins = table(shift="cinic10", name="imagenet", severity=float("nan"), accuracy=[0.4, 0.6, 0.3])
+    same = {"n": 1000, "shift_seed": 0}
+    origins = table(shift="cinic10", name="imagenet", severity=float("nan"), accuracy=[0.4, 0.6, 0.3], **same)
     shifted = pd.concat(
-        table(shift="corruptions", name="jpeg", severity=severity, accuracy=[a, b, 0.5])
+        table(shift="corruptions", name="jpeg", severity=severity, accuracy=[a, b, 0.5], **same)
         for severity, a, b in ((1, 0.6, 0.7), (5, 0.8, 0.9))
     )
     layers = pd.concat(

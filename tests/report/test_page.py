@@ -215,6 +215,7 @@ def test_what_recording_cost_is_a_part_of_the_training(trained):
     facts = dict(origin.facts())
     assert facts["device"] == infos[0]["device"]
     assert f"torch {infos[0]['versions']['torch']}" in facts["versions"]
+    assert origin.attack_seconds == pytest.approx(cells["attack_seconds"].sum()), "each strength has a share"
     both = provenance(cells, runs.assign(commit=["abc", "def+"]), "s")
     assert dict(both.facts())["commit"] == "abc (1 runs); def (with changes that were not committed) (1 runs)"
 

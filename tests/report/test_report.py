@@ -9,7 +9,7 @@ from rich.console import Console
 
 from condlr._support.errors import UserError
 from condlr.analysis.guarantees import Guarantees
-from condlr.report import analysis, audit, comparisons, numbers, results, tables
+from condlr.report import analysis, audit, chapters, comparisons, numbers, results, tables
 from condlr.report.latex import latex
 from condlr.report.markdown import markdown
 from condlr.report.terminal import print_sheet
@@ -49,6 +49,40 @@ def test_runs_of_different_settings_are_in_tables_of_their_own():
         markdown(table.sheet).splitlines()[2] for table in tables.tables(pd.concat([cells(), other]), PAPER)
     ]
     assert captions == ["`lr=0.1 lr_milestones=[7,9]`", "`lr=0.2 lr_milestones=[7,9]`"]
+    both = [
+        results.setting(known)
+        for known, _ in results.contexts(results.summarize(pd.concat([cells(), other])))
+    ]
+    alone = only_table(cells()).caption.partition(":")[0]
+    assert both == [f"{alone}, lr=0.1", f"{alone}, lr=0.2"], "each caption says which"
+
+
+def test_runs_of_one_title_are_told_apart():
+    """By network, protocol and epochs where these do, else by settings and options."""
+    facts = {
+        "dataset": "mnist", "model": "lenet5", "protocol": "paper", "epochs": 3, "settings": "lr=0.1 a=1",
+        "options": "x=1", "label": "baseline", "compression": 0.0, "seed": 0,
+    }  # fmt: skip
+    changes = [{}, {"settings": "lr=0.05 a=1"}, {"protocol": "demo", "settings": "lr=7"}, {"seed": 1}]
+    changes += [{"label": "condlr-tau0", "compression": 0.5}, {"options": "x=1 y=2", "protocol": "other"}]
+    runs = pd.DataFrame([{"run_id": str(place), **facts, **change} for place, change in enumerate(changes)])
+    assert [*results.run_titles(runs).values()] == [
+        "Baseline, seed 0 (protocol=paper lr=0.1)", "Baseline, seed 0 (protocol=paper lr=0.05)",
+        "Baseline, seed 0 (protocol=demo)", "Baseline, seed 1", "CondLR τ=0 50 %, seed 0",
+        "Baseline, seed 0 (protocol=other)",
+    ]  # fmt: skip
+    assert results.told_apart(runs, ["protocol"])["2"] == ""
+    assert {*results.told_apart(runs.drop(columns=["settings", "options"])).values()} > {"protocol=paper"}
+
+
+def test_audits_of_one_row_in_two_settings_are_two():
+    one = audits(("baseline-0.0-0", "float64")).query("seed == 0").assign(settings="lr=0.1")
+    other = audits().query("seed == 0").assign(settings="lr=0.2", run_id=lambda frame: frame["run_id"] + "x")
+    told, grid, _ = chapters._audits(pd.concat([one, other]))
+    assert told == "4 audits of 2 checks each: **the audit warns of 1 row**."
+    names = [row[0] for row in grid.rows]
+    assert names[:2] == ["Baseline, seed 0 (lr=0.1)", "Baseline, seed 0 (lr=0.2)"]
+    assert "| Baseline, seed 0 (lr=0.2) | none |" in audit.markdown(pd.concat([one, other]))
 
 
 def test_a_strength_that_one_row_lacks_shifts_nothing():
@@ -247,6 +281,7 @@ def audits(*warned):
                 {
                     "run_id": run, "label": label, "compression": compression, "seed": seed,
                     "row_id": f"{label}{compression}", "norm": "linf", "eps": 0.06, "n": 100, "check": check,
+                    "attack_seed": 0,
                     "status": "warning" if (run, check) in warned else "pass", "found": f"{check} found",
                     "meaning": f"{check} means",
                 }
@@ -321,10 +356,9 @@ def test_the_audit_as_markdown():
     text = audit.markdown(audits(("condlr-tau0.1-0.5-1", "float64")))
     assert "**Audit at eps=0.06 (ℓ∞), on 100 images**" in text
     assert (
-        "| Baseline, 0 %, seed 0 | none | zero gradients: zero gradients found<br>float64: float64 found |"
-        in text
+        "| Baseline, seed 0 | none | zero gradients: zero gradients found<br>float64: float64 found |" in text
     )
-    assert "| CondLR τ=0.1, 50 %, seed 1 | float64 |" in text
+    assert "| CondLR τ=0.1 50 %, seed 1 | float64 |" in text
     assert "- *float64*: float64 means." in text
     assert "zero gradients means" not in text, "only what was warned of is explained"
 

@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from condlr.report import claims
 from condlr.report.shifts import by_severity, markdown
 
 RUNS = {"baseline": 0.0, "baseline+so": 0.0, "condlr-tau0.1": 0.5}
@@ -74,6 +75,27 @@ def test_without_a_baseline_on_the_same_images_there_is_no_ratio(lacking):
     text = markdown(lacking(shifted()), clean())
     assert "error ratio" not in text
     assert "| run | clean | mean | fog |" in text
+
+
+def test_means_are_over_the_sets_that_all_runs_have():
+    """A run that lacks the hard ones would look the best."""
+    frame = shifted()
+    lacking = frame[frame["label"].ne("condlr-tau0.1") | frame["severity"].eq(1)]
+    text = markdown(lacking, clean())
+    header, _, *rows = lines(text)
+    assert {row[0]: row[2] for row in rows} == {
+        "Baseline, seed 0": "85.00", "Baseline + SO, seed 0": "90.00", "CondLR τ=0.1 50 %, seed 0": "80.00"
+    }  # fmt: skip
+    assert all(row[header.index("severity 2")] == "–" for row in rows)
+    assert "Means over the 2 of 4 sets that all runs have." in text
+    assert "sets that all runs have" not in markdown(frame, clean())
+    means = claims._shifted(lacking, frame)
+    assert dict(zip(means["run_id"], means["accuracy"], strict=True)) == pytest.approx(
+        {"baseline-0": 0.85, "baseline+so-0": 0.9, "condlr-tau0.1-0": 0.8}
+    )
+    assert {*means["name"]} == {"CIFAR-10-C"} and {*means["n"]} == {10_000}
+    apart = frame[(frame["label"].eq("baseline")) == (frame["name"].eq("fog"))]
+    assert claims._shifted(apart, frame).empty, "no set is shared"
 
 
 def test_each_change_at_each_severity():

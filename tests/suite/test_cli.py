@@ -14,6 +14,7 @@ from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -585,6 +586,22 @@ def test_a_finished_run_without_its_history_is_named(script, run):
             script("collect", "study=default"),
             r"history.csv is missing or empty: remove this run, or train it again",
         )
+
+
+def test_tables_of_a_finished_run_that_lack_lines_are_named_and_repeated_lines_count_once(script, run):
+    history, evaluation = run / "history.csv", run / "evaluation.csv"
+    whole = history.read_text()
+    history.write_text("".join(whole.splitlines(keepends=True)[:2]))
+    complains(
+        script("collect", "study=default"), r"history.csv is cut off after epoch 0 of \d+: remove this run"
+    )
+    history.write_text(whole)
+    assert script("evaluate", f"run={run}", "shift=corruptions", "shift.kinds=[contrast]")[0] == 0
+    (run / "shift.csv").open("a").write((run / "shift.csv").read_text().partition("\n")[2])
+    evaluation.open("a").write(evaluation.read_text().partition("\n")[2])
+    assert script("collect", "study=default")[0] == 0
+    for name, keys in (("shift", ["name", "severity"]), ("cells", ["eps"])):
+        assert not pd.read_csv(f"results/default/{name}.csv").duplicated(keys).any()
 
 
 def test_jobs_of_other_scripts_fail_after_the_others_and_in_the_exit_status(script, run, tmp_path):

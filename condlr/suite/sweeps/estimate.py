@@ -24,17 +24,15 @@ WARM_UP, BATCHES, SECONDS = 3, 40, 3.0
 IMAGES, TRIES = 64, 3
 
 
-@dataclass(frozen=True)
-class Pace:
-    """Seconds for an epoch and for the attack of a row on this machine."""
-
-    epoch: float
-    attack: float
-
-
 @dataclass
 class Row:
-    """The runs of a row: how many are wanted, and the epochs and attacks that are left to do."""
+    """The runs of a row: how many are wanted, and what is left to do.
+
+    Attributes:
+        epochs: that are left.
+        epoch: seconds for one on this machine; None if not measured.
+        attacks: how often each attack is left, and its seconds, by its settings.
+    """
 
     label: str
     compression: float
@@ -43,13 +41,18 @@ class Row:
     diverged: int = 0
     hopeless: bool = False
     epochs: int = 0
-    attacks: int = 0
-    pace: Pace | None = None
+    epoch: float | None = None
+    attacks: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+    @property
+    def attacking(self) -> float:
+        """Seconds of all attacks that are left."""
+        return sum(count * seconds for count, seconds in self.attacks.values())
 
     @property
     def seconds(self) -> float:
         """The time until all runs are done, one after the other."""
-        return self.epochs * self.pace.epoch + self.attacks * self.pace.attack if self.pace else 0.0
+        return self.epochs * (self.epoch or 0.0) + self.attacking
 
 
 @dataclass
@@ -60,47 +63,59 @@ class Estimate:
     studies: dict[str, None] = field(default_factory=dict)
     device: str = ""
     _data: tuple[object, Data] | None = None
-    _counted: set[Path] = field(default_factory=set)
+    _state: dict[Path, str] = field(default_factory=dict)
+    _asked: set[tuple[Path, str]] = field(default_factory=set)
 
     def add(self, config: RunConfig) -> None:
-        """Count a run, once; the first run of a row that is not done is timed for a few seconds."""
-        if config.directory in self._counted:
-            return
-        self._counted.add(config.directory)
-        facts = config.row
+        """Count a run once, and each of its attacks; of a row that is not done one is timed for seconds."""
+        facts, run = config.row, Run(config.directory)
         row = self.rows.setdefault(facts["row_id"], Row(facts["label"], facts["compression"]))
         self.studies[config.study] = None
-        row.runs += 1
-        run = Run(config.directory)
-        if run.status == "diverged":
-            row.diverged += 1
-        elif finished(run, config) or (run.status == "done" and not run.has_weights):
-            row.done += 1  # a done run without weights is neither trained again nor attacked
-        else:
-            if run.status != "done":
+        if config.directory not in self._state:
+            row.runs += 1
+            row.diverged += run.status == "diverged"
+            # A done run without weights is neither trained again nor attacked
+            row.done += run.status == "done"
+            if run.status not in ("done", "diverged"):
                 row.epochs += config.protocol.epochs - _epochs(run)
-            row.attacks += 1
-            if row.pace is None and not row.hopeless:
-                try:
-                    row.pace = self._measure(config)
-                except Diverged:
-                    row.hopeless = True
+            self._state[config.directory] = run.status or ""
+        key = repr(config.attack)
+        asked = (config.directory, key)
+        lost = run.status == "done" and not run.has_weights
+        if asked in self._asked or run.status == "diverged" or finished(run, config) or lost:
+            return
+        self._asked.add(asked)
+        if self._state[config.directory] == "done":  # trained, and not attacked
+            row.done -= 1
+            self._state[config.directory] = "to attack"
+        if row.hopeless:
+            return
+        count, seconds = row.attacks.get(key, (0, 0.0))
+        if not count:
+            try:
+                seconds = self._measure(config, row)
+            except Diverged:
+                row.hopeless = True
+                return
+        row.attacks[key] = count + 1, seconds
 
-    def _measure(self, config: RunConfig) -> Pace:
+    def _measure(self, config: RunConfig, row: Row) -> float:
+        """Seconds of the attack on all its images; those of an epoch are set once for a row."""
         data = self._load(config)
         check_images(config, data)
         trainer = trainer_for(config, build(config, data).to(data.train.pixels.device), data)
         self.device = describe(trainer.device)
         choose_run_forms(trainer, config)
-        epoch = _epoch_seconds(trainer)
+        if row.epoch is None:
+            row.epoch = _epoch_seconds(trainer)
         images = first(data.test, min(IMAGES, len(data.test)))
         attack = replace(config.attack, images=None, source=None)
-        seconds: list[float] = []
-        while len(seconds) < TRIES and sum(seconds) < SECONDS / TRIES:
+        times: list[float] = []
+        while len(times) < TRIES and sum(times) < SECONDS / TRIES:
             clock = time.perf_counter()
             evaluate(trainer.model, images, attack)
-            seconds.append(time.perf_counter() - clock)
-        return Pace(epoch, min(seconds) * (config.attack.images or len(data.test)) / len(images))
+            times.append(time.perf_counter() - clock)
+        return min(times) * (config.attack.images or len(data.test)) / len(images)
 
     def _load(self, config: RunConfig) -> Data:
         """The run's data; read once for successive runs with the same data."""

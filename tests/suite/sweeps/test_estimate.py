@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from condlr.suite.sweeps.estimate import Pace, Row
+from condlr.suite.sweeps.estimate import Row
 from tests.helpers import SMALL
 
 pytestmark = pytest.mark.slow
@@ -20,6 +20,7 @@ def test_what_is_done_is_not_counted(script, tmp_path):
         line.split()[0]: line.split() for line in out.splitlines() if line[:8] in ("Baseline", "Vanilla ")
     }
     assert [lines[name][3:5] for name in ("Baseline", "Vanilla")] == [["2", "6"], ["2", "6"]]
+    assert [lines[name][6] for name in ("Baseline", "Vanilla")] == ["2", "2"], "attacks"
     assert all(float(lines[name][5]) > 0 for name in lines)
     assert re.search(r"about [\d.]+ s here \(cpu, \d threads?\), one run after the other", out)
     assert not (tmp_path / "runs").exists(), "an estimate leaves nothing behind"
@@ -33,6 +34,13 @@ def test_what_is_done_is_not_counted(script, tmp_path):
     assert row.split()[3:5] == ["1", "0"]
     out = script("estimate", *SMALL, "protocol.epochs=3", "method=baseline")[1]
     assert out == "default: 1 run, 1 done, 0 to do\n"
+    # One of two attacks, whichever is named first; both of a run that is not there
+    for attacks in ("fgsm,pgd", "pgd,fgsm"):
+        both = [*SMALL, "protocol.epochs=3", "method=baseline", f"attack={attacks}", "seed=0,1"]
+        out = script("estimate", "-m", *both)[1]
+        assert "default: 2 runs, 0 done, 2 to do" in out
+        row = next(line for line in out.splitlines() if line.startswith("Baseline"))
+        assert [row.split()[place] for place in (3, 4, 6)] == ["2", "3", "3"]
 
 
 def test_a_run_counts_once_and_a_row_that_diverges_is_said(script):
@@ -83,5 +91,6 @@ def test_a_launcher_may_be_named_in_any_way(script):
 
 
 def test_the_sum():
-    assert Row("vanilla", 0.5, runs=2, epochs=30, attacks=2, pace=Pace(10, 7)).seconds == 314
+    row = Row("vanilla", 0.5, runs=2, epochs=30, epoch=10, attacks={"fgsm": (2, 7.0), "pgd": (1, 100.0)})
+    assert row.seconds == 414
     assert Row("vanilla", 0.5, runs=2, done=2).seconds == 0
