@@ -3,10 +3,11 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from statistics import median
 
+import pandas as pd
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.padding import Padding
@@ -14,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from condlr.report.numbers import counted
-from condlr.report.results import duration, place, row_title, run_title
-from condlr.suite.sweeps.status import Progress, RunStatus, Study
+from condlr.report.results import duration, place, row_title, run_title, told_apart
+from condlr.suite.sweeps.status import Progress, RowKey, RunStatus, Study
 
 # States whose reason is shown. The words say the same as the colours.
 _TROUBLE = ("stalled", "failed", "damaged", "diverged", "interrupted")
@@ -170,7 +171,7 @@ def _alike(runs: Sequence[RunStatus], state: str) -> Iterator[tuple[list[RunStat
 def _several(runs: Sequence[RunStatus]) -> str:
     """`20 runs, DLRT, 50 % (seeds 0-9); Vanilla, 50 % (seeds 0-9)`."""
     rows = _by_row(runs).items()
-    names = (f"{row_title(label, compression)}{_seeds(alike)}" for (label, compression, _), alike in rows)
+    names = (f"{row_title(row.label, row.compression)}{_seeds(alike)}" for row, alike in rows)
     return f"{len(runs)} runs, {'; '.join(names)}"
 
 
@@ -201,13 +202,15 @@ def _rows(study: Study, fold: bool) -> RenderableType | None:
     rows = _by_row(study.runs)
     if not rows:
         return None
-    lengths = Counter((label, compression) for label, compression, _ in rows)
+    lengths = Counter(row[:2] for row in {row._replace(row_id="") for row in rows})
+    told = _told_apart(rows)
     lines = _view(("row", "done", "per run", "else"), right=("done", "per run"))
     alike: dict[str, list[str]] = {}
-    for (label, compression, epochs), runs in rows.items():
-        name = row_title(label, compression)
-        if lengths[label, compression] > 1 and epochs is not None:
-            name += f", {counted(epochs, 'epoch')}"
+    for row, runs in rows.items():
+        name = row_title(row.label, row.compression)
+        if lengths[row[:2]] > 1 and row.epochs is not None:
+            name += f", {counted(row.epochs, 'epoch')}"
+        name += f" ({told[row]})" if told.get(row) else ""
         states = {run.state for run in runs}
         if fold and len(states) == 1 and states <= {"done", "missing"}:
             alike.setdefault(runs[0].state, []).append(f"{name} ({len(runs)})")
@@ -220,14 +223,24 @@ def _rows(study: Study, fold: bool) -> RenderableType | None:
     return Group(*([lines] if lines.row_count else []), *folded)
 
 
-def _by_row(runs: Sequence[RunStatus]) -> dict[tuple[str, float, int | None], list[RunStatus]]:
+def _told_apart(rows: Mapping[RowKey, Sequence[RunStatus]]) -> dict[RowKey, str]:
+    """What tells rows of one name and length apart."""
+    known = {row: runs[0].about for row, runs in rows.items() if runs[0].about}
+    if not known:
+        return {}
+    facts = [{**about, **row._asdict(), "run_id": row, "seed": 0} for row, about in known.items()]
+    told = told_apart(pd.DataFrame(facts).assign(run_id=range(len(facts))), ["epochs"])
+    return dict(zip(known, told.values(), strict=True))
+
+
+def _by_row(runs: Sequence[RunStatus]) -> dict[RowKey, list[RunStatus]]:
     """In the order of the paper's tables."""
-    rows: dict[tuple[str, float, int | None], list[RunStatus]] = {}
+    rows: dict[RowKey, list[RunStatus]] = {}
     for run in runs:
         if run.label:
             rows.setdefault(run.row, []).append(run)
     return dict(
-        sorted(rows.items(), key=lambda row: (row[0][1], place(row[0][0]), row[0][0], row[0][2] or 0))
+        sorted(rows.items(), key=lambda row: (row[0][1], place(row[0][0]), row[0][0], row[0].epochs or 0))
     )
 
 

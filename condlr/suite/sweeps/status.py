@@ -7,14 +7,14 @@ history says how long an epoch takes. Each can be damaged, or vanish meanwhile; 
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from condlr._support.errors import UserError
 from condlr._support.locks import Owner, owners
@@ -65,6 +65,15 @@ class Progress:
         return self.epochs_left * self.pace
 
 
+class RowKey(NamedTuple):
+    """What the runs of a row share; `row_id` is empty for a run without a record in a row of its own."""
+
+    label: str
+    compression: float
+    epochs: int | None
+    row_id: str
+
+
 @dataclass(frozen=True)
 class RunStatus:
     """The status of a run.
@@ -73,6 +82,7 @@ class RunStatus:
         name: its directory's name; empty for a run that only an experiment asks for.
         state: one of `STATES`.
         label, compression, epochs, seed: of its row; the label is empty if unknown.
+        about: what its record says of its row.
         seconds: the duration of a done run.
         progress: of a run that is not done.
         owner: the process that works on it; of a stalled run, the one that did.
@@ -88,6 +98,7 @@ class RunStatus:
     compression: float = 0.0
     epochs: int | None = None
     seed: int | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
     seconds: float | None = None
     progress: Progress | None = None
     owner: Owner | None = None
@@ -97,9 +108,9 @@ class RunStatus:
     log: Path | None = None
 
     @property
-    def row(self) -> tuple[str, float, int | None]:
+    def row(self) -> RowKey:
         """The key that the runs of one row share."""
-        return self.label, self.compression, self.epochs
+        return RowKey(self.label, self.compression, self.epochs, str(self.about.get("row_id", "")))
 
 
 @dataclass(frozen=True)
@@ -163,7 +174,17 @@ def survey(study: Path, asked: Iterable[Line] = (), notes: Sequence[str] = ()) -
     found = [run for name in names if (run := _read_run(study / name, plan.get(name))) is not None]
     seen = {run.name for run in found}
     found += [run for name, run in plan.items() if name not in seen]
-    return Study(study, [*found, *_uncovered(asked, found)], [*notes, *trouble])
+    return Study(study, _in_rows([*found, *_uncovered(asked, found)]), [*notes, *trouble])
+
+
+def _in_rows(runs: Sequence[RunStatus]) -> list[RunStatus]:
+    """The runs; one without a record belongs to the only row of its name that has one."""
+    rows: dict[RowKey, dict[str, Mapping[str, Any]]] = {}
+    for run in runs:
+        if run.about:
+            rows.setdefault(run.row._replace(row_id=""), {})[run.row.row_id] = run.about
+    only = {key: next(iter(found.values())) for key, found in rows.items() if len(found) == 1}
+    return [replace(run, about=only.get(run.row, run.about)) for run in runs]
 
 
 def _directories(study: Path) -> list[str]:
@@ -245,7 +266,7 @@ def _of_record(known: RunStatus, info: dict[str, Any]) -> RunStatus:
     row = info["row"]
     return replace(
         known, label=str(row["label"]), compression=float(row["compression"]),
-        epochs=int(row["epochs"]), seed=int(row["seed"]),
+        epochs=int(row["epochs"]), seed=int(row["seed"]), about=row,
     )  # fmt: skip
 
 
@@ -333,22 +354,27 @@ def _seconds(info: dict[str, Any]) -> float | None:
     return seconds
 
 
+def _alike(run: RunStatus) -> tuple[Any, ...]:
+    """What runs share that take the same time for an epoch."""
+    return run.label, run.compression, run.about.get("model"), run.about.get("dataset")
+
+
 def _usual_seconds(runs: Sequence[RunStatus]) -> Callable[[RunStatus], float | None]:
     """A run's duration, estimated from done runs of its row, else from its row's runs of other lengths."""
     done = [run for run in runs if run.state == "done" and run.seconds is not None]
-    by_row: dict[tuple[str, float, int | None], list[float]] = {}
-    per_epoch: dict[tuple[str, float], list[float]] = {}
+    by_row: dict[RowKey, list[float]] = {}
+    per_epoch: dict[tuple[Any, ...], list[float]] = {}
     for run in done:
         assert run.seconds is not None
         by_row.setdefault(run.row, []).append(run.seconds)
         if run.epochs:
-            per_epoch.setdefault(run.row[:2], []).append(run.seconds / run.epochs)
+            per_epoch.setdefault(_alike(run), []).append(run.seconds / run.epochs)
 
     def usual(run: RunStatus) -> float | None:
         if run.row in by_row:
             return median(by_row[run.row])
-        if run.epochs and run.row[:2] in per_epoch:
-            return median(per_epoch[run.row[:2]]) * run.epochs
+        if run.epochs and _alike(run) in per_epoch:
+            return median(per_epoch[_alike(run)]) * run.epochs
         return None
 
     return usual

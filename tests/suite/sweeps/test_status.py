@@ -308,6 +308,37 @@ def test_the_evaluation_is_said_to_go_on(tmp_path):
     assert re.match(r"Baseline 50 %, seed 0 +10/10 +attacking ", line)
 
 
+def test_networks_and_settings_of_one_name_have_lines_and_paces_of_their_own(tmp_path):
+    study = tmp_path / "s"
+    for place, (model, lr, seconds) in enumerate(
+        (("lenet5", 0.1, 10.0), ("lenet5", 0.2, 20.0), ("vgg16", 0.1, 900.0))
+    ):
+        for seed in (0, 1):
+            about = {
+                "model": model,
+                "dataset": "mnist",
+                "protocol": "paper",
+                "settings": f"lr={lr}",
+                "options": "",
+            }
+            row = {"label": "baseline", "compression": 0.0, "seed": seed, "epochs": 10, "row_id": f"{place}"}
+            state = "interrupted" if seed else "done"
+            make(study, f"baseline{place}", seed, state, row=row | about, train_seconds=seconds, attempts=2)
+    found = survey(study)
+    assert found.time_left.seconds == 10 + 20 + 900
+    lines = [" ".join(line.split()) for line in lines_of(printed(found, 200), "1/2")]
+    assert [line.partition(" 1/2 ")[0] for line in lines] == [
+        "Baseline (model=lenet5 lr=0.1)", "Baseline (model=lenet5 lr=0.2)", "Baseline (model=vgg16)"
+    ]  # fmt: skip
+    # A planned run belongs to the row of its name, if that is one
+    plan(study, planned=("baseline", 0.0, 2, 10))
+    assert survey(study).runs[-1].row.row_id == ""
+    for directory in study.glob("*baseline[12]*"):
+        shutil.rmtree(directory)
+    assert survey(study).runs[-1].row.row_id == "0"
+    assert lines_of(printed(survey(study), 200), "1/3")
+
+
 def test_the_time_left_of_a_study(tmp_path):
     study = tmp_path / "s"
     for seed, seconds in enumerate((100.0, 300.0, 200.0)):
