@@ -87,14 +87,16 @@ class Scheme:
     def ranks_by_energy(self, model: nn.Module) -> dict[str, int]:
         """The ranks of the layers of `ranks`, allocated anew by the spectra of their weights.
 
-        U and V^T together have at most as many weights as with `ranks`, see `condlr.allocation.by_budget`. A
-        classifier at full rank stays there.
+        U and V^T together have at most as many weights as the network exported with `ranks` has there, see
+        `condlr.allocation.by_budget`. A classifier at full rank stays there.
         """
         found, ranks = sites(model), self.ranks(model)
         head = _head(found, self.classifier)
         moved = {name: rank for name, rank in ranks.items() if name != head}
         shapes = {name: found[name].shape for name in moved}
-        limit = sum(weights("none", *shapes[name], rank) for name, rank in moved.items())
+        limit = sum(
+            min(weights("none", *shapes[name], r), math.prod(shapes[name])) for name, r in moved.items()
+        )
         spectra = {name: squares(found[name].matrix) for name in moved}
         return ranks | by_budget(spectra, shapes, limit, "none")
 

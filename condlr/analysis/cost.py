@@ -33,7 +33,7 @@ class CountedCost(Analysis):
     caption: ClassVar[str] = "What the networks cost, counted"
     legend: ClassVar[str] = (
         "In brackets: the part of the dense network's. Peaks are of a step, and of a forward pass, at batch "
-        "{batch_size}."
+        "{batch_size}. Where ranks change in training, they are those at its end."
     )
     keys: ClassVar[tuple[str, ...]] = ("batch_size",)
     columns: ClassVar[Mapping[str, str]] = {

@@ -36,6 +36,7 @@ class Cifar(Dataset):
     """
 
     shape = (3, 32, 32)
+    class_count = 10
     source: ClassVar[str]
     versions: ClassVar[Mapping[str, str]]
     train: ClassVar[tuple[str, ...]]
@@ -126,7 +127,8 @@ class Cifar(Dataset):
         try:
             batch = _plain_pickle.load(content)
         except ValueError as error:
-            raise UserError(f"{path} is damaged, or not a batch of {self.title}: {error}") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path} is damaged, or not a batch of {self.title}: {reason}") from error
         try:
             pixels = torch.as_tensor(batch["data"])
             labels = [torch.as_tensor(batch[kind]) for kind in self.classes]

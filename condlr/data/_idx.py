@@ -51,6 +51,7 @@ class Idx(Dataset):
     """28 x 28 grey images of ten classes in four IDX files, `<root>/<folder>/raw/`, plain or .gz."""
 
     shape = (1, 28, 28)
+    class_count = 10
     folder: ClassVar[str]
 
     @override

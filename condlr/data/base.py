@@ -152,12 +152,14 @@ class Dataset(ABC):
     Attributes:
         title: its name in tables; by default the name of its file.
         shape: (channels, height, width) of its images; None if only the files say.
+        class_count: the number of classes; None likewise.
         download: fetch missing files through torchvision.
         train_images, test_images: use only the first N images, for a quick trial; None for all.
     """
 
     title: ClassVar[str] = ""
     shape: ClassVar[tuple[int, int, int] | None] = None
+    class_count: ClassVar[int | None] = None
 
     download: bool = True
     train_images: int | None = None
@@ -169,9 +171,9 @@ class Dataset(ABC):
                 in_range(name, count, 1, math.inf)
 
     @property
-    def number_of_classes(self) -> int:
-        """Known without the files."""
-        return 10
+    def number_of_classes(self) -> int | None:
+        """Known without the files; None if it is not, and then no `budget` can be met."""
+        return self.class_count
 
     @abstractmethod
     def load(self, root: Path) -> Data:

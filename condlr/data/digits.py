@@ -23,6 +23,7 @@ class Digits(Dataset):
     """
 
     shape = (1, 28, 28)
+    class_count = 10
 
     @override
     def load(self, root: Path) -> Data:

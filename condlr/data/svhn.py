@@ -39,6 +39,7 @@ class Svhn(Dataset):
 
     title: ClassVar[str] = "SVHN"
     shape = (3, 32, 32)
+    class_count = 10
 
     extra: bool = False
     standardize: bool = True
@@ -89,12 +90,12 @@ def _read(path: Path) -> Images:
 
 def _images(pixels: Any, labels: Any) -> Images:
     """The images of the arrays of one file: (row, column, channel, image), and labels from 1 to 10."""
-    x, y = torch.from_numpy(pixels), torch.from_numpy(labels).flatten()
+    x, y = torch.from_numpy(pixels), torch.from_numpy(labels.astype("float64", casting="safe")).flatten()
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[:3] != (32, 32, 3) or not 0 < x.shape[3] == len(y):
         kind = str(x.dtype).removeprefix("torch.")
         raise ValueError(f"X is {tuple(x.shape)} {kind}, with {len(y)} labels")
-    if not torch.isin(y, torch.arange(1, 11)).all():
-        raise ValueError(f"its labels are {y.min()} to {y.max()}")
+    if not torch.isin(y, torch.arange(1.0, 11.0, dtype=y.dtype)).all():
+        raise ValueError(f"its labels are {y.min():g} to {y.max():g}")
     return Images(x.permute(3, 2, 0, 1).contiguous(), y.long() % 10)
 
 

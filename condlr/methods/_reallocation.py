@@ -1,5 +1,6 @@
 """Ranks that move between layers at a fixed number of weights, by the gradients of their matrices."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -31,7 +32,8 @@ def reallocate(
         optimizer: of their factors.
     """
     shapes = {name: layer.shape for name, layer in layers.items()}
-    limit = sum(weights("none", *shapes[name], layer.rank) for name, layer in layers.items())
+    # As exported: where U and V^T have more weights than W, W is
+    limit = sum(min(weights("none", *y.shape, y.rank), math.prod(y.shape)) for y in layers.values())
     spectra = {name: squares(gradients[name])[: 2 * layer.rank] for name, layer in layers.items()}
     for name, rank in by_budget(spectra, shapes, limit, "none").items():
         layer = layers[name]

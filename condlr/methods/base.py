@@ -66,6 +66,15 @@ class Method:
         return 1
 
     @property
+    def batches_without_step(self) -> int:
+        """Batches in a row after which no weight has moved; a penalty must be in every step, then."""
+        return 0
+
+    def undecayed(self, model: nn.Module) -> list[nn.Parameter]:
+        """The parameters that the method keeps orthonormal, which weight decay would turn. Default: none."""
+        return []
+
+    @property
     def capturable(self) -> bool:
         """Whether `step` can be recorded as a CUDA graph, without reading back or counting in Python."""
         return False
@@ -105,14 +114,16 @@ class Method:
         AdamW has its own decay rates of moments, and takes no `momentum`. The engine gives `weight_decay` and
         `kind` only where the protocol has them.
         """
+        parameters: list = [*model.parameters()]
+        if weight_decay and (kept := {*self.undecayed(model)}):
+            others = {"params": [p for p in parameters if p not in kept]}
+            parameters = [others, {"params": [p for p in parameters if p in kept], "weight_decay": 0.0}]
         if kind == "adamw":
             cuda = any(p.is_cuda for p in model.parameters())
             return torch.optim.AdamW(
-                model.parameters(), lr=lr, weight_decay=weight_decay, foreach=True, capturable=cuda
+                parameters, lr=lr, weight_decay=weight_decay, foreach=True, capturable=cuda
             )
-        return torch.optim.SGD(
-            model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, foreach=True
-        )
+        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, foreach=True)
 
     def begin_epoch(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, epochs: int

@@ -161,6 +161,10 @@ class CondLR(Allocating):
         return self._constraint.check() | (ranks if self.ranks == "adaptive" else {})
 
     @override
+    def undecayed(self, model: nn.Module) -> list[nn.Parameter]:
+        return [factor for layer in low_rank_layers(model).values() for factor in (layer.U, layer.Vt)]
+
+    @override
     def optimizer(
         self, model: nn.Module, lr: float, momentum: float, weight_decay: float = 0.0, kind: str = "sgd"
     ) -> torch.optim.Optimizer:

@@ -70,6 +70,11 @@ class RobustDlrt(Dlrt):
     def passes(self) -> int:
         return 1
 
+    @property
+    @override
+    def batches_without_step(self) -> int:
+        return 1
+
     @override
     def begin_epoch(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, epochs: int

@@ -52,6 +52,11 @@ class Vanilla(Allocating):
     def capturable(self) -> bool:
         return True
 
+    @property
+    @override
+    def passes(self) -> int:
+        return 2 if self.update == "alternating" else 1
+
     @override
     def apply(self, model: nn.Module, scheme: Scheme) -> nn.Module:
         factored = self.factored(model, scheme, core="none")

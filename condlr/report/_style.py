@@ -16,18 +16,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatterSciNotation, MaxNLocator, NullLocator
 
-from condlr.report.results import Known, by_row, colour, setting, title
+from condlr.report.results import Known, by_row, setting, title
 
 # The palettes of Okabe and Ito, and of Tol: colour-blind readers can tell the colours apart.
 PALETTE = (
     "#E69F00", "#882255", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#999933", "#D55E00", "#661100",
 )  # fmt: skip
 WIDTH = 7.0  # inches: the width of a page's text
-_SPARE_COLOURS = (
-    "#6699CC", "#888888", "#44AA99", "#AA4499", "#332288", "#DDAA33", "#117733", "#CC6677", "#66CCEE",
-    "#997700",
-)  # fmt: skip
 _DASHES = {0.0: "-", 0.5: "-", 0.8: (0, (4, 1.5))}
+# Of rows beyond the palette, whose colours come again
+_TURNS = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+# Inches: of a letter, a handle and a line of a legend; and the lines that the height of panels reckons with
+_LETTER, _HANDLE, _LINE, _ROOM = 0.05, 0.4, 0.16, 3
 _MARKS = ("D", "o", "s", "^", "v", "P")
 
 Styles = dict[str, dict[str, Any]]
@@ -112,19 +112,12 @@ def groups(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def styles(frame: pd.DataFrame, by_compression: bool) -> Styles:
     """A colour for each method and variant; with `by_compression`, a dash for each compression."""
-    drawn = {colour(label) for label in frame["label"].unique()}
-    spare = cycle([other for other in _SPARE_COLOURS if other not in drawn])
     found: Styles = {}
-    colours: dict[tuple[str, str], str] = {}
-    labels = set()
     by_compression = by_compression and len({*frame["compression"]} - {0.0}) > 1
-    for key, _ in by_row(frame):
-        if (key.label, key.variant) not in colours:
-            own = None if key.label in labels else colour(key.label)
-            colours[key.label, key.variant] = own or next(spare)
-        labels.add(key.label)
-        dash = _DASHES.get(key.compression, (0, (2, 1))) if by_compression else "-"
-        found[key.row_id] = {"color": colours[key.label, key.variant], "linestyle": dash}
+    for key, row in by_row(frame):
+        hue, turn = row.iloc[0][["colour", "turn"]]
+        dash = _DASHES.get(key.compression, (0, (2, 1))) if by_compression else _TURNS[turn % len(_TURNS)]
+        found[key.row_id] = {"color": hue, "linestyle": dash}
     return found
 
 
@@ -144,10 +137,13 @@ def legend(frame: pd.DataFrame, drawn: Styles, by_compression: bool, **line: Any
 
 
 def _below(figure: Figure, lines: Sequence[Line2D], columns: int, marks: Sequence[Line2D]) -> None:
-    """Add a legend under all panels; `marks` get columns of their own."""
+    """Add a legend under all panels, no wider than they are; `marks` get columns of their own."""
+    width = _HANDLE + _LETTER * max(len(str(handle.get_label())) for handle in (*lines, *marks))
+    columns = max(min(columns, int(figure.get_figwidth() / width)), 1 + bool(marks))
     height = next(h for h in count(1) if sum(-(-len(part) // h) for part in (lines, marks)) <= columns)
     blank = Line2D([], [], linestyle="none", label=" ")
     handles = [handle for part in (lines, marks) for handle in [*part, *[blank] * (-len(part) % height)]]
+    figure.set_figheight(figure.get_figheight() + _LINE * max(height - _ROOM, 0))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) // height)
 
 
@@ -155,7 +151,8 @@ def mean_line(axis: Axes, x: pd.Series, y: pd.Series, look: dict[str, Any], geom
     """Draw the mean of y over the seeds at each x; with `geometric` the geometric mean."""
     with np.errstate(divide="ignore"):
         mean = (np.log(y) if geometric else y).groupby(x).mean()
-    axis.plot(mean.index, np.exp(mean) if geometric else mean, **look)
+    point = {"marker": "o", "markersize": 3} if len(mean) == 1 else {}  # a line through it would not be seen
+    axis.plot(mean.index, np.exp(mean) if geometric else mean, **look | point)
 
 
 def panels(

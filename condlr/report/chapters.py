@@ -113,13 +113,16 @@ def _outcomes(cells: pd.DataFrame) -> Iterator[str]:
     for known, part in results.contexts(frame, results.BESIDE):
         under = _usual(part)
         n, attack = under.iloc[0][["n", "attack"]]
-        under = under[under["eps"].eq(under["eps"].max())]
-        best = under.loc[under.groupby("compression")["accuracy"].idxmax()].sort_values("compression")
-        parts = (
-            f"{results.title(row.label, row.variant)} {accuracy(row.accuracy, row.std)} % "
-            + (f"at {100 * row.compression:g} % compression" if row.compression else "uncompressed")
-            for row in best.itertuples()
-        )
+        # Where an attack leaves nothing of any row, a smaller strength tells more
+        telling = under.loc[under["accuracy"].gt(0), "eps"]
+        under = under[under["eps"].eq((under["eps"] if telling.empty else telling).max())]
+        parts = []
+        for compression, alike in under.groupby("compression"):
+            best = alike[alike["accuracy"].round(9).eq(alike["accuracy"].round(9).max())]
+            row = best.iloc[0]
+            name = results.title(row["label"], row["variant"]) if len(best) == 1 else f"{len(best)} rows"
+            where = f"at {100 * float(str(compression)):g} % compression" if compression else "uncompressed"
+            parts.append(f"{name} {accuracy(row['accuracy'], row['std'])} % {where}")
         strength = f"ε={under['eps'].max():g} ({results.norm_title(known['norm'])})"
         yield (
             f"{results.setting(known)}: the most accurate rows under {results.attack_title(attack)} "

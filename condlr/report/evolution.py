@@ -118,6 +118,8 @@ def operators(cells: pd.DataFrame, history: pd.DataFrame, out: Path) -> Iterator
             "condition numbers of the convolutions as they act on periodic images, epoch by epoch; "
             f"geometric mean over {_seeds(frame)}, band: one standard deviation of the logarithm"
         )
+        if singular := [key.title for key, row in by_row(frame) if np.isinf(row["max"]).all()]:
+            caption += f"; the largest is infinite, and not drawn, of {', '.join(singular)}"
         return Drawn(figure, caption, _style.legend(frame, styles, by_compression=True))
 
     tables = of_rows(cells, recorded, ["seed", "step", "median", "max"])

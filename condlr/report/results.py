@@ -5,6 +5,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,6 +26,11 @@ from condlr.suite.collecting import nothing_to_show
 from condlr.suite.runs import examined, keys
 
 T = TypeVar("T")
+# Of rows whose method defines no colour. By Tol: colour-blind readers can tell them apart.
+SPARE_COLOURS = (
+    "#6699CC", "#888888", "#44AA99", "#AA4499", "#332288", "#DDAA33", "#117733", "#CC6677", "#66CCEE",
+    "#997700",
+)  # fmt: skip
 # What the runs of a table share, by column; and with it their rows.
 Known = dict[str, Any]
 Table = tuple[Known, pd.DataFrame]
@@ -150,7 +156,7 @@ def summarize(cells: pd.DataFrame) -> pd.DataFrame:
         seed), seeds, by_seed (pairs of a seed and its accuracy), and the means of cond, cond_all, seconds,
         train_compression, deploy_compression.
         `variant` tells rows of one label apart: the options in which they differ. `told` does so for
-        the settings of one `setting`.
+        the settings of one `setting`. `colour` and `turn`: of the row in all figures, see `_looks`.
     """
     require_evaluated(cells)
     done = cells[_evaluated(cells)].fillna({"options": "", "settings": ""}).reset_index(drop=True)
@@ -160,7 +166,30 @@ def summarize(cells: pd.DataFrame) -> pd.DataFrame:
     told |= {"std": ("accuracy", "std"), "seeds": ("seed", "nunique"), "by_seed": ("pair", tuple)}
     frame = done.groupby([*CONTEXT, *ROW, "eps"], dropna=False, sort=False).agg(**told).reset_index()
     frame = frame.assign(told=_told(frame))
-    return ordered(frame, ["compression", "label", "variant", "row_id", "eps"]).reset_index(drop=True)
+    frame = ordered(frame, ["compression", "label", "variant", "row_id", "eps"]).reset_index(drop=True)
+    looks = _looks([*zip(frame["label"], frame["variant"], strict=True)])
+    return frame.assign(colour=[hue for hue, _ in looks], turn=[turn for _, turn in looks])
+
+
+def _looks(names: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
+    """For each label and variant its colour, and how often the palette was used up before.
+
+    The first variant of a label has the colour of its method, if that defines one.
+    """
+    own = {label: colour(label) for label, _ in names}
+    spare = [hue for hue in SPARE_COLOURS if hue not in own.values()]
+    found: dict[tuple[str, str], tuple[str, int]] = {}
+    others = count()
+    for label, variant in names:
+        if (label, variant) in found:
+            continue
+        hue = own[label]
+        if hue is None or any(label == other for other, _ in found):
+            turn, place = divmod(next(others), len(spare))
+            found[label, variant] = spare[place], turn
+        else:
+            found[label, variant] = hue, 0
+    return [found[name] for name in names]
 
 
 def contexts(frame: pd.DataFrame, names: Sequence[str] = CONTEXT) -> Iterator[Table]:
@@ -181,7 +210,7 @@ def by_row(frame: pd.DataFrame) -> Iterator[tuple[RowKey, pd.DataFrame]]:
 
 def of_rows(cells: pd.DataFrame, table: pd.DataFrame, columns: Sequence[str]) -> Iterator[Table]:
     """For each setting, columns of another table for its done runs, beside what identifies their rows."""
-    rows = summarize(cells)[[*TRAINING, *ROW]].drop_duplicates()
+    rows = summarize(cells)[[*TRAINING, *ROW, "told", "colour", "turn"]].drop_duplicates()
     done = table.loc[table["run_id"].isin(done_runs(cells)), ["row_id", *columns]]
     return contexts(rows.merge(done, on="row_id"), TRAINING)
 

@@ -70,9 +70,9 @@ class CifarC(Graded):
         start = (which.severity - 1) * (len(labels) // len(SEVERITIES))
         part = slice(start, start + which.n)
         # Copies, since the files are mapped into memory and cannot be written
-        rows, classes = (torch.from_numpy(array[part].copy()) for array in (pixels, labels))
+        rows, classes = torch.from_numpy(pixels[part].copy()), torch.from_numpy(labels[part].astype("int64"))
         chosen = data.test.take(slice(which.n))
-        if not torch.equal(classes.long(), chosen.labels.cpu()):
+        if not torch.equal(classes, chosen.labels.cpu()):
             raise UserError(
                 f"{folder / 'labels.npy'} differs from the labels of the network's test images: "
                 f"{self.title} is for networks trained on {self.trained_on} with all its classes"

@@ -1,6 +1,7 @@
 """Read parts of large .npy files."""
 
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 from condlr._support.errors import UserError
@@ -16,6 +17,7 @@ def mapped(path: Path, advice: str) -> Any:
 
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError, TypeError, SyntaxError, OverflowError) as error:
+    # A damaged header is parsed as Python
+    except (OSError, ValueError, EOFError, TypeError, SyntaxError, TokenError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is damaged or truncated ({reason}); {advice}") from error

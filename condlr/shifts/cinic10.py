@@ -106,8 +106,9 @@ def _rows(root: Path, chosen: Sequence[int]) -> Tensor:
             pixels = decode_image(str(path), ImageReadMode.RGB)  # some files are grey
         except RuntimeError as error:
             raise UserError(f"{path} is damaged, or not a PNG image: put the official file there") from error
-        if pixels.shape != (3, 32, 32):
-            raise UserError(f"{path} has the shape {tuple(pixels.shape)}; expected (3, 32, 32)")
+        if pixels.shape != (3, 32, 32) or pixels.dtype != torch.uint8:
+            kind = str(pixels.dtype).removeprefix("torch.")
+            raise UserError(f"{path} is {tuple(pixels.shape)} {kind}; expected (3, 32, 32) uint8")
         row[0], row[1:] = CLASSES.index(path.parent.name), pixels.flatten()
     return rows
 

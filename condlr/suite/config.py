@@ -209,6 +209,11 @@ def check(config: DictConfig | Mapping[str, Any]) -> RunConfig:
             method.require_penalty(penalty.acts_on)
         except ValueError as error:
             raise UserError(f"penalty.{error}") from None
+        if penalty.every > 1 and method.batches_without_step:
+            raise UserError(
+                f"penalty.every={penalty.every}: this method moves no weight in some batches, which may be "
+                "just these; set penalty.every=1"
+            )
     begun = origin(values["start"], dataset_keys["name"], model_keys["name"], values["seed"])
     if begun is not None:
         _require_kept(protocol, method_keys)
@@ -352,8 +357,9 @@ def _compression_for(
     """The smallest compression, in ten thousandths, whose exported network has at most `budget` weights."""
     import torch
 
-    if dataset.shape is None:
-        raise UserError("budget: the images of this dataset have no known shape; set compression instead")
+    if dataset.shape is None or dataset.number_of_classes is None:
+        what = "the shape of its images" if dataset.shape is None else "its number_of_classes"
+        raise UserError(f"budget: this dataset does not say {what}; set compression instead")
     with torch.device("meta"):
         network = model.build(dataset.shape, dataset.number_of_classes)
     steps = range(10_000)

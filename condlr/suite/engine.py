@@ -105,6 +105,8 @@ class Trainer:
         asked = {"weight_decay": self.protocol.weight_decay, "kind": self.protocol.optimizer}
         keys: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
         self.optimizer = self.method.optimizer(self.model, self.protocol.lr, self.protocol.momentum, **keys)
+        if self.batches <= self.method.batches_without_step:
+            raise ValueError("this method moves no weight in an epoch of one batch: use a smaller batch_size")
         self.device = self.data.train.pixels.device
         require(self.precision, self.device)
         if self.penalty:
@@ -181,8 +183,11 @@ class Trainer:
             self._take_batches(on_batch, self._steps())
         row = self._row(self.totals)
         self.epoch, self.batch = self.epoch + 1, 0
+        if self.record_every:  # the next row of the records has what came after the last one, too
+            pairs = zip(self._recorded, self.totals.so_far, strict=True)
+            loss, correct, images = (then - now for then, now in pairs)
+            self._recorded = loss, correct, int(images)
         self.totals.clear()
-        self._recorded = (0.0, 0.0, 0)
         self.history.append(row | {"epoch": self.epoch})
 
     def _take_batches(

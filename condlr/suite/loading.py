@@ -67,6 +67,9 @@ def load_data(config: RunConfig, device: torch.device) -> Data:
     data = data.hold_out(config.protocol.held_out, derive_seed(config.seed, "held_out"))
     if len(data.train) == 0:
         raise UserError(f"protocol.held_out={config.protocol.held_out:g} leaves no image to train on")
+    if config.protocol.stop_at is not None and data.held_out is None:
+        held_out = f"protocol.held_out={config.protocol.held_out:g}"
+        raise UserError(f"{held_out} of {len(data.train)} images is none, and protocol.stop_at needs some")
     return data.to(device)
 
 

@@ -54,6 +54,18 @@ def test_images_are_upright_and_the_digit_0_is_class_0(root):
     assert Svhn(standardize=False).load(root).standard is None
 
 
+@pytest.mark.parametrize("kind", ["uint16", "uint32", "uint64", "int16", "float32"])
+def test_labels_of_any_number_type_of_matlab_are_read(root, kind):
+    from scipy.io import loadmat, savemat
+
+    plain, content = Svhn().load(root), loadmat(path_of(root, "test"))
+    savemat(path_of(root, "test"), {"X": content["X"], "y": content["y"].astype(kind)})
+    assert torch.equal(Svhn().load(root).test.labels, plain.test.labels)
+    savemat(path_of(root, "test"), {"X": content["X"], "y": content["y"].astype("complex64")})
+    with pytest.raises(UserError, match="is not a file of SVHN"):
+        Svhn().load(root)
+
+
 def test_the_extra_images_are_added_to_the_training_images(root):
     plain, more = Svhn().load(root), Svhn(extra=True).load(root)
     assert len(more.train) == 50

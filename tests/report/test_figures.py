@@ -198,6 +198,35 @@ def test_ten_rows_without_a_colour_of_their_own_take_none_that_a_row_has():
     assert len({s["color"] for s in styles.values()}) == len(labels)
 
 
+def test_a_row_looks_alike_in_all_figures_and_no_two_rows_do():
+    labels = ["baseline", *(f"baseline+{name}" for name in "abcdefghijklmnop")]
+    frame = results.summarize(
+        pd.concat(study().assign(label=name, row_id=name, compression=0.0) for name in labels)
+    )
+    whole = _style.styles(frame, by_compression=False)
+    assert len({(look["color"], str(look["linestyle"])) for look in whole.values()}) == len(labels)
+    some = frame[frame["label"].isin(labels[::3])].iloc[::-1]
+    assert _style.styles(some, by_compression=False).items() <= whole.items()
+
+
+def test_a_single_singular_value_is_seen(tmp_path, drawn):
+    frame = study()
+    values = pd.DataFrame(
+        {
+            "run_id": run,
+            "row_id": row,
+            "seed": 0,
+            "when": "end",
+            "layer": "a",
+            "index": 1,
+            "singular_value": 2.0,
+        }
+        for run, row in frame[["run_id", "row_id"]].drop_duplicates().itertuples(index=False)
+    )
+    list(spectra.spectra(frame, values, tmp_path))
+    assert all(line.get_marker() == "o" for line in drawn[0].axes[0].get_lines())
+
+
 def test_many_rows_get_panels_by_compression(tmp_path, drawn):
     frame = seventeen()
     parts = _style.groups(results.summarize(frame))

@@ -53,6 +53,14 @@ def test_a_severity_is_its_part_of_the_file(folder, kind, data):
         assert torch.equal(images.labels, data.test.labels)
 
 
+@pytest.mark.parametrize("kind_of_labels", [">i8", ">u2", "<i4"])
+def test_labels_of_any_byte_order(folder, kind, data, kind_of_labels):
+    np.save(folder / "labels.npy", np.load(folder / "labels.npy").astype(kind_of_labels))
+    shift = kind(kinds=["fog"], severities=[2])
+    (which,) = shift.sets(N, folder.parent)
+    assert torch.equal(shift.make(which, data, folder.parent).labels, data.test.labels)
+
+
 def test_only_the_first_images_of_a_severity(folder, kind, data):
     shift = kind(kinds=["fog"], severities=[3], images=4)
     ((which, images),) = [(s, shift.make(s, data, folder.parent)) for s in shift.sets(N, folder.parent)]
@@ -89,6 +97,7 @@ def test_labels_of_other_images_are_refused(folder, kind, data):
         lambda whole: whole[:-1],
         lambda whole: b"PK\x03\x04" + whole,
         lambda whole: pickle.dumps([1, 2]),
+        lambda whole: whole[:10] + b"{{{" + whole[13:],
     ],
 )
 def test_damaged_files_are_named(folder, kind, content):

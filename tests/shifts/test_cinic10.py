@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.io import write_png
 
 from condlr._support.errors import UserError
@@ -99,7 +100,11 @@ def test_missing_and_damaged_files_are_named(root):
         with pytest.raises(UserError, match=r"n03_0.png is damaged, or not a PNG image: put the official"):
             made(root)
     write_png(image(1, 2, 3)[:, :16].contiguous(), str(path))
-    with pytest.raises(UserError, match=r"n03_0.png has the shape \(3, 16, 32\); expected \(3, 32, 32\)"):
+    with pytest.raises(UserError, match=r"n03_0.png is \(3, 16, 32\) uint8; expected \(3, 32, 32\) uint8"):
+        made(root)
+    deep = np.full((32, 32), 0x8001, np.uint16)
+    Image.fromarray(deep).save(path)
+    with pytest.raises(UserError, match=r"n03_0.png is \(3, 32, 32\) uint16; expected \(3, 32, 32\) uint8"):
         made(root)
     shutil.rmtree(path.parent)
     shutil.rmtree(root / "CINIC-10" / "test" / "ship")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from condlr._support.errors import UserError
+from condlr.data.digits import Digits
 from condlr.factorization import measure
 from tests.helpers import configured
 
@@ -56,3 +57,20 @@ def test_a_dense_row_has_the_size_it_has():
 def test_a_budget_that_no_rank_meets_is_one_line():
     with pytest.raises(UserError, match=r"budget=1000: this network needs [\d,]+ weights with rank 1"):
         checked("budget=1000")
+
+
+def test_ranks_that_are_shared_out_meet_it_where_factors_have_more_weights_than_their_product():
+    """Under the released code's rule a layer is exported dense, and its factors' weights are not there."""
+    config = configured(
+        "protocol=rivals", "protocol.rank_rule=released_code", "method.ranks=energy", "budget=425000"
+    )
+    torch.manual_seed(0)
+    network = config.method.apply(config.model.build((1, 28, 28), 10), config.scheme)
+    assert 0.95 * 425_000 < measure(network).deployed <= 425_000
+
+
+def test_a_dataset_that_does_not_say_its_classes_has_no_budget(monkeypatch):
+    monkeypatch.setattr(Digits, "class_count", None)
+    with pytest.raises(UserError, match="budget: this dataset does not say its number_of_classes; set"):
+        configured("dataset=digits", "budget=60000")
+    configured("dataset=digits")

@@ -5,15 +5,18 @@ import io
 import pytest
 import torch
 
-from condlr._support.errors import ConstraintBreach, Diverged
+from condlr._support.errors import ConstraintBreach, Diverged, UserError
 from condlr._support.seeds import derive_seed
 from condlr.analysis.conditioning import conditioning
-from condlr.factorization import Scheme
+from condlr.factorization import Scheme, low_rank_layers
 from condlr.methods.base import Method
 from condlr.methods.condlr import CondLR
+from condlr.methods.vanilla import Vanilla
 from condlr.models.lenet5 import LeNet5
 from condlr.suite.engine import Trainer
+from condlr.suite.loading import load_data
 from condlr.suite.runs import Run
+from tests.helpers import configured
 from tests.training import METHODS, Stop, protocol, trainer
 
 
@@ -113,27 +116,27 @@ def test_history(data):
 
 
 def test_records_within_epochs(data):
-    """Every third of 4 batches an epoch: a line's loss is the mean over the batches since the line before."""
+    """Every third of 4 batches an epoch: a line's loss is the mean over the batches since the line before.
+
+    These may be of two epochs.
+    """
     losses = []
     method = METHODS["vanilla"]
     t = trainer(method, data, epochs=3)
     taken = t._take_step
-    t._take_step = lambda *batch, **keys: (
-        taken(*batch, **keys) or losses.append((float(t.totals.loss), t.totals.images))
-    )  # type: ignore[method-assign]
+    t._take_step = lambda *batch, **keys: taken(*batch, **keys) or losses.append(float(t.totals.loss))  # type: ignore[method-assign]
     t.fit()
     assert [row["step"] for row in t.records] == [0, 3, 6, 9, 12]
     assert [row["epoch"] for row in t.records] == [0, 0, 1, 2, 2]
     assert t.records[0]["train_loss"] is None
     assert t.records[0]["cond_conv1"] == t.history[0]["cond_conv1"]
     assert t.records[-1]["cond_fc1"] == t.history[-1]["cond_fc1"]
-    batch = t.protocol.batch_size
-    assert t.records[1]["train_loss"] == pytest.approx(losses[2][0] / (3 * batch))
-    assert t.records[2]["train_loss"] == pytest.approx(losses[5][0] / (2 * batch))
-    assert t.records[3]["train_loss"] == pytest.approx(losses[8][0] / batch)
-    assert t.records[4]["train_loss"] == pytest.approx(
-        (losses[11][0] - losses[8][0]) / (len(data.train) - batch)
-    )
+    # Of each batch, from sums that start anew with every epoch
+    sums = torch.tensor(losses, dtype=torch.float64).view(3, 4)
+    each = sums.diff(dim=1, prepend=torch.zeros(3, 1)).flatten()
+    for row, first in zip(t.records[1:], (0, 3, 6, 9), strict=True):
+        loss, images = each[first : first + 3].sum().item(), _images(t, first, first + 3)
+        assert row["train_loss"] == pytest.approx(loss / images)
     assert all(0 <= row["train_accuracy"] <= 1 for row in t.records[1:])
 
 
@@ -287,3 +290,56 @@ def test_weight_decay_is_that_of_sgd(name, data):
     if name == "condlr":
         for factor in ("U", "Vt"):
             torch.testing.assert_close(ends[decay][f"fc1.{factor}"], ends[None][f"fc1.{factor}"])
+
+
+@pytest.mark.parametrize("name", ["condlr", "spectral_cap"])
+@pytest.mark.parametrize("optimizer", [None, "adamw"])
+def test_weight_decay_turns_no_basis(name, optimizer, data):
+    """Not by way of the momentum either: the moments of U have nothing of the decay."""
+    keys = {"optimizer": optimizer} if optimizer else {}
+    run = trainer(METHODS[name], data, momentum=0.9, weight_decay=0.5, epochs=1, **keys)
+    run.fit()
+    layers = low_rank_layers(run.model).values()
+    bases = {id(factor) for layer in layers for factor in (layer.U, layer.Vt)}
+    decays = {group["weight_decay"]: {id(p) for p in group["params"]} for group in run.optimizer.param_groups}
+    assert decays[0.0] == bases and {*map(id, run.model.parameters())} == bases | decays[0.5]
+    for layer in layers if optimizer is None else ():
+        moment = run.optimizer.state[layer.U]["momentum_buffer"]
+        along = layer.U.mT @ moment
+        assert along.norm() < 0.5 * moment.norm(), "most of it is horizontal"
+
+
+def test_no_batch_is_missing_from_the_records(data):
+    """An epoch may end between two rows."""
+    run = trainer(METHODS["baseline"], data, record_every=3, epochs=3)
+    run.fit()
+    rows = run.records[1:]
+    assert run.batches == 4 and [row["step"] for row in rows] == [3, 6, 9, 12]
+    correct = sum(
+        row["train_accuracy"] * _images(run, rows[place - 1]["step"] if place else 0, row["step"])
+        for place, row in enumerate(rows)
+    )
+    images = len(data.train)
+    assert correct == pytest.approx(sum(row["train_accuracy"] * images for row in run.history[1:]))
+
+
+def _images(run, first, last):
+    """How many images these batches have; the last of an epoch has fewer."""
+    size, images = run.protocol.batch_size, len(run.data.train)
+    return sum(min(size, images - size * (batch % run.batches)) for batch in range(first, last))
+
+
+def test_a_method_that_moves_nothing_in_some_batches_needs_others(data):
+    with pytest.raises(
+        ValueError, match="moves no weight in an epoch of one batch: use a smaller batch_size"
+    ):
+        trainer(METHODS["robust_dlrt"], data, batch_size=1000)
+    with pytest.raises(UserError, match="penalty.every=10: this method moves no weight in some batches"):
+        configured("method=robust_dlrt", "penalty=condition", "penalty.acts_on=S", "penalty.every=10")
+    assert (Vanilla().passes, Vanilla("alternating").passes) == (1, 2)
+
+
+def test_a_threshold_needs_held_out_images(tmp_path):
+    few = ["dataset=digits", "dataset.train_images=40", "protocol.held_out=0.01", "protocol.stop_at=0.5"]
+    with pytest.raises(UserError, match=r"protocol.held_out=0.01 of 40 images is none, and protocol.stop_at"):
+        load_data(configured(*few), torch.device("cpu"))
