@@ -93,21 +93,20 @@ class Estimate:
         count, seconds = row.attacks.get(key, (0, 0.0))
         if not count:
             try:
-                seconds = self._measure(config, row)
+                row.epoch, seconds = self._measure(config, row.epoch)
             except Diverged:
                 row.hopeless = True
                 return
         row.attacks[key] = count + 1, seconds
 
-    def _measure(self, config: RunConfig, row: Row) -> float:
-        """Seconds of the attack on all its images; those of an epoch are set once for a row."""
+    def _measure(self, config: RunConfig, epoch: float | None) -> tuple[float, float]:
+        """Seconds of an epoch, unless they are known, and of the attack on all its images."""
         data = self._load(config)
         check_images(config, data)
         trainer = trainer_for(config, build(config, data).to(data.train.pixels.device), data)
         self.device = describe(trainer.device)
         choose_run_forms(trainer, config)
-        if row.epoch is None:
-            row.epoch = _epoch_seconds(trainer)
+        epoch = _epoch_seconds(trainer) if epoch is None else epoch
         images = first(data.test, min(IMAGES, len(data.test)))
         attack = replace(config.attack, images=None, source=None)
         times: list[float] = []
@@ -115,7 +114,7 @@ class Estimate:
             clock = time.perf_counter()
             evaluate(trainer.model, images, attack)
             times.append(time.perf_counter() - clock)
-        return min(times) * (config.attack.images or len(data.test)) / len(images)
+        return epoch, min(times) * (config.attack.images or len(data.test)) / len(images)
 
     def _load(self, config: RunConfig) -> Data:
         """The run's data; read once for successive runs with the same data."""

@@ -16,7 +16,6 @@ from condlr._support.files import read_csv
 from condlr.report.provenance import provenance
 from condlr.suite.config import CONF
 from condlr.suite.sweeps import plan
-from condlr.suite.sweeps.estimate import Pace
 from condlr.suite.sweeps.plan import experiments_of, of_experiment, of_experiments
 from condlr.suite.sweeps.status import survey
 from tests.helpers import ROOT, SMALL, complains, configured
@@ -63,7 +62,7 @@ def ask(script, tmp_path, monkeypatch):
         script("train", "-m", *command)
         ids = [plan.check(values).run_id for values in made]
         monkeypatch.setattr(
-            "condlr.suite.sweeps.estimate.Estimate._measure", lambda _, c: tried.append(c) or Pace(1, 1)
+            "condlr.suite.sweeps.estimate.Estimate._measure", lambda _, c, __: tried.append(c) or (1.0, 1.0)
         )
         status, out, err = script("estimate", "-m", *command)
         assert status == 0, err

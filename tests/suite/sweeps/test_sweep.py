@@ -23,7 +23,6 @@ from condlr._support.locks import owners
 from condlr.suite.runs import Run
 from condlr.suite.signals import Signals
 from condlr.suite.sweeps import jobs
-from condlr.suite.sweeps.estimate import Pace
 from condlr.suite.sweeps.processes import Killed, call_apart
 from condlr.suite.sweeps.sweep import StudySweeper
 from tests.helpers import ROOT, SMALL, Program, at_once, complains, configured, wait_for
@@ -560,7 +559,7 @@ def test_experiments_that_are_swept_are_run_whole(script, tmp_path, experiments,
     }  # fmt: skip
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"rows", "seeds"}, "and no default"
     assert len(read_csv(tmp_path / "runs" / "seeds" / "planned.csv")) == 3
-    monkeypatch.setattr("condlr.suite.sweeps.estimate.Estimate._measure", lambda *_: Pace(1, 1))
+    monkeypatch.setattr("condlr.suite.sweeps.estimate.Estimate._measure", lambda *_: (1.0, 1.0))
     status, out, err = script("estimate", *experiments, f"experiment={chosen}")
     assert status == 0, err
     assert re.search(r"(seeds, rows|rows, seeds): 5 runs, 0 done, 5 to do", out)
