@@ -70,9 +70,9 @@ class Method:
         """Batches in a row after which no weight has moved; a penalty must be in every step, then."""
         return 0
 
-    def undecayed(self, model: nn.Module) -> list[nn.Parameter]:
+    def undecayed(self, model: nn.Module) -> set[nn.Parameter]:
         """The parameters that the method keeps orthonormal, which weight decay would turn. Default: none."""
-        return []
+        return set()
 
     @property
     def capturable(self) -> bool:
@@ -115,7 +115,7 @@ class Method:
         `kind` only where the protocol has them.
         """
         parameters: list = [*model.parameters()]
-        if weight_decay and (kept := {*self.undecayed(model)}):
+        if weight_decay and (kept := self.undecayed(model)):
             others = {"params": [p for p in parameters if p not in kept]}
             parameters = [others, {"params": [p for p in parameters if p in kept], "weight_decay": 0.0}]
         if kind == "adamw":

@@ -14,7 +14,7 @@ from condlr._support.precision import strict
 from condlr.algorithm import Options
 from condlr.constraint import Constraint
 from condlr.factorization import low_rank_layers
-from condlr.methods._bases import Objective, dense_gradients, is_free
+from condlr.methods._bases import Objective, bases, dense_gradients, is_free
 from condlr.methods._reallocation import reallocate
 from condlr.methods.base import Allocating, Term
 
@@ -161,8 +161,8 @@ class CondLR(Allocating):
         return self._constraint.check() | (ranks if self.ranks == "adaptive" else {})
 
     @override
-    def undecayed(self, model: nn.Module) -> list[nn.Parameter]:
-        return [factor for layer in low_rank_layers(model).values() for factor in (layer.U, layer.Vt)]
+    def undecayed(self, model: nn.Module) -> set[nn.Parameter]:
+        return bases(model)
 
     @override
     def optimizer(

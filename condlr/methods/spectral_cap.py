@@ -13,6 +13,7 @@ from condlr._support.errors import one_of
 from condlr.algorithm import PRECONDITIONERS, Options
 from condlr.constraint import Constraint
 from condlr.factorization import low_rank_layers
+from condlr.methods._bases import bases
 from condlr.methods.base import Allocating
 
 
@@ -60,8 +61,8 @@ class SpectralCap(Allocating):
         return ("cap",)
 
     @override
-    def undecayed(self, model: nn.Module) -> list[nn.Parameter]:
-        return [factor for layer in low_rank_layers(model).values() for factor in (layer.U, layer.Vt)]
+    def undecayed(self, model: nn.Module) -> set[nn.Parameter]:
+        return bases(model)
 
     @override
     def optimizer(

@@ -86,12 +86,11 @@ def _of_each(cells: pd.DataFrame, by_run: pd.DataFrame) -> Iterator[Table]:
 
 def _shifted(shifted: pd.DataFrame, _: pd.DataFrame) -> pd.DataFrame:
     """Of a shift with severities the mean over the sets that all have; of another each set for itself."""
-    named = shifted.assign(set=shifted["name"], name=shift_names(shifted))
+    names = shift_names(shifted).rename("title")
     means = [
-        shared(part.assign(name=part["set"])).groupby("run_id", sort=False)["accuracy"].mean().reset_index()
-        .assign(name=name, n=n)
-        for (name, n), part in named.groupby(["name", "n"], sort=False)
-    ]  # fmt: skip
+        shared(part).groupby("run_id", sort=False)["accuracy"].mean().reset_index().assign(name=name, n=n)
+        for (name, n), part in shifted.groupby([names, "n"], sort=False)
+    ]
     return pd.concat(means)
 
 

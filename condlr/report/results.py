@@ -176,7 +176,7 @@ def _looks(names: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
 
     The first variant of a label has the colour of its method, if that defines one.
     """
-    own = {label: colour(label) for label, _ in names}
+    own = {label: colour(label) for label in dict.fromkeys(label for label, _ in names)}
     spare = [hue for hue in SPARE_COLOURS if hue not in own.values()]
     found: dict[tuple[str, str], tuple[str, int]] = {}
     others = count()
