@@ -59,7 +59,7 @@ class Penalty(ABC):
         one_of("over_layers", self.over_layers, ("sum", "mean"))
         in_range("every", self.every, 1, math.inf)
         if any(m < 1 for m in self.milestones) or sorted({*self.milestones}) != self.milestones:
-            raise ValueError(f"milestones must be epochs in ascending order; got {self.milestones}")
+            raise ValueError(f"milestones must be different epochs in ascending order; got {self.milestones}")
         if len(self.factors) != len(self.milestones):
             raise ValueError(f"factors must be as many as milestones; got {self.factors}")
         for factor in self.factors:

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatterSciNotation, MaxNLocator, NullLocator
 
-from condlr.report.results import Known, by_row, setting, title
+from condlr.report.results import by_row
+from condlr.report.titles import Known, setting, title
 
 # The palettes of Okabe and Ito, and of Tol: colour-blind readers can tell the colours apart.
 PALETTE = (
@@ -26,6 +27,7 @@ WIDTH = 7.0  # inches: the width of a page's text
 _DASHES = {0.0: "-", 0.5: "-", 0.8: (0, (4, 1.5))}
 # Of rows beyond the palette, whose colours come again
 _TURNS = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+_FILLS = ("full", "bottom", "left", "top")
 # Inches: of a letter, a handle and a line of a legend; and the lines that the height of panels reckons with
 _LETTER, _HANDLE, _LINE, _ROOM = 0.05, 0.4, 0.16, 3
 _MARKS = ("D", "o", "s", "^", "v", "P")
@@ -111,13 +113,17 @@ def groups(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def styles(frame: pd.DataFrame, by_compression: bool) -> Styles:
-    """A colour for each method and variant; with `by_compression`, a dash for each compression."""
+    """A colour for each method and variant; with `by_compression`, a dash for each compression.
+
+    Where colours come again, a dash or the fill of a mark tells them apart.
+    """
     found: Styles = {}
     by_compression = by_compression and len({*frame["compression"]} - {0.0}) > 1
     for key, row in by_row(frame):
         hue, turn = row.iloc[0][["colour", "turn"]]
         dash = _DASHES.get(key.compression, (0, (2, 1))) if by_compression else _TURNS[turn % len(_TURNS)]
-        found[key.row_id] = {"color": hue, "linestyle": dash}
+        fill = {"fillstyle": _FILLS[turn % len(_FILLS)], "markerfacecoloralt": "white"} if turn else {}
+        found[key.row_id] = {"color": hue, "linestyle": dash, **fill}
     return found
 
 

@@ -10,8 +10,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from condlr.report import _style, results
+from condlr.report import _style, results, titles
 from condlr.report._style import PALETTE, WIDTH, Drawing, Drawn, Styles
+from condlr.report.titles import Known
 
 _DOTS, _SPARSE_DOTS = (0, (1, 1.2)), (0, (1, 3.5))
 
@@ -27,9 +28,9 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
     history = history.loc[history["run_id"].isin(results.done_runs(cells))]
     tables = (table for table in results.contexts(results.summarize(cells)) if table[1]["eps"].nunique() > 1)
 
-    def draw(known: results.Known, frame: pd.DataFrame) -> Drawn:
+    def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         compare = results.comparison(known, results.own(known, cells), paper)
-        attack = results.attack_title(known["attack"])
+        attack = titles.attack_title(known["attack"])
         parts = _style.groups(frame)
         alone = len(parts) == 1
         size = (WIDTH, 2.6 if alone else 0.8 + 2.4 * len(parts))
@@ -45,7 +46,7 @@ def robustness(cells: pd.DataFrame, history: pd.DataFrame, paper: Path, out: Pat
             right.set_title(name)
         _limit(axes[0, 0], frame)
         _style.log_axis(axes[0, 1].yaxis, history.loc[history["row_id"].isin(frame["row_id"]), "cond"])
-        axes[-1, 0].set_xlabel(f"perturbation ε ({results.norm_title(known['norm'])}, pixels in [0, 1])")
+        axes[-1, 0].set_xlabel(f"perturbation ε ({titles.norm_title(known['norm'])}, pixels in [0, 1])")
         axes[-1, 1].set_xlabel("optimiser step")
         handles = _style.legend(frame, styles, by_compression=alone)
         if compare:
@@ -72,11 +73,11 @@ def attacks(cells: pd.DataFrame, out: Path) -> Iterator[Drawing]:
         if counts.max() > 1:
             found.append((known | {"eps": counts.idxmax()}, frame))
 
-    def draw(known: results.Known, frame: pd.DataFrame) -> Drawn:
+    def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         rows = [key for key, _ in results.by_row(frame)][::-1]
         figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.22 * len(rows)), layout="constrained")
         _marks(axes, frame, rows, known["eps"])
-        strength = f"ε = {known['eps']:g} ({results.norm_title(known['norm'])})"
+        strength = f"ε = {known['eps']:g} ({titles.norm_title(known['norm'])})"
         axes.set_xlabel(f"accuracy at {strength}")
         figure.legend(loc="outside right center")
         caption = f"what each attack leaves at {strength}, means over seeds; n is the number of test images"
@@ -98,7 +99,7 @@ def _marks(axes: Axes, frame: pd.DataFrame, rows: list[results.RowKey], eps: flo
     at = at.assign(_left=at.groupby(["n", "attack"])["accuracy"].transform("mean"))
     at = at.sort_values(["n", "_left"], ascending=False, kind="stable")
     for (attack, n), part in at.groupby(["attack", "n"], sort=False):
-        label = f"{results.attack_title(attack)} (n={n:,})"
+        label = f"{titles.attack_title(attack)} (n={n:,})"
         heights = part["row_id"].map(places)
         axes.plot(
             part["accuracy"], heights, next(shapes), color=next(colours), markersize=5, alpha=0.9, label=label

@@ -15,7 +15,8 @@ from condlr.report import audit
 from condlr.report.content import numeric
 from condlr.report.markdown import piped
 from condlr.report.numbers import shown
-from condlr.report.results import ordered, read_those, run_titles
+from condlr.report.results import ordered, read_those
+from condlr.report.titles import run_titles
 from condlr.suite.registry import analyses
 
 # A terminal only gets the number of rows if there are more than this.

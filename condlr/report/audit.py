@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from condlr.report.markdown import piped
-from condlr.report.results import ordered, run_titles
+from condlr.report.results import ordered
+from condlr.report.titles import run_titles
 
 _SIGNS = {
     "pass": "[green]pass[/]",

@@ -20,13 +20,14 @@ from condlr.report import (
     shifts,
     tables,
     theorem,
+    titles,
     verdicts,
 )
 from condlr.report._style import Drawing
 from condlr.report.claims import TABLES, by_title
 from condlr.report.evidence import RULE, Claim
 from condlr.report.figures import drawings
-from condlr.report.numbers import accuracy, counted, shown
+from condlr.report.numbers import accuracy, counted, duration, shown
 from condlr.report.provenance import Provenance, of_flow, provenance
 from condlr.report.training import training
 from condlr.shifts.base import Shift
@@ -72,7 +73,7 @@ def document(study: Path, paper: Path, runs_dir: Path) -> content.Document:
         "To make it again": _commands(study, cells, origin),
     }
     contexts = cells[["dataset", "model"]].drop_duplicates().to_dict("records")
-    networks = " and ".join(map(results.network, contexts))
+    networks = " and ".join(map(titles.network, contexts))
     lead = [*_lead(cells, origin, study, evaluated)]
     lead = [*others[:1], *([content.Overview(found)] if found else []), *lead]
     return content.Document(f"{study.name}: {networks}", lead, _sections(sections))
@@ -120,12 +121,12 @@ def _outcomes(cells: pd.DataFrame) -> Iterator[str]:
         for compression, alike in under.groupby("compression"):
             best = alike[alike["accuracy"].round(9).eq(alike["accuracy"].round(9).max())]
             row = best.iloc[0]
-            name = results.title(row["label"], row["variant"]) if len(best) == 1 else f"{len(best)} rows"
+            name = titles.title(row["label"], row["variant"]) if len(best) == 1 else f"{len(best)} rows"
             where = f"at {100 * float(str(compression)):g} % compression" if compression else "uncompressed"
             parts.append(f"{name} {accuracy(row['accuracy'], row['std'])} % {where}")
-        strength = f"ε={under['eps'].max():g} ({results.norm_title(known['norm'])})"
+        strength = f"ε={under['eps'].max():g} ({titles.norm_title(known['norm'])})"
         yield (
-            f"{results.setting(known)}: the most accurate rows under {results.attack_title(attack)} "
+            f"{titles.setting(known)}: the most accurate rows under {titles.attack_title(attack)} "
             f"at {strength}, {n:,} images, are {', '.join(parts)}."
         )
 
@@ -171,11 +172,11 @@ def _audits(audits: pd.DataFrame) -> Iterator[content.Block]:
     header = ["row", "ε", "images", "passed", "notes", "warnings", "not done"]
     rows = []
     keys = ["compression", "label", "seed", "run_id", "norm", "eps", "n", "attack_seed"]
-    names = results.run_titles(audits)
+    names = titles.run_titles(audits)
     for _, part in results.ordered(audits, keys).groupby(keys, sort=False):
         first = part.iloc[0]
         found = {status: part.loc[part["status"].eq(status), "check"] for status in _STATUSES}
-        strength = f"{first['eps']:g} ({results.norm_title(first['norm'])})"
+        strength = f"{first['eps']:g} ({titles.norm_title(first['norm'])})"
         row = [names[first["run_id"]], strength, f"{first['n']:,}", str(len(found["pass"]))]
         rows.append([*row, *(", ".join(found[status]) or "–" for status in _STATUSES[1:])])
     warned = audits.loc[audits["status"].eq("warning"), "row_id"].nunique()
@@ -210,8 +211,8 @@ def _runs(
     accuracies = usual.set_index(["run_id", "eps"])["accuracy"].to_dict()
     cond = cells.drop_duplicates("run_id").set_index("run_id")["cond"]
     losses = history.groupby("run_id")["train_loss"].last().to_dict()
-    names, why = results.run_titles(runs), bool(runs["reason"].notna().any())
-    under = [f"{results.attack_title(attack)} ε={strongest:g}"] if strongest else []
+    names, why = titles.run_titles(runs), bool(runs["reason"].notna().any())
+    under = [f"{titles.attack_title(attack)} ε={strongest:g}"] if strongest else []
     header = ["row", "status", *["reason"] * why, "trained", "last loss", "cond", "clean", *under, "folder"]
     rows = []
     for run in runs.to_dict("records"):
@@ -221,7 +222,7 @@ def _runs(
         here = content.Link(name, f"{quote(os.fsencode(os.path.relpath(folder, study)))}/")
         rows.append([
             names[name], run["status"], *[shown(run["reason"])] * why,
-            "–" if pd.isna(run["train_seconds"]) else results.duration(run["train_seconds"]),
+            "–" if pd.isna(run["train_seconds"]) else duration(run["train_seconds"]),
             shown(losses.get(name)), shown(cond.get(name)), *map(accuracy, known),
             here if folder.is_dir() else name,
         ])  # fmt: skip
@@ -232,7 +233,7 @@ def _runs(
 def _commands(study: Path, cells: pd.DataFrame, origin: Provenance) -> Iterator[content.Block]:
     """The commands that train, evaluate and report the study, as its results record them."""
     attacks = {*cells["attack"].dropna()} - {*_usual(cells)["attack"]} if "attack" in cells else ()
-    others = [results.attack_title(attack) for attack in sorted(attacks)]
+    others = [titles.attack_title(attack) for attack in sorted(attacks)]
     seeds = f" seed={','.join(map(str, origin.seeds))}"
     lines = [
         f"python scripts/train.py experiment={name}"

@@ -9,9 +9,10 @@ import pandas as pd
 from condlr.analysis.embeddings import CLASSIFIERS, COMPRESSION
 from condlr.report import theses
 from condlr.report.evidence import Claim, Comparison, Rows, judged
-from condlr.report.results import TRAINING, Known, Table, attack_title, contexts, decay, setting, summarize
+from condlr.report.results import TRAINING, Table, contexts, summarize
 from condlr.report.shifts import shared, shift_names
 from condlr.report.theses import DIRECTIONS, LOSS, Thesis, put
+from condlr.report.titles import Known, attack_title, decay, setting
 
 _DECAY = re.compile(r" weight_decay=(\S+)")
 

@@ -4,9 +4,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from condlr.report.results import BESIDE, attack_title, epochs, network, norm_title, setting
+from condlr.report.results import BESIDE
 from condlr.report.sheet import Column, Row, Sheet, Value
 from condlr.report.tables import Line, Table, audit_note, strength
+from condlr.report.titles import attack_title, epochs, network, norm_title, setting
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import pandas as pd
 from scipy import special
 
 from condlr.report.numbers import accuracy
-from condlr.report.results import title
 from condlr.report.sheet import anchor
+from condlr.report.titles import title
 
 VERDICTS = ("supported", "partly", "not supported", "undecided")
 

@@ -13,7 +13,8 @@ from matplotlib.lines import Line2D
 
 from condlr.report import _style
 from condlr.report._style import WIDTH, Drawing, Drawn
-from condlr.report.results import Known, Table, by_row, decay, of_rows, setting
+from condlr.report.results import Table, by_row, of_rows
+from condlr.report.titles import Known, decay, setting
 
 _DASHES = ("-", (0, (5, 1.2)), (0, (2.5, 1)), (0, (5, 1, 1, 1)))
 _PREFIX = "cond_"

@@ -3,8 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
-from condlr.report.numbers import counted
-from condlr.report.results import duration, title
+from condlr.report.numbers import counted, duration
+from condlr.report.titles import title
 from condlr.suite.sweeps.estimate import Estimate
 
 

@@ -12,18 +12,10 @@ from pathlib import Path
 import pandas as pd
 
 from condlr.report.numbers import accuracy
-from condlr.report.results import (
-    TRAINING,
-    Known,
-    contexts,
-    model_title,
-    row_title,
-    setting,
-    summarize,
-    unharmed,
-)
+from condlr.report.results import TRAINING, contexts, summarize, unharmed
 from condlr.report.sheet import Column, Row, Sheet, Value
 from condlr.report.shifts import shared, shift_names
+from condlr.report.titles import Known, model_title, row_title, setting
 
 SOURCE = (
     "Published: A. D. Grigoriev's slides on frame regularisation (MIPT, 2022), of networks of full width; ± "

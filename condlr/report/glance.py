@@ -7,19 +7,10 @@ from typing import Any
 import pandas as pd
 
 from condlr.report.numbers import accuracy, condition, shown
-from condlr.report.results import (
-    TRAINING,
-    Known,
-    attack_title,
-    by_row,
-    contexts,
-    setting,
-    summarize,
-    title,
-    unharmed,
-)
+from condlr.report.results import TRAINING, by_row, contexts, summarize, unharmed
 from condlr.report.sheet import Column, Row, Sheet, Value
 from condlr.report.shifts import shared, shift_names
+from condlr.report.titles import Known, attack_title, setting, title
 
 # The text of each row that has a value, by row_id.
 Texts = Mapping[Any, str]

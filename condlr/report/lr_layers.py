@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 
 from condlr.report.numbers import accuracy
-from condlr.report.results import Known, attack_title, by_row, contexts, setting, summarize
+from condlr.report.results import by_row, contexts, summarize
 from condlr.report.sheet import Column, Row, Sheet, Value
+from condlr.report.titles import Known, attack_title, setting
 
 SOURCE = (
     "Published: of ResNet-50, by the author's post on arXiv 1804.07090v5; the length of a step and the "

@@ -41,3 +41,16 @@ def rounded(fraction: float) -> str:
 def condition(value: float) -> str:
     """A condition number, to three digits."""
     return f"{value:.3g}" if value >= 10 else f"{value:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s`, `42 s`, `7 min 10 s`, `3 h 20 min`, `5 days 4 h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    days, hours = divmod(whole // 3600, 24)
+    return f"{days} {'day' if days == 1 else 'days'} {hours} h"

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from condlr.report.numbers import counted
-from condlr.report.results import run_title
+from condlr.report.titles import run_title
 from condlr.suite.sweeps.jobs import STATES, Outcome
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from condlr.report.results import Known, title
+from condlr.report.titles import Known, title
 from condlr.suite.config import CONF
 
 _MEANINGS = {

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from condlr.report.results import ROW, TRAINING, contexts, duration, network, row_title
+from condlr.report.numbers import duration
+from condlr.report.results import ROW, TRAINING, contexts
+from condlr.report.titles import network, row_title
 from condlr.suite.sweeps.plan import experiments_of, of_experiments
 
 _VERSIONS = ("python", "condlr", "torch", "torchvision", "numpy", "hydra-core")

@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 
 from condlr.report import _style
 from condlr.report._style import WIDTH, Drawing, Drawn
-from condlr.report.results import Known, RowKey, by_row, done_runs, of_rows
+from condlr.report.results import RowKey, by_row, done_runs, of_rows
+from condlr.report.titles import Known
 
 # Thumbnails in a line: more of them are too small to see.
 _ACROSS = 12

@@ -9,7 +9,8 @@ from matplotlib.lines import Line2D
 
 from condlr.report import _style
 from condlr.report._style import WIDTH, Drawing, Drawn
-from condlr.report.results import Known, by_row, done_runs, of_rows
+from condlr.report.results import by_row, done_runs, of_rows
+from condlr.report.titles import Known
 
 
 def variance_ratios(cells: pd.DataFrame, ratios: pd.DataFrame, out: Path) -> Iterator[Drawing]:

@@ -8,7 +8,8 @@ import pandas as pd
 from condlr._support.rooms import find
 from condlr.report.markdown import piped
 from condlr.report.numbers import accuracy
-from condlr.report.results import SHIFT, TRAINING, ordered, run_titles
+from condlr.report.results import SHIFT, TRAINING, ordered
+from condlr.report.titles import run_titles
 from condlr.shifts.base import Shift
 
 # What a run shares with the baseline that its errors are compared with.

@@ -9,7 +9,8 @@ from matplotlib.lines import Line2D
 
 from condlr.report import _style
 from condlr.report._style import Drawing, Drawn, Styles
-from condlr.report.results import Known, by_row, of_rows
+from condlr.report.results import by_row, of_rows
+from condlr.report.titles import Known
 
 # Drawn above the end, which would hide it where training changed little
 _START = {"color": "0.25", "linestyle": (0, (1, 2)), "linewidth": 0.9, "zorder": 3}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from condlr.report import numbers, results
+from condlr.report import numbers, results, titles
 from condlr.report.audit import Marks
 from condlr.report.protocols import differences
 from condlr.report.published import NUMBERS, slips
@@ -143,8 +143,8 @@ class Table:
     def caption(self) -> str:
         """What the rows share."""
         known, number = self.context, f"Table {self.number}. " if self.number else ""
-        attack = f"{results.attack_title(known['attack'])} ({results.norm_title(known['norm'])})"
-        return f"{number}{results.setting(known)}: accuracy (%) under {attack}, {known['n']:,} images"
+        attack = f"{titles.attack_title(known['attack'])} ({titles.norm_title(known['norm'])})"
+        return f"{number}{titles.setting(known)}: accuracy (%) under {attack}, {known['n']:,} images"
 
     @property
     def audit_note(self) -> str:
@@ -194,7 +194,7 @@ def _published_notes(made: Sequence[Table]) -> list[str]:
         notes.append(f"{_DIFFERENCE}{' (no row here has them)' if single else ''}.")
     for table in made:
         if table.differences:
-            of = f"{results.network(table.context)}, what differs" if len(made) > 1 else "What differs"
+            of = f"{titles.network(table.context)}, what differs" if len(made) > 1 else "What differs"
             notes.append(f"{of} from the paper's text. {'. '.join(table.differences)}.")
     return [*notes, *(slip for table in made for slip in table.slips)]
 
@@ -227,13 +227,13 @@ def tables(cells: pd.DataFrame, paper: Path, marks: Marks | None = None) -> Iter
                 ours = {name: cell[name] for name in ("accuracy", "std", "seeds", "group_best", "best")}
                 row_cells[cell["eps"]] = replace(beside.get(cell["eps"], Cell()), **ours)
             warnings = marks.of(key.row_id, known["norm"], known["attack"]) if marks else None
-            name, measured = results.title(key.label, key.variant), row.iloc[0]["train_compression"]
+            name, measured = titles.title(key.label, key.variant), row.iloc[0]["train_compression"]
             lines.append(Line(name, key.label, key.compression, _facts(row), row_cells, warnings, measured))
         if number:
             ran = {(line.method, line.compression) for line in lines}
             lines += [_not_run(*key, row) for key, row in printed.items() if key not in ran]
             # By compression, then as in the paper; variants of a row keep their order
-            lines.sort(key=lambda line: (line.compression, results.place(line.method), line.method))
+            lines.sort(key=lambda line: (line.compression, titles.place(line.method), line.method))
         told = differences(known, mine) if printed else []
         yield Table(known, lines, number, told, _slips(known, paper) if number else ())
 
@@ -276,7 +276,7 @@ def _facts(row: pd.DataFrame) -> dict[str, str]:
 
 def _not_run(label: str, compression: float, cells: dict[float, Cell]) -> Line:
     facts = {"requested": f"{100 * compression:g}"} | dict.fromkeys(_FACTS, "–")
-    return Line(results.title(label), label, compression, facts, cells)
+    return Line(titles.title(label), label, compression, facts, cells)
 
 
 def _slips(context: Mapping[str, Any], paper: Path) -> list[str]:
@@ -286,7 +286,7 @@ def _slips(context: Mapping[str, Any], paper: Path) -> list[str]:
     for slip in slips(paper, context["dataset"], context["model"]):
         found.setdefault((slip.label, slip.compression), []).append(slip)
     return [
-        f"{results.network(context)}, {results.title(label)} at {100 * compression:g} %, "
+        f"{titles.network(context)}, {titles.title(label)} at {100 * compression:g} %, "
         f"ε={_listed(s.eps for s in row)}: Table 1 prints {_listed(100 * s.first for s in row)}, "
         f"Table {number} prints {_listed(100 * s.other for s in row)}."
         for (label, compression), row in found.items()
@@ -354,13 +354,13 @@ def table1(made: Sequence[Table], paper: Path) -> Iterator[Sheet]:
             for table, (model, name) in zip(pair, NUMBERS, strict=True):
                 table = table or _only_published(model, name, paper)
                 strengths = table.strengths if not table.number else _published_strengths(table)
-                block = results.dataset(table.context)
+                block = titles.dataset(table.context)
                 parts.append(_Part(table, block, ("measured", "seeds"), strengths[::2]))
-                trained = results.epochs(table.context) if table.number else "not run"
-                which.append(f"{results.network(table.context)} ({trained})")
+                trained = titles.epochs(table.context) if table.number else "not run"
+                which.append(f"{titles.network(table.context)} ({trained})")
             shown = [part.table for part in parts]
-            notes = [f"{results.network(t.context)}: {t.missing}" for t in shown if t.number and t.missing]
-            notes += [f"{results.network(t.context)}: {t.audit_note}" for t in shown if t.number]
+            notes = [f"{titles.network(t.context)}: {t.missing}" for t in shown if t.number and t.missing]
+            notes += [f"{titles.network(t.context)}: {t.audit_note}" for t in shown if t.number]
             settings = [f"{t.context['dataset']}: {t.context['settings']}" for t in shown if t.number]
             caption = f"Table 1. {' and '.join(which)}, protocol {protocol}: accuracy (%) under FGSM (ℓ∞)"
             yield _sheet(caption, parts, notes, settings, [*_published_notes(shown), LEGEND])

@@ -13,16 +13,8 @@ from matplotlib.ticker import MaxNLocator
 
 from condlr.report import _style
 from condlr.report._style import Drawing, Drawn, Styles
-from condlr.report.results import (
-    TRAINING,
-    Known,
-    attack_title,
-    by_row,
-    contexts,
-    norm_title,
-    summarize,
-    title,
-)  # fmt: skip
+from condlr.report.results import TRAINING, by_row, contexts, summarize
+from condlr.report.titles import Known, attack_title, norm_title, title
 
 _SAME = 0.005  # points with closer compressions would overlap
 _ALIKE = 0.05  # rows whose compressions differ by less would be a stack of dots
@@ -80,7 +72,7 @@ def cost(cells: pd.DataFrame, counted: pd.DataFrame | None, out: Path) -> Iterat
         figure, axes = _style.panels(len(axes_of), len(axes_of), 2.5, sharey=True)
         for axis, (text, (column, std)) in zip(axes, axes_of.items(), strict=True):
             for row in part.to_dict("records"):
-                point = _point(marks, row["compression"], styles[row["row_id"]]["color"])
+                point = _point(marks, row["compression"], styles[row["row_id"]])
                 axis.errorbar(
                     row[column], row["accuracy"], yerr=row["std"], xerr=row[std], elinewidth=0.9, **point
                 )
@@ -147,7 +139,7 @@ def _one_below_the_other(frame: pd.DataFrame) -> Drawn:
     figure, parts = _attacked(frame, height, "accuracy", "", sharey=True)
     for axis, part in parts:
         for row in part.to_dict("records"):
-            point = _point(marks, row["compression"], styles[row["row_id"]]["color"])
+            point = _point(marks, row["compression"], styles[row["row_id"]])
             axis.errorbar(row["accuracy"], order.index(row["row_id"]), xerr=row["std"], **point)
         axis.set_yticks(range(len(order)), [titles[row_id] for row_id in order])
         axis.xaxis.set_major_locator(MaxNLocator(4))
@@ -201,7 +193,7 @@ def _device(cells: pd.DataFrame, part: pd.DataFrame) -> str:
 
 def _compressions(axis: Axes, part: pd.DataFrame, styles: Styles, marks: dict[float, str]) -> None:
     for row in part.to_dict("records"):
-        point = _point(marks, row["compression"], styles[row["row_id"]]["color"])
+        point = _point(marks, row["compression"], styles[row["row_id"]])
         trained, exported = row["train_compression"], row["deploy_compression"]
         axis.errorbar(trained, row["accuracy"], yerr=row["std"], elinewidth=0.9, **point)
         if abs(exported - trained) > _SAME:
@@ -212,10 +204,12 @@ def _compressions(axis: Axes, part: pd.DataFrame, styles: Styles, marks: dict[fl
     _style.percent(axis.yaxis)
 
 
-def _point(marks: dict[float, str], compression: float, colour: str = "0.4") -> dict[str, Any]:
-    return {
-        "color": colour, "marker": marks.get(compression, "o"), "linestyle": "none", "markersize": 5,
-        "markeredgecolor": "white", "markeredgewidth": 0.6,
+def _point(marks: dict[float, str], compression: float, look: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The mark of a requested compression; half-filled where the colour of the row comes again."""
+    look = look or {"color": "0.4"}
+    return look | {
+        "marker": marks.get(compression, "o"), "linestyle": "none", "markersize": 5, "markeredgewidth": 0.6,
+        "markeredgecolor": look["color"] if "fillstyle" in look else "white",
     }  # fmt: skip
 
 
@@ -224,7 +218,11 @@ def _hollow(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def _methods(frame: pd.DataFrame, styles: Styles) -> list[Line2D]:
-    return _style.legend(frame, styles, by_compression=False, linestyle="-", linewidth=4)
+    handles = _style.legend(frame, styles, by_compression=False, linestyle="-", linewidth=4)
+    for handle in handles:
+        if handle.get_fillstyle() != "full":
+            handle.set(marker="s", linestyle="none", markersize=7, markeredgewidth=0.6)
+    return handles
 
 
 def _marks(frame: pd.DataFrame, marks: dict[float, str]) -> list[Line2D]:

@@ -3,8 +3,9 @@
 import pandas as pd
 
 from condlr.report.numbers import accuracy, condition, shown
-from condlr.report.results import ordered, require, title, told_apart
+from condlr.report.results import ordered, require
 from condlr.report.sheet import Column, Row, Sheet, Value
+from condlr.report.titles import title, told_apart
 
 LEGEND = (
     "loss: mean over the first epoch and over the last. cond: largest condition number at the end, as in the "

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from condlr.report import _style
 from condlr.report._style import WIDTH, Drawing, Drawn
 from condlr.report.evidence import Claim, Comparison, Mean, places
-from condlr.report.results import Known, colour
+from condlr.report.titles import Known, colour
 
 LEGEND = (
     "Dots: mean accuracy over seeds; bars: two standard errors, where they are known. Hollow, dashed and "

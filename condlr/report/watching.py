@@ -14,8 +14,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from condlr.report.numbers import counted
-from condlr.report.results import duration, place, row_title, run_title, told_apart
+from condlr.report.numbers import counted, duration
+from condlr.report.titles import place, row_title, run_title, told_apart
 from condlr.suite.sweeps.status import Progress, RowKey, RunStatus, Study
 
 # States whose reason is shown. The words say the same as the colours.

@@ -80,8 +80,10 @@ class Protocol:
         one_of("schedule", self.schedule, (None, "cosine"))
         if self.schedule and self.lr_milestones:
             raise ValueError("schedule=cosine takes no milestones: set lr_milestones=[]")
-        if any(m < 1 for m in self.lr_milestones) or sorted(self.lr_milestones) != self.lr_milestones:
-            raise ValueError(f"lr_milestones must be epochs in ascending order; got {self.lr_milestones}")
+        if any(m < 1 for m in self.lr_milestones) or sorted({*self.lr_milestones}) != self.lr_milestones:
+            raise ValueError(
+                f"lr_milestones must be different epochs in ascending order; got {self.lr_milestones}"
+            )
 
     @property
     def attack(self) -> "Adversarial | None":

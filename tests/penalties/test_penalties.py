@@ -83,8 +83,8 @@ def test_the_weight_of_each_epoch():
     ("keys", "message"),
     [
         ({"weight": -1}, "weight must be in"),
-        ({"milestones": [3, 2], "factors": [1, 1]}, "milestones must be epochs in ascending order"),
-        ({"milestones": [0], "factors": [1]}, "milestones must be epochs"),
+        ({"milestones": [3, 2], "factors": [1, 1]}, "milestones must be different epochs in ascending order"),
+        ({"milestones": [0], "factors": [1]}, "milestones must be different epochs"),
         ({"milestones": [1]}, "factors must be as many as milestones"),
         ({"milestones": [1], "factors": [-1]}, "factors must be in"),
     ],

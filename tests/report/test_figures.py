@@ -25,6 +25,7 @@ from condlr.report import (
     representations,
     results,
     spectra,
+    titles,
     tradeoffs,
     verdicts,
 )
@@ -140,9 +141,9 @@ def test_published_values_are_dotted_in_the_colour_of_their_row(tmp_path, drawn)
     left, right = drawn[0].axes
     dotted = {line.get_color(): [*line.get_ydata()] for line in left.get_lines() if line.get_linewidth() < 1}
     assert dotted == {
-        results.colour("baseline"): [0.9908, 0.9328],
-        results.colour("condlr-tau0.1"): [0.9873, 0.9668],
-        results.colour("vanilla"): [0.9870, 0.9094],
+        titles.colour("baseline"): [0.9908, 0.9328],
+        titles.colour("condlr-tau0.1"): [0.9873, 0.9668],
+        titles.colour("vanilla"): [0.9870, 0.9094],
     }
     assert len(right.get_lines()) == 5, "a line for each seed"
     assert texts(drawn[0]) == ["Baseline", "CondLR τ=0.1, 50 %", "Vanilla, 50 %", "published"]
@@ -194,7 +195,7 @@ def test_ten_rows_without_a_colour_of_their_own_take_none_that_a_row_has():
     labels = ["baseline", "snip", "srn", *(f"baseline+{name}" for name in "abcdefgh")]
     frames = [study().assign(label=label, row_id=label, compression=0.0) for label in labels]
     styles = _style.styles(results.summarize(pd.concat(frames)), by_compression=True)
-    assert styles["snip"]["color"] == results.colour("snip")
+    assert styles["snip"]["color"] == titles.colour("snip")
     assert len({s["color"] for s in styles.values()}) == len(labels)
 
 
@@ -270,10 +271,10 @@ def test_figure_2_is_of_ill_conditioned_starts(tmp_path, drawn):
     assert "falling as 2⁻ⁱ" in drawn[0].get_suptitle()
     *_, last = drawn[0].axes
     colours = {line.get_color(): line.get_ydata() for line in last.get_lines()}
-    assert {results.colour(x) for x in ("baseline", "condlr-tau0.1", "vanilla")} < {*colours}
+    assert {titles.colour(x) for x in ("baseline", "condlr-tau0.1", "vanilla")} < {*colours}
     # Seeds of 1e5 and 4e5, then 6 and 24: their geometric means
-    np.testing.assert_allclose(colours[results.colour("vanilla")], [2e5, 12, 12])
-    np.testing.assert_allclose(colours[results.colour("baseline")], [1e5, 6, 6])
+    np.testing.assert_allclose(colours[titles.colour("vanilla")], [2e5, 12, 12])
+    np.testing.assert_allclose(colours[titles.colour("baseline")], [1e5, 6, 6])
     assert last.get_yscale() == "log"
     band = next(x for x in last.collections if x.get_facecolor()[0][0] > 0.8).get_paths()[0].vertices
     # ln 4 / sqrt 2 is the standard deviation of ln 6 and ln 24
@@ -295,7 +296,7 @@ def test_operators_epoch_by_epoch(tmp_path, drawn):
     for axes, value in ((middle, 5), (largest, 9)):
         colours = {line.get_color(): line.get_ydata() for line in axes.get_lines()}
         # Two seeds of which one has four times the condition number: their geometric mean
-        np.testing.assert_allclose(colours[results.colour("vanilla")], 2 * value * 2.0 ** np.arange(4))
+        np.testing.assert_allclose(colours[titles.colour("vanilla")], 2 * value * 2.0 ** np.arange(4))
 
 
 def test_reconstructed_images_are_drawn_beside_their_own(tmp_path, drawn):
@@ -348,7 +349,7 @@ def test_variance_ratios_of_each_layer(tmp_path, drawn):
     first, second = drawn[0].axes
     assert [first.get_title(), second.get_title()] == ["stage3", "fc.input"]
     solid = {line.get_color(): line.get_ydata() for line in lines(first, linestyle="-")}
-    np.testing.assert_allclose(solid[results.colour("vanilla")], 1.5 * np.arange(1, 4) / 10)
+    np.testing.assert_allclose(solid[titles.colour("vanilla")], 1.5 * np.arange(1, 4) / 10)
     assert len(lines(first, linestyle=":")) == len(solid) == 3
 
 
@@ -388,7 +389,7 @@ def test_spectra_at_start_and_end(tmp_path, drawn):
     assert [first.get_title(), second.get_title()] == ["conv1", "fc1"]
     solid = {line.get_color(): line.get_ydata() for line in lines(first, linestyle="-")}
     assert len(solid) == 3
-    np.testing.assert_allclose(solid[results.colour("vanilla")], 2**0.5 * 0.5 ** np.arange(1, 5))
+    np.testing.assert_allclose(solid[titles.colour("vanilla")], 2**0.5 * 0.5 ** np.arange(1, 5))
     assert len(first.get_lines()) == 6
     list(spectra.spectra(seventeen(), values(seventeen()), tmp_path))
     assert len(drawn[1].axes) == 4, "a line of panels for each compression"
@@ -403,7 +404,7 @@ def test_compression_is_what_was_measured(tmp_path, drawn):
     assert clean.get_title() == "no attack"
     assert "0.06" in attacked.get_title()
     at = {(x.get_color(), x.get_markerfacecolor()): x.get_xydata()[0] for x in attacked.get_lines()}
-    vanilla = results.colour("vanilla")
+    vanilla = titles.colour("vanilla")
     assert at[vanilla, vanilla] == pytest.approx([0.3, 0.92])
     assert at[vanilla, "white"] == pytest.approx([0.5, 0.92])
     assert texts(drawn[0])[:3] == ["Baseline", "CondLR τ=0.1", "Vanilla"]
@@ -441,7 +442,7 @@ def test_cost_in_seconds_and_where_counted_in_flops(tmp_path, drawn):
     list(tradeoffs.cost(study(), flops, tmp_path))
     seconds, counted = drawn[1].axes
     places = {line.get_color(): line.get_xydata()[0] for line in seconds.get_lines()}
-    assert places[results.colour("vanilla")] == pytest.approx([10.5, 0.92])
+    assert places[titles.colour("vanilla")] == pytest.approx([10.5, 0.92])
     assert {line.get_xdata()[0] for line in counted.get_lines()} == {2.0}
     list(tradeoffs.cost(seventeen(), flops.iloc[:1], tmp_path))
     assert len(drawn[2].axes) == 1, "FLOPs of some rows alone are no comparison"
@@ -469,9 +470,9 @@ def test_weights_are_those_kept_in_deployment(tmp_path, drawn):
     lines = {
         line.get_color(): line.get_xydata() for line in attacked.get_lines() if len(line.get_xdata()) < 4
     }
-    assert lines[results.colour("vanilla")][:, 0] == pytest.approx([26906.25, 86100, 215250])
-    assert lines[results.colour("vanilla")][:, 1] == pytest.approx([0.89, 0.91, 0.92])
-    assert lines[results.colour("baseline")] == pytest.approx(np.array([[430_500, 0.90]]))
+    assert lines[titles.colour("vanilla")][:, 0] == pytest.approx([26906.25, 86100, 215250])
+    assert lines[titles.colour("vanilla")][:, 1] == pytest.approx([0.89, 0.91, 0.92])
+    assert lines[titles.colour("baseline")] == pytest.approx(np.array([[430_500, 0.90]]))
     assert not [*tradeoffs.weights(frame, None, tmp_path)], "nothing counted"
     assert not [*tradeoffs.weights(study(), counted, tmp_path)], "one budget alone"
 

@@ -21,8 +21,8 @@ from condlr.analysis.theory.theorem1 import errors
 from condlr.report import page, report_markdown
 from condlr.report.chapters import document
 from condlr.report.content import Document, Facts, Folded, Fragment, Grid, Link, Section, Verdicts
+from condlr.report.numbers import duration
 from condlr.report.provenance import provenance
-from condlr.report.results import duration
 from condlr.report.sheet import Column, Row, Sheet, Value
 from condlr.suite.collecting import collect
 from tests.helpers import ROOT, SMALL, run_script

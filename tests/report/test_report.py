@@ -9,7 +9,7 @@ from rich.console import Console
 
 from condlr._support.errors import UserError
 from condlr.analysis.guarantees import Guarantees
-from condlr.report import analysis, audit, chapters, comparisons, numbers, results, tables
+from condlr.report import analysis, audit, chapters, comparisons, numbers, results, tables, titles
 from condlr.report.latex import latex
 from condlr.report.markdown import markdown
 from condlr.report.terminal import print_sheet
@@ -50,8 +50,7 @@ def test_runs_of_different_settings_are_in_tables_of_their_own():
     ]
     assert captions == ["`lr=0.1 lr_milestones=[7,9]`", "`lr=0.2 lr_milestones=[7,9]`"]
     both = [
-        results.setting(known)
-        for known, _ in results.contexts(results.summarize(pd.concat([cells(), other])))
+        titles.setting(known) for known, _ in results.contexts(results.summarize(pd.concat([cells(), other])))
     ]
     alone = only_table(cells()).caption.partition(":")[0]
     assert both == [f"{alone}, lr=0.1", f"{alone}, lr=0.2"], "each caption says which"
@@ -66,13 +65,13 @@ def test_runs_of_one_title_are_told_apart():
     changes = [{}, {"settings": "lr=0.05 a=1"}, {"protocol": "demo", "settings": "lr=7"}, {"seed": 1}]
     changes += [{"label": "condlr-tau0", "compression": 0.5}, {"options": "x=1 y=2", "protocol": "other"}]
     runs = pd.DataFrame([{"run_id": str(place), **facts, **change} for place, change in enumerate(changes)])
-    assert [*results.run_titles(runs).values()] == [
+    assert [*titles.run_titles(runs).values()] == [
         "Baseline, seed 0 (protocol=paper lr=0.1)", "Baseline, seed 0 (protocol=paper lr=0.05)",
         "Baseline, seed 0 (protocol=demo)", "Baseline, seed 1", "CondLR τ=0 50 %, seed 0",
         "Baseline, seed 0 (protocol=other)",
     ]  # fmt: skip
-    assert results.told_apart(runs, ["protocol"])["2"] == ""
-    assert {*results.told_apart(runs.drop(columns=["settings", "options"])).values()} > {"protocol=paper"}
+    assert titles.told_apart(runs, ["protocol"])["2"] == ""
+    assert {*titles.told_apart(runs.drop(columns=["settings", "options"])).values()} > {"protocol=paper"}
 
 
 def test_audits_of_one_row_in_two_settings_are_two():
@@ -230,7 +229,7 @@ def test_protocols_stand_side_by_side():
 def test_rows_are_named_and_ordered_as_in_the_paper():
     labels = ["svd_prune", "vanilla", "dlrt", "condlr-unit", "condlr-tau0.5", "condlr-tau0", "cayley_sgd"]
     frames = [cells()[cells()["label"].eq("vanilla")].assign(label=x, row_id=x, run_id=x) for x in labels]
-    named = [results.title(label) for label in results.summarize(pd.concat(frames))["label"].unique()]
+    named = [titles.title(label) for label in results.summarize(pd.concat(frames))["label"].unique()]
     assert named == ["Cayley SGD", "CondLR τ=0", "CondLR τ=0.5", "CondLR s=1", "DLRT", "Vanilla", "SVD prune"]
     published = results.published(PAPER, "cifar10", "vgg16")
     assert published["condlr-unit", 0.5, 0.006] == 0.3459
@@ -403,7 +402,7 @@ def test_attacks_of_one_strength_stand_side_by_side():
     ],
 )  # fmt: skip
 def test_attacks_have_names_a_person_can_read(label, text):
-    assert results.attack_title(label) == text
+    assert titles.attack_title(label) == text
 
 
 def test_numbers_of_analyses_are_readable():

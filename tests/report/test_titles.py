@@ -13,7 +13,7 @@ from condlr.data.base import Dataset
 from condlr.methods.base import Method
 from condlr.models.base import Architecture
 from condlr.penalties.base import Penalty
-from condlr.report.results import attack_title, colour, dataset, network, norm_title, place, title
+from condlr.report.titles import attack_title, colour, dataset, network, norm_title, place, title
 from condlr.shifts.base import Shift
 
 OF_METHODS = {

@@ -94,7 +94,11 @@ def run(small_run, tmp_path):
         (["protocol.momentum=1"], "protocol.momentum must be in"),
         (["protocol.batch_size=0"], "protocol.batch_size must be in"),
         (["protocol.held_out=1"], "protocol.held_out must be in"),
-        (["protocol.lr_milestones=[9,4]"], "protocol.lr_milestones must be epochs in ascending order"),
+        (
+            ["protocol.lr_milestones=[9,4]"],
+            "protocol.lr_milestones must be different epochs in ascending order",
+        ),
+        (["protocol.lr_milestones=[4,4]"], "must be different epochs"),
         (["protocol.rank_rule=half"], "protocol.rank_rule must be one of params, released_code"),
         (["protocol.classifier=thin"], "protocol.classifier must be one of dense, full_rank, compressed"),
         (["protocol.init=zero"], "protocol.init must be one of spectral, released_code"),
