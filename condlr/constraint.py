@@ -1,7 +1,7 @@
 """CondLR: orthonormal U and V, singular values of S in a band (Algorithm 1, arXiv 2306.01485)."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
@@ -74,8 +74,8 @@ def constrain(
     and after it U and V are retracted to the Stiefel manifold and the singular values of S are clipped
     into [s - eps, s + eps], eps = tau s / (2 + tau), so that cond(U S V^T) <= 1 + tau. From the first
     step on, in float32 and while the weights stay finite, max |U^T U - I| <= 1e-5 (V likewise) and
-    cond(S) <= (1 + tau)(1 + 1e-4). For tau > 100, rounding may add tau 1e-6 to the last factor. The singular
-    values of an S that vanishes are kept at 1e-31, above the denormal numbers.
+    cond(S) <= (1 + tau)(1 + 1e-4). For tau > 100, rounding may add tau 1e-6 to the last factor. While tau is
+    finite, the singular values of an S that vanishes are kept at 1e-31, above the denormal numbers.
 
     The constraint acts on the layers that `model` has at each step: a layer that replaces another one is
     constrained from the next step on, if the optimiser has its factors. For weights that change outside of
@@ -319,7 +319,8 @@ class Constraint:
         return {held: found[0] for held, found in known.items() if found}
 
     def _save(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        memory = {place: held.memory() for held, place in self._places().items()}
+        setting = {"tau": self.options.tau, "centre": self.options.centre}
+        memory = {place: held.memory() | setting for held, place in self._places().items()}
         group = state_dict["param_groups"][0]
         group[_MEMORY] = group.get(_MEMORY, {}) | memory
 
@@ -338,9 +339,20 @@ class Constraint:
                 memory = {"scale": self._first_scale(held.layer), "settled": False}
             if memory is not None:
                 held.remember(memory)
+                self._adapt(held, memory)
         left = {place: kept for place, kept in loaded.items() if place not in places.values()}
         if left:  # of another constraint's layers
             group[_MEMORY] = left
+
+    def _adapt(self, held: Held, memory: Mapping[str, Any]) -> None:
+        """Drop what was saved under other settings: another band, or another scalar of `released_code`."""
+        tau, centre = memory.get("tau", self.options.tau), memory.get("centre", self.options.centre)
+        if (tau, centre) != (self.options.tau, self.options.centre):
+            held.settled = False
+        constant = self.options.tau == 0
+        released = self.options.preconditioner == "released_code" and held.scale is not None
+        if not released or (tau == 0) != constant or (constant and centre != self.options.centre):
+            held.scale = self._first_scale(held.layer)
 
     @torch.no_grad()
     def _before_step(

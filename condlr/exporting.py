@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from typing_extensions import override
 
 from condlr._support.errors import one_of
-from condlr._support.inputs import call, require_module
+from condlr._support.inputs import call, require_module, require_real
 from condlr.activations import remove
 from condlr.attention import PROJECTIONS, LowRankMultiheadAttention, dense
 from condlr.convolutions import CONVOLUTIONS, TRANSPOSED
@@ -64,6 +64,7 @@ def export(
     forms = export_forms(model, form, () if example is not None else None)
     if example is not None:
         forms = export_forms(model, form, _read_by(model, forms, form, example))
+    _require_plain(model, forms)
     layers = {layer: _plain(layer, kind) for layer, kind in forms.items()}
     plain, lost = replaced(model, _made(_attentions(model, form), layers))
     remove(plain)
@@ -106,6 +107,7 @@ def unfactorize(
         known = listed(there, 12) or "none"
         raise ValueError(f"no low-rank layer or attention is named {unknown[0]!r}; there are {known}")
     chosen = [module for module, name in named.items() if matches(name, wanted)]
+    _require_plain(model, {part for module in chosen for part in module.modules()})
     layers = {layer: _plain(layer, "dense") for layer in chosen if isinstance(layer, LowRank)}
     made = _made([module for module in chosen if isinstance(module, LowRankMultiheadAttention)], layers)
     low, lost = replaced(model, made, inplace)
@@ -129,6 +131,18 @@ def export_forms(
     # nn.MultiheadAttention holds its projections as dense matrices
     read = {*read, *(part for attention in _attentions(model, form) for part in attention.modules())}
     return {layer: _form(layer, form) if layer not in read else "dense" for layer in layers}
+
+
+def _require_plain(model: nn.Module, layers: Collection[nn.Module]) -> None:
+    """Raise `ValueError` for a low-rank layer of `layers` with factors that are computed, or complex."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, LowRank) and layer in layers:
+            require_real(name, layer.U)
+            if computed := [part for part in ("U", "S", "Vt", "bias") if part not in layer._parameters]:
+                raise ValueError(
+                    f"{computed[0]} of {name or 'the layer'} is computed from other tensors (pruning, a "
+                    "parametrisation): make it a parameter first (prune.remove, remove_parametrizations)"
+                )
 
 
 def _settle(layer: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condlr._support.inputs import require_module
+from condlr._support.inputs import require_module, require_real
 from condlr.factorization import low_rank_layers
 from condlr.layers import LowRank
 from condlr.manifolds import spectrum, stiefel
@@ -20,8 +20,9 @@ CONDITION_TOLERANCE = 1e-4
 # For a large tau, rounding moves the smallest singular value: cond(S) may exceed 1 + tau by this times tau.
 ROUNDING = 1e-6
 
-# The first moments of SGD and Adam, and Adam's second, a mean of squares
-FIRST_MOMENTS, SECOND_MOMENTS = ("momentum_buffer", "exp_avg"), ("exp_avg_sq",)
+# The first moments of SGD, Adam and RMSprop, and the second: means of squares, and their maximum
+FIRST_MOMENTS = ("momentum_buffer", "exp_avg", "grad_avg")
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 
 # The keys of an older condlr in an optimiser's state_dict, where layers were identified by name
 _OLD_SCALES, _OLD_SETTLED = "condlr_scales", "condlr_settled"
@@ -57,13 +58,21 @@ class Held:
 
     def memory(self) -> dict[str, Any]:
         """The state to save, as tensors and plain values."""
-        return {"scale": self.scale, "settled": self.settled, "known": self.known}
+        return {
+            "scale": self.scale, "settled": self.settled, "known": self.known, "size": self._size()
+        }  # fmt: skip
 
     def remember(self, memory: Mapping[str, Any]) -> None:
         """Restore the state that `memory` returned."""
         known = memory.get("known")
-        self.scale, self.settled = memory["scale"], memory["settled"]
+        self.scale = memory["scale"]
+        # S may have moved since, under an optimiser without a constraint
+        self.settled = memory["settled"] and memory.get("size", self._size()) == self._size()
         self.known = None if known is None else tuple(X.to(self.S) for X in known)
+
+    def _size(self) -> float:
+        """tr(S^T S), by which an S that has moved is known."""
+        return float(self.S.detach().double().square().sum())
 
     def inverses(self) -> tuple[Tensor, Tensor] | None:
         """(S S^T)^{-1} and (S^T S)^{-1} from the last step, if S has not changed since; else None."""
@@ -114,14 +123,25 @@ def worst(audits: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 @torch.no_grad()
 def orthonormalize(layer: LowRank) -> None:
-    """U <- Q_U, V <- Q_V, S <- R_U S R_V^T, with U = Q_U R_U and V = Q_V R_V, unless they are orthonormal."""
-    for factor, transposed in ((layer.U, False), (layer.V, True)):
+    """U <- Q_U, V <- Q_V, S <- R_U S R_V^T, with U = Q_U R_U and V = Q_V R_V, unless they are orthonormal.
+
+    Gradients become those of the new factors: that of U times R_U^T, and R_U^{-T} times that of S.
+    """
+    S = core_of(layer)
+    for factor, gradient, transposed in (
+        (layer.U, layer.U.grad, False), (layer.V, None if layer.Vt.grad is None else layer.Vt.grad.mT, True)
+    ):  # fmt: skip
         if not stiefel.orthonormality_error(factor) <= ORTHONORMALITY_TOLERANCE:
             Q = stiefel.qr(factor.double())
             R = Q.mT @ factor.double()
-            core = core_of(layer).double()
-            core_of(layer).copy_(core @ R.mT if transposed else R @ core)
+            S.copy_(S.double() @ R.mT if transposed else R @ S.double())
             factor.copy_(Q)
+            if gradient is not None:
+                gradient.copy_(gradient.double() @ R.mT)
+            if S.grad is not None:
+                inverse = torch.linalg.pinv(R)
+                grad = S.grad.double()
+                S.grad.copy_(grad @ inverse if transposed else inverse.mT @ grad)
 
 
 def core_of(layer: LowRank) -> nn.Parameter:
@@ -137,7 +157,8 @@ def require_float(name: str, U: Tensor) -> None:
 
 
 def require_values(name: str, layer: LowRank) -> None:
-    """Raise `ValueError` for a layer on the meta device."""
+    """Raise `ValueError` for a layer on the meta device, and for a complex one."""
+    require_real(name, layer.U)
     if layer.U.is_meta:
         raise ValueError(
             f"the factors of {name or 'the layer'} are on the meta device: they have no values yet"

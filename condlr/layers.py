@@ -1,5 +1,6 @@
 """Layers whose weight is a product of thin factors: U S V^T, U diag(s) V^T, or U V^T."""
 
+import sys
 from typing import Any, Self
 
 import torch
@@ -13,6 +14,8 @@ from condlr.product import Product
 
 CORES = ("full", "diagonal", "none")
 FORMS = ("factored", "chained", "multiplied")
+# Where torch.func.functional_call sets what it swaps
+_SWAPPING = "torch.nn.utils._named_member_accessor"
 
 
 class LowRank(nn.Module):
@@ -31,7 +34,8 @@ class LowRank(nn.Module):
             which is never much slower, and `factored` for a convolution.
         dense_mean: the mean of all min(n, m) singular values of the dense weight that the layer was made
             from (`like`); None without one, or where they were too many to compute.
-        dense_error: ||W - W_dense||_F / ||W_dense||_F when it was made; None without a dense weight.
+        dense_error: ||W - W_dense||_F / ||W_dense||_F when it was made; None without a dense weight, or once
+            another rank was loaded.
 
     n is the number of outputs; m is the number of inputs times the area of the kernel (in a transposed
     convolution: n of inputs, and m of outputs times the area). The factors are
@@ -206,6 +210,11 @@ class LowRank(nn.Module):
                 raise ValueError(
                     f"the weight is viewed as a {self.shape} matrix; got a tensor of {tuple(value.shape)}"
                 )
+            if sys._getframe(1).f_globals.get("__name__") == _SWAPPING:
+                raise TypeError(
+                    "functional_call cannot replace the weight of a low-rank layer, which is a product: give "
+                    "it U, S and Vt"
+                )
             self.set_matrix(value.detach().flatten(1))
 
     @override
@@ -216,17 +225,19 @@ class LowRank(nn.Module):
         if isinstance(V, Tensor) and V.ndim == 2 and prefix + "Vt" not in state_dict:
             # From an older condlr, whose parameter was V
             state_dict[prefix + "Vt"] = state_dict.pop(prefix + "V").mT.contiguous()
-        U, Vt = state_dict.get(prefix + "U"), state_dict.get(prefix + "Vt")
-        if isinstance(U, Tensor) and isinstance(Vt, Tensor) and U.ndim == Vt.ndim == 2:
-            self._take_rank(U.shape, Vt.shape)
+        factors = [state_dict.get(prefix + name) for name in ("U", "S", "Vt")]
+        self._take_rank([X.shape if isinstance(X, Tensor) else None for X in factors])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _take_rank(self, left: torch.Size, right: torch.Size) -> None:
-        """Resize the factors to these shapes of U and V^T, if they fit W's shape."""
-        (n, m), rank = self.shape, left[-1]
-        if rank != self.rank and (*left, *right) == (n, rank, rank, m) and 1 <= rank <= min(n, m):
-            S = None if self.S is None else self.S.new_empty([rank] * self.S.ndim)
+    def _take_rank(self, shapes: list[torch.Size | None]) -> None:
+        """Resize the factors to these shapes of U, S and V^T, if all of them fit W's shape."""
+        (n, m), left = self.shape, shapes[0]
+        rank = left[-1] if left else 0
+        core = None if self.S is None else (rank,) * self.S.ndim
+        if rank != self.rank and 1 <= rank <= min(n, m) and shapes == [(n, rank), core, (rank, m)]:
+            S = None if core is None or self.S is None else self.S.new_empty(core)
             self.set_factors(self.U.new_empty(n, rank), S, self.Vt.new_empty(m, rank))
+            self.dense_error = None  # of the rank before
 
 
 class LowRankLinear(LowRank):

@@ -18,6 +18,7 @@ import condlr
 from condlr._support.errors import ConstraintBreach
 from condlr.constraint import Constraint
 from condlr.factorization import low_rank_layers
+from condlr.held import move_moments
 
 X, Y = torch.randn(64, 20, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 7
 
@@ -754,3 +755,126 @@ def test_layers_that_share_some_factors_are_refused(names):
     low = tied(names)
     with pytest.raises(ValueError, match="1 and 0 share some factors: let them share U, S and Vt, or none"):
         condlr.constrain(torch.optim.SGD(low.parameters(), lr=0.1), low)
+
+
+def saved_and_loaded(before, after, plain_steps=0):
+    """A network trained under a constraint of settings `before`, and its state under one of `after`."""
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    descend(net, optimizer := constrained(net, optimizer, **before), 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    other = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    if plain_steps:
+        other.load_state_dict(state)
+        descend(net, other, plain_steps)
+        return net, other, condlr.constrain(other, net, **after)
+    constraint = condlr.constrain(other, net, **after)
+    other.load_state_dict(state)
+    return net, other, constraint
+
+
+def constrained(net, optimizer, **settings):
+    condlr.constrain(optimizer, net, **settings)
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "plain"),
+    [
+        ({"preconditioner": "exact"}, {"preconditioner": "released_code"}, 0),
+        ({"preconditioner": "released_code"}, {"preconditioner": "exact"}, 0),
+        ({"preconditioner": "released_code"}, {"preconditioner": "released_code", "tau": 0.0}, 0),
+        ({"tau": 5.0}, {"tau": 0.1}, 0),
+        ({"tau": 0.1, "centre": "one"}, {"tau": 0.1}, 0),
+        ({"tau": 0.1}, {"tau": 0.1}, 50),
+    ],
+)
+def test_a_state_saved_under_other_settings_or_moved_since_is_no_breach_and_trains(before, after, plain):
+    net, optimizer, constraint = saved_and_loaded(before, after, plain)
+    constraint.check()
+    fresh = {held.name: constraint._first_scale(held.layer) for held in constraint._held.values()}
+    if before != after:
+        assert {held.name: held.scale for held in constraint._held.values()} == fresh
+    descend(net, optimizer)
+    assert constraint.check()["cond_S"] <= 1 + after.get("tau", 0.1) + 1e-3
+
+
+def test_a_state_saved_under_the_same_settings_is_checked_as_before():
+    net, _, constraint = saved_and_loaded({"tau": 0.1}, {"tau": 0.1})
+    with torch.no_grad():
+        net[0].S[0] *= 3
+    with pytest.raises(ConstraintBreach, match="cond_S"):
+        constraint.check()
+
+
+@pytest.mark.parametrize("retraction", ["qr", "polar"])
+def test_bases_of_many_rows_are_orthonormal_after_steps_that_the_fast_maps_leave(retraction):
+    net = condlr.factorize(nn.Sequential(nn.Linear(4, 300_000, bias=False)), ranks={"0": 3})
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0)
+    constraint = condlr.constrain(optimizer, net, retraction=retraction)
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(torch.randn(2, 4)).square().mean().backward()
+        optimizer.step()
+    assert constraint.check()["orthonormality_error"] <= 1e-6
+
+
+@pytest.mark.parametrize("tau", [1e20, 1e60, 1e300])
+def test_a_band_that_is_wider_than_float32_leaves_finite_factors(tau):
+    net = network()
+    with torch.no_grad():
+        net[0].S[0] *= 1e-12
+    optimizer = constrained(net, torch.optim.SGD(net.parameters(), lr=0.1), tau=tau)
+    descend(net, optimizer, 2)
+    condlr.project(net, tau)
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("size", [1e-34, 1e-38, 1e-41])
+@pytest.mark.parametrize("tau", [0.1, math.inf])
+def test_a_core_among_the_least_numbers_gives_finite_steps(size, tau):
+    net = network()
+    with torch.no_grad():
+        for layer in low_rank_layers(net).values():
+            layer.S.mul_(size)
+    optimizer = constrained(net, torch.optim.SGD(net.parameters(), lr=1e-3), tau=tau)
+    descend(net, optimizer, 2)
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_factors_that_become_orthonormal_between_backward_and_step_take_their_gradients_along():
+    torch.manual_seed(3)
+    late = network().double()
+    with torch.no_grad():
+        for layer in low_rank_layers(late).values():
+            layer.U.copy_(layer.U @ torch.randn(layer.rank, layer.rank, dtype=torch.float64))
+            layer.Vt.copy_(torch.randn(layer.rank, layer.rank, dtype=torch.float64) @ layer.Vt)
+    early = copy.deepcopy(late)
+    x = X.double()
+    first, second = (torch.optim.SGD(net.parameters(), lr=0.1) for net in (early, late))
+    condlr.constrain(first, early)
+    F.cross_entropy(early(x), Y).backward()
+    F.cross_entropy(late(x), Y).backward()
+    condlr.constrain(second, late)
+    first.step()
+    second.step()
+    for one, other in zip(early.parameters(), late.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+def test_complex_factors_are_refused_where_they_would_lose_a_part():
+    net = network().to(torch.complex64)
+    for refused in (condlr.export, condlr.unfactorize, condlr.audit):
+        with pytest.raises(ValueError, match="complex: only real ones are supported"):
+            refused(net)
+
+
+def test_all_second_moments_move_alike_with_the_bases():
+    torch.manual_seed(0)
+    M, N = (torch.linalg.qr(torch.randn(4, 4)).Q for _ in range(2))
+    v = torch.rand(4, 4)
+    state = {name: v.clone() for name in ("exp_avg_sq", "max_exp_avg_sq", "square_avg")}
+    move_moments(state, M, N)
+    for moved in state.values():
+        torch.testing.assert_close(moved, (M @ v.sqrt() @ N.mT).square())

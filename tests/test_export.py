@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import condlr
 from condlr.factorization import low_rank_layers
@@ -479,3 +480,20 @@ def test_a_compiled_forward_stays_with_the_original(inner):
     for made in (condlr.export(low), condlr.export(low, x), condlr.unfactorize(low)):
         assert not any("forward" in vars(module) for module in made.modules())
         torch.testing.assert_close(made(x), expected)
+
+
+@pytest.mark.parametrize("part", ["U", "S", "Vt", "bias"])
+@pytest.mark.parametrize("make", [condlr.export, condlr.unfactorize])
+def test_factors_that_are_computed_are_refused_in_a_line(part, make):
+    net = condlr.factorize(nn.Sequential(nn.Linear(20, 30)), ranks={"0": 4})
+    prune.l1_unstructured(net[0], part, 0.5)
+    with pytest.raises(ValueError, match=rf"^{part} of 0 is computed from other tensors .* first"):
+        make(net)
+    prune.remove(net[0], part)
+    assert {*dict(make(net).named_parameters())} <= {
+        "0.weight",
+        "0.bias",
+        "0.0.weight",
+        "0.1.weight",
+        "0.1.bias",
+    }

@@ -429,3 +429,35 @@ def test_another_rank_while_a_loss_of_the_old_one_is_held():
         assert p.dtype == torch.float32
         torch.testing.assert_close(p.grad, q.grad)
     del loss
+
+
+@pytest.mark.parametrize("core", ["none", "diagonal"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_factors_of_another_rank_and_core_change_nothing(core, strict):
+    layer, other = LowRankLinear(20, 30, 8), LowRankLinear(20, 30, 4, core=core)
+    before = {name: p.clone() for name, p in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match="size mismatch for U"):
+        layer.load_state_dict(other.state_dict(), strict=strict)
+    state = layer.state_dict()
+    assert all(state[name].equal(p) for name, p in before.items() if name != "bias")
+
+
+def test_another_rank_has_no_error_of_the_dense_weight():
+    dense = nn.Linear(20, 30)
+    layer, other = LowRankLinear.like(dense, 12), LowRankLinear.like(dense, 4)
+    mean = layer.dense_mean
+    layer.load_state_dict(other.state_dict())
+    assert layer.rank == 4
+    assert layer.dense_error is None and layer.dense_mean == mean
+
+
+def test_functional_call_with_a_dense_weight_is_refused_and_with_factors_is_not():
+    layer, x = LowRankLinear(20, 30, 4), torch.randn(5, 20)
+    before = layer.U.clone()
+    with pytest.raises(TypeError, match="functional_call cannot replace the weight"):
+        torch.func.functional_call(layer, {"weight": torch.randn(30, 20)}, x)
+    assert layer.U.equal(before)
+    doubled = {"U": 2 * layer.U.detach(), "bias": torch.zeros(30)}
+    torch.testing.assert_close(
+        torch.func.functional_call(layer, doubled, x), 2 * (layer(x) - layer.bias), atol=1e-5, rtol=1e-5
+    )

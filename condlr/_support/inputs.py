@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from condlr._support.modes import in_eval_mode
 
@@ -18,6 +18,12 @@ def require_module(what: str, model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"{what} needs a network, an nn.Module; got {type(model).__name__}")
     return model
+
+
+def require_real(name: str, U: Tensor) -> None:
+    """Raise `ValueError` if the factors of a layer, of which U is one, are complex."""
+    if U.is_complex():
+        raise ValueError(f"the factors of {name or 'the layer'} are complex: only real ones are supported")
 
 
 def require_names(what: str, names: Iterable[object], of: str = "layers") -> None:

@@ -19,8 +19,9 @@ CONDITION_LIMIT = 64.0
 _LARGE = 128
 # Rows of a symmetric product computed at once, and the least number of entries for which this pays.
 _STRIP, _WORTHWHILE = 64, 200_000
-# Rows of a thin matrix that are summed at once.
-_LONG = 4096
+# Rows of a thin matrix that are summed at once, and from which on it is long.
+_PART = 4096
+LONG = 2 * _PART
 
 # Minimax odd quintics a x + b x^3 + c x^5 on [l, u], each on the range of the one before (Amsel et al., arXiv
 # 2505.16932), then Newton-Schulz steps, which cube the error.
@@ -85,9 +86,9 @@ def gram(Y: Tensor) -> Tensor:
     for 250,000 rows); so it is summed in parts.
     """
     n, r = Y.shape[-2:]
-    if n > 2 * _LONG and r <= _STRIP:
-        whole = n - n % _LONG
-        parts = Y[..., :whole, :].unflatten(-2, (-1, _LONG))
+    if n > LONG and r <= _STRIP:
+        whole = n - n % _PART
+        parts = Y[..., :whole, :].unflatten(-2, (-1, _PART))
         return (parts.mT @ parts).sum(-3) + Y[..., whole:, :].mT @ Y[..., whole:, :]
     if Y.is_cuda or Y.ndim > 2 or r <= _STRIP or Y.numel() < _WORTHWHILE:
         return Y.mT @ Y
@@ -192,7 +193,7 @@ def is_orthonormal(Q: Tensor) -> Tensor:
 
 def condition_limit(n: int) -> float:
     """The largest condition number allowed for a Gram matrix of n rows; long sums lose more digits."""
-    return CONDITION_LIMIT * min(1.0, 2048 / min(n, 2 * _LONG))
+    return CONDITION_LIMIT * min(1.0, 2048 / min(n, LONG))
 
 
 def are_well_conditioned(eigenvalues: list[float], dtype: torch.dtype, n: int = 1) -> bool:

@@ -17,6 +17,8 @@ Edge = TypeVar("Edge", Tensor, float)
 
 # Singular values above this are far above a band around 1.
 _FAR = 16.0
+# A band of this tau and more has no lower edge to speak of.
+_WIDE = 1e6
 
 
 def centre(sigma: Tensor, kind: str = "rms") -> Tensor:
@@ -46,7 +48,8 @@ def least(dtype: torch.dtype) -> float:
 def band(s: Edge, tau: float) -> tuple[Edge, Edge]:
     """[s - eps, s + eps] with eps = tau s / (2 + tau), so that (s + eps) / (s - eps) = 1 + tau."""
     low = s * (2 / (2 + tau))
-    return low, low * (1 + tau)
+    # The product of a large tau and a small edge may be none of float32
+    return low, low * (1 + tau) if tau < _WIDE else s * (2 - 2 / (2 + tau))
 
 
 def project(S: Tensor, tau: float, kind: str = "rms") -> tuple[Tensor, Tensor]:
@@ -229,7 +232,7 @@ def rms_solve(S: Tensor, G: Tensor | None) -> Tensor | None:
 
 def _clip(sigma: Tensor, s: Tensor, tau: float) -> Tensor:
     low, high = band(s.unsqueeze(-1), tau)
-    return torch.clamp(sigma, low, high)
+    return torch.clamp(sigma, low.clamp_min(least(s.dtype)), high)
 
 
 def _rms(A: Tensor) -> Tensor:
@@ -263,7 +266,9 @@ def gram_solve(
 
 def _solve(S: Tensor, G: Tensor) -> Tensor:
     inverse, info = torch.linalg.inv_ex(S)
-    singular = (info > 0) | ~inverse.isfinite().all(-1).all(-1)
+    # Not finite, or larger than the inverse of the least singular value that counts
+    largest = inverse.abs().amax((-2, -1))
+    singular = (info > 0) | ~(largest * _fast.least_square(torch.finfo(S.dtype)) < 1)
     if bool(singular.any()):
         P, sigma, Qh = svd(S)
         info = torch.finfo(S.dtype)
