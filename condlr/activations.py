@@ -32,6 +32,8 @@ SUBSPACES = (*WAYS, "pca")
 MATRIX_LIMIT = 2048
 # Steps between two truncations of W.
 PERIOD = 10
+# The largest learning rate of W and b: with momentum 0.9 they diverge from 0.4 on.
+FASTEST = 0.3
 # The largest norm of P and Q. At the minimum of L_c P Q^T is a projector, of norm 1.
 LONGEST = 2.0
 # Weight of the past in the running mean and covariance of `pca`.
@@ -54,8 +56,8 @@ class VirtualLayer(nn.Module):
         dL_c/dW = 2/n (A + b)^T R,    dL_c/db = 2/n sum_i (R (W^T - I))_i,    R = (A + b) W - (A + b),
 
     divided by max(1, 1/n ||A + b||^2). The curvature of L_c in W is at most twice that mean, so that no batch
-    makes the step too long; where ||a|| = 1, as L_n wants it, it is plain gradient descent. Every tenth step
-    W is truncated to rank r.
+    makes the step too long, at a learning rate of at most `FASTEST`; where ||a|| = 1, as L_n wants it, it is
+    plain gradient descent. Every tenth step W is truncated to rank r.
 
     Two deviations from the paper. Beyond 2048 dimensions W is kept as P Q^T, P and Q of r columns, which need
     no truncation; their norms are held at 2 at most, which bounds their mutual growth. And W and b have an
@@ -71,7 +73,7 @@ class VirtualLayer(nn.Module):
         subspace: how W gets rank r: `svd`, `randomised`, `nystrom` (`condlr.manifolds.truncation`), or `pca`,
             the closed form that minimises L_c: every tenth step W becomes the orthogonal projector on the r
             leading principal components of a running covariance, b minus the running mean.
-        lr, momentum: of W and b; `lr` may be changed at any time.
+        lr, momentum: of W and b; `lr` may be changed at any time, and counts as `FASTEST` where it is larger.
         seed: of random directions and samples.
         name: of the activations; a saved state knows whose it is.
     """
@@ -211,7 +213,7 @@ class VirtualLayer(nn.Module):
         for name, gradient in gradients.items():
             speed = getattr(self, f"speed_{name}")
             speed.mul_(self.momentum).add_(torch.where(finite, gradient * scale, 0))
-            getattr(self, name).sub_(self.lr * speed)
+            getattr(self, name).sub_(min(self.lr, FASTEST) * speed)
         for name in ("P", "Q"):
             if (factor := getattr(self, name)) is not None:
                 _hold(factor, getattr(self, f"speed_{name}"))
@@ -224,7 +226,8 @@ class VirtualLayer(nn.Module):
         """Renew the running mean and covariance, and from them W and b where that is due."""
         assert self.mean is not None and self.covariance is not None
         assert self.W is not None and self.b is not None
-        share = 1.0 if self.taken == 0 else 1 - MEMORY
+        # The first finite batch counts whole
+        share = torch.where(self.covariance.any() | self.mean.any(), 1 - MEMORY, 1.0).to(A)
         finite = A.square().sum().isfinite()  # else the batch teaches nothing
         self.mean.copy_(torch.where(finite, self.mean.lerp(A.mean(0), share), self.mean))
         centred = A - self.mean
@@ -300,6 +303,10 @@ class _Tap:
         activations = next(iter((*given, *last.values())), None) if self.of_input else last
         if not isinstance(activations, Tensor):
             raise TypeError(f"{self.name} is a {type(activations).__name__}, not a tensor")
+        if activations.ndim < 2:
+            raise ValueError(
+                f"{self.name} has the shape {tuple(activations.shape)}: low-rank activations are (n, ...)"
+            )
         self.layer.note(activations.clone())  # what follows may change it in place
 
 

@@ -232,8 +232,13 @@ def _values_of_map(layer: nn.Module, shape: Sequence[int], limit: int) -> Tensor
     """The singular values of any linear layer, from its matrix."""
     apply, weight = _map(layer), _weight(layer)
     outputs = apply(torch.zeros(1, *shape, dtype=torch.float64, device=weight.device)).numel()
-    if max(math.prod(shape), outputs) > 2 * limit or min(math.prod(shape), outputs) > limit:
+    if min(math.prod(shape), outputs) > limit:
         raise ValueError(_TOO_MANY.format(limit=limit, periodically=""))
+    if math.prod(shape) * outputs > 4 * limit**2:
+        raise ValueError(
+            f"the layer's matrix, {outputs} x {math.prod(shape)}, is too large: operator_norm finds the "
+            "largest singular value, and a larger limit takes time and memory"
+        )
     units = torch.eye(math.prod(shape), dtype=torch.float64, device=weight.device).view(-1, *shape)
     return torch.linalg.svdvals(torch.cat([apply(part).flatten(1) for part in units.split(256)]))
 

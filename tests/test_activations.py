@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import condlr
 from condlr import activations
-from condlr.activations import MATRIX_LIMIT, PERIOD, SUBSPACES, low_rank_activations, remove
+from condlr.activations import MATRIX_LIMIT, PERIOD, SUBSPACES, VirtualLayer, low_rank_activations, remove
 
 
 @pytest.fixture(scope="module")
@@ -494,3 +494,33 @@ def test_an_input_given_by_keyword():
     assert extra() > 0
     assert remove(net) and not net.f._forward_pre_hooks and not net.f._forward_pre_hooks_with_kwargs
     torch.testing.assert_close(net(x), net.f(x))
+
+
+@pytest.mark.parametrize("m", [300, MATRIX_LIMIT + 100])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_large_learning_rate_does_not_diverge(m, momentum):
+    torch.manual_seed(0)
+    layer, B = VirtualLayer(5, "svd", 1.0, momentum, 0), torch.randn(5, m) / m**0.5
+    losses = []
+    for _ in range(200):
+        layer.note(F.normalize(torch.randn(64, 5) @ B, dim=1).requires_grad_())
+        losses.append(layer()[0].item())
+    assert max(losses) < 1.1 and losses[-1] < 1e-6
+
+
+def test_the_first_finite_batch_of_the_closed_form_counts_whole():
+    means = []
+    for first in (1.0, math.nan):
+        net, extra, a = alone(9, torch.float64, subspace="pca")
+        for scale in (first, *[1.0] * 20):
+            net(scale * (a + 5))
+            extra()
+        means.append(state_of(net)["mean"])
+        torch.testing.assert_close(means[-1], (a + 5).mean(0))
+
+
+def test_activations_of_one_number_an_example_are_refused():
+    net = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
+    low_rank_activations(net, {"1": 1})
+    with pytest.raises(ValueError, match=r"the output of 1 has the shape \(8,\)"):
+        net(torch.randn(8, 4))

@@ -192,3 +192,20 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_taken_as_it_computes():
     layer = Halved(5, 4)
     norm = torch.linalg.matrix_norm(layer.weight.detach().double(), 2).item()
     assert condlr.operator_norm(layer) == pytest.approx(norm / 2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "count"),
+    [
+        (nn.Conv3d(1, 8, 4, stride=4), (1, 24, 24, 24), 1728),
+        (nn.Conv2d(3, 8, 8, stride=8, padding=3, padding_mode="reflect"), (3, 64, 64), 512),
+    ],
+)
+def test_the_limit_counts_singular_values_and_not_entries(layer, shape, count):
+    assert len(condlr.singular_values(layer, shape)) == count
+
+
+def test_a_matrix_that_is_too_large_is_told_from_too_many_values():
+    layer = nn.Conv3d(1, 1, 4, stride=4)
+    with pytest.raises(ValueError, match="matrix, 216 x 13824, is too large"):
+        condlr.singular_values(layer, (1, 24, 24, 24), limit=400)

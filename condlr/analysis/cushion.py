@@ -55,8 +55,9 @@ class Cushion(Analysis):
         with evaluating(model):
             inputs = first_inputs(model, pixels, (nn.Linear, nn.Conv2d, LowRank))
         for name, operator, x in layer_maps(model, inputs):
+            x = x[x.flatten(1).any(dim=1)]  # an input of zeros has no cushion
             seen = operator.apply(x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
-            found = seen / frobenius(operator)
+            found = seen / frobenius(operator) if len(x) else x.new_full((1,), math.nan)
             noise = math.prod(operator.domain) ** -0.5
             yield {
                 "layer": name, "images": len(images), "cushion": found.min().item(),

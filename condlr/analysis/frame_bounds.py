@@ -13,7 +13,7 @@ from condlr._support.errors import in_range
 from condlr.analysis._layers import input_sizes, obstacle
 from condlr.analysis.base import Analysis, Trained
 from condlr.convolutions import LowRankConv2d
-from condlr.manifolds.convolution import DENSE_LIMIT, frame_bounds, padded_frame_bounds
+from condlr.manifolds.convolution import DENSE_LIMIT, convolution, frame_bounds, padded_frame_bounds
 from condlr.manifolds.gram import smaller_side
 
 
@@ -21,8 +21,9 @@ from condlr.manifolds.gram import smaller_side
 class FrameBounds(Analysis):
     """A* and B* of each convolution as an operator on images, see `condlr.manifolds.convolution`.
 
-    They are the extreme eigenvalues of W^T W, or of W W^T where that is smaller. A layer of rank r < min(out,
-    in) has A* = 0 there: it loses a part of its input whatever its singular values are.
+    They are the extreme eigenvalues of W^T W (side `columns`), or of W W^T where that is smaller (`rows`).
+    Without padding the outputs may be so few that the side is another one than for periodic images. A layer
+    of rank r < min(out, in) has A* = 0 there: it loses a part of its input whatever its singular values are.
 
     Attributes:
         restarts: of the iteration for A* of the padded operator.
@@ -58,12 +59,17 @@ class FrameBounds(Analysis):
     def _bounds(self, layer: nn.Conv2d | LowRankConv2d, size: tuple[int, int]) -> dict[str, Any]:
         kernel, (stride, dilation) = layer.weight.detach(), (layer.stride, layer.dilation)
         row: dict[str, Any] = dict.fromkeys(("A_circular", "B_circular", "ratio"))
-        row["side"] = smaller_side(kernel, (stride[0], stride[1]))
+        periodic = smaller_side(kernel, (stride[0], stride[1]))
+        operator = convolution(kernel, size, stride, layer.padding, dilation)
+        padded = "columns" if math.prod(operator.range) >= math.prod(operator.domain) else "rows"
+        row["side"] = periodic if padded == periodic else f"{periodic}, padded {padded}"
         if not kernel.isfinite().all():
             return row | dict.fromkeys(("A_padded", "residual", "B_padded"), math.nan)
         divides = all(n % s == 0 for n, s in zip(size, stride, strict=True))
         if divides or min(kernel.shape[0], kernel.shape[1]) * math.prod(size) <= DENSE_LIMIT:
             A, B = frame_bounds(kernel, size, stride, dilation)
-            row |= {"A_circular": A, "B_circular": B, "ratio": B / A if A > 1e-15 * B else math.inf}
+            # Squares of singular values; products have the rounding of float32, and others are eigenvalues
+            least = 1e-30 if divides and isinstance(layer, nn.Conv2d) else 1e-15
+            row |= {"A_circular": A, "B_circular": B, "ratio": B / A if least * B < A else math.inf}
         A, residual, B = padded_frame_bounds(kernel, size, stride, layer.padding, dilation, self.restarts)
         return row | {"A_padded": A, "residual": residual, "B_padded": B}

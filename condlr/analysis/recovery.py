@@ -67,11 +67,11 @@ class Recovery(Analysis):
         for name, operator, x in layer_maps(model, inputs):
             y = operator.apply(x)
             found = least_squares(operator, y, self.iterations)
-            error = _norms(found - x) / _norms(x)
+            error = _ratio(_norms(found - x), _norms(x))
             yield {
                 "layer": name, "images": self.images, "iterations": self.iterations,
                 "error": error.mean().item(), "largest_error": error.max().item(),
-                "misfit": (_norms(operator.apply(found) - y) / _norms(y)).mean().item(),
+                "misfit": _ratio(_norms(operator.apply(found) - y), _norms(y)).mean().item(),
             }  # fmt: skip
 
 

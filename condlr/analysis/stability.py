@@ -25,7 +25,8 @@ class Stability(Analysis):
     """||f(x + d) - f(x)||^2 / ||f(x)||^2 of activations f against ||d||^2 / ||x||^2 (arXiv 1804.07090).
 
     d comes from PGD on the cross-entropy within eps ||x||, of which no image stops early: made on the network
-    itself (white box), and, if the dense network of the same study and seed is trained, made on that.
+    itself (white box), and, if the dense network of the same study and seed is trained, made on that. Images,
+    and activations, that are zero are left out of the means.
 
     Attributes:
         layers: names of modules, for their outputs, or `name.input`; empty for the input of the last linear
@@ -72,7 +73,7 @@ class Stability(Analysis):
                 for name in names:
                     yield {
                         "layer": name, "made_on": made_on, "images": len(images), "eps": eps,
-                        "moved": length, "change": relative(after[name], before[name]),
+                        "moved": length, "change": _mean(relative(after[name], before[name])),
                     }  # fmt: skip
                 done += 1
                 trained.on_progress(done, total)
@@ -86,11 +87,16 @@ class Stability(Analysis):
             for number, (x, labels) in enumerate(images.batches(attack.batch_size)):
                 (made,) = attack.perturb(source, x, labels, derive_seed(0, "stability", number))
                 parts.append(made.images)
-                lengths.append((made.images - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1))
-        return torch.cat(parts), torch.cat(lengths).square().mean().item()
+                lengths.append(relative(made.images.flatten(1), x.flatten(1)))
+        return torch.cat(parts), _mean(torch.cat(lengths))
 
 
-def relative(after: Tensor, before: Tensor) -> float:
-    """The mean over rows of ||a - b||^2 / ||b||^2."""
+def relative(after: Tensor, before: Tensor) -> Tensor:
+    """||a - b||^2 / ||b||^2 of each row in float64; NaN where b is zero."""
     size = before.double().square().sum(1)
-    return ((after.double() - before.double()).square().sum(1) / size).mean().item()
+    return torch.where(size > 0, (after.double() - before.double()).square().sum(1) / size, math.nan)
+
+
+def _mean(values: Tensor) -> float:
+    """Over the rows that have a value."""
+    return values.nanmean().item()

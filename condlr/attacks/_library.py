@@ -24,6 +24,16 @@ def require(attack: str) -> None:
         raise UserError(f"attack={attack} needs the package pyautoattack: pip install 'condlr[attacks]'")
 
 
+def require_shape(attack: str, norm: str, images: Tensor) -> None:
+    """Raise `UserError` for images on which the library's first guess in l2 fails."""
+    height, width = images.shape[-2:]
+    if norm == "l2" and not 5 <= height <= width:
+        raise UserError(
+            f"attack={attack} in l2 needs images of at least 5 rows that are not higher than wide; these are "
+            f"{height} x {width}"
+        )
+
+
 @contextmanager
 def library(model: nn.Module, images: Tensor) -> Iterator[None]:
     """Isolate the library's seeding and its gradients of weights, and log each kind of its warnings once."""

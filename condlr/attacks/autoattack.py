@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from condlr.attacks._library import NORMS, library, require
+from condlr.attacks._library import NORMS, library, require, require_shape
 from condlr.attacks.base import Perturbed, StrengthByStrength
 
 
@@ -35,6 +35,7 @@ class AutoAttack(StrengthByStrength):
     def strike(self, model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> Perturbed:
         from pyautoattack import AutoAttack as Library
 
+        require_shape("autoattack", self.norm, images)
         images = images.contiguous(memory_format=torch.contiguous_format)
         with library(model, images):
             with torch.no_grad():

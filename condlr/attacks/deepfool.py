@@ -21,11 +21,12 @@ class DeepFool(Attack):
     At x_i, with f_k = z_k - z_y and w_k its gradient, each wrong class k is |f_k| / ||w_k|| away if the
     network is linear. The step goes to the nearest, l:
 
-        r_i = (|f_l| + 1e-4) / ||w_l||^2 w_l,    x_{i+1} = clamp(x_0 + (1 + overshoot) sum r, 0, 1)
+        r_i = (|f_l| + c) / ||w_l||^2 w_l,    x_{i+1} = clamp(x_0 + (1 + overshoot) sum r, 0, 1)
 
-    until the image is misclassified. The result does not depend on eps: a curve costs as much as a point, and
-    at a large eps `l2_relative` of the result is rho_adv, the mean of ||r|| / ||x||, over all images that are
-    fooled.
+    until the image is misclassified. c is 1e-4, as in the authors' code, and 1e-4 of the largest |f_k| where
+    that is below 1, so that networks with small logits do not seem robust. The result does not depend on eps:
+    a curve costs as much as a point, and at a large eps `l2_relative` of the result is rho_adv, the mean of
+    ||r|| / ||x||, over all images that are fooled.
 
     Attributes:
         steps: at most.
@@ -85,6 +86,7 @@ class DeepFool(Attack):
             logits = model(points)
             gaps = logits.gather(1, rivals) - logits.gather(1, labels[:, None])
             of_class = gaps.sum(0).unbind()
+        beyond = 1e-4 * gaps.detach().abs().amax(1).clamp_max(1)
         best, nearest = torch.full_like(gaps[:, 0], math.inf), torch.zeros_like(points)
         flat = torch.ones_like(labels, dtype=torch.bool)
         for k in range(gaps.shape[1]):
@@ -93,7 +95,7 @@ class DeepFool(Attack):
             flat &= without_direction(w)
             size, gap = lengths(w).flatten(), gaps[:, k].detach().abs()
             distance = torch.where(size > 0, gap / size, math.inf)
-            step = ((gap + 1e-4) / size.square().clamp_min(1e-30)).view(lengths(w).shape) * w
+            step = ((gap + beyond) / size.square().clamp_min(1e-30)).view(lengths(w).shape) * w
             nearer = distance < best
             nearest = torch.where(nearer.view(lengths(w).shape), step, nearest)
             best = torch.where(nearer, distance, best)

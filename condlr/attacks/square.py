@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from condlr._support.errors import in_range
-from condlr.attacks._library import NORMS, library, require
+from condlr.attacks._library import NORMS, library, require, require_shape
 from condlr.attacks._losses import margin
 from condlr.attacks.base import Perturbed, StrengthByStrength, right
 
@@ -50,6 +50,7 @@ class Square(StrengthByStrength):
     def strike(self, model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> Perturbed:
         from pyautoattack.square import SquareAttack
 
+        require_shape("square", self.norm, images)
         with library(model, images), torch.no_grad():
             torch.manual_seed(seed)
             attack = SquareAttack(

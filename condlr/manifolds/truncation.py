@@ -29,6 +29,7 @@ def truncate(W: Tensor, rank: int, way: str = "svd", generator: torch.Generator 
       that need not be symmetric. Each of three members draws 4 rank columns of W, with probabilities
       proportional to their squared norms, scales them by one over the square root of their expected number,
       and projects W on their `rank` leading left singular vectors. The mean of the members is truncated.
+      A member whose columns have less than this rank takes those of the range finder.
 
     Args:
         W: (n, m), computed in its type, of 16 bits in float32.
@@ -58,11 +59,22 @@ def _nearest(W: Tensor, rank: int) -> Tensor:
 
 
 def _by_range(W: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
+    Q = _range(W, rank, generator)
+    return Q @ _nearest(Q.mT @ W, rank)
+
+
+def _range(W: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
+    """An orthonormal basis that nearly has the leading left singular vectors of W in its span."""
     vectors = min(rank + OVERSAMPLING, *W.shape)
     omega = torch.randn(W.shape[1], vectors, generator=generator, device="cpu", dtype=W.dtype).to(W.device)
     Q = torch.linalg.qr(W @ omega).Q
-    Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q).Q).Q
-    return Q @ _nearest(Q.mT @ W, rank)
+    return torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q).Q).Q
+
+
+def _leading(W: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
+    """Nearly the `rank` leading left singular vectors of W."""
+    Q = _range(W, rank, generator)
+    return Q @ torch.linalg.svd(Q.mT @ W, full_matrices=False).U[:, :rank]
 
 
 def _by_columns(W: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
@@ -73,8 +85,10 @@ def _by_columns(W: Tensor, rank: int, generator: torch.Generator | None) -> Tens
     for _ in range(MEMBERS):
         drawn = torch.multinomial(shares, count, replacement=True, generator=generator)
         C = W[:, drawn.to(W.device)] / (count * shares[drawn]).sqrt().to(W)
-        U = torch.linalg.svd(C, full_matrices=False).U[:, :rank]
-        members.append((U, U.mT @ W))
+        U, sigma, _ = torch.linalg.svd(C, full_matrices=False)
+        if len(sigma) < rank or sigma[rank - 1] <= max(C.shape) * torch.finfo(C.dtype).eps * sigma[0]:
+            U = _leading(W, rank, generator)
+        members.append((U[:, :rank], U[:, :rank].mT @ W))
     # The mean has the factors of all members side by side; its truncation needs only small matrices
     left, R = torch.linalg.qr(torch.cat([U for U, _ in members], dim=1) / MEMBERS)
     return left @ _nearest(R @ torch.cat([right for _, right in members]), rank)

@@ -11,8 +11,8 @@ from typing_extensions import override
 from condlr._support.errors import one_of
 from condlr.penalties.base import Layer, LayerPenalty
 
-# Of ||w_i||^2 in float32; smaller squares have lost digits.
-_LEAST = 1e-30
+# Of ||w_i||^2 in float32, whose gradient has the cube of 1 / ||w_i||.
+_LEAST = 4e-26
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Mhe(LayerPenalty):
     With w_i the i-th row of the layer's matrix, out x (in kh kw), divided by its norm, and d the distance of
     two of them, ||w_i - w_j|| or, if `angular`, arccos(w_i^T w_j) / pi, a pair has the energy log(1/d) for
     s = 0 and d^-s otherwise. The authors' code takes log(1/d^2) for s = 0, twice as much. A filter shorter
-    than 1e-15 has no direction, and counts as one at right angles to all others.
+    than 2e-13 has no direction, and counts as one at right angles to all others.
 
     Attributes:
         s: 0, 1 or 2.

@@ -1149,3 +1149,14 @@ def test_guarantees_of_networks_that_are_no_chain_or_have_no_numbers():
     nn.init.constant_(whole[1].weight, float("nan"))
     (row,) = guarantees(whole, images, [0.1])
     assert "not finite" in row["note"]
+
+
+@pytest.mark.parametrize("size", [5, 7, 9])
+def test_a_convolution_that_is_singular_but_for_rounding_is_not_injective(size):
+    same, edges = nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.Conv2d(1, 1, 3, padding=1, bias=False)
+    with torch.no_grad():
+        same.weight[:, 1] = same.weight[:, 0]
+        edges.weight.copy_(torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]))
+    for layer, channels in ((same, 2), (edges, 1)):
+        found = proposition_1(nn.Sequential(layer), (channels, size, size))
+        assert not found.holds and found.bound == math.inf and found.why_not == ["0: not injective"]

@@ -1,6 +1,8 @@
 """Frame bounds of a network's convolutions."""
 
+import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,3 +70,29 @@ def test_a_stride_that_does_not_divide_a_large_image_leaves_the_circular_columns
     net[0].weight.data[0] = math.nan
     (row,) = FrameBounds().rows(Given(net, 65))
     assert math.isnan(row["B_padded"])
+
+
+def test_without_padding_the_side_may_be_another_one():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 4, 5, bias=False)
+    images = Images(torch.zeros(2, 4, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.long))
+    (row,) = FrameBounds(restarts=8).rows(
+        SimpleNamespace(model=nn.Sequential(layer), data=Data(images, images, 2))
+    )
+    assert row["side"] == "columns, padded rows"
+    W = _matrix_of(layer, (4, 8, 8))
+    assert row["A_padded"] == pytest.approx(torch.linalg.eigvalsh(W @ W.mT)[0].item(), rel=1e-6)
+
+
+def test_the_ratio_of_exact_bounds_is_finite_down_to_rounding():
+    layer = nn.Conv2d(2, 2, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.diag(torch.tensor([1.0, 1e-8]))[..., None, None])
+    images = Images(torch.zeros(2, 2, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.long))
+    (row,) = FrameBounds().rows(SimpleNamespace(model=nn.Sequential(layer), data=Data(images, images, 2)))
+    assert row["ratio"] == pytest.approx(1e16, rel=1e-6)
+
+
+def _matrix_of(layer, shape):
+    units = torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
+    return copy.deepcopy(layer).double()(units).flatten(1).mT.detach()

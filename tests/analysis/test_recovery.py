@@ -1,5 +1,6 @@
 """What layers keep of their inputs, beside pseudo-inverses of explicit matrices."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -123,3 +124,29 @@ def test_layers_that_are_no_map_of_vectors_or_images_are_left_out(analysis, low_
         net = factorize(net, ranks=2)
     rows = [*analysis.rows(given(net))]
     assert [row["layer"] for row in rows] == ["conv", "head"]
+
+
+def test_an_image_of_zeros_leaves_the_means_of_the_others():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 5)).eval()
+    nn.init.constant_(net[0].bias, -0.01)
+    pixels = (torch.rand(20, 1, 6, 6) * 255).to(torch.uint8)
+    black = torch.cat([torch.zeros_like(pixels[:1]), pixels])
+    found = []
+    for images in (pixels, black):
+        set_of = Images(images, torch.zeros(len(images), dtype=torch.long))
+        run = SimpleNamespace(
+            model=net,
+            data=Data(set_of, set_of, 5),
+            test_images=len(images),
+            dense=None,
+            on_progress=lambda *_: None,
+        )
+        stability = Stability(images=len(images), eps=[0.1], steps=2, layers=["1"])
+        found.append([*Cushion(images=21).rows(run), *stability.rows(run)])
+        for row in Recovery(images=len(images)).rows(run):
+            assert all(math.isfinite(row[key]) for key in ("error", "largest_error", "misfit"))
+    for alone, beside in zip(*found, strict=True):
+        for key in {"cushion", "median"} & {*alone}:
+            assert beside[key] == pytest.approx(alone[key], rel=1e-5), "the image of zeros does not count"
+        assert all(math.isfinite(value) for value in beside.values() if isinstance(value, float))

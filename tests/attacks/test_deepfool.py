@@ -116,3 +116,14 @@ def test_a_network_of_one_class_is_one_line():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 1))
     with pytest.raises(ValueError, match="the nearest other class, and this network has one"):
         [*DeepFool([1.0]).perturb(model, torch.rand(2, 3, 2, 2), torch.zeros(2, dtype=torch.long))]
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-4, 1e-5])
+def test_the_distance_does_not_depend_on_the_size_of_logits(scale):
+    model, x, y = linear()
+    (made,) = DeepFool([10.0], norm="l2").perturb(model, x, y)
+    with torch.no_grad():
+        model[1].weight *= scale
+        model[1].bias *= scale
+    (smaller,) = DeepFool([10.0], norm="l2").perturb(model, x, y)
+    torch.testing.assert_close(norms(smaller.images - x), norms(made.images - x), rtol=1e-2, atol=1e-4)

@@ -503,3 +503,11 @@ def test_labels_tell_attacks_apart():
         "noise", "square10", "simba-dct-frequencies=4", "autoattack", "transfer-pgd50-margin",
         "transfer-pgd50-margin-source=a/lenet5-x",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [Square, AutoAttack])
+@pytest.mark.parametrize("shape", [(1, 28, 20), (3, 4, 4)])
+def test_images_on_which_the_librarys_l2_attack_fails_are_refused_before(kind, shape):
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 10)), torch.rand(4, *shape)
+    with pytest.raises(UserError, match="in l2 needs images of at least 5 rows"):
+        next(iter(kind([0.1], norm="l2").perturb(model, x, model(x).argmax(1), 0)))

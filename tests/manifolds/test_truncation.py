@@ -82,3 +82,13 @@ def test_wrong_arguments():
         truncate(torch.eye(3), 1, "lanczos")
     with pytest.raises(ValueError, match="rank must be in"):
         truncate(torch.eye(3), 0)
+
+
+@pytest.mark.parametrize(("m", "rank"), [(12, 10), (16, 10), (84, 10), (200, 20)])
+def test_a_projector_of_that_rank_stays_whatever_columns_are_drawn(m, rank):
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        Q = torch.linalg.qr(torch.randn(m, rank, generator=generator, dtype=torch.float64)).Q
+        along = torch.diag((torch.randperm(m, generator=generator) < rank).double())
+        for W in (Q @ Q.mT, along):
+            torch.testing.assert_close(truncate(W, rank, "nystrom", generator), W, atol=1e-12, rtol=0)

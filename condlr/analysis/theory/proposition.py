@@ -204,7 +204,7 @@ def _operator(
     values = padded_singular_values(kernel, size, layer.stride, layer.padding, layer.dilation, dense_limit)
     if values is None:
         return math.inf, f"too large for its conditioning to be computed, {inputs} inputs"
-    if values[-1] == 0:
+    if not values[-1] > inputs * torch.finfo(values.dtype).eps * values[0]:
         return math.inf, "not injective"
     return (values[0] / values[-1]).item(), None
 
