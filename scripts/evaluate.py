@@ -89,6 +89,8 @@ def _runs(pattern: str) -> tuple[list[Run], list[str]]:
     if not found:
         if not matches and glob.has_magic(rest):
             raise UserError(f"run={pattern}: nothing matches this pattern")
+        if len(matches) > 1 and any(next(Path(name).glob("*/run.json"), None) for name in matches):
+            raise UserError(f"run={pattern} matches studies, no runs: say run='{pattern}/*'")
         if len(matches) == 1:
             pattern = matches[0]
         inside = f": give a run in it, or run='{pattern}/*'" if any(Path(pattern).glob("*/run.json")) else ""

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import product
 from numbers import Real
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -114,6 +115,7 @@ class Analysis(ABC):
         title: its name in a report.
         legend: the meaning of the columns; `{column}` in it is replaced by the values of that column.
         keys: the key columns; a new row replaces one with the same key.
+        effort: options that are columns too: rows of another value are made again and replaced.
         columns: by heading, the format of a row's cell: `"{layer}"`, `"{norm} ({ratio:.2f})"`. A number
             without a format is written to three digits.
         caption: above the table; the title if it is empty.
@@ -128,6 +130,7 @@ class Analysis(ABC):
     title: ClassVar[str]
     legend: ClassVar[str] = ""
     keys: ClassVar[tuple[str, ...]]
+    effort: ClassVar[tuple[str, ...]] = ()
     columns: ClassVar[Mapping[str, str]]
     caption: ClassVar[str] = ""
     layout: ClassVar[Layout] = "rows"
@@ -146,23 +149,25 @@ class Analysis(ABC):
     def lacks(self, there: Sequence[Mapping[str, Any]], trained: Trained) -> bool:
         """Whether something is missing in the rows that the run already has; their values are text.
 
-        Default: whether no rows are of the options that are key columns (`images`, `iterations`), or a value
-        of an option with several (`eps`, `layers` for the column `layer`) has none of these. Whatever layers
-        there are will do where none is named.
+        Default: whether no rows are of the options that are columns (`images`, `iterations`, `steps`), or a
+        combination of values of options with several (`eps`, `layers` for the column `layer`) has none of
+        these. Whatever layers there are will do where none is named. Rows from before an option was a column
+        are of its default.
         """
-        options = {f.name: getattr(self, f.name) for f in fields(self)}
+        defaults = {f.name: f.default for f in fields(self)}
+        options = {name: getattr(self, name) for name in defaults}
         if isinstance(options.get("layers"), list | tuple):
             options["layer"] = options["layers"]
-        asked = {key: options[key] for key in self.keys if options.get(key) is not None}
-        several = {key: value for key, value in asked.items() if isinstance(value, list | tuple)}
+        columns = {*self.keys, *self.effort}
+        asked = {key: value for key, value in options.items() if key in columns and value is not None}
+        several = {key: value for key, value in asked.items() if isinstance(value, list | tuple) and value}
         for key, value in asked.items():
-            if key not in several and isinstance(value, Real | str):
+            if isinstance(value, Real | str):
                 most = _most(key, trained)
                 value = value if most is None or isinstance(value, str) else min(value, most)
-                there = [row for row in there if _text(row[key]) == _text(value)]
-        return not there or any(
-            {*map(_text, values)} - {_text(row[key]) for row in there} for key, values in several.items()
-        )
+                there = [row for row in there if _text(row.get(key) or defaults[key]) == _text(value)]
+        wanted = product(*({*map(_text, values)} for values in several.values()))
+        return not there or not {*wanted} <= {tuple(_text(row[key]) for key in several) for row in there}
 
     @abstractmethod
     def rows(self, trained: Trained) -> Iterable[Mapping[str, Any]]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, ClassVar
 
 import torch
@@ -61,7 +62,7 @@ class Cushion(Analysis):
             noise = math.prod(operator.domain) ** -0.5
             yield {
                 "layer": name, "images": len(images), "cushion": found.min().item(),
-                "median": found.median().item(), "noise": noise, "ratio": found.min().item() / noise,
+                "median": median(found.tolist()), "noise": noise, "ratio": found.min().item() / noise,
             }  # fmt: skip
 
 

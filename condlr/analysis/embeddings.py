@@ -63,9 +63,14 @@ class Embeddings(Analysis):
 
     @override
     def lacks(self, there: Sequence[Mapping[str, Any]], trained: Trained) -> bool:
-        most = min((int(float(row["activations"])) for row in there), default=0)
-        few = [number for number in self.dimensions if number <= min(most, self.train_images)]
-        return not there or super(Embeddings, replace(self, dimensions=few)).lacks(there, trained)
+        sizes = {row["layer"]: int(float(row["activations"])) for row in there}
+        for layer in self.layers or sizes or [""]:
+            most = min(sizes.get(layer, 0), self.train_images)
+            few = [number for number in self.dimensions if number <= most]
+            one = replace(self, layers=[layer], dimensions=few)
+            if super(Embeddings, one).lacks(there, trained):
+                return True
+        return False
 
     @override
     def rows(self, trained: Trained) -> Iterator[Mapping[str, Any]]:

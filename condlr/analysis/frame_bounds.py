@@ -37,6 +37,7 @@ class FrameBounds(Analysis):
         "within the residual of an eigenvalue that need not be the smallest."
     )
     keys: ClassVar[tuple[str, ...]] = ("layer",)
+    effort: ClassVar[tuple[str, ...]] = ("restarts",)
     columns: ClassVar[Mapping[str, str]] = {
         "layer": "{layer}", "side": "{side}", "A* circular": "{A_circular}", "B* circular": "{B_circular}",
         "B*/A*": "{ratio}", "A* padded": "{A_padded} ± {residual}", "B* padded": "{B_padded}",
@@ -62,6 +63,7 @@ class FrameBounds(Analysis):
         periodic = smaller_side(kernel, (stride[0], stride[1]))
         operator = convolution(kernel, size, stride, layer.padding, dilation)
         padded = "columns" if math.prod(operator.range) >= math.prod(operator.domain) else "rows"
+        row["restarts"] = self.restarts
         row["side"] = periodic if padded == periodic else f"{periodic}, padded {padded}"
         if not kernel.isfinite().all():
             return row | dict.fromkeys(("A_padded", "residual", "B_padded"), math.nan)

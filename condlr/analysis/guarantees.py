@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, ClassVar
 
 import torch
@@ -78,7 +79,7 @@ def guarantees(model: nn.Module, images: Images, strengths: Sequence[float]) -> 
     local = local_condition(double, pixels.double())
     driven = worst_condition(double, pixels[:DRIVEN].double(), steps=ASCENT).condition
     rows = [
-        _row("cond(f; x), median", local.median(), f"measured at {len(pixels)} test images"),
+        _row("cond(f; x), median", median(local.tolist()), f"measured at {len(pixels)} test images"),
         _row("cond(f; x), largest", local.max(), f"measured at {len(pixels)} test images"),
         _row("cond(f; x), driven up", driven.max(), f"by {ASCENT} steps of ascent from {len(driven)} images"),
     ]
@@ -89,7 +90,9 @@ def guarantees(model: nn.Module, images: Images, strengths: Sequence[float]) -> 
         return [*rows, _row("Lipschitz bound", None, str(error))]
     pointwise = pointwise_bound(model, pixels, bound)
     rows += [
-        _row("bound on cond(f; x), median", pointwise.median(), "L ||x|| / ||f(x)|| at the same images"),
+        _row(
+            "bound on cond(f; x), median", median(pointwise.tolist()), "L ||x|| / ||f(x)|| at the same images"
+        ),
         _row("bound / measured, smallest", (pointwise / local).min(), "never below 1"),
         *_of_proposition(model, pixels),
         _row("Lipschitz bound", bound.constant, _factors(bound)),
@@ -98,7 +101,9 @@ def guarantees(model: nn.Module, images: Images, strengths: Sequence[float]) -> 
     size = pixels[0].numel() ** 0.5
     rows += [
         _row(
-            "certified l2 radius, median", right.median() if len(right) else 0.0, "of images that are right"
+            "certified l2 radius, median",
+            median(right.tolist()) if len(right) else 0.0,
+            "of images that are right",
         ),
         _row("certified l2 radius, largest", every.max(), f"of {len(every)} test images"),
     ]

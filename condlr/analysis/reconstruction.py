@@ -63,6 +63,15 @@ class Reconstruction(Analysis):
             raise ValueError("the network does not begin with a convolution that could be inverted")
 
     @override
+    def lacks(self, there: Sequence[Mapping[str, Any]], trained: Trained) -> bool:
+        there = [row for row in there if int(float(row["iterations"])) == self.iterations]
+        images = {int(float(row["image"])) for row in there}
+        depth = len({row["layer"] for row in there} - {"input"})
+        return len(images) < self.images or (
+            depth < self.layers and depth < sum(op.kind == "conv" for op in invertible(trained.model))
+        )
+
+    @override
     @torch.no_grad()
     def rows(self, trained: Trained) -> Iterator[Mapping[str, Any]]:
         pixels = next(first(trained.data.test, self.images).batches(self.images))[0].double()
@@ -79,7 +88,8 @@ class Reconstruction(Analysis):
             yield from self._rows(way[place].name.removeprefix("network."), found, pixels)
 
     def _rows(self, layer: str, found: Tensor, pixels: Tensor) -> Iterator[Mapping[str, Any]]:
-        errors = (found - pixels).flatten(1).norm(dim=1) / pixels.flatten(1).norm(dim=1)
+        sizes = pixels.flatten(1).norm(dim=1)
+        errors = torch.where(sizes > 0, (found - pixels).flatten(1).norm(dim=1) / sizes, 0.0)
         shape = "x".join(map(str, pixels.shape[1:]))
         for image, (error, made) in enumerate(zip(errors.tolist(), found, strict=True)):
             levels = (made * 255).round().clamp(0, 255).to(torch.uint8).cpu().contiguous()

@@ -1,7 +1,7 @@
 """How far perturbations of the images move a network's activations."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from condlr._support.errors import in_range
 from condlr._support.seeds import derive_seed
+from condlr._support.strengths import distinct, strengths
 from condlr.analysis._activations import activations, chosen
 from condlr.analysis.base import Analysis, Trained
 from condlr.attacks.pgd import Pgd
@@ -42,6 +43,7 @@ class Stability(Analysis):
         "of PGD made on the network itself, or on the dense network."
     )
     keys: ClassVar[tuple[str, ...]] = ("layer", "made_on", "images", "eps")
+    effort: ClassVar[tuple[str, ...]] = ("steps",)
     columns: ClassVar[Mapping[str, str]] = {
         "layer": "{layer}", "made on": "{made_on}", "ε": "{eps:g}", "images moved": "{moved}",
         "activations moved": "{change}",
@@ -49,15 +51,23 @@ class Stability(Analysis):
     order: ClassVar[int] = 44
 
     layers: list[str] = field(default_factory=list)
-    eps: list[float] = field(default_factory=lambda: [0.02, 0.05, 0.1, 0.2, 0.3])
+    eps: Any = field(default_factory=lambda: [0.02, 0.05, 0.1, 0.2, 0.3])
     images: int = 500
     steps: int = 20
 
     def __post_init__(self) -> None:
         in_range("images", self.images, 1, math.inf)
         in_range("steps", self.steps, 1, math.inf)
+        self.eps = strengths(self.eps)
         for value in self.eps:
             in_range("eps", value, 0, math.inf, half_open=True)
+        self.eps = distinct(self.eps)
+
+    @override
+    def lacks(self, there: Sequence[Mapping[str, Any]], trained: Trained) -> bool:
+        made_on = [WHITE, BLACK] if trained.has_dense else [WHITE]
+        parts = ([row for row in there if row["made_on"] == name] for name in made_on)
+        return any(super(Stability, self).lacks(part, trained) for part in parts)
 
     @override
     def rows(self, trained: Trained) -> Iterator[Mapping[str, Any]]:
@@ -74,6 +84,7 @@ class Stability(Analysis):
                     yield {
                         "layer": name, "made_on": made_on, "images": len(images), "eps": eps,
                         "moved": length, "change": _mean(relative(after[name], before[name])),
+                        "steps": self.steps,
                     }  # fmt: skip
                 done += 1
                 trained.on_progress(done, total)

@@ -1,7 +1,7 @@
 """How few directions hold the variance of a network's activations."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -45,6 +45,21 @@ class VarianceRatio(Analysis):
     def __post_init__(self) -> None:
         in_range("images", self.images, 2, math.inf)
         in_range("largest", self.largest, 1, math.inf)
+
+    @override
+    def lacks(self, there: Sequence[Mapping[str, Any]], trained: Trained) -> bool:
+        if super().lacks(there, trained):
+            return True
+        count = min(self.images, trained.test_images)
+        asked = [
+            row for row in there
+            if int(float(row["images"])) == count and (not self.layers or row["layer"] in self.layers)
+        ]  # fmt: skip
+        most = {row["layer"]: row for row in sorted(asked, key=lambda row: int(float(row["index"])))}
+        return any(
+            int(float(row["index"])) < self.largest and float(row["ratio"]) < 1 - 1e-6
+            for row in most.values()
+        )
 
     @override
     def rows(self, trained: Trained) -> Iterator[Mapping[str, Any]]:

@@ -1,9 +1,11 @@
 """The contract of an attack."""
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -90,7 +92,8 @@ class Attack(ABC):
         ]
         if self.source is None:
             return "-".join([self.name(), *unusual])
-        study_and_run = "/".join(self.source.rstrip("/").split("/")[-2:])
+        path = os.path.abspath(self.source)  # noqa: PTH100 (`resolve` would follow a link to its run)
+        study_and_run = "/".join(Path(path).parts[-2:])
         made_on = [] if self.source == "baseline" else [f"source={study_and_run}"]
         return "-".join(["transfer", self.name(), *unusual, *made_on])
 

@@ -80,6 +80,7 @@ def archive(study: Path, path: Path) -> Summary:
             _check(name, files, study)
             merged[name], state = _merged(files, runs.get(name, {}), study / name)
             summary.counts[state] += 1
+            summary.notes += _disputed(files, runs.get(name, {}), study / name)
         summary.counts["unchanged"] += len(runs.keys() - here.keys())
         planned = _planned(_content(study / PLAN), plan, study / PLAN)
         if (merged, planned) != (runs, plan):
@@ -106,7 +107,11 @@ def restore(path: Path, study: Path) -> Summary:
         try:
             for name, files in sorted(runs.items()):
                 try:
-                    state = _restore(files, Run(study / name), study / _STAGE / name)
+                    run = Run(study / name)
+                    here = _files(run.directory) if run.directory.is_dir() else {}
+                    disputed = _disputed(here, files, study / name)
+                    state = _restore(files, run, study / _STAGE / name)
+                    summary.notes += disputed
                 except Held as error:
                     state = "left alone"
                     summary.notes.append(f"left alone: {error}")
@@ -174,6 +179,26 @@ def _merged_rows(first: bytes, second: bytes, path: Path) -> bytes:
         return first
     ours, theirs = (by_key(csv_rows(content, path), path) for content in (first, second))
     return first if theirs.keys() <= ours.keys() else as_csv([*(theirs | ours).values()])
+
+
+def _disputed(here: Files, there: Files, directory: Path) -> list[str]:
+    """A line for each table of one training in which the archive, `there`, has other results for a row."""
+    if "run.json" not in here or "run.json" not in there or not _same_network(here, there, directory):
+        return []
+    notes = []
+    for name in sorted({*here} & {*there} & {*examined()}):
+        path = directory / name
+        ours, theirs = (by_key(csv_rows(side[name], path), path) for side in (here, there))
+        different = [key for key in ours.keys() & theirs.keys() if _result(ours[key]) != _result(theirs[key])]
+        if different:
+            rows = "1 row" if len(different) == 1 else f"{len(different)} rows"
+            notes.append(f"{rows} of {directory / name} differ from the archive's: those on disk are kept")
+    return notes
+
+
+def _result(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without the time that it took."""
+    return {key: value for key, value in row.items() if key != "seconds"}
 
 
 def _planned(here: bytes, there: bytes, path: Path) -> bytes:

@@ -397,6 +397,8 @@ def check_study(study: Any) -> None:
     """Raise `ValueError` if the name of a study would not do as the name of a folder."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", str(study)):
         raise ValueError(f"study must be a plain name of letters, digits, - _ .; got {study!r}")
+    if study == "paper":
+        raise ValueError("study=paper: that folder of the results has published numbers; choose another name")
 
 
 def _check_forms(forms: Any) -> None:

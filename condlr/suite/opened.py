@@ -97,15 +97,15 @@ class Opened:
 
     @cached_property
     def _dense_run(self) -> Run:
-        return Run(self.run.directory.parent / self.config.baseline.run_id)
+        # Resolved: the run may be given as `.` or by a link
+        return Run(self.run.directory.resolve().parent / self.config.baseline.run_id)
 
     @property
     def has_dense(self) -> bool:
         """Whether the baseline is trained, and is not this run itself."""
         other = self._dense_run
-        return (
-            other.directory.name != self.run.directory.name and other.status == "done" and other.has_weights
-        )
+        own = self.run.directory.resolve() == other.directory
+        return not own and other.status == "done" and other.has_weights
 
     @cached_property
     def dense(self) -> nn.Module | None:

@@ -120,6 +120,7 @@ class Report:
     paper: str
 
     def __post_init__(self) -> None:
+        check_study(self.study)
         if not Path(self.paper).is_dir():
             raise ValueError(f"paper={self.paper} is not a directory of published numbers")
 

@@ -102,6 +102,7 @@ def _write_config(run: Run, config: RunConfig, values: dict[str, Any]) -> None:
 def _train(run: Run, config: RunConfig, written: dict[str, Any], signals: Signals, lock: Lock) -> None:
     """Train a run, from its checkpoint if there is one, then analyse and attack it."""
     facts = {"run_id": config.run_id, "study": config.study, "row": config.row}
+    began = run.info.get("device")
     with run.recording(**facts, **environment()):
         device = pick_device(config.device)
         run.note(device=describe(device))
@@ -112,7 +113,7 @@ def _train(run: Run, config: RunConfig, written: dict[str, Any], signals: Signal
         here.source  # noqa: B018 (checked here, before the training)
         model = here.model = build(config, data).to(device)
         run.note(**_sizes(model), images=_images(data))
-        trainer = _trained(run, config, model, data, signals, lock)
+        trainer = _trained(run, config, model, data, signals, lock, began)
         run.note(**_sizes(model))  # a method may have changed the ranks
         lock.require()
         run.save_model(model.state_dict(), config.identity)
@@ -129,14 +130,19 @@ def _train(run: Run, config: RunConfig, written: dict[str, Any], signals: Signal
 
 
 def _trained(
-    run: Run, config: RunConfig, model: nn.Module, data: Data, signals: Signals, lock: Lock
+    run: Run, config: RunConfig, model: nn.Module, data: Data, signals: Signals, lock: Lock, began: str | None
 ) -> Trainer:
-    """Train to the end, from the checkpoint if there is one; keep the run's files up to date."""
+    """Train to the end, from the checkpoint if there is one; keep the run's files up to date.
+
+    `began` is the device of an earlier attempt.
+    """
     trainer = trainer_for(config, model, data)
     fingerprint = f"{config.fingerprint}-{data.digest}"
     if state := run.load_checkpoint(fingerprint):
         trainer.load_state_dict(state)
         log.info("%s goes on from epoch %d, batch %d", run.directory, trainer.epoch, trainer.batch)
+        if began not in (None, here := describe(trainer.device)):
+            log.warning("%s began on %s: on %s it ends with other bits", run.directory, began, here)
         if config.record_every and not trainer.records:
             log.warning("%s started without record_every: its steps.csv starts here", run.directory)
     else:

@@ -9,9 +9,11 @@ from torch import nn
 
 from condlr.analysis.cushion import Cushion
 from condlr.analysis.embeddings import Embeddings
+from condlr.analysis.frame_bounds import FrameBounds
 from condlr.analysis.reconstruction import Reconstruction
 from condlr.analysis.recovery import Recovery, least_squares
 from condlr.analysis.stability import Stability
+from condlr.analysis.variance_ratio import VarianceRatio
 from condlr.data.base import Data, Images
 from condlr.factorization import factorize
 from condlr.manifolds.convolution import _matrix, convolution
@@ -79,17 +81,18 @@ def test_wrong_keys_are_named():
 
 def test_rows_of_other_options_are_missing():
     """The default of every analysis: options that are key columns must have their rows."""
-    here = SimpleNamespace(test_images=30, train_images=400)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3))
+    here = SimpleNamespace(test_images=30, train_images=400, has_dense=False, model=net)
     there = [{"layer": "conv1", "images": "5", "iterations": "3"}]
     assert Recovery().lacks([], here)
     assert not Recovery(images=5, iterations=3).lacks(there, here)
     assert Recovery(images=20, iterations=3).lacks(there, here)
     assert Recovery(images=5, iterations=50).lacks(there, here)
-    rows = [{"layer": "fc", "made_on": "own", "images": "30", "eps": eps} for eps in ("0.1", "0.30")]
+    rows = [{"layer": "fc", "made_on": "itself", "images": "30", "eps": eps} for eps in ("0.1", "0.30")]
     cases = [
         ({"eps": [0.1]}, False), ({"eps": [0.1, 0.3]}, False), ({"eps": [0.2]}, True),
         ({"eps": [0.1], "layers": ["fc"]}, False), ({"eps": [0.1], "layers": ["fc", "conv1"]}, True),
-        ({"eps": [0.1], "images": 7}, True),
+        ({"eps": [0.1], "images": 7}, True), ({"eps": "26/260"}, False), ({"eps": [0.1], "steps": 200}, True),
     ]  # fmt: skip
     for options, lacks in cases:
         assert Stability(**options).lacks(rows, here) == lacks, options
@@ -99,8 +102,53 @@ def test_rows_of_other_options_are_missing():
     ]
     assert not Embeddings().lacks(whole, here), "a layer of 64 activations has no more dimensions"
     assert Embeddings(dimensions=[1, 3]).lacks(whole, here)
-    image = [{"layer": "conv1", "image": str(number), "iterations": "100"} for number in range(4)]
-    assert not Reconstruction().lacks(image, here), "its option layers is a number"
+    wide = [row | {"layer": "conv", "activations": "4096"} for row in whole[:4]]
+    assert Embeddings(layers=["conv"]).lacks([*whole, *wide], here), "it has more dimensions than the other"
+    assert not Embeddings(layers=["fc"]).lacks([*whole, *wide], here)
+
+
+def test_a_combination_that_is_missing_is_missed():
+    here = SimpleNamespace(test_images=500, train_images=400, has_dense=False)
+    rows = [
+        {"layer": layer, "made_on": "itself", "images": "500", "eps": eps}
+        for layer, eps in (("fc2", "0.1"), ("fc2", "0.2"), ("fc1", "0.1"))
+    ]
+    assert not Stability(layers=["fc1", "fc2"], eps=[0.1]).lacks(rows, here)
+    assert Stability(layers=["fc1", "fc2"], eps=[0.1, 0.2]).lacks(rows, here)
+    assert Stability(layers=["fc1"], eps=[0.1, 0.2]).lacks(rows, here)
+    assert Stability(eps=[0.3]).lacks(rows, here), "of no layer"
+
+
+def test_rows_of_the_dense_network_are_missing_once_it_is_trained():
+    before, after = (SimpleNamespace(test_images=500, has_dense=trained) for trained in (False, True))
+    rows = [{"layer": "fc", "made_on": "itself", "images": "500", "eps": "0.1", "steps": "20"}]
+    assert not Stability(eps=[0.1]).lacks(rows, before)
+    assert Stability(eps=[0.1]).lacks(rows, after)
+    assert not Stability(eps=[0.1]).lacks([*rows, rows[0] | {"made_on": "baseline"}], after)
+
+
+def test_more_images_layers_restarts_and_values_are_missing():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3))
+    here = SimpleNamespace(test_images=2000, model=net)
+    made = [
+        {"layer": layer, "image": str(number), "iterations": "100"}
+        for layer in ("input", "0", "2") for number in range(4)
+    ]  # fmt: skip
+    assert not Reconstruction().lacks(made, here), "the network has no third convolution"
+    assert Reconstruction(images=8).lacks(made, here)
+    assert Reconstruction(iterations=50).lacks(made, here)
+    assert Reconstruction(layers=2).lacks([row for row in made if row["layer"] != "2"], here)
+    bounds = [{"layer": "0", "A_padded": "0.1", "restarts": "2"}, {"layer": "2", "A_padded": "0.1"}]
+    assert not FrameBounds().lacks(bounds, here), "rows without the column have its default"
+    assert FrameBounds(restarts=10).lacks(bounds, here)
+    ratios = [
+        {"layer": "fc", "centred": "True", "images": "2000", "index": str(r), "ratio": str(r / 120)}
+        for r in range(1, 101)
+    ]
+    assert not VarianceRatio().lacks(ratios, here)
+    assert VarianceRatio(largest=110).lacks(ratios, here)
+    ratios[-1]["ratio"] = "1"
+    assert not VarianceRatio(largest=110).lacks(ratios, here), "there are no more values"
 
 
 class Mixed(nn.Module):

@@ -48,6 +48,8 @@ def test_without_a_clamp_images_leave_the_range(linear):
     torch.testing.assert_close(free.clamp(0, 1), clamped)
     torch.testing.assert_close((free - x).abs(), torch.full_like(x, 0.5))
     assert (attack.label(), Fgsm([0.5]).label()) == ("fgsm-unclamped", "fgsm")
+    sources = {Fgsm([0.5], source=f"x/study/{run}").label() for run in ("run", "run/", "run/.", "a/../run")}
+    assert sources == {"transfer-fgsm-source=study/run"}
 
 
 def test_eps_zero_is_no_attack_and_the_result_is_in_range(linear):

@@ -362,3 +362,20 @@ def test_a_restored_study_is_as_it_was(script, tmp_path, monkeypatch):
     assert "4 runs: 2 done, 2 skipped" in out
     status, out, _ = script("archive", "study=s")
     assert "5 runs: 2 new, 3 unchanged" in out
+
+
+def test_results_that_differ_are_told_and_those_on_disk_kept(study, kept):
+    other = study.parent / "other" / study.name
+    make(study, "a", eps=(0.0, 0.1))
+    make(other, "a", eps=(0.0, 0.1))
+    evaluated(other / "a", (0.0, 0.5), (0.1, 0.9))
+    assert not archive(study, kept).notes
+    for where, accuracy in ((other, 0.9), (study, 0.5)):
+        (note,) = archive(where, kept).notes
+        assert (
+            note
+            == f"1 row of {where / 'a' / 'evaluation.csv'} differ from the archive's: those on disk are kept"
+        )
+        assert cells(where / "a")[0.1] == accuracy
+    (note,) = restore(kept, other).notes
+    assert "1 row of" in note and cells(other / "a")[0.1] == 0.9

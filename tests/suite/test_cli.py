@@ -149,6 +149,7 @@ def run(small_run, tmp_path):
         (["seed=-1"], "seed must be in"),
         (["seed=one"], "seed: Value 'one'.*Integer"),
         (["study=../elsewhere"], "study must be a plain name"),
+        (["study=paper"], "that folder of the results has published numbers"),
         (["device=tpu"], "device must be one of auto, cpu, cuda"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -662,6 +663,10 @@ def test_evaluate_says_what_it_cannot_evaluate(script, run, tmp_path):
     (run / "run.json").unlink()
     assert "goes on from epoch 1" in script("train", *SMALL)[1], "the advice works"
     assert weights.read_bytes() == intact
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"status": "interrupted", "device": "cpu, 99 threads"}))
+    out = script("train", *SMALL)[1]
+    assert "began on cpu, 99 threads: on cpu" in out and "it ends with other bits" in out
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("slope: 0.01", "slope: 0.9"))
     complains(script("evaluate", f"run={run}"), "config.yaml was changed")
@@ -713,6 +718,7 @@ def test_collect_refuses_what_would_count_twice_or_cannot_be_read(script, run):
     complains(script("collect", "study=default"), "evaluation.csv is damaged")
     complains(script("collect", "study=null"), "study: ")
     complains(script("tables", "study=[a]"), "study: ")
+    complains(script("tables", "study=../default"), "study must be a plain name")
 
 
 @pytest.mark.slow

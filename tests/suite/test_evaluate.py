@@ -373,3 +373,20 @@ def test_as_printed():
     assert as_printed(0.0313726) != as_printed(0.0313725)
     assert distinct([8 / 255, 0.2, 0.0313725, 0, 0.2]) == [0, 8 / 255, 0.2]
     assert strengths("8/255") == [8 / 255] and strengths([0, "1/4", 0.5]) == [0, 0.25, 0.5]
+
+
+def test_a_run_given_as_a_dot_or_a_link_has_its_dense_network(script, runs, tmp_path):
+    run = runs["condlr"]
+    (tmp_path / "link").symlink_to(run)
+    transfer = ["attack=transfer", "attack.steps=1", *FEW]
+    assert script("evaluate", f"run={tmp_path / 'link'}", *transfer)[0] == 0
+    with chdir(run):
+        assert script("evaluate", "run=.", *transfer)[0] == 0
+    found = [row["attack"] for row in rows(run, "evaluation.csv")]
+    assert found.count("transfer-pgd1-margin") == 2, "one row a strength"
+
+
+def test_a_pattern_of_studies_is_told_from_one_of_runs(script, runs):
+    study = runs["condlr"].parent
+    shutil.copytree(study, study.parent / "t")
+    complains(script("evaluate", f"run={study.parent}/*"), r"matches studies, no runs: say run='.*/\*/\*'")
