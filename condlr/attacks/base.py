@@ -92,8 +92,7 @@ class Attack(ABC):
         ]
         if self.source is None:
             return "-".join([self.name(), *unusual])
-        path = os.path.abspath(self.source)  # noqa: PTH100 (`resolve` would follow a link to its run)
-        study_and_run = "/".join(Path(path).parts[-2:])
+        study_and_run = "/".join(Path(os.path.normpath(self.source)).parts[-2:])
         made_on = [] if self.source == "baseline" else [f"source={study_and_run}"]
         return "-".join(["transfer", self.name(), *unusual, *made_on])
 
