@@ -107,10 +107,7 @@ def restore(path: Path, study: Path) -> Summary:
         try:
             for name, files in sorted(runs.items()):
                 try:
-                    run = Run(study / name)
-                    here = _files(run.directory) if run.directory.is_dir() else {}
-                    disputed = _disputed(here, files, study / name)
-                    state = _restore(files, run, study / _STAGE / name)
+                    state, disputed = _restore(files, Run(study / name), study / _STAGE / name)
                     summary.notes += disputed
                 except Held as error:
                     state = "left alone"
@@ -129,18 +126,23 @@ def restore(path: Path, study: Path) -> Summary:
     return summary
 
 
-def _restore(archived: Files, run: Run, stage: Path) -> str:
-    """Update one run. Files are written to `stage`, then moved, so that a full disk changes nothing."""
+def _restore(archived: Files, run: Run, stage: Path) -> tuple[str, list[str]]:
+    """Update one run; its state, and notes on results that differ.
+
+    Files are written to `stage`, then moved, so that a full disk changes nothing.
+    """
     try:
         with Lock(run.directory), Lock(run.directory, "rows", wait=True):
             here = _files(run.directory)
             # The disk is `here`, so its files win a tie
             merged, _ = _merged(here, archived, run.directory)
+            disputed = _disputed(here, archived, run.directory)
             if merged == here:
-                return "unchanged" if _same_network(here, archived, run.directory) else "kept"
+                same = _same_network(here, archived, run.directory)
+                return "unchanged" if same else "kept", disputed
             replaced = bool(run.info) and not _same_network(here, archived, run.directory)
             if replaced and run.has_weights:
-                return "kept"
+                return "kept", disputed
             stage.mkdir()
             changed = [name for name in merged if merged[name] != here.get(name)]
             for name in changed:
@@ -149,7 +151,8 @@ def _restore(archived: Files, run: Run, stage: Path) -> str:
                 os.replace(stage / name, run.directory / name)
             for name in here.keys() - merged.keys():
                 (run.directory / name).unlink()
-            return ("replaced" if replaced else "updated") if "run.json" in here else "new"
+            state = ("replaced" if replaced else "updated") if "run.json" in here else "new"
+            return state, disputed
     finally:
         with suppress(OSError):  # fails unless the directory is empty, after an error with a new run
             run.directory.rmdir()
