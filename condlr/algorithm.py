@@ -1,9 +1,9 @@
 """Algorithm 1 (CondLR, arXiv 2306.01485) for layers of one shape: directions, retraction, the band of S."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,20 +63,48 @@ class Group(NamedTuple):
     Vt: list[nn.Parameter]
 
 
-def direct(
-    group: Group, U_gradients: Sequence[Tensor], V_gradients: Sequence[Tensor], options: Options
-) -> None:
+class _SelfAdjoint(torch.autograd.Function):
+    """A linear map that is its own adjoint, of several tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, of: Callable[[Sequence[Tensor]], list[Tensor]], *tensors: Tensor) -> Any:
+        ctx.of = of
+        return tuple(of(tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *tensors: Tensor) -> Any:
+        return None, *ctx.of(tensors)
+
+
+def direct(group: Group, gradients: Sequence[Tensor], options: Options) -> None:
     """Set the gradients of U and V^T to the directions of equation (5), from their Euclidean gradients.
 
+    Gradients with a graph (`backward(create_graph=True)`) become directions with one: an optimiser that
+    differentiates them sees P H, with P the map of equation (5) at these U, S and V, and H the Hessian.
+
     Args:
-        U_gradients, V_gradients: of `group.U`, (n, r), and of `group.Vt`, (r, m).
+        gradients: of each of `group.U`, (n, r), and then of each of `group.Vt`, (r, m).
     """
-    G, H = _batch_or_none(U_gradients), _transposed(_batch_or_none(V_gradients))
+
+    def of(gradients: Sequence[Tensor]) -> list[Tensor]:
+        return _directions(group, gradients, options)
+
+    if any(gradient.requires_grad for gradient in gradients):
+        with torch.enable_grad():
+            directions = _SelfAdjoint.apply(of, *gradients)
+    else:
+        directions = [direction.data for direction in of(gradients)]  # no views, which `detach_` refuses
+    for factor, direction in zip((*group.U, *group.Vt), directions, strict=True):
+        factor.grad = direction
+
+
+def _directions(group: Group, gradients: Sequence[Tensor], options: Options) -> list[Tensor]:
+    count = len(group.U)
+    G, H = _batch_or_none(gradients[:count]), _transposed(_batch_or_none(gradients[count:]))
     G, H, scale = _precondition(group, G, H, options)
-    if G is not None:
-        _set_gradients(group.U, stiefel.horizontal(_batch(group.U), G, scale))
-    if H is not None:
-        _set_gradients(group.Vt, stiefel.horizontal(_batch(group.Vt).mT, H, scale).mT)
+    left = [] if G is None else _apart(stiefel.horizontal(_batch(group.U), G, scale), count)
+    right = [] if H is None else _apart(stiefel.horizontal(_batch(group.Vt).mT, H, scale).mT, len(group.Vt))
+    return [*left, *right]
 
 
 def retract(group: Group, options: Options) -> None:
@@ -160,8 +188,3 @@ def _apart(batch: Tensor, count: int) -> Sequence[Tensor]:
 def _copy(targets: Sequence[Tensor], batch: Tensor) -> None:
     for target, value in zip(targets, _apart(batch, len(targets)), strict=True):
         target.copy_(value)
-
-
-def _set_gradients(targets: Sequence[nn.Parameter], directions: Tensor) -> None:
-    for target, direction in zip(targets, _apart(directions, len(targets)), strict=True):
-        target.grad = direction

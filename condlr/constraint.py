@@ -34,10 +34,7 @@ from condlr.held import (
 )  # fmt: skip
 from condlr.layers import LowRank
 from condlr.manifolds import spectrum
-from condlr.steppers import Stepper, require_plain_sgd
-
-# The key of the constraint's state in the first parameter group of an optimiser's state_dict
-_MEMORY = "condlr"
+from condlr.steppers import MEMORY, Stepper, require_plain_sgd
 
 _COPIES = (
     "copies of them (DeepSpeed's ZeRO, master weights of half precision) cannot be constrained: "
@@ -87,12 +84,13 @@ def constrain(
 
     Args:
         optimizer: has the factors among its parameters; a wrapper such as those of accelerate and Opacus
-            stands for the optimiser in it, and SAM and Lookahead are constrained as they step (see
-            `condlr.steppers`). It must take one gradient in a step: LBFGS, or any other optimiser that
-            evaluates its closure twice, is refused, and so is one that differentiates the gradients. Use no
-            weight decay on U and V. The
-            retraction undoes plain decay, but decay that passes through momentum or Adam's second moment
-            turns U and V (SGD with momentum 0.9 and decay 1e-2: by 3 % of their movement).
+            stands for the optimiser in it, SAM and Lookahead are constrained as they step, and so are
+            fastai's optimisers, which are none of PyTorch's (see `condlr.steppers`). It must take one
+            gradient in a step: LBFGS, or any other optimiser that evaluates its closure twice, is refused.
+            One that differentiates the gradients (AdaHessian, SophiaH) differentiates the directions, with
+            the factors in their maps held. Use no weight decay on U and V. The retraction undoes plain decay,
+            but decay that passes through momentum or Adam's second moment turns U and V (SGD with momentum
+            0.9 and decay 1e-2: by 3 % of their movement).
         model: a network with U S V^T layers (`condlr.factorize`). U and V are made orthonormal here, without
             a change to W = U S V^T. S does not change until the first step. A factor that is not in the
             optimiser, or has no gradient, does not change.
@@ -167,7 +165,7 @@ class Constraint:
         self._attach()
 
     def _attach(self) -> None:
-        hooks = self._before_step, self._after_step, self._save, self._recall
+        hooks = self._before_step, self._after_step, self._again, self._save, self._recall
         # A step that the user compiles calls them as they are: traced, they would be compiled again and again
         self._hooks = self._stepper.attach(*map(torch.compiler.disable, hooks))
         _ATTACHED.add(self)
@@ -179,7 +177,7 @@ class Constraint:
         self._hooks = []
         _ATTACHED.discard(self)
         # A ZeroRedundancyOptimizer puts back what was recalled; a later constraint is not to find it
-        kept = self.optimizer.param_groups[0].get(_MEMORY, {})
+        kept = self._stepper.memory(self.optimizer).get(MEMORY, {})
         for place in self._places().values():
             kept.pop(place, None)
 
@@ -321,14 +319,14 @@ class Constraint:
     def _save(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         setting = {"tau": self.options.tau, "centre": self.options.centre}
         memory = {place: held.memory() | setting for held, place in self._places().items()}
-        group = state_dict["param_groups"][0]
-        group[_MEMORY] = group.get(_MEMORY, {}) | memory
+        group = state_dict.get("param_groups", [state_dict])[0]
+        group[MEMORY] = group.get(MEMORY, {}) | memory
 
     def _recall(self, optimizer: torch.optim.Optimizer, of: "Iterable[Held] | None" = None) -> None:
         """Restore the state of the layers `of`, by default of all, from a loaded state_dict."""
-        group = optimizer.param_groups[0]
+        group = self._stepper.memory(optimizer)
         # Keys are strings: torch.distributed.checkpoint makes them so. Older state_dicts have numbers.
-        loaded = {str(place): memory for place, memory in group.pop(_MEMORY, {}).items()}
+        loaded = {str(place): memory for place, memory in group.pop(MEMORY, {}).items()}
         self._update_held()
         places, moments = self._places(), self._stepper.moments
         for held in self._held.values() if of is None else of:
@@ -342,7 +340,7 @@ class Constraint:
                 self._adapt(held, memory)
         left = {place: kept for place, kept in loaded.items() if place not in places.values()}
         if left:  # of another constraint's layers
-            group[_MEMORY] = left
+            group[MEMORY] = left
 
     def _adapt(self, held: Held, memory: Mapping[str, Any]) -> None:
         """Drop what was saved under other settings: another band, or another scalar of `released_code`."""
@@ -380,11 +378,11 @@ class Constraint:
             for group in self._moving:
                 if self.options.keeps_bases:
                     self._bases |= {X: X.detach().clone() for X in (*group.U, *group.Vt)}
-                G, H = ([*map(self._gradient, side)] for side in (group.U, group.Vt))
-                algorithm.direct(group, G, H, self.options)
+                gradients = [*map(self._gradient, (*group.U, *group.Vt))]
+                algorithm.direct(group, gradients, self.options)
 
     @torch.no_grad()
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    def _after_step(self, *_: object) -> None:
         if self._pending and not self._moving:  # the closure was not evaluated
             self._moving = [*self._groups()]
         with strict(self._device):
@@ -396,11 +394,23 @@ class Constraint:
                         transport_moments(held, self._stepper.moments, U0, Vt0)
                 if group.S:
                     algorithm.constrain_core(group, self._bases, self.options)
+        moved = self._moving if self._stepper.ending else []
         self._forget_step()
+        self._moved = [(group, [X.detach().clone() for X in _factors(group)]) for group in moved]
+
+    @torch.no_grad()
+    def _again(self, *_: object) -> None:
+        """Constrain what an optimiser around the one that stepped has moved since."""
+        self._moving = [
+            group for group, factors in self._moved if not all(map(torch.equal, _factors(group), factors))
+        ]
+        self._after_step()
+        self._moved = []
 
     def _forget_step(self) -> None:
         self._pending = False
         self._moving: list[Group] = []
+        self._moved: list[tuple[Group, list[Tensor]]] = []
         self._bases: dict[nn.Parameter, Tensor] = {}
 
     def _warn_without_gradient(self) -> None:
@@ -500,6 +510,10 @@ def audit(model: nn.Module) -> dict[str, float]:
 
 def _group(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict:
     return next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+
+
+def _factors(group: Group) -> list[nn.Parameter]:
+    return [*group.U, *group.S, *group.Vt]
 
 
 def _apart(every: Iterable[Held]) -> Iterator[Held]:

@@ -20,9 +20,9 @@ CONDITION_TOLERANCE = 1e-4
 # For a large tau, rounding moves the smallest singular value: cond(S) may exceed 1 + tau by this times tau.
 ROUNDING = 1e-6
 
-# The first moments of SGD, Adam and RMSprop, and the second: means of squares, and their maximum
+# The first moments of SGD, Adam and RMSprop (fastai's too), and the second: means of squares, their maximum
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg", "grad_avg")
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sqr_avg")
 
 # The keys of an older condlr in an optimiser's state_dict, where layers were identified by name
 _OLD_SCALES, _OLD_SETTLED = "condlr_scales", "condlr_settled"

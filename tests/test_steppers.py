@@ -41,6 +41,86 @@ class Sam(torch.optim.Optimizer):
         self.zero_grad()
 
 
+class MovingSam(Sam):
+    """It moves the parameters once more after its optimiser (WSAM, Yue et al., KDD 2023)."""
+
+    def second_step(self):
+        super().second_step()
+        with torch.no_grad():
+            for p in (p for group in self.param_groups for p in group["params"]):
+                p.add_(0.001 * torch.ones_like(p))
+
+
+class Parts(torch.optim.SGD):
+    """Two calls a step, and no optimiser in it (bSAM, Moellenhoff and Khan, ICLR 2023)."""
+
+    @torch.no_grad()
+    def first_step(self):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.add_(0.01 * torch.ones_like(p))
+
+    def second_step(self):
+        super().step()
+
+
+class Twofold(torch.optim.Optimizer):
+    """It takes both gradients of a step from the closure, then has its optimiser step (GSAM)."""
+
+    def __init__(self, parameters, base):
+        super().__init__(parameters, {})
+        self.base_optimizer = base
+        self.param_groups = base.param_groups
+
+    def step(self, closure):
+        closure()
+        closure()
+        self.base_optimizer.step()
+
+
+class Foreign:
+    """None of PyTorch's, with the calls and the state of fastai's."""
+
+    def __init__(self, parameters, lr):
+        self.lists, self.hypers, self.state = [[*parameters]], [{"lr": lr}], {}
+
+    param_groups = property(lambda self: [{"params": self.lists[0], **self.hypers[0]}])
+
+    def zero_grad(self):
+        for p in self.lists[0]:
+            if p.grad is not None:
+                p.grad.detach_()
+                p.grad.zero_()
+
+    def step(self):
+        for p in self.lists[0]:
+            moment = self.state.setdefault(p, {}).setdefault("grad_avg", torch.zeros_like(p))
+            moment.mul_(0.9).add_(p.grad)
+            p.data.add_(moment, alpha=-self.hypers[0]["lr"])
+
+    def state_dict(self):
+        return {"state": [self.state[p] for p in self.lists[0]], "hypers": self.hypers}
+
+    def load_state_dict(self, state):
+        self.hypers = state["hypers"]
+        self.state = dict(zip(self.lists[0], state["state"], strict=True))
+
+
+class ForeignLookahead(Foreign):
+    def __init__(self, inner):
+        self.opt, self.lists, self.hypers, self.state = inner, inner.lists, inner.hypers, inner.state
+
+    def step(self):
+        self.opt.step()
+        for p in self.lists[0]:
+            p.data.lerp_(torch.ones_like(p), 0.01)
+
+    def state_dict(self):
+        return self.opt.state_dict()
+
+    def load_state_dict(self, state):
+        self.opt.load_state_dict(state)
+
+
 class Lookahead(torch.optim.Optimizer):
     """Slow weights (Zhang et al., NeurIPS 2019), made as such wrappers are: without PyTorch's constructor."""
 
@@ -122,10 +202,12 @@ def backward(net):
 def step(net, optimizer):
     optimizer.zero_grad()
     backward(net)
-    if isinstance(optimizer, Sam):
+    if hasattr(optimizer, "second_step"):
         optimizer.first_step()
         backward(net)
         optimizer.second_step()
+    elif isinstance(optimizer, Twofold):
+        optimizer.step(lambda: backward(net))
     else:
         optimizer.step()
 
@@ -151,6 +233,11 @@ def averaged(net):
 MAKE = {
     "averaged": averaged,
     "SAM": lambda net: Sam(net.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9),
+    "SAM that moves after": lambda net: MovingSam(net.parameters(), torch.optim.SGD, lr=0.1),
+    "parts": lambda net: Parts(net.parameters(), lr=0.1),
+    "twofold": lambda net: Twofold([*net.parameters()], torch.optim.SGD(net.parameters(), lr=0.1)),
+    "foreign": lambda net: Foreign(net.parameters(), 0.05),
+    "foreign Lookahead": lambda net: ForeignLookahead(Foreign(net.parameters(), 0.05)),
     "Lookahead": lambda net: Lookahead(torch.optim.AdamW(net.parameters(), lr=0.05)),
     "a wrapper": lambda net: Wrapper(torch.optim.SGD(net.parameters(), lr=0.1)),
     "noise": lambda net: Private(torch.optim.SGD(net.parameters(), lr=0.1)),
@@ -207,6 +294,16 @@ def test_moments_of_the_optimizer_within_move_with_the_bases():
         assert torch.equal(a, b)
 
 
+def test_a_copy_of_a_foreign_optimizer_has_no_hooks():
+    net = network()
+    optimizer = Foreign(net.parameters(), 0.05)
+    constraint = condlr.constrain(optimizer, net)
+    other_net, other = copy.deepcopy((net, optimizer))
+    step(other_net, other)
+    constraint.check()
+    assert condlr.audit(other_net)["orthonormality_error"] > 1e-4
+
+
 @pytest.mark.slow
 def test_a_compiled_step_calls_the_constraint_as_it_is():
     """Traced, its branches would be compiled for each layer, until the compiler gives up."""
@@ -247,6 +344,72 @@ def test_a_compiled_step_with_a_closure_calls_the_constraint_as_it_is():
     )
 
 
+class Differentiating(torch.optim.SGD):
+    """Products with the Hessian, from the graph of the gradients (AdaHessian, SophiaH)."""
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        parameters = self.param_groups[0]["params"]
+        self.z = [torch.randn_like(p) for p in parameters]
+        self.products = torch.autograd.grad([p.grad for p in parameters], parameters, self.z)
+        for p in parameters:
+            p.grad = p.grad.detach()
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize("preconditioner", ["exact", "scalar"])
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_an_optimizer_may_differentiate_the_directions(with_closure, preconditioner):
+    """It sees H P z, with the Hessian H and the map P of equation (5), here as matrices in float64."""
+    torch.manual_seed(3)
+    net = condlr.factorize(nn.Sequential(nn.Linear(6, 5)), ranks=3).double()
+    optimizer = Differentiating(net.parameters(), lr=0.1)
+    constraint = condlr.constrain(optimizer, net, 0.5, preconditioner=preconditioner)
+    data, target = torch.randn(16, 6).double(), torch.randn(16, 5).double()
+
+    def loss_of(U, S, Vt, bias):
+        return (data @ (U @ S @ Vt).mT + bias - target).pow(4).mean()
+
+    for _ in range(3):
+        layer = net[0]
+        U, S, V = (X.detach().clone() for X in (layer.U, layer.S, layer.V))
+        names = [name for name, _ in net.named_parameters()]
+        shapes = [p.shape for p in net.parameters()]
+        start = torch.cat([p.detach().flatten() for p in net.parameters()])
+
+        def of(flat, names=names, shapes=shapes):
+            parts = flat.split([shape.numel() for shape in shapes])
+            known = {n[2:]: x.reshape(s) for n, x, s in zip(names, parts, shapes, strict=True)}
+            return loss_of(*(known[name] for name in ("U", "S", "Vt", "bias")))
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (net(data) - target).pow(4).mean()
+            loss.backward(create_graph=True)
+            return loss
+
+        if with_closure:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        left, right = torch.linalg.inv(S @ S.mT), torch.linalg.inv(S.mT @ S)
+        if preconditioner == "scalar":
+            left = right = torch.eye(3).double() * 3 / S.square().sum()
+        moved = []
+        for name, z in zip(names, optimizer.z, strict=True):
+            if name.endswith("Vt"):
+                z = right @ (z - z @ V @ V.mT)
+            elif name.endswith("U"):
+                z = (z - U @ U.mT @ z) @ left
+            moved.append(z.flatten())
+        expected = torch.autograd.functional.hessian(of, start) @ torch.cat(moved)
+        found = torch.cat([product.flatten() for product in optimizer.products])
+        assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
+        constraint.check()
+
+
 def test_a_scheduler_that_holds_the_step_comes_after():
     class Fresh(Lookahead):
         step = Lookahead.__dict__["step"].__wrapped__ if hasattr(Lookahead.step, "hooked") else Lookahead.step
@@ -280,19 +443,15 @@ def test_all_hooks_or_none():
 
 
 def test_optimizers_that_cannot_be_constrained_are_one_line():
-    class SophiaH(torch.optim.SGD):
-        pass
-
-    class Parts(torch.optim.SGD):
-        def first_step(self): ...
+    class Fused(torch.optim.SGD):
+        def fused_backward(self): ...
 
     class Overlapping(torch.optim.SGD):
         _overlap_with_ddp = True  # as of a ZeroRedundancyOptimizer
 
     net = network()
     for kind, message in (
-        (SophiaH, "differentiates the gradients"),
-        (Parts, "in parts of its own"),
+        (Fused, "Fused steps within the backward pass"),
         (Overlapping, "within the backward pass: use overlap_with_ddp=False"),
     ):
         with pytest.raises(ValueError, match=message):

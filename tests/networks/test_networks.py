@@ -107,6 +107,10 @@ OTHERS = (
     "laprop", "lars", "lion", "madgrad", "mars", "nero", "novograd", "pid", "prodigy", "qhadam",
     "scalableshampoo", "schedulefreeadamw", "shampoo", "sm3", "soap", "stableadamw", "swats", "tiger", "yogi",
 )  # fmt: skip
+# Those that differentiate gradients, that take a second one at other weights, and that are none of PyTorch's
+GRAPHS = ("AdaHessian", "SophiaH")
+PERTURBING = ("SAM", "LookSAM", "FriendlySAM", "WSAM", "BSAM")
+FASTAI = ("SGD", "RMSProp", "Adam", "RAdam", "QHAdam", "Larc", "Lamb", "ranger")
 
 
 def of_torchvision(name):
@@ -195,7 +199,7 @@ def table(request):
     if (path := os.environ.get("NETWORKS_TABLE")) and not request.session.testsfailed:
         head = ["network", "optimiser", "parameters removed", "max abs(UᵀU − I)", "cond(S)", "export"]
         rows = [head, ["---", "---", "---:", "---:", "---:", "---:"], *lines]
-        packages = ("torch", "torchvision", "timm", "transformers", "pytorch_optimizer")
+        packages = ("torch", "torchvision", "timm", "transformers", "pytorch_optimizer", "fastai")
         made = ", ".join(f"{name} {version(name)}" for name in packages if find_spec(name))
         text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
         Path(path).write_text(f"{text}\nMade with {made}.\n", encoding="utf-8")
@@ -205,10 +209,17 @@ def tried(name, chosen, optimizer, low, x, show):
     """Two steps, the promise, the export; the line of the table goes to `show`."""
     constraint = condlr.constrain(optimizer, low, tau=TAU)
     size = condlr.measure(low)
-    for _ in range(2):
+
+    @torch.enable_grad()
+    def backward():
         optimizer.zero_grad()
-        torch.stack([y.float().square().mean() for y in called(low, x)]).sum().backward()
-        optimizer.step()
+        loss = torch.stack([y.float().square().mean() for y in called(low, x)]).sum()
+        loss.backward(create_graph=type(optimizer).__name__ in GRAPHS)
+        return loss
+
+    for _ in range(2):
+        backward()
+        optimizer.step(*([backward] if hasattr(optimizer, "second_step") else []))
     found = constraint.check()
     low.eval()
     with torch.no_grad():
@@ -239,8 +250,7 @@ def test_a_network_keeps_the_promise_and_is_exported(name, optimizer, table):
     tried(name, optimizer, OPTIMIZERS[optimizer](low.parameters()), low, x, table)
 
 
-@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, *OTHERS])
-def test_an_optimizer_keeps_the_promise(optimizer, table):
+def small():
     torch.manual_seed(0)
     layers = (
         nn.Conv2d(3, 16, 3),
@@ -250,13 +260,35 @@ def test_an_optimizer_keeps_the_promise(optimizer, table):
         nn.ReLU(),
         nn.Linear(32, 10),
     )
-    low = condlr.factorize(nn.Sequential(*layers), 0.5)
+    return condlr.factorize(nn.Sequential(*layers), 0.5)
+
+
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, *OTHERS])
+def test_an_optimizer_keeps_the_promise(optimizer, table):
+    low = small()
     if optimizer in OTHERS:
         others = pytest.importorskip("pytorch_optimizer")
         chosen, label = others.load_optimizer(optimizer)(low.parameters()), f"pytorch_optimizer {optimizer}"
     else:
         chosen, label = OPTIMIZERS[optimizer](low.parameters()), optimizer
     tried("a small network", label, chosen, low, torch.randn(8, 3, 8, 8), table)
+
+
+@pytest.mark.parametrize("optimizer", [*GRAPHS, *PERTURBING])
+def test_an_optimizer_with_steps_of_its_own_keeps_the_promise(optimizer, table):
+    low, make = small(), getattr(pytest.importorskip("pytorch_optimizer"), optimizer)
+    given = {"WSAM": (low, low.parameters(), torch.optim.SGD), "BSAM": (low.parameters(), 1000)}
+    for name in GRAPHS:
+        given[name] = (low.parameters(),)
+    chosen = make(*given.get(optimizer, (low.parameters(), torch.optim.SGD)), lr=1e-3)
+    tried("a small network", f"pytorch_optimizer {optimizer}", chosen, low, torch.randn(8, 3, 8, 8), table)
+
+
+@pytest.mark.parametrize("optimizer", FASTAI)
+def test_an_optimizer_of_fastai_keeps_the_promise(optimizer, table):
+    low, library = small(), pytest.importorskip("fastai.optimizer")
+    chosen = getattr(library, optimizer)([*low.parameters()], lr=1e-3)
+    tried("a small network", f"fastai {optimizer}", chosen, low, torch.randn(8, 3, 8, 8), table)
 
 
 @pytest.mark.parametrize("core", ["full", "none"])
