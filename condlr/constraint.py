@@ -363,8 +363,7 @@ class Constraint:
             return None
         self._update_held()
         self._pending = True
-        direct: Any = torch.compiler.disable(self._direct_all)  # as the hooks, see `_attach`
-        return with_gradients(optimizer, args, kwargs, direct)
+        return with_gradients(optimizer, args, kwargs, self._direct_all)
 
     def _direct_all(self) -> None:
         if self._moving:

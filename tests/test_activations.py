@@ -101,6 +101,7 @@ def test_the_subspace_steps_along_its_gradient(m):
             torch.testing.assert_close(state_of(net)[name], mine[name].detach() - 0.3 * speeds[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subspace", SUBSPACES)
 def test_the_minimum_is_the_tail_of_the_covariance(subspace):
     """Of fixed activations: sum of the eigenvalues beyond the r largest, by the projector on the others."""
@@ -140,6 +141,7 @@ def test_activations_of_any_length_keep_the_subspace_finite():
         assert torch.linalg.matrix_norm(state_of(net)["W"], 2) < 3
 
 
+@pytest.mark.slow
 def test_more_dimensions_than_a_matrix_holds():
     m = 16384
     net, extra, _ = alone(m, torch.float32)

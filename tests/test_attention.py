@@ -135,6 +135,7 @@ def test_the_thin_layers_of_an_exported_attention_are_factored_and_exported_agai
         torch.testing.assert_close(whole(*inputs), low(*inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_example", [False, True])
 def test_an_encoder_exported_as_factored_is_low_rank_throughout(with_example):
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)

@@ -194,6 +194,7 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_taken_as_it_computes():
     assert condlr.operator_norm(layer) == pytest.approx(norm / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "shape", "count"),
     [

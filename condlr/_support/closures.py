@@ -25,10 +25,13 @@ def with_gradients(
         act()
         return None
 
+    # A step that the user compiles calls it as it is, as it calls its hooks
+    untraced: Any = torch.compiler.disable(act)
+
     def followed() -> Any:
         loss = closure()
         with torch.no_grad():
-            act()
+            untraced()
         return loss
 
     if given is None:

@@ -140,6 +140,7 @@ def test_the_number_of_a_dead_process_may_be_another_ones(tmp_path):
     assert taken(tmp_path) < 1
 
 
+@pytest.mark.slow
 def test_an_owner_elsewhere_is_watched(tmp_path, holder):
     """One that gives signs of life keeps the lock, whatever its clock says; one that is silent loses it."""
     process = holder("feedbeef")

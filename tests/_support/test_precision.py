@@ -57,6 +57,7 @@ def test_methods_keep_their_promises_in_bfloat16(name, data):
     assert t.history[-1]["train_loss"] != plain.history[-1]["train_loss"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_in_bfloat16_ends_with_the_same_bits(data):
     runs = [trainer(METHODS["condlr"], data) for _ in range(3)]
     for t in runs:

@@ -992,6 +992,7 @@ def test_bad_arguments_of_local_conditions():
         worst_condition(nn.Linear(2, 2), torch.ones(1, 2), steps=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [None, 0.5])
 def test_the_pointwise_bound_holds_for_networks_with_biases(rank):
     model = LeNet5()

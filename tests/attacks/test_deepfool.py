@@ -54,6 +54,7 @@ def test_a_strength_counts_the_perturbations_that_are_no_longer(network, test_im
     assert torch.equal(found[wrong], x[wrong]), "those need no perturbation"
 
 
+@pytest.mark.slow
 def test_as_short_as_that_of_foolbox(network, test_images):  # noqa: F811
     foolbox = pytest.importorskip("foolbox")
     x, y = next(test_images.batches(400))

@@ -253,6 +253,7 @@ def test_a_large_matrix_is_retracted(size):
         assert stiefel.orthonormality_error(found) <= 5e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "r"), [(100_001, 1), (300_000, 3), (250_000, 9), (60_000, 70)])
 @pytest.mark.parametrize("kind", stiefel.RETRACTIONS)
 def test_a_long_thin_matrix_is_retracted(n, r, kind):

@@ -74,6 +74,7 @@ def test_steps_without_the_term_are_in_nobodys_way(data):
     assert all(math.isfinite(row["train_loss"]) for row in run.history[1:])
 
 
+@pytest.mark.slow
 def test_the_subspace_follows_the_learning_rate(data):
     run = trainer("baseline", data)
     run.protocol.lr_milestones, run.protocol.lr_factor = [1], 0.5

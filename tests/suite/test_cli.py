@@ -705,6 +705,7 @@ def test_rows_with_unusual_options_have_names_of_their_own(script, tmp_path):
     assert names == ["lenet5-digits-condlr-tau0.1-c0.5", "lenet5-digits-condlr-tau0.1-retraction_polar-c0.5"]
 
 
+@pytest.mark.slow
 def test_collect_refuses_what_would_count_twice_or_cannot_be_read(script, run):
     shutil.copytree(run, run.parent / "backup")
     complains(script("collect", "study=default"), "backup/run.json belongs to the run .* count twice")
@@ -826,6 +827,7 @@ def test_an_ill_conditioned_start_through_the_command_line(script, tmp_path):
     assert list(csv.DictReader((run / "spectra.csv").open())) == spectra
 
 
+@pytest.mark.slow
 def test_help_and_mistakes_answer_without_torch():
     code = (
         "import sys, runpy; sys.argv = ['train.py', 'compression=1.5']\n"
@@ -1079,6 +1081,7 @@ def test_any_directory_can_be_in_the_variable(script, small_mnist, tmp_path, mon
     assert status == 0, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("empty", ["", "  "])
 def test_an_empty_variable_is_none(script, small_mnist, monkeypatch, empty):
     monkeypatch.setenv("CONDLR_DATA", empty)

@@ -176,6 +176,7 @@ def test_every_method_learns(name, data):
     assert t.history[-1]["held_out_accuracy"] >= 0.6
 
 
+@pytest.mark.slow
 def test_training_ends_at_an_accuracy_on_held_out_images(data):
     """With the weights that a run which goes on has after that epoch; a resumed run has ended, too."""
     longer = {"epochs": 8, "batch_size": 16, "lr_milestones": [6]}

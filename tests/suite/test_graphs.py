@@ -99,6 +99,7 @@ def test_a_step_that_cannot_be_recorded_is_taken_as_it_is(stage, caplog):
     assert step.reason == "operation not permitted when stream is capturing"
 
 
+@pytest.mark.slow
 def test_an_epoch_that_a_graph_spoils_is_taken_again(data, monkeypatch):
     """NaN is all a graph can say where a fast map does not hold; the run ends as if it had had none."""
     taken = []

@@ -142,6 +142,7 @@ def test_all_committed_studies_of_networks_are_looked_at():
     assert {path.parent.name for path in RESULTS.glob("*/cells.csv")} == {*STUDIES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", ["table2", "rivals_weights"])
 def test_archived_runs_have_the_ids_of_their_configs(study):
     with tarfile.open(RESULTS / study / "runs.tar.gz") as archive:
@@ -163,6 +164,7 @@ def test_a_key_that_counts_though_it_is_null_is_one_of_the_old_ones():
     assert nulls == {"train_images", "test_images"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "name", "group"),
     [

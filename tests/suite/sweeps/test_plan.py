@@ -128,6 +128,7 @@ def test_several_experiments_are_the_runs_of_each(ask):
     assert (estimated, len(whole)) == (5, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
