@@ -280,7 +280,7 @@ def test_an_optimizer_with_steps_of_its_own_keeps_the_promise(optimizer, table):
     given = {"WSAM": (low, low.parameters(), torch.optim.SGD), "BSAM": (low.parameters(), 1000)}
     for name in GRAPHS:
         given[name] = (low.parameters(),)
-    chosen = make(*given.get(optimizer, (low.parameters(), torch.optim.SGD)), lr=1e-3)
+    chosen = make(*given.get(optimizer, (low.parameters(), torch.optim.SGD)), lr=1e-5)
     tried("a small network", f"pytorch_optimizer {optimizer}", chosen, low, torch.randn(8, 3, 8, 8), table)
 
 
