@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from condlr._support.errors import in_range, one_of
 from condlr.held import Held
@@ -76,26 +78,38 @@ class _SelfAdjoint(torch.autograd.Function):
         return None, *ctx.of(tensors)
 
 
-def direct(group: Group, gradients: Sequence[Tensor], options: Options) -> None:
+def direct(group: Group, gradients: Sequence[Tensor], options: Options) -> list[RemovableHandle]:
     """Set the gradients of U and V^T to the directions of equation (5), from their Euclidean gradients.
 
-    Gradients with a graph (`backward(create_graph=True)`) become directions with one: an optimiser that
-    differentiates them sees P H, with P the map of equation (5) at these U, S and V, and H the Hessian.
+    Gradients with a graph (`backward(create_graph=True)`) become directions with one. An optimiser that
+    differentiates them has Q H P z for a z: the Hessian H between the map P of equation (5), at these U, S
+    and V, and the projection Q onto what is orthogonal to them, so that no direction is without curvature.
 
     Args:
         gradients: of each of `group.U`, (n, r), and then of each of `group.Vt`, (r, m).
+
+    Returns:
+        What removes Q, once the step is done.
     """
 
     def of(gradients: Sequence[Tensor]) -> list[Tensor]:
         return _directions(group, gradients, options)
 
+    factors, hooks = (*group.U, *group.Vt), []
     if any(gradient.requires_grad for gradient in gradients):
         with torch.enable_grad():
             directions = _SelfAdjoint.apply(of, *gradients)
+        hooks = [U.register_hook(partial(stiefel.horizontal, U.detach())) for U in group.U]
+        hooks += [Vt.register_hook(partial(_horizontal_rows, Vt.detach())) for Vt in group.Vt]
     else:
         directions = [direction.data for direction in of(gradients)]  # no views, which `detach_` refuses
-    for factor, direction in zip((*group.U, *group.Vt), directions, strict=True):
+    for factor, direction in zip(factors, directions, strict=True):
         factor.grad = direction
+    return hooks
+
+
+def _horizontal_rows(Vt: Tensor, z: Tensor) -> Tensor:
+    return stiefel.horizontal(Vt.mT, z.mT).mT
 
 
 def _directions(group: Group, gradients: Sequence[Tensor], options: Options) -> list[Tensor]:

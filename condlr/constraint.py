@@ -8,6 +8,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from condlr import algorithm
 from condlr._support.closures import with_gradients
@@ -87,10 +88,10 @@ def constrain(
             stands for the optimiser in it, SAM and Lookahead are constrained as they step, and so are
             fastai's optimisers, which are none of PyTorch's (see `condlr.steppers`). It must take one
             gradient in a step: LBFGS, or any other optimiser that evaluates its closure twice, is refused.
-            One that differentiates the gradients (AdaHessian, SophiaH) differentiates the directions, with
-            the factors in their maps held. Use no weight decay on U and V. The retraction undoes plain decay,
-            but decay that passes through momentum or Adam's second moment turns U and V (SGD with momentum
-            0.9 and decay 1e-2: by 3 % of their movement).
+            One that differentiates the gradients (AdaHessian, SophiaH) has the Hessian of the horizontal
+            directions, see `condlr.algorithm.direct`. Use no weight decay on U and V. The retraction undoes
+            plain decay, but decay that passes through momentum or Adam's second moment turns U and V (SGD
+            with momentum 0.9 and decay 1e-2: by 3 % of their movement).
         model: a network with U S V^T layers (`condlr.factorize`). U and V are made orthonormal here, without
             a change to W = U S V^T. S does not change until the first step. A factor that is not in the
             optimiser, or has no gradient, does not change.
@@ -378,7 +379,7 @@ class Constraint:
                 if self.options.keeps_bases:
                     self._bases |= {X: X.detach().clone() for X in (*group.U, *group.Vt)}
                 gradients = [*map(self._gradient, (*group.U, *group.Vt))]
-                algorithm.direct(group, gradients, self.options)
+                self._curved += algorithm.direct(group, gradients, self.options)
 
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
@@ -407,6 +408,9 @@ class Constraint:
         self._moved = []
 
     def _forget_step(self) -> None:
+        for hook in getattr(self, "_curved", []):
+            hook.remove()
+        self._curved: list[RemovableHandle] = []
         self._pending = False
         self._moving: list[Group] = []
         self._moved: list[tuple[Group, list[Tensor]]] = []

@@ -352,6 +352,7 @@ class Differentiating(torch.optim.SGD):
         parameters = self.param_groups[0]["params"]
         self.z = [torch.randn_like(p) for p in parameters]
         self.products = torch.autograd.grad([p.grad for p in parameters], parameters, self.z)
+        self.hooks = [p._backward_hooks for p in parameters]
         for p in parameters:
             p.grad = p.grad.detach()
         super().step()
@@ -361,7 +362,7 @@ class Differentiating(torch.optim.SGD):
 @pytest.mark.parametrize("preconditioner", ["exact", "scalar"])
 @pytest.mark.parametrize("with_closure", [False, True])
 def test_an_optimizer_may_differentiate_the_directions(with_closure, preconditioner):
-    """It sees H P z, with the Hessian H and the map P of equation (5), here as matrices in float64."""
+    """It sees Q H P z: the Hessian H, the map P of equation (5), and the projection Q; here in float64."""
     torch.manual_seed(3)
     net = condlr.factorize(nn.Sequential(nn.Linear(6, 5)), ranks=3).double()
     optimizer = Differentiating(net.parameters(), lr=0.1)
@@ -404,9 +405,19 @@ def test_an_optimizer_may_differentiate_the_directions(with_closure, preconditio
             elif name.endswith("U"):
                 z = (z - U @ U.mT @ z) @ left
             moved.append(z.flatten())
-        expected = torch.autograd.functional.hessian(of, start) @ torch.cat(moved)
+        products = torch.autograd.functional.hessian(of, start) @ torch.cat(moved)
+        parts = [
+            x.reshape(s) for x, s in zip(products.split([s.numel() for s in shapes]), shapes, strict=True)
+        ]
+        for i, name in enumerate(names):
+            if name.endswith("Vt"):
+                parts[i] = parts[i] - parts[i] @ V @ V.mT
+            elif name.endswith("U"):
+                parts[i] = parts[i] - U @ U.mT @ parts[i]
+        expected = torch.cat([part.flatten() for part in parts])
         found = torch.cat([product.flatten() for product in optimizer.products])
         assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
+        assert not any(optimizer.hooks), "later gradients are whole"
         constraint.check()
 
 
