@@ -93,7 +93,8 @@ def direct(group: Group, gradients: Sequence[Tensor], options: Options) -> list[
     """
 
     def of(gradients: Sequence[Tensor]) -> list[Tensor]:
-        return _directions(group, gradients, options)
+        # Without views, which `detach_` refuses
+        return [direction.data for direction in _directions(group, gradients, options)]
 
     factors, hooks = (*group.U, *group.Vt), []
     if any(gradient.requires_grad for gradient in gradients):
@@ -102,7 +103,7 @@ def direct(group: Group, gradients: Sequence[Tensor], options: Options) -> list[
         hooks = [U.register_hook(partial(stiefel.horizontal, U.detach())) for U in group.U]
         hooks += [Vt.register_hook(partial(_horizontal_rows, Vt.detach())) for Vt in group.Vt]
     else:
-        directions = [direction.data for direction in of(gradients)]  # no views, which `detach_` refuses
+        directions = of(gradients)
     for factor, direction in zip(factors, directions, strict=True):
         factor.grad = direction
     return hooks

@@ -176,6 +176,7 @@ class Constraint:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._forget_step()
         _ATTACHED.discard(self)
         # A ZeroRedundancyOptimizer puts back what was recalled; a later constraint is not to find it
         kept = self._stepper.memory(self.optimizer).get(MEMORY, {})
@@ -358,6 +359,9 @@ class Constraint:
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Replace the gradients by directions; with a closure, as soon as it has computed them."""
+        if self._pending and self._stepper.within_step():
+            self._depth += 1  # the step of a superclass, which subclasses call in theirs
+            return None
         self._forget_step()
         skipped = getattr(optimizer, "found_inf", None)  # set by a GradScaler for a fused optimiser
         if skipped is not None and bool(skipped):
@@ -372,6 +376,9 @@ class Constraint:
                 f"{type(self.optimizer).__name__} evaluates its closure twice in one step and is not "
                 "constrained between them: use an optimizer that takes one gradient in a step"
             )
+        if self._stands():
+            self._pending = False
+            return
         self._moving = [*self._groups()]
         self._warn_without_gradient()
         with strict(self._device):
@@ -383,6 +390,9 @@ class Constraint:
 
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
+        if self._depth:
+            self._depth -= 1
+            return
         if self._pending and not self._moving:  # the closure was not evaluated
             self._moving = [*self._groups()]
         with strict(self._device):
@@ -401,20 +411,29 @@ class Constraint:
     @torch.no_grad()
     def _again(self, *_: object) -> None:
         """Constrain what an optimiser around the one that stepped has moved since."""
-        self._moving = [
-            group for group, factors in self._moved if not all(map(torch.equal, _factors(group), factors))
-        ]
-        self._after_step()
-        self._moved = []
+        same = [all(map(torch.equal, _factors(group), known)) for group, known in self._moved]
+        kept = [known for known, is_same in zip(self._moved, same, strict=True) if is_same]
+        self._moving = [group for (group, _), is_same in zip(self._moved, same, strict=True) if not is_same]
+        if self._moving:
+            self._after_step()
+            self._moved += kept
 
     def _forget_step(self) -> None:
         for hook in getattr(self, "_curved", []):
             hook.remove()
         self._curved: list[RemovableHandle] = []
         self._pending = False
+        self._depth = 0
         self._moving: list[Group] = []
         self._moved: list[tuple[Group, list[Tensor]]] = []
         self._bases: dict[nn.Parameter, Tensor] = {}
+
+    def _stands(self) -> bool:
+        """Whether this step moves nothing, as that by which torch.distributed.checkpoint makes moments."""
+        if any(not isinstance(lr := g.get("lr"), float | int) or lr for g in self.optimizer.param_groups):
+            return False
+        factors = (X for held in self._held.values() for X in held.factors)
+        return not any(X.grad.any() for X in factors if X.grad is not None)
 
     def _warn_without_gradient(self) -> None:
         """Warn of layers that get no gradient in their first step: the network may call other layers."""

@@ -1,12 +1,13 @@
 """Which optimiser steps and which is saved, where one wraps another or is none of PyTorch's."""
 
-from collections import OrderedDict
+import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from condlr._support import hooks as own
 from condlr._support.hooks import after_call, before_call
 
 # The key of the constraint's state in an optimiser's state_dict
@@ -15,33 +16,39 @@ MEMORY = "condlr"
 # The steps that SAM and its like take one by one; the last one that a class has moves the parameters
 _PARTS = ("third_step", "second_step")
 
+# The functions that call hooks around a step, and their variable that is the optimiser
+_STEPPING = {
+    torch.optim.Optimizer.profile_hook_step(lambda _: None).__code__: "self",
+    own.CODE: "of",
+}
+
 
 class Stepper(NamedTuple):
     """The parts of an optimiser.
 
     Attributes:
-        inner: the innermost one, which steps and has the moments of the parameters.
-        method: its `step`, or the last step of one that takes several.
-        ending: who may move the parameters once more after that, and in which method.
-        saved: the one that makes the state_dict.
+        inner: the innermost one, which has the moments of the parameters.
+        moving: who moves the parameters, and in which methods; one may call another.
+        ending: who may move them once more after that.
+        saved: those that make the state_dict, from the inner one on; the last one loads it.
         loaded: what an optimiser that is none of PyTorch's found of the constraint in a state_dict.
     """
 
     inner: Any
-    method: str
-    ending: tuple[Any, str] | None
-    saved: Any
+    moving: tuple[tuple[Any, str], ...]
+    ending: tuple[tuple[Any, str], ...]
+    saved: tuple[Any, ...]
     loaded: dict[str, Any]
 
     @staticmethod
     def of(optimizer: Any) -> "Stepper":
         """The parts of `optimizer`.
 
-        A trainer's wrapper has no hooks of its own, and calls the step of the optimiser in it. Lookahead,
-        averages over processes (PostLocalSGDOptimizer) and their like move the parameters once more after
-        that. SAM steps in parts that may be called one by one; the last calls the step of the optimiser in
-        it, if there is one. An optimiser whose inner one has the parameters of one process only
-        (ZeroRedundancyOptimizer) wraps none. Optimisers of fastai are none of PyTorch's.
+        An optimiser may wrap another, and call its step. Lookahead, averages over processes
+        (PostLocalSGDOptimizer) and their like move the parameters once more after that. SAM steps in parts
+        that may be called one by one; the last one calls the step of the optimiser in it, if there is one. An
+        optimiser whose inner one has the parameters of one process only (ZeroRedundancyOptimizer) wraps
+        none. Optimisers of fastai are none of PyTorch's.
 
         Raises:
             ValueError: no optimiser, or one that cannot be constrained.
@@ -52,7 +59,8 @@ class Stepper(NamedTuple):
         # Each library calls the optimiser in its wrapper by another name; some have it as a property
         within = [getattr(optimizer, "optimizer", None), *getattr(optimizer, "__dict__", {}).values()]
         inner: Any = next((part for part in within if _has_all(part, optimizer)), None)
-        part = next((part for part in _PARTS if hasattr(optimizer, part)), None)
+        part = next((part for part in _PARTS if _has(optimizer, part)), None)
+        methods = [(optimizer, name) for name in ("step", part) if name and _has(optimizer, name)]
         if inner is None or inner is optimizer:
             if not _is_optimizer(optimizer):
                 raise ValueError(f"a {name} is no torch.optim.Optimizer, and has none in it")
@@ -63,22 +71,32 @@ class Stepper(NamedTuple):
                 )
             if hasattr(optimizer, "fused_backward"):
                 raise ValueError(f"{name} steps within the backward pass: use one that steps after it")
-            return Stepper(optimizer, part or "step", None, optimizer, {})
+            # A step in parts takes several gradients; its last part takes one
+            step = getattr(inspect.unwrap(type(optimizer).step), "__code__", None)
+            whole = step is not None and part in step.co_names
+            return Stepper(optimizer, tuple(methods[1:] if whole else methods), (), (optimizer,), {})
         below = Stepper.of(inner)
-        if hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
-            below = below._replace(saved=optimizer)
-        foreign = not isinstance(below.inner, torch.optim.Optimizer)
-        averages = isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "averager")
-        hooks, its = (getattr(of, "_optimizer_step_pre_hooks", None) for of in (optimizer, inner))
-        if not (part or foreign or averages or (hooks is not None and hooks is not its)):
-            return below
-        return below._replace(ending=(optimizer, part or "step"))
+        registry = "_optimizer_state_dict_post_hooks"
+        if isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, registry):
+            below = below._replace(saved=(*below.saved, optimizer))
+        # A wrapper that is made of the class in it (Lightning's Fabric) has its parts, and does not call them
+        alike = ((optimizer, part),) if part and (below.inner, part) in below.moving else ()
+        return below._replace(moving=(*below.moving, *alike), ending=(*below.ending, *methods))
 
     @property
     def moments(self) -> Any:
         """The moments by parameter; of several processes with parts of them, those of this one."""
         inner: Any = self.inner
         return (inner.optim if type(inner).__name__ == "ZeroRedundancyOptimizer" else inner).state
+
+    def within_step(self) -> bool:
+        """Whether a step calls a step: that of a superclass, or the last of its parts."""
+        owners, count, frame = [optimizer for optimizer, _ in self.moving], 0, inspect.currentframe()
+        while frame is not None:
+            if (name := _STEPPING.get(frame.f_code)) is not None:
+                count += any(frame.f_locals.get(name) is owner for owner in owners)
+            frame = frame.f_back
+        return count > 1
 
     def memory(self, optimizer: Any) -> dict[str, Any]:
         """Where `optimizer` has what it loaded of the constraint: in its first group, if it is PyTorch's."""
@@ -104,47 +122,38 @@ class Stepper(NamedTuple):
         return hooks
 
     def _around_step(self, before: Any, after: Any, again: Any) -> Iterator[RemovableHandle]:
-        if self.method == "step" and isinstance(self.inner, torch.optim.Optimizer):
-            yield self.inner.register_step_pre_hook(before)
-            yield self.inner.register_step_post_hook(after)
-        else:
-            yield before_call(self.inner, self.method, before)
-            yield after_call(self.inner, self.method, after)
-        if self.ending is None:
-            return
-        optimizer, method = self.ending
-        if method == "step" and isinstance(optimizer, torch.optim.Optimizer):
-            _give_hooks(optimizer)
-            yield optimizer.register_step_post_hook(again)
-        else:
+        for optimizer, method in self.moving:
+            if method == "step" and isinstance(optimizer, torch.optim.Optimizer):
+                yield optimizer.register_step_pre_hook(before)
+                yield optimizer.register_step_post_hook(after)
+            else:
+                yield before_call(optimizer, method, before)
+                yield after_call(optimizer, method, after)
+        for optimizer, method in self.ending:
             yield after_call(optimizer, method, again)
 
     def _around_state(self, save: Any, recall: Any) -> Iterator[RemovableHandle]:
-        if isinstance(self.saved, torch.optim.Optimizer):
-            yield self.saved.register_state_dict_post_hook(save)
-            yield self.saved.register_load_state_dict_post_hook(recall)
-            return
-
         def keep(saved: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: object) -> None:
             state = next(iter((*args, *kwargs.values())))
             self.loaded.clear()
             self.loaded.update({key: state[key] for key in (MEMORY,) if key in state})
             recall(saved)
 
-        yield after_call(self.saved, "state_dict", lambda saved, args, kwargs, state: save(saved, state))
-        yield after_call(self.saved, "load_state_dict", keep)
+        for saved in self.saved:
+            if isinstance(saved, torch.optim.Optimizer):
+                yield saved.register_state_dict_post_hook(save)
+            else:
+                yield after_call(saved, "state_dict", lambda saved, args, kwargs, state: save(saved, state))
+        last = self.saved[-1]
+        if isinstance(last, torch.optim.Optimizer):
+            yield last.register_load_state_dict_post_hook(recall)
+        else:
+            yield after_call(last, "load_state_dict", keep)
 
 
-def _give_hooks(optimizer: torch.optim.Optimizer) -> None:
-    """Give a wrapper that leaves PyTorch's constructor out the hooks of a step; its step would call none."""
-    if not getattr(type(optimizer).step, "hooked", False):
-        if "step" in vars(optimizer):
-            name = type(optimizer).__name__
-            raise ValueError(f"a scheduler holds the step of {name}: make the scheduler after constrain")
-        torch.optim.Optimizer._patch_step_function(optimizer)
-    for registry in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-        if not hasattr(optimizer, registry):
-            setattr(optimizer, registry, OrderedDict())
+def _has(optimizer: Any, method: str) -> bool:
+    """Whether it has the method itself, and does not hand over to the optimiser in it."""
+    return hasattr(type(optimizer), method) or method in getattr(optimizer, "__dict__", {})
 
 
 def _is_optimizer(part: Any) -> bool:

@@ -1,7 +1,10 @@
 """Optimisers around optimisers: which step is hooked, and which state is saved."""
 
 import copy
+import functools
+import gc
 import io
+import weakref
 from collections import OrderedDict
 
 import pytest
@@ -150,6 +153,30 @@ class Lookahead(torch.optim.Optimizer):
         self._base_optimizer.load_state_dict(state)
 
 
+class BareLookahead(torch.optim.Optimizer):
+    """The same without any hook."""
+
+    def __init__(self, inner):
+        self.optimizer = inner
+        self.param_groups, self.state, self.defaults = inner.param_groups, inner.state, inner.defaults
+
+    def step(self, closure=None):
+        loss = self.optimizer.step(closure)
+        with torch.no_grad():
+            for p in (p for group in self.param_groups for p in group["params"]):
+                p.lerp_(torch.ones_like(p), 0.01)
+        return loss
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state)
+
+
 class Wrapper:
     """No optimiser itself, and with a name of its own for the one in it, as of fastai's OptimWrapper."""
 
@@ -161,6 +188,16 @@ class Wrapper:
 
     def step(self):
         self.opt.step()
+
+
+class Delegating:
+    """A wrapper that has nothing but what the optimiser in it has, as fastai's OptimWrapper."""
+
+    def __init__(self, optimizer):
+        self.opt = optimizer
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["opt"], name)
 
 
 class Private(torch.optim.Optimizer):
@@ -239,7 +276,10 @@ MAKE = {
     "foreign": lambda net: Foreign(net.parameters(), 0.05),
     "foreign Lookahead": lambda net: ForeignLookahead(Foreign(net.parameters(), 0.05)),
     "Lookahead": lambda net: Lookahead(torch.optim.AdamW(net.parameters(), lr=0.05)),
+    "Lookahead without hooks": lambda net: BareLookahead(torch.optim.SGD(net.parameters(), lr=0.1)),
     "a wrapper": lambda net: Wrapper(torch.optim.SGD(net.parameters(), lr=0.1)),
+    "delegating": lambda net: Delegating(torch.optim.SGD(net.parameters(), lr=0.1)),
+    "delegating to SAM": lambda net: Delegating(Sam(net.parameters(), torch.optim.SGD, lr=0.1)),
     "noise": lambda net: Private(torch.optim.SGD(net.parameters(), lr=0.1)),
 }
 
@@ -421,15 +461,185 @@ def test_an_optimizer_may_differentiate_the_directions(with_closure, preconditio
         constraint.check()
 
 
-def test_a_scheduler_that_holds_the_step_comes_after():
-    class Fresh(Lookahead):
-        step = Lookahead.__dict__["step"].__wrapped__ if hasattr(Lookahead.step, "hooked") else Lookahead.step
+@pytest.mark.parametrize("scheduler_first", [False, True])
+def test_a_scheduler_holds_the_step_before_or_after(scheduler_first):
+    net = network()
+    optimizer = Lookahead(torch.optim.SGD(net.parameters(), lr=0.1))
+    if scheduler_first:
+        torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    constraint = condlr.constrain(optimizer, net)
+    if not scheduler_first:
+        torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    for _ in range(3):
+        step(net, optimizer)
+        constraint.check()
+
+
+class Averaging(torch.optim.AdamW):
+    """It calls the step of its superclass, whose hooks are its own, and moves the parameters after that."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        with torch.no_grad():
+            for p in (p for group in self.param_groups for p in group["params"]):
+                p.mul_(self.param_groups[0].get("shrink", 1.0))
+        return loss
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_the_step_of_a_superclass_is_a_part_of_the_step(with_closure):
+    nets = [network(), network(), network()]
+    for net, kind, shrink in zip(nets, (torch.optim.AdamW, Averaging, Averaging), (1, 1, 0.99), strict=True):
+        optimizer = kind(net.parameters(), lr=0.01)
+        optimizer.param_groups[0]["shrink"] = shrink
+        constraint = condlr.constrain(optimizer, net)
+        for _ in range(3):
+            optimizer.zero_grad()
+            if with_closure:
+                optimizer.step(lambda net=net: backward(net))
+            else:
+                backward(net)
+                optimizer.step()
+            constraint.check()
+    for a, b in zip(*(net.parameters() for net in nets[:2]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_step_that_fails_is_forgotten():
+    net, optimizer = network(), None
+    optimizer = Averaging(net.parameters(), lr=0.01)
+    constraint = condlr.constrain(optimizer, net)
+
+    def fail():
+        raise KeyError("a closure")
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            optimizer.step(fail)
+        step(net, optimizer)
+        constraint.check()
+
+
+@pytest.mark.parametrize("make", [Lookahead, Wrapper])
+def test_other_wrappers_of_the_class_are_left_alone(make):
+    net, other = network(), network()
+    constraint = condlr.constrain(make(torch.optim.SGD(net.parameters(), lr=0.1)), net)
+    bare = make(torch.optim.SGD(other.parameters(), lr=0.1))
+    step(other, bare)
+    assert condlr.audit(other)["orthonormality_error"] > 1e-4
+    constraint.check()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_constraint_keeps_nothing_alive(name):
+    net = network()
+    optimizer = MAKE[name](net)
+    constraint = condlr.constrain(optimizer, net)
+    step(net, optimizer)
+    seen = [weakref.ref(x) for x in (net, optimizer, constraint)]
+    del net, optimizer, constraint
+    gc.collect()
+    assert [x() for x in seen] == [None] * 3
+
+
+def test_a_subclass_that_wraps_the_step_of_a_constrained_class():
+    net = network()
+    condlr.constrain(Foreign(net.parameters(), 0.05), net)
+
+    class Wrapping(Foreign):
+        @functools.wraps(Foreign.step)
+        def step(self):
+            Foreign.step(self)
+
+    other = network()
+    optimizer = Wrapping(other.parameters(), 0.05)
+    constraint = condlr.constrain(optimizer, other)
+    step(other, optimizer)
+    constraint.check()
+
+
+def test_parts_that_the_step_does_not_call():
+    class Idle(torch.optim.SGD):
+        def second_step(self): ...
 
     net = network()
-    optimizer = Fresh(torch.optim.SGD(net.parameters(), lr=0.1))
-    torch.optim.lr_scheduler.StepLR(optimizer, 10)
-    with pytest.raises(ValueError, match="make the scheduler after constrain"):
-        condlr.constrain(optimizer, net)
+    optimizer = Idle(net.parameters(), lr=0.5)
+    constraint = condlr.constrain(optimizer, net)
+    for _ in range(3):
+        optimizer.zero_grad()
+        backward(net)
+        optimizer.step()
+        constraint.check()
+
+
+class Fabricated:
+    """A wrapper of the class of the optimiser in it, which shares its attributes, as Lightning's Fabric."""
+
+    def __init__(self, optimizer, shares):
+        if shares:
+            self.__dict__ = {k: v for k, v in vars(optimizer).items() if k not in ("step", "state_dict")}
+        self.__class__ = type("Fabricated", (Fabricated, type(optimizer)), {})
+        self._optimizer = optimizer
+
+    optimizer = property(lambda self: self._optimizer)
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["_optimizer"], name)
+
+    def step(self):
+        self._optimizer.step()
+
+
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("constrained_first", [False, True])
+@pytest.mark.parametrize("kind", ["SAM", "SAM that moves after", "parts", "Lookahead"])
+def test_a_wrapper_of_the_class_in_it(kind, constrained_first, shares):
+    net = network()
+    optimizer = MAKE[kind](net)
+    if constrained_first:
+        constraint = condlr.constrain(optimizer, net)
+        around = Fabricated(optimizer, shares)
+    else:
+        around = Fabricated(optimizer, shares)
+        constraint = condlr.constrain(around, net)
+    for _ in range(3):
+        step(net, around)
+        constraint.check()
+
+
+def test_gradients_with_a_graph_are_no_views():
+    net = network()
+    optimizer = Differentiating(net.parameters(), lr=0.01)
+    constraint = condlr.constrain(optimizer, net)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=False)
+        F.cross_entropy(net(x), y).backward(create_graph=True)
+        optimizer.step()
+        constraint.check()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_state_may_be_loaded_by_name_into_a_fresh_optimizer(kind):
+    """PyTorch takes a step without gradient and without a learning rate to make the moments."""
+    from torch.distributed.checkpoint import state_dict as by_name
+
+    net = network()
+    optimizer = kind(net.parameters(), lr=0.01)
+    condlr.constrain(optimizer, net)
+    for _ in range(3):
+        step(net, optimizer)
+    weights, state = by_name.get_state_dict(net, optimizer)
+    other = network()
+    optimizer2 = kind(other.parameters(), lr=0.01)
+    constraint = condlr.constrain(optimizer2, other)
+    by_name.set_model_state_dict(other, copy.deepcopy(weights))
+    by_name.set_optimizer_state_dict(other, optimizer2, copy.deepcopy(state))
+    for _ in range(2):
+        for a, b in zip(net.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+        step(net, optimizer)
+        step(other, optimizer2)
+    constraint.check()
 
 
 @pytest.mark.parametrize("wrapper_first", [True, False])
