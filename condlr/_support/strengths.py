@@ -1,7 +1,7 @@
 """Strengths of attacks: how they are written, and which of them are equal."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from condlr._support.errors import in_range
@@ -13,8 +13,10 @@ def strengths(values: Any) -> Any:
     A value of another type is returned unchanged, and fails the check of types later.
 
     Raises:
-        ValueError: a text is not a number.
+        ValueError: a text is not a number; a mapping.
     """
+    if isinstance(values, Mapping):
+        raise ValueError(f"eps must be numbers, or fractions such as 8/255; got {dict(values)}")
     if isinstance(values, str | int | float):
         values = [values]
     if not isinstance(values, list):

@@ -1,7 +1,6 @@
 """The contract of an attack."""
 
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -92,7 +91,7 @@ class Attack(ABC):
         ]
         if self.source is None:
             return "-".join([self.name(), *unusual])
-        study_and_run = "/".join(Path(os.path.normpath(self.source)).parts[-2:])
+        study_and_run = "/".join(Path(self.source).resolve().parts[-2:])
         made_on = [] if self.source == "baseline" else [f"source={study_and_run}"]
         return "-".join(["transfer", self.name(), *unusual, *made_on])
 

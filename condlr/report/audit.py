@@ -7,6 +7,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from condlr.analysis.sceptic.masking import CHECKS
 from condlr.report.markdown import piped
 from condlr.report.results import ordered
 from condlr.report.titles import run_titles
@@ -45,28 +46,34 @@ _CONCERNS = {
 }
 
 
-class Marks:
-    """The rows of each table that an audit warns about.
+def deciding(audits: pd.DataFrame) -> pd.DataFrame:
+    """The findings that count: of several audits of a run in one norm, those on the most images."""
+    return audits[audits["n"].eq(audits.groupby(["run_id", "norm"])["n"].transform("max"))]
 
-    If a row has several audits in one norm, those on the most images count.
-    """
+
+class Marks:
+    """The rows of each table that an audit warns about. An audit that lacks a check is none."""
 
     def __init__(self, audits: pd.DataFrame | None):
         self._found: dict[tuple[str, str], dict[str, str]] = {}
+        self._audited: dict[tuple[str, str], set[str]] = {}
         if audits is None:
             return
-        most = audits.groupby(["row_id", "norm"])["n"].transform("max")
-        for row in audits[audits["n"].eq(most)].itertuples():
-            warned = self._found.setdefault((row.row_id, str(row.norm)), {})
-            if row.status == "warning":
+        for (row_id, norm, run_id), findings in deciding(audits).groupby(["row_id", "norm", "run_id"]):
+            if {*CHECKS} <= {*findings["check"]}:
+                self._audited.setdefault((row_id, norm), set()).add(run_id)
+            for row in findings[findings["status"].eq("warning")].itertuples():
+                warned = self._found.setdefault((row_id, norm), {})
                 warned[str(row.check)] = f"{row.check} at ε={row.eps:g}"
 
-    def of(self, row_id: str, norm: str, attack: str) -> list[str] | None:
-        """The warnings that concern a row under an attack; None if the row was not audited in this norm."""
-        if (row_id, norm) not in self._found:
-            return None
-        warned = self._found[row_id, norm].items()
+    def of(self, row_id: str, norm: str, attack: str) -> list[str]:
+        """The warnings that concern a row under an attack."""
+        warned = self._found.get((row_id, norm), {}).items()
         return [text for check, text in warned if attack.startswith(_CONCERNS.get(check, ""))]
+
+    def audited(self, row_id: str, norm: str) -> set[str]:
+        """The runs of a row that were audited in this norm."""
+        return self._audited.get((row_id, norm), set())
 
 
 def markdown(audits: pd.DataFrame) -> str:

@@ -8,6 +8,7 @@ from urllib.parse import quote
 import pandas as pd
 
 from condlr._support.rooms import find
+from condlr.analysis.sceptic.masking import CHECKS
 from condlr.report import (
     analysis,
     audit,
@@ -178,10 +179,12 @@ def _audits(audits: pd.DataFrame) -> Iterator[content.Block]:
         found = {status: part.loc[part["status"].eq(status), "check"] for status in _STATUSES}
         strength = f"{first['eps']:g} ({titles.norm_title(first['norm'])})"
         row = [names[first["run_id"]], strength, f"{first['n']:,}", str(len(found["pass"]))]
+        found["not done"] = [*found["not done"], *(c for c in CHECKS if c not in {*part["check"]})]
         rows.append([*row, *(", ".join(found[status]) or "–" for status in _STATUSES[1:])])
-    warned = audits.loc[audits["status"].eq("warning"), "row_id"].nunique()
+    decide = audit.deciding(audits)
+    warned = decide.loc[decide["status"].eq("warning"), "row_id"].nunique()
     yield (
-        f"{counted(len(rows), 'audit')} of {audits['check'].nunique()} checks each: "
+        f"{counted(len(rows), 'audit')} of {len(CHECKS)} checks each: "
         + (f"**the audit warns of {counted(warned, 'row')}**." if warned else "no row is warned of.")
     )
     yield content.Grid(header, rows).filled

@@ -36,13 +36,14 @@ class Comparison:
         return Sheet(caption, columns, [*groups.values()], [audit_note(self._audited(known))])
 
     def _audited(self, known: Sequence[Mapping[tuple[str, float], Line]]) -> list[Line]:
-        """Each row once, with the warnings of all its attacks; None if it was audited under none."""
+        """Each row once, with the warnings of all its attacks, and its audits of the most runs."""
         found: dict[tuple[str, float], Line] = {}
         for of_attack in known:
             for key, line in of_attack.items():
-                told = [one.warnings for one in (line, found.get(key)) if one and one.warnings is not None]
-                every = list(dict.fromkeys(text for warnings in told for text in warnings))
-                found[key] = replace(line, warnings=every if told else None)
+                both = [one for one in (line, found.get(key)) if one is not None]
+                every = dict.fromkeys(text for one in both for text in one.warnings)
+                audited = max(one.audited for one in both)
+                found[key] = replace(line, warnings=[*every], audited=audited)
         return [*found.values()]
 
     def _value(self, line: Line | None, most: int) -> Value:

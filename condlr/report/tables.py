@@ -10,6 +10,7 @@ import pandas as pd
 
 from condlr.report import numbers, results, titles
 from condlr.report.audit import Marks
+from condlr.report.numbers import counted
 from condlr.report.protocols import differences
 from condlr.report.published import NUMBERS, slips
 from condlr.report.sheet import Column, Row, Sheet, Value
@@ -90,6 +91,7 @@ class Line:
     Attributes:
         label: its title, with the variant.
         method: the label of its runs.
+        audited: how many of its runs were audited, and how many there are.
     """
 
     label: str
@@ -97,7 +99,8 @@ class Line:
     compression: float
     facts: dict[str, str]
     cells: dict[float, Cell]
-    warnings: list[str] | None = None
+    warnings: Sequence[str] = ()
+    audited: tuple[int, int] = (0, 0)
     measured: float | None = None
 
     @property
@@ -203,12 +206,20 @@ def audit_note(lines: Iterable[Line]) -> str:
     """One sentence or two: which rows an audit warned of, and which were not audited."""
     lines = [line for line in lines if line.ran]
     warned = [f"{line.described} ({', '.join(line.warnings)})" for line in lines if line.warnings]
-    missing = [line.described for line in lines if line.warnings is None]
-    if len(missing) == len(lines):
+    missing = [line.described for line in lines if not line.audited[0]]
+    partly: dict[tuple[int, int], list[str]] = {}
+    for line in lines:
+        if 0 < line.audited[0] < line.audited[1]:
+            partly.setdefault(line.audited, []).append(line.described)
+    if len(missing) == len(lines) and not warned:
         return "No row was audited in this norm (analysis=audit): read these accuracies as upper bounds."
     told = f"† not to be trusted, the audit warns: {'; '.join(warned)}."
-    note = told if warned else "The audit warns of no row."
-    return f"{note} Not audited: {', '.join(missing)}." if missing else note
+    notes = [told if warned else "The audit warns of no row."]
+    for (audited, runs), names in partly.items():
+        rows = "every row" if len(names) == len(lines) else ", ".join(names)
+        notes.append(f"Audited with {audited} of {counted(runs, 'seed')}: {rows}.")
+    notes += [f"Not audited: {', '.join(missing)}."] if missing else []
+    return " ".join(notes)
 
 
 def tables(cells: pd.DataFrame, paper: Path, marks: Marks | None = None) -> Iterator[Table]:
@@ -226,9 +237,15 @@ def tables(cells: pd.DataFrame, paper: Path, marks: Marks | None = None) -> Iter
             for cell in row.to_dict("records"):
                 ours = {name: cell[name] for name in ("accuracy", "std", "seeds", "group_best", "best")}
                 row_cells[cell["eps"]] = replace(beside.get(cell["eps"], Cell()), **ours)
-            warnings = marks.of(key.row_id, known["norm"], known["attack"]) if marks else None
+            marks = marks or Marks(None)
+            warnings = marks.of(key.row_id, known["norm"], known["attack"])
+            runs = {*mine.loc[mine["row_id"].eq(key.row_id), "run_id"]}
+            audited = len(runs & marks.audited(key.row_id, known["norm"])), len(runs)
             name, measured = titles.title(key.label, key.variant), row.iloc[0]["train_compression"]
-            lines.append(Line(name, key.label, key.compression, _facts(row), row_cells, warnings, measured))
+            facts = _facts(row)
+            lines.append(
+                Line(name, key.label, key.compression, facts, row_cells, warnings, audited, measured)
+            )
         if number:
             ran = {(line.method, line.compression) for line in lines}
             lines += [_not_run(*key, row) for key, row in printed.items() if key not in ran]

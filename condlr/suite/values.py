@@ -54,6 +54,10 @@ def _plain(node: Any) -> Any:
 
 
 def _with_home(values: Mapping[str, Any]) -> dict[str, Any]:
+    for key in ("runs_dir", "results_dir"):
+        if values.get(key) == "":
+            usual = key.removesuffix("_dir")
+            raise UserError(f"{key} is empty: name a directory, or leave it at {usual}")
     paths = {key: expanded(values[key]) for key in _PATHS if key in values}
     attack = values.get("attack")
     if isinstance(attack, dict) and "source" in attack:

@@ -48,8 +48,15 @@ def test_without_a_clamp_images_leave_the_range(linear):
     torch.testing.assert_close(free.clamp(0, 1), clamped)
     torch.testing.assert_close((free - x).abs(), torch.full_like(x, 0.5))
     assert (attack.label(), Fgsm([0.5]).label()) == ("fgsm-unclamped", "fgsm")
+
+
+def test_a_source_is_named_by_its_study_and_run(tmp_path, monkeypatch):
     sources = {Fgsm([0.5], source=f"x/study/{run}").label() for run in ("run", "run/", "run/.", "a/../run")}
     assert sources == {"transfer-fgsm-source=study/run"}
+    run = tmp_path / "study" / "run"
+    run.mkdir(parents=True)
+    monkeypatch.chdir(run)
+    assert {Fgsm([0.5], source=name).label() for name in (".", "../run")} == sources
 
 
 def test_eps_zero_is_no_attack_and_the_result_is_in_range(linear):

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from condlr._support.errors import UserError
 from condlr.analysis.guarantees import Guarantees
+from condlr.analysis.sceptic.masking import CHECKS
 from condlr.report import analysis, audit, chapters, comparisons, numbers, results, tables, titles
 from condlr.report.latex import latex
 from condlr.report.markdown import markdown
@@ -78,7 +79,7 @@ def test_audits_of_one_row_in_two_settings_are_two():
     one = audits(("baseline-0.0-0", "float64")).query("seed == 0").assign(settings="lr=0.1")
     other = audits().query("seed == 0").assign(settings="lr=0.2", run_id=lambda frame: frame["run_id"] + "x")
     told, grid, _ = chapters._audits(pd.concat([one, other]))
-    assert told == "4 audits of 2 checks each: **the audit warns of 1 row**."
+    assert told == "4 audits of 16 checks each: **the audit warns of 1 row**."
     names = [row[0] for row in grid.rows]
     assert names[:2] == ["Baseline, seed 0 (lr=0.1)", "Baseline, seed 0 (lr=0.2)"]
     assert "| Baseline, seed 0 (lr=0.2) | none |" in audit.markdown(pd.concat([one, other]))
@@ -275,7 +276,7 @@ def audits(*warned):
         ("condlr-tau0.1", 0.5, 1),
     ]:
         run = f"{label}-{compression}-{seed}"
-        for check in ("zero gradients", "float64"):
+        for check in CHECKS:
             rows.append(
                 {
                     "run_id": run, "label": label, "compression": compression, "seed": seed,
@@ -340,6 +341,17 @@ def test_the_audit_of_most_images_counts():
     assert marks.of("condlr-tau0.10.5", "linf", "fgsm") == []
 
 
+def test_each_run_has_an_audit_of_its_own():
+    """A warning of one seed counts, also where another was audited on more images; a part is no audit."""
+    more = audits(("condlr-tau0.1-0.5-1", "float64"))
+    more["n"] = more["run_id"].map({"condlr-tau0.1-0.5-0": 300}).fillna(100)
+    assert audit.Marks(more).of("condlr-tau0.10.5", "linf", "fgsm") == ["float64 at ε=0.06"]
+    (table,) = tables.tables(cells(), PAPER, audit.Marks(more[:-1]))
+    assert "the audit warns: CondLR τ=0.1 50 % (float64 at ε=0.06)" in table.audit_note
+    assert "Audited with 1 of 2 seeds: CondLR τ=0.1 50 %." in table.audit_note
+    assert not audit.Marks(more[more["check"].eq("float64")]).audited("condlr-tau0.10.5", "linf")
+
+
 def test_no_cell_breaks_a_markdown_table():
     frame = audits().assign(found="the median of ||g||_2 is 1e-3")
     quantities = pd.DataFrame(
@@ -355,7 +367,7 @@ def test_the_audit_as_markdown():
     text = audit.markdown(audits(("condlr-tau0.1-0.5-1", "float64")))
     assert "**Audit at eps=0.06 (ℓ∞), on 100 images**" in text
     assert (
-        "| Baseline, seed 0 | none | zero gradients: zero gradients found<br>float64: float64 found |" in text
+        "| Baseline, seed 0 | none | repeatable: repeatable found<br>gradients against differences:" in text
     )
     assert "| CondLR τ=0.1 50 %, seed 1 | float64 |" in text
     assert "- *float64*: float64 means." in text

@@ -80,6 +80,36 @@ def test_a_fork_server_that_dies_as_it_starts_is_one_line(server, tmp_path):
     assert not begun(tmp_path)
 
 
+STARTING = """
+import sys
+from condlr._support.errors import Interrupted
+from condlr.suite.sweeps import processes
+from tests.suite.work import linger
+
+processes._PRELOAD = ["slow_to_import"]
+try:
+    processes.call_apart(linger, sys.argv[1], 0)
+except Interrupted as stopped:
+    sys.exit(128 + stopped.signum)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_stops_a_sweep_that_is_starting(tmp_path, number):
+    """The first server imports torch then, for seconds."""
+    slow = f"import pathlib, time\npathlib.Path({str(tmp_path / 'importing')!r}).touch()\ntime.sleep(2)\n"
+    (tmp_path / "slow_to_import.py").write_text(slow)
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTING, str(tmp_path)], cwd=ROOT, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    )  # fmt: skip
+    wait_for((tmp_path / "importing").exists)
+    os.killpg(process.pid, number)
+    assert process.wait(60) == 128 + number
+    assert not living(begun(tmp_path))
+
+
 @pytest.mark.parametrize(("when", "before"), [("at once", 3), ("between runs", 2)])
 def test_the_workers_of_a_dead_sweep_begin_nothing_and_end(tmp_path, when, before):
     pool = subprocess.Popen(

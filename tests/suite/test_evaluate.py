@@ -239,6 +239,7 @@ def test_an_attack_of_another_norm_has_strengths_of_its_own(script, runs, attack
         (["attack=transfer", "attack.source=nowhere"], "nowhere is not a run"),
         (["attack=transfer", "attack.source="], "attack.source"),
         (["attack=noise", "attack.eps=[-1]"], "attack.eps must be in"),
+        (["attack.eps={a:1}"], r"attack.eps must be numbers, or fractions such as 8/255; got \{'a': 1\}"),
         (["analysis=audit", "attack.eps=[0]"], "audit: an audit needs an attack: eps must be larger than 0"),
         (["analysis=maybe"], "analysis/maybe.*audit"),
         (["analysis=[cost,audit,cost]"], "analysis names something twice: cost, audit, cost"),

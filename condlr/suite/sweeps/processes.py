@@ -1,6 +1,7 @@
 """A run of a sweep in a process of its own, so that its crash costs no other run, under any launcher."""
 
 import multiprocessing
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import pickle
@@ -28,6 +29,7 @@ _PRELOAD = ["condlr.suite.workflow", "torch._dynamo", "joblib"]
 # The longest name of a temporary directory that leaves room for a socket; a socket's path has <= 107 bytes.
 _LONGEST = 107 - len("/pymp-abcdefgh/listener-abcdefgh")
 _AT_WORK = threading.Lock()
+_STOPPING = {signal.SIGTERM, signal.SIGINT}
 
 
 class Killed(UserError):
@@ -75,6 +77,7 @@ def call_apart(function: Callable[..., None], *arguments: Any) -> None:
             if process.pid is not None:
                 process.terminate()
                 process.join()
+            signals.check()  # a signal may be why
             raise
     if isinstance(error, Interrupted):
         name = signal.Signals(error.signum).name
@@ -89,12 +92,15 @@ def call_apart(function: Callable[..., None], *arguments: Any) -> None:
 
 @contextmanager
 def _blocked() -> Iterator[None]:
-    """Block a scheduler's signals in processes that are started in the body.
+    """Block the signals of a scheduler and of a terminal in processes that are started in the body.
 
-    A scheduler signals all processes of a job. The server must survive to report how the run's process
-    ended. The parent handles USR1 and USR2 for the run's process, which unblocks SIGTERM in `_work`.
+    Both signal all processes of a job. The server must survive to report how the run's process ended. The
+    parent handles USR1 and USR2 for the run's process, which unblocks the others in `_work`.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    # To start it within the body would unblock SIGINT and SIGTERM
+    multiprocessing.resource_tracker.ensure_running()
+    signals = {*_STOPPING, signal.SIGUSR1, signal.SIGUSR2}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
@@ -148,7 +154,7 @@ def _result(process: Any, receiver: Connection, signals: Signals) -> Exception |
 
 def _work(sender: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.setpgid(0, 0)  # Ctrl-C signals a terminal's whole process group; this process hears from its parent
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     threading.Thread(target=_stop_when_orphaned, daemon=True).start()
     try:
         function(*arguments)
