@@ -48,7 +48,8 @@ _CONCERNS = {
 
 def deciding(audits: pd.DataFrame) -> pd.DataFrame:
     """The findings that count: of several audits of a run in one norm, those on the most images."""
-    return audits[audits["n"].eq(audits.groupby(["run_id", "norm"])["n"].transform("max"))]
+    most = audits.groupby(["run_id", "norm"])["n"].transform("max")
+    return audits.loc[audits["n"].eq(most)]
 
 
 class Marks:
