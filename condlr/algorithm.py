@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -100,13 +101,23 @@ def direct(group: Group, gradients: Sequence[Tensor], options: Options) -> list[
     if any(gradient.requires_grad for gradient in gradients):
         with torch.enable_grad():
             directions = _SelfAdjoint.apply(of, *gradients)
-        hooks = [U.register_hook(partial(stiefel.horizontal, U.detach())) for U in group.U]
-        hooks += [Vt.register_hook(partial(_horizontal_rows, Vt.detach())) for Vt in group.Vt]
+        maps = [partial(stiefel.horizontal, U.detach()) for U in group.U]
+        maps += [partial(_horizontal_rows, Vt.detach()) for Vt in group.Vt]
+        for X, direction, of_one in zip(factors, directions, maps, strict=True):
+            hooks.append(X.register_hook(partial(_in_this_step, ref(X), ref(direction), of_one)))
     else:
         directions = of(gradients)
     for factor, direction in zip(factors, directions, strict=True):
         factor.grad = direction
     return hooks
+
+
+def _in_this_step(
+    factor: "ref[nn.Parameter]", direction: "ref[Tensor]", of: Callable[[Tensor], Tensor], z: Tensor
+) -> Tensor:
+    """`of(z)`, and z if a step failed and was left: then the factor has no such gradient any more."""
+    X, known = factor(), direction()
+    return of(z) if X is not None and known is not None and X.grad is known and not known._version else z
 
 
 def _horizontal_rows(Vt: Tensor, z: Tensor) -> Tensor:

@@ -166,9 +166,10 @@ class Constraint:
         self._attach()
 
     def _attach(self) -> None:
-        hooks = self._before_step, self._after_step, self._again, self._save, self._recall
+        hooks = self._before_step, self._after_step, self._begin, self._again, self._save, self._recall
         # A step that the user compiles calls them as they are: traced, they would be compiled again and again
-        self._hooks = self._stepper.attach(*map(torch.compiler.disable, hooks))
+        before, after, begin, again, save, recall = map(torch.compiler.disable, hooks)
+        self._hooks = self._stepper.attach(before, after, (begin, again), save, recall)
         _ATTACHED.add(self)
 
     def remove(self) -> None:
@@ -377,7 +378,8 @@ class Constraint:
                 "constrained between them: use an optimizer that takes one gradient in a step"
             )
         if self._stands():
-            self._pending = False
+            self._standing = True
+            self._moved = self._copied()
             return
         self._moving = [*self._groups()]
         self._warn_without_gradient()
@@ -393,6 +395,10 @@ class Constraint:
         if self._depth:
             self._depth -= 1
             return
+        if self._standing:
+            self._pending = self._standing = False
+            self._again()
+            return
         if self._pending and not self._moving:  # the closure was not evaluated
             self._moving = [*self._groups()]
         with strict(self._device):
@@ -404,25 +410,32 @@ class Constraint:
                         transport_moments(held, self._stepper.moments, U0, Vt0)
                 if group.S:
                     algorithm.constrain_core(group, self._bases, self.options)
-        moved = self._moving if self._stepper.ending else []
         self._forget_step()
-        self._moved = [(group, [X.detach().clone() for X in _factors(group)]) for group in moved]
+        if self._stepper.ending:
+            self._moved = self._copied()
+
+    def _copied(self) -> list[tuple[Group, list[Tensor]]]:
+        """All factors that the optimiser has, and copies of them."""
+        return [(g, [X.detach().clone() for X in _factors(g)]) for g in self._groups(with_gradient=False)]
+
+    def _begin(self, *_: object) -> None:
+        """Forget the step before: it may be that none is taken now, and the user has moved the parameters."""
+        self._moved = []
 
     @torch.no_grad()
     def _again(self, *_: object) -> None:
         """Constrain what an optimiser around the one that stepped has moved since."""
-        same = [all(map(torch.equal, _factors(group), known)) for group, known in self._moved]
-        kept = [known for known, is_same in zip(self._moved, same, strict=True) if is_same]
-        self._moving = [group for (group, _), is_same in zip(self._moved, same, strict=True) if not is_same]
+        self._moving = [
+            group for group, known in self._moved if not all(map(torch.equal, _factors(group), known))
+        ]
         if self._moving:
             self._after_step()
-            self._moved += kept
 
     def _forget_step(self) -> None:
         for hook in getattr(self, "_curved", []):
             hook.remove()
         self._curved: list[RemovableHandle] = []
-        self._pending = False
+        self._pending = self._standing = False
         self._depth = 0
         self._moving: list[Group] = []
         self._moved: list[tuple[Group, list[Tensor]]] = []
@@ -430,7 +443,12 @@ class Constraint:
 
     def _stands(self) -> bool:
         """Whether this step moves nothing, as that by which torch.distributed.checkpoint makes moments."""
-        if any(not isinstance(lr := g.get("lr"), float | int) or lr for g in self.optimizer.param_groups):
+        rates = [group.get("lr") for group in self.optimizer.param_groups]
+        if not all(
+            isinstance(lr, float | int) or (isinstance(lr, Tensor) and not lr.is_cuda) for lr in rates
+        ):
+            return False
+        if any(rates):
             return False
         factors = (X for held in self._held.values() for X in held.factors)
         return not any(X.grad.any() for X in factors if X.grad is not None)
@@ -446,8 +464,8 @@ class Constraint:
         if still and self._moving:
             warn(f"no gradient reached {', '.join(still)}: the network may call other layers instead")
 
-    def _groups(self) -> Iterable[Group]:
-        """The factors with a gradient, in groups that are computed together.
+    def _groups(self, with_gradient: bool = True) -> Iterable[Group]:
+        """The factors that the optimiser has, those with a gradient, in groups that are computed together.
 
         On a GPU layers of the same shapes form a group, since small products leave a GPU idle. On a CPU
         stacking only costs time, so each layer is a group. So it is with the released code's scalar, which is
@@ -456,7 +474,7 @@ class Constraint:
         groups: dict[Any, Group] = {}
         single = self.options.preconditioner == "released_code"
         for held in self._held.values():
-            moved = [X.grad is not None and X in self._trained for X in held.factors]
+            moved = [X in self._trained and not (with_gradient and X.grad is None) for X in held.factors]
             if not any(moved):
                 continue
             U, _, Vt = held.factors

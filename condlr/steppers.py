@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -72,8 +73,9 @@ class Stepper(NamedTuple):
             if hasattr(optimizer, "fused_backward"):
                 raise ValueError(f"{name} steps within the backward pass: use one that steps after it")
             # A step in parts takes several gradients; its last part takes one
-            step = getattr(inspect.unwrap(type(optimizer).step), "__code__", None)
-            whole = step is not None and part in step.co_names
+            steps = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
+            codes = [getattr(inspect.unwrap(step), "__code__", None) for step in steps]
+            whole = any(code is not None and part in code.co_names for code in codes)
             return Stepper(optimizer, tuple(methods[1:] if whole else methods), (), (optimizer,), {})
         below = Stepper.of(inner)
         registry = "_optimizer_state_dict_post_hooks"
@@ -102,18 +104,20 @@ class Stepper(NamedTuple):
         """Where `optimizer` has what it loaded of the constraint: in its first group, if it is PyTorch's."""
         return optimizer.param_groups[0] if isinstance(optimizer, torch.optim.Optimizer) else self.loaded
 
-    def attach(self, before: Any, after: Any, again: Any, save: Any, recall: Any) -> list[RemovableHandle]:
+    def attach(
+        self, before: Any, after: Any, around: tuple[Any, Any], save: Any, recall: Any
+    ) -> list[RemovableHandle]:
         """Register the hooks, or none.
 
         Args:
             before, after: the step; as PyTorch's hooks, with one argument more where it has none.
-            again: after the parameters may have been moved once more.
+            around: before and after what may move the parameters once more.
             save: after a state_dict was made, with the optimiser and the dict.
             recall: after one was loaded, with the optimiser.
         """
         hooks: list[RemovableHandle] = []
         try:
-            hooks.extend(self._around_step(before, after, again))
+            hooks.extend(self._around_step(before, after, *around))
             hooks.extend(self._around_state(save, recall))
         except Exception:
             for hook in hooks:
@@ -121,7 +125,7 @@ class Stepper(NamedTuple):
             raise
         return hooks
 
-    def _around_step(self, before: Any, after: Any, again: Any) -> Iterator[RemovableHandle]:
+    def _around_step(self, before: Any, after: Any, begin: Any, again: Any) -> Iterator[RemovableHandle]:
         for optimizer, method in self.moving:
             if method == "step" and isinstance(optimizer, torch.optim.Optimizer):
                 yield optimizer.register_step_pre_hook(before)
@@ -130,6 +134,7 @@ class Stepper(NamedTuple):
                 yield before_call(optimizer, method, before)
                 yield after_call(optimizer, method, after)
         for optimizer, method in self.ending:
+            yield before_call(optimizer, method, begin)
             yield after_call(optimizer, method, again)
 
     def _around_state(self, save: Any, recall: Any) -> Iterator[RemovableHandle]:
@@ -152,19 +157,22 @@ class Stepper(NamedTuple):
 
 
 def _has(optimizer: Any, method: str) -> bool:
-    """Whether it has the method itself, and does not hand over to the optimiser in it."""
-    return hasattr(type(optimizer), method) or method in getattr(optimizer, "__dict__", {})
+    """Whether it has the method as a function of its class, or of its own; then calls of it can be seen."""
+    if not hasattr(optimizer, "__dict__"):
+        return False
+    return isinstance(inspect.getattr_static(type(optimizer), method, None), FunctionType) or (
+        callable(vars(optimizer).get(method))
+    )
 
 
 def _is_optimizer(part: Any) -> bool:
     """Whether it is PyTorch's, or has the same calls as fastai's."""
     if isinstance(part, torch.optim.Optimizer):
         return True
-    calls = all(
-        callable(getattr(type(part), name, None)) for name in ("step", "state_dict", "load_state_dict")
-    )
-    groups = getattr(part, "param_groups", None) if calls else None
-    return isinstance(groups, list) and all(isinstance(group, dict) and "params" in group for group in groups)
+    if not all(_has(part, name) for name in ("step", "state_dict", "load_state_dict")):
+        return False
+    groups = getattr(part, "param_groups", None)
+    return isinstance(groups, list) and all(isinstance(x, dict) and "params" in x for x in groups)
 
 
 def _has_all(part: Any, optimizer: Any) -> bool:

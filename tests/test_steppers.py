@@ -618,19 +618,135 @@ def test_gradients_with_a_graph_are_no_views():
         constraint.check()
 
 
+def test_a_step_that_a_wrapper_skips_leaves_the_weights_of_the_user_alone():
+    class Skipping(BareLookahead):
+        skips = False
+
+        def step(self, closure=None):
+            return None if self.skips else super().step(closure)
+
+    net = network()
+    optimizer = Skipping(torch.optim.SGD(net.parameters(), lr=0.1))
+    constraint = condlr.constrain(optimizer, net)
+    step(net, optimizer)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(1.2)
+    before, optimizer.skips = copy.deepcopy(net.state_dict()), True
+    step(net, optimizer)
+    assert all(torch.equal(before[name], p) for name, p in net.state_dict().items())
+    optimizer.skips = False
+    step(net, optimizer)
+    constraint.check()
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        property(lambda self: self.optimizer.step),
+        staticmethod(lambda: None),
+        functools.partial(lambda: None),
+    ],
+)
+def test_a_wrapper_whose_step_is_no_function_is_left_as_it_is(held):
+    class Odd:
+        step = held
+
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    net = network()
+    optimizer = Odd(torch.optim.SGD(net.parameters(), lr=0.1))
+    constraint = condlr.constrain(optimizer, net)
+    backward(net)
+    optimizer.step()
+    constraint.check()
+    constraint.remove()
+    assert vars(Odd)["step"] is held
+
+
+def test_a_layer_without_a_gradient_that_a_wrapper_moves():
+    net = network()
+    optimizer = BareLookahead(torch.optim.SGD(net.parameters(), lr=0.1))
+    constraint = condlr.constrain(optimizer, net)
+    for _ in range(2):
+        optimizer.zero_grad()
+        backward(net)
+        for p in net[0].parameters():
+            p.grad = None
+        optimizer.step()
+        constraint.check()
+
+
+def test_a_step_without_gradient_may_move_all_the_same():
+    net = network()
+    optimizer = Averaging(net.parameters(), lr=0.01)
+    constraint = condlr.constrain(optimizer, net)
+    step(net, optimizer)
+    for group in optimizer.param_groups:
+        group["lr"], group["shrink"] = 0.0, 0.9
+    for p in net.parameters():
+        p.grad.zero_()
+    optimizer.step()
+    constraint.check()
+
+
+def test_a_step_that_fails_leaves_later_gradients_whole():
+    class Failing(Differentiating):
+        def step(self, closure=None):
+            super().step()
+            raise KeyError("after the parameters have moved")
+
+    net = network()
+    optimizer = Failing(net.parameters(), lr=0.01)
+    condlr.constrain(optimizer, net)
+    F.cross_entropy(net(x), y).backward(create_graph=True)
+    with pytest.raises(KeyError):
+        optimizer.step()
+    optimizer.zero_grad()
+    backward(net)
+    bare = copy.deepcopy(net)
+    for p in bare.parameters():
+        p.grad, p._backward_hooks = None, None
+    backward(bare)
+    for a, b in zip(net.parameters(), bare.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_a_subclass_of_one_that_steps_in_parts():
+    class Whole(Parts):
+        def step(self, closure):
+            self.first_step()
+            closure()
+            closure()
+            self.second_step()
+
+    class Sub(Whole):
+        def step(self, closure):
+            return super().step(closure)
+
+    net = network()
+    optimizer = Sub(net.parameters(), lr=0.1)
+    constraint = condlr.constrain(optimizer, net)
+    for _ in range(2):
+        optimizer.step(lambda: (optimizer.zero_grad(), backward(net)))
+        constraint.check()
+
+
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_a_state_may_be_loaded_by_name_into_a_fresh_optimizer(kind):
+def test_a_state_may_be_loaded_by_name_into_a_fresh_optimizer(kind, lr):
     """PyTorch takes a step without gradient and without a learning rate to make the moments."""
     from torch.distributed.checkpoint import state_dict as by_name
 
     net = network()
-    optimizer = kind(net.parameters(), lr=0.01)
+    optimizer = kind(net.parameters(), lr=lr)
     condlr.constrain(optimizer, net)
     for _ in range(3):
         step(net, optimizer)
     weights, state = by_name.get_state_dict(net, optimizer)
     other = network()
-    optimizer2 = kind(other.parameters(), lr=0.01)
+    optimizer2 = kind(other.parameters(), lr=lr)
     constraint = condlr.constrain(optimizer2, other)
     by_name.set_model_state_dict(other, copy.deepcopy(weights))
     by_name.set_optimizer_state_dict(other, optimizer2, copy.deepcopy(state))
