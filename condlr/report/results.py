@@ -185,11 +185,16 @@ def _looks(names: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
 
 
 def contexts(frame: pd.DataFrame, names: Sequence[str] = CONTEXT) -> Iterator[Table]:
-    """Group a frame by these columns: pairs of their values and the group, in the order of the frame.
+    """Group a frame by these columns: pairs of their values and the group.
 
-    Of a frame of `summarize` the values include `told`.
+    The setting with the most rows comes first, else they are in the order of the frame. Of a frame of
+    `summarize` the values include `told`.
     """
-    for values, part in frame.groupby([*names], sort=False, dropna=False):
+    settings = frame[[*TRAINING]].astype(str).agg("|".join, axis=1)
+    fewer = -frame["row_id"].groupby(settings).transform("nunique")
+    for values, part in frame.iloc[fewer.to_numpy().argsort(kind="stable")].groupby(
+        [*names], sort=False, dropna=False
+    ):
         known: Known = dict(zip(names, values, strict=True))
         yield known | ({"told": part["told"].iloc[0]} if "told" in part else {}), part
 

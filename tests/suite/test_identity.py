@@ -31,9 +31,10 @@ STUDIES = {
         [
             "frame_cifar10",
             "seed=1",
-            "row=baseline,so,ocnn,frame,frame_eigen,condlr-tau0.1-c0.5,condlr-operator-tau0.1-c0.5",
+            "row=baseline,mhe,so,srip,ocnn,frame,frame_eigen,condlr-tau0.1-c0.5,condlr-operator-tau0.1-c0.5",
         ],
         ["frame_without_decay", "seed=0"],
+        ["frame_matched", "seed=0"],
         [
             "frame_cifar10",
             "seed=0",
@@ -42,8 +43,8 @@ STUDIES = {
         ],
     ],
     "lr_cifar10": [
-        ["lr_cifar10", "row=baseline,condlr-tau0.1-c0.5,frame", "seed=0,1"],
-        ["lr_cifar10", "row=lr1,lr2,snip-c0.5,srn,condlr-lr1-tau0.1-c0.5", "seed=0"],
+        ["lr_cifar10", "row=baseline,lr1,condlr-tau0.1-c0.5,frame", "seed=0,1"],
+        ["lr_cifar10", "row=lr2,snip-c0.5,srn,condlr-lr1-tau0.1-c0.5", "seed=0"],
         ["lr_cifar10", "row=lr1", "penalty.weight=1e-1", "seed=0"],
     ],
     "rivals_mnist": [
