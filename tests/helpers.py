@@ -189,7 +189,8 @@ def _program(directory, folder, address, environment, name, arguments):
     os.fsync = os.fstat
     os.environ.clear()
     os.environ.update(environment)  # not that of the server, which began in the midst of a script
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
     for number, stream in enumerate(("out", "err"), 1):
         os.dup2(os.open(f"{folder}/{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(directory)

@@ -1,6 +1,7 @@
 """The contract of an attack."""
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -91,7 +92,9 @@ class Attack(ABC):
         ]
         if self.source is None:
             return "-".join([self.name(), *unusual])
-        study_and_run = "/".join(Path(self.source).resolve().parts[-2:])
+        there = Path(self.source)
+        path = there.resolve() if there.is_dir() else Path(os.path.normpath(there))  # "." has no name
+        study_and_run = "/".join(path.parts[-2:])
         made_on = [] if self.source == "baseline" else [f"source={study_and_run}"]
         return "-".join(["transfer", self.name(), *unusual, *made_on])
 
