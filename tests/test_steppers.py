@@ -164,7 +164,7 @@ class BareLookahead(torch.optim.Optimizer):
         loss = self.optimizer.step(closure)
         with torch.no_grad():
             for p in (p for group in self.param_groups for p in group["params"]):
-                p.lerp_(torch.ones_like(p), 0.01)
+                p.lerp_(torch.ones_like(p), 0.001)
         return loss
 
     def zero_grad(self, set_to_none=True):
@@ -229,6 +229,7 @@ def network():
     return condlr.factorize(net, 0.5)
 
 
+torch.manual_seed(0)
 x, y = torch.randn(32, 20), torch.randint(5, (32,))
 
 

@@ -152,6 +152,7 @@ def test_padded_operators_are_those_of_the_matrix(name):
         assert padded_bound(kernel, size, **arguments) == pytest.approx(expected[0], rel=1e-11)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(deadline=None, max_examples=60)
 def test_the_bound_is_never_below_the_norm(data):
@@ -858,6 +859,7 @@ def attack(model, images, labels, radius, steps=200):
     return images + d.detach(), d.detach()
 
 
+@pytest.mark.slow
 def test_no_attack_flips_a_certified_image(trained):
     model, images, labels = trained
     radii = certified_radii(model, images, labels)

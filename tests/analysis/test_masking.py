@@ -145,6 +145,7 @@ def test_what_is_planted_is_there_and_hard_to_find_by_chance(honest):
     assert "random search of 0" in check.found
 
 
+@pytest.mark.slow
 def test_an_audit_is_repeatable_and_leaves_the_network_alone(honest, dense):
     model, images = honest
     before = {name: t.clone() for name, t in model.state_dict().items()}

@@ -104,6 +104,7 @@ def test_the_whole_way(script, tmp_path):
         assert "Vanilla + SO weight=0.05" in (results / page).read_text("utf-8").replace("\xa0", " ")
 
 
+@pytest.mark.slow
 def test_tables_without_a_penalty_have_no_column_of_one(script, tmp_path):
     assert script("train", *SMALL, "method=baseline")[0] == 0
     assert script("collect", "study=default")[0] == 0

@@ -171,6 +171,7 @@ def test_frame_is_the_mean_over_the_rows_of_the_gram_matrix(out, into, size, str
     torch.testing.assert_close(Frame(A=A, B=B, matrix_of="kernel").term(made), wanted.mean())
 
 
+@pytest.mark.slow
 @shapes
 def test_frame_eigen_is_the_mean_over_the_eigenvalues(out, into, size, stride):
     made, A, B = layer(out, into, size, stride, 0.2), 0.4, 1.5

@@ -609,6 +609,7 @@ def test_tables_of_a_finished_run_that_lack_lines_are_named_and_repeated_lines_c
         assert not pd.read_csv(f"results/default/{name}.csv").duplicated(keys).any()
 
 
+@pytest.mark.slow
 def test_jobs_of_other_scripts_fail_after_the_others_and_in_the_exit_status(script, run, tmp_path):
     assert script("collect", "study=default")[0] == 0
     status, out, err = script("tables", "-m", "study=nowhere,default")
