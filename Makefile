@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 STUDY ?= default
+# Where it is set, every process of the tests would compile torch and all else anew
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help api demo test test-fast test-networks test-long test-chaos test-slurm test-ray test-wheel tables figures report status archive restore reproduce-mnist theorem1 reproduce-cifar10 mnist-attacks frame-cifar10 lr-cifar10 lr-cifar100 rivals-mnist rivals-cifar10 benchmark clean
 .DEFAULT_GOAL := help
