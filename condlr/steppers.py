@@ -61,7 +61,7 @@ class Stepper(NamedTuple):
         within = [getattr(optimizer, "optimizer", None), *getattr(optimizer, "__dict__", {}).values()]
         inner: Any = next((part for part in within if _has_all(part, optimizer)), None)
         part = next((part for part in _PARTS if _has(optimizer, part)), None)
-        methods = [(optimizer, name) for name in ("step", part) if name and _has(optimizer, name)]
+        methods = [(optimizer, call) for call in ("step", part) if call and _has(optimizer, call)]
         if inner is None or inner is optimizer:
             if not _is_optimizer(optimizer):
                 raise ValueError(f"a {name} is no torch.optim.Optimizer, and has none in it")
@@ -141,7 +141,8 @@ class Stepper(NamedTuple):
         def keep(saved: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: object) -> None:
             state = next(iter((*args, *kwargs.values())))
             self.loaded.clear()
-            self.loaded.update({key: state[key] for key in (MEMORY,) if key in state})
+            if MEMORY in state:
+                self.loaded[MEMORY] = state[MEMORY]
             recall(saved)
 
         for saved in self.saved:

@@ -89,3 +89,8 @@ def pytest_collection_modifyitems(config, items):
         ):  # minutes each, and only for those who ask for them
             if item.get_closest_marker(name) and name not in config.option.markexpr:
                 item.add_marker(pytest.mark.skip(reason=f"make test-{name}"))
+
+
+def pytest_unconfigure():
+    """At the end all may be freed: what stays is a leak to triton, which lists its own."""
+    gc.unfreeze()
