@@ -54,21 +54,26 @@ def stability(cells: pd.DataFrame, moved: pd.DataFrame, out: Path) -> Iterator[D
 def scatter(cells: pd.DataFrame, points: pd.DataFrame, out: Path) -> Iterator[Drawing]:
     """Test images in the plane of their activations' first two principal components, a panel for each row.
 
-    A colour for each class; of several seeds or layers the first.
+    A colour for each class; of several seeds or layers the first. Since the signs of components are free,
+    each has the sign with which it agrees best with that of the first row.
     """
     made = points.loc[points["run_id"].isin(done_runs(cells))]
     for key in ("seed", "layer"):
         made = made[made[key].eq(made.groupby("row_id")[key].transform("first"))]
-    shown = of_rows(cells, made, ["layer", "class_", "first", "second"])
+    shown = of_rows(cells, made, ["layer", "image", "class_", "first", "second"])
 
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
         parts = [*by_row(frame)]
+        start = parts[0][1].set_index("image")
         columns = min(4, len(parts))
         figure, axes = _style.panels(len(parts), columns, WIDTH / columns - 0.2)
         for axis, (key, row) in zip(axes, parts, strict=True):
             looks = {"c": row["class_"], "cmap": "tab10" if row["class_"].max() < 10 else "tab20"}
-            axis.scatter(row["first"], row["second"], s=2, linewidths=0, rasterized=True, **looks)
-            axis.set(title=textwrap.fill(key.title, 28), xticks=[], yticks=[], aspect="equal")
+            at = row.set_index("image")
+            x, y = (at[c] * (-1 if at[c].corr(start[c]) < 0 else 1) for c in ("first", "second"))
+            axis.scatter(x, y, s=2, linewidths=0, rasterized=True, **looks)
+            axis.set(title=textwrap.fill(key.title, 26), xticks=[], yticks=[], box_aspect=1)
+            axis.set_aspect("equal", adjustable="datalim")
         images = frame.groupby("row_id").size().max()
         caption = (
             f"{images:,} test images in the plane of the first two principal components of "
