@@ -33,8 +33,8 @@ STUDIES = {
             "seed=1",
             "row=baseline,mhe,so,srip,ocnn,frame,frame_eigen,condlr-tau0.1-c0.5,condlr-operator-tau0.1-c0.5",
         ],
-        ["frame_without_decay", "seed=0"],
-        ["frame_matched", "seed=0"],
+        ["frame_without_decay"],
+        ["frame_matched"],
         [
             "frame_cifar10",
             "seed=0",
@@ -43,8 +43,7 @@ STUDIES = {
         ],
     ],
     "lr_cifar10": [
-        ["lr_cifar10", "row=baseline,lr1,condlr-tau0.1-c0.5,frame", "seed=0,1"],
-        ["lr_cifar10", "row=lr2,snip-c0.5,srn,condlr-lr1-tau0.1-c0.5", "seed=0"],
+        ["lr_cifar10"],
         ["lr_cifar10", "row=lr1", "penalty.weight=1e-1", "seed=0"],
     ],
     "rivals_mnist": [
@@ -59,7 +58,7 @@ STUDIES = {
             "rivals_mnist",
             "budget=85e3",
             "seed=0",
-            "row=condlr-energy-tau0-c0.5,dlrt-energy-c0.5,robust_dlrt-c0.5",
+            "row=condlr-energy-tau0-c0.5,dlrt-energy-c0.5,robust_dlrt-c0.5,spel,so,condition,nenov",
         ],
         [
             "rivals_mnist",
