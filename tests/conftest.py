@@ -92,5 +92,5 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_unconfigure():
-    """At the end all may be freed: what stays is a leak to triton, which lists its own."""
+    """What is frozen is not freed at the exit, and triton would list it as leaks."""
     gc.unfreeze()

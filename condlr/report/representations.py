@@ -63,17 +63,15 @@ def scatter(cells: pd.DataFrame, points: pd.DataFrame, out: Path) -> Iterator[Dr
     shown = of_rows(cells, made, ["layer", "image", "class_", "first", "second"])
 
     def draw(known: Known, frame: pd.DataFrame) -> Drawn:
-        parts = [*by_row(frame)]
-        start = parts[0][1].set_index("image")
+        parts = [(key, row.set_index("image")) for key, row in by_row(frame)]
+        _, start = parts[0]
         columns = min(4, len(parts))
         figure, axes = _style.panels(len(parts), columns, WIDTH / columns - 0.2)
         for axis, (key, row) in zip(axes, parts, strict=True):
             looks = {"c": row["class_"], "cmap": "tab10" if row["class_"].max() < 10 else "tab20"}
-            at = row.set_index("image")
-            x, y = (at[c] * (-1 if at[c].corr(start[c]) < 0 else 1) for c in ("first", "second"))
+            x, y = (row[c] * (-1 if row[c].corr(start[c]) < 0 else 1) for c in ("first", "second"))
             axis.scatter(x, y, s=2, linewidths=0, rasterized=True, **looks)
-            axis.set(title=textwrap.fill(key.title, 26), xticks=[], yticks=[], box_aspect=1)
-            axis.set_aspect("equal", adjustable="datalim")
+            axis.set(title=textwrap.fill(key.title, 26), xticks=[], yticks=[], box_aspect=1, aspect="equal")
         images = frame.groupby("row_id").size().max()
         caption = (
             f"{images:,} test images in the plane of the first two principal components of "

@@ -23,16 +23,7 @@ STUDIES = {
     "mnist_attacks": [["mnist_attacks", "seed=0,1"]],
     "reproduce_mnist": [["reproduce_mnist"], ["figure2"]],
     "frame_cifar10": [
-        [
-            "frame_cifar10",
-            "seed=0",
-            "row=baseline,mhe,so,srip,ocnn,frame,frame_eigen,condlr-operator-tau0.1-c0.5,condlr-tau0.1-c0.5",
-        ],
-        [
-            "frame_cifar10",
-            "seed=1",
-            "row=baseline,mhe,so,srip,ocnn,frame,frame_eigen,condlr-tau0.1-c0.5,condlr-operator-tau0.1-c0.5",
-        ],
+        ["frame_cifar10"],
         ["frame_without_decay"],
         ["frame_matched"],
         [
