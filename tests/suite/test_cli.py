@@ -533,6 +533,8 @@ def test_a_damaged_config_of_a_finished_run_is_named_and_written_again(script, r
     path.write_text(text)
     assert script("train", *SMALL, "attack.eps=[0.2]")[0] == 0
     assert OmegaConf.load(path).method == OmegaConf.create(before).method
+    path.write_text(text)
+    assert script("train", "-m", *SMALL)[0] == 0 and path.read_text() == before, "a sweep mends it, too"
 
 
 @pytest.mark.slow

@@ -58,13 +58,18 @@ class Job:
 
     @property
     def closed(self) -> bool:
-        """Whether nothing is left to do. An unreadable record is not closed: the run itself reports it."""
-        from condlr.suite.examination import finished
-
+        """Whether nothing is left to do. A damaged run is not closed: it mends or reports that itself."""
         try:
-            return self.run.status == "diverged" or finished(self.run, self.config)
+            self.run.read_config()
+            return self.run.status == "diverged" or self._finished
         except (OSError, UserError):
             return False
+
+    @property
+    def _finished(self) -> bool:
+        from condlr.suite.examination import finished
+
+        return finished(self.run, self.config)
 
     @property
     def ended(self) -> bool:
@@ -86,7 +91,7 @@ class Job:
     def lacks_weights(self) -> str:
         """Why a done run without weights cannot be evaluated as asked; empty if it can."""
         try:
-            if self.run.status == "done":
+            if self.run.status == "done" and not self._finished:
                 self.run.require_weights()
         except NoWeights as error:
             return f"done, but the evaluation that is left needs its weights: {error}"
