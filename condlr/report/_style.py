@@ -1,5 +1,6 @@
 """What all figures share: one style, a colour for each method, a dash and a mark for each compression."""
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import count, cycle
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatterSciNotation, MaxNLocator, NullLocator
 
+from condlr._support.files import write
 from condlr.report.results import by_row
 from condlr.report.titles import Known, setting, title
 
@@ -69,11 +71,14 @@ def style() -> AbstractContextManager[None]:
 def saved(figure: Figure, out: Path, name: str, number: int = 1) -> Iterator[Path]:
     """Write a figure in both formats and close it. From the second on, a number follows the name."""
     suffix = "" if number == 1 else f"-{number}"
-    for kind in ("png", "pdf"):
-        path = out / f"{name}{suffix}.{kind}"
-        figure.savefig(path, metadata={"CreationDate": None} if kind == "pdf" else None)
-        yield path
-    plt.close(figure)
+    try:
+        for kind in ("png", "pdf"):
+            path, content = out / f"{name}{suffix}.{kind}", io.BytesIO()
+            figure.savefig(content, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
+            write(path, content.getbuffer())
+            yield path
+    finally:
+        plt.close(figure)
 
 
 def drawings(

@@ -1,7 +1,5 @@
 """A small study as it is collected, made by hand; and the published numbers."""
 
-from pathlib import Path
-
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -14,8 +12,9 @@ def draw_pictures_alone(patch):
     """A drawing's PDF, which takes longer than its picture, is an empty file."""
     save = Figure.savefig
 
-    def picture(figure, path, **keys):
-        Path(path).touch() if Path(path).suffix == ".pdf" else save(figure, path, **keys)
+    def picture(figure, file, *, format, **keys):
+        if format != "pdf":
+            save(figure, file, format=format, **keys)
 
     patch.setattr(Figure, "savefig", picture)
 

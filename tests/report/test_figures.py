@@ -1,6 +1,7 @@
 """What is drawn of a study: every row a line of its own, from the tables that are there."""
 
 import base64
+import errno
 import os
 import pickle
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from condlr._support.errors import UserError
 from condlr.analysis.theory.flows import Settings
@@ -48,6 +50,23 @@ def drawn(monkeypatch):
     yield kept
     monkeypatch.undo()
     plt.close("all")
+
+
+@pytest.mark.parametrize("kind", ["png", "pdf"])
+def test_a_figure_that_could_not_be_written_leaves_the_one_before(tmp_path, monkeypatch, kind):
+    before = b"a figure of yesterday"
+    (tmp_path / f"x.{kind}").write_bytes(before)
+    save = Figure.savefig
+
+    def full(figure, file, *, format, **keys):
+        save(figure, file, format=format, **keys)
+        if format == kind:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(OSError, match="No space"):
+        [*_style.saved(plt.figure(), tmp_path, "x")]
+    assert (tmp_path / f"x.{kind}").read_bytes() == before
 
 
 def study(**changes):

@@ -106,8 +106,8 @@ def study(trained, tmp_path):
 def undrawn(monkeypatch):
     """Each figure is a dot: of what is about words, and pictures take their time."""
 
-    def dot(figure, path, **_):
-        Image.new("RGB", (1, 1)).save(path)
+    def dot(figure, file, *, format, **_):
+        Image.new("RGB", (1, 1)).save(file, format=format)
 
     monkeypatch.setattr(Figure, "savefig", dot)
 
