@@ -75,7 +75,8 @@ def scatter(cells: pd.DataFrame, points: pd.DataFrame, out: Path) -> Iterator[Dr
         images = frame.groupby("row_id").size().max()
         caption = (
             f"{images:,} test images in the plane of the first two principal components of "
-            f"their activations ({', '.join(frame['layer'].unique())}); a colour for each class"
+            f"their activations ({', '.join(frame['layer'].unique())}), with the signs that agree best with "
+            "the first panel; a colour for each class"
         )
         return Drawn(figure, caption)
 

@@ -15,14 +15,19 @@ from condlr.penalties.base import Penalty
 from condlr.report.numbers import counted
 
 T = TypeVar("T")
+_LIST = re.compile(r"=\[([^]]*)\]")
 # What the runs of a table share, by column.
 Known = dict[str, Any]
 
 
 def title(label: str, variant: str = "") -> str:
-    """A row as tables and legends print it: `CondLR τ=0.1 + SO`, and its variant if there is one."""
+    """A row as tables and legends print it: `CondLR τ=0.1 + SO`, and its variant if there is one.
+
+    A list among its options, `layers=['conv1', 'conv2']`, is printed as `layers=conv1,conv2`.
+    """
     method, penalty = _parts(label)
-    return " ".join([_method(method).title_of(method) + penalty, variant]).rstrip()
+    whole = " ".join([_method(method).title_of(method) + penalty, variant]).rstrip()
+    return _LIST.sub(lambda found: "=" + found[1].replace("'", "").replace(" ", ""), whole)
 
 
 def row_title(label: str, compression: float, variant: str = "") -> str:

@@ -35,6 +35,8 @@ OF_METHODS = {
     "condlr-tau0.1+so": "CondLR τ=0.1 + SO",
     "baseline+so-weight=0.5": "Baseline + SO weight=0.5",
     "baseline+so-weight=1e-05-acts_on=V": "Baseline + SO weight=1e-05 acts_on=V",
+    "baseline+so-layers=['conv1', 'fc.input']-weight=0.5": "Baseline + SO layers=conv1,fc.input weight=0.5",
+    "baseline+so-layers=['fc2']": "Baseline + SO layers=fc2",
     "condlr-tau1e+10": "CondLR τ=1e+10",
     "gone-k=2": "gone k=2",
     "gone+gone": "gone+gone",
