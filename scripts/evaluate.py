@@ -85,7 +85,8 @@ def _runs(pattern: str) -> tuple[list[Run], list[str]]:
     matches = [str(existing / name) for name in sorted(glob.glob(rest, root_dir=existing))]  # noqa: PTH207
     if not matches and (full := os.path.expandvars(pattern)) != pattern:  # quoted in the shell
         return _runs(full)
-    found = [Run(Path(name)) for name in matches if (Path(name) / "config.yaml").exists()]
+    files = "config.yaml", "run.json"  # a run that lost its config is named
+    found = [Run(Path(name)) for name in matches if any((Path(name) / file).exists() for file in files)]
     if not found:
         if not matches and glob.has_magic(rest):
             raise UserError(f"run={pattern}: nothing matches this pattern")

@@ -87,7 +87,8 @@ def read_csv(path: Path, advice: str = "") -> list[dict[str, str]]:
 def csv_rows(content: bytes, path: Path, advice: str = "") -> list[dict[str, str]]:
     """The rows of a CSV file with this content, as text; `path` is for messages."""
     try:
-        lines = [line for line in csv.reader(io.StringIO(content.decode(), newline="")) if line]
+        text = content.decode("utf-8-sig")  # spreadsheets put a mark of the encoding first
+        lines = [line for line in csv.reader(io.StringIO(text, newline="")) if line]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}){advice}") from error
     if len(set(map(len, lines))) > 1:

@@ -65,8 +65,8 @@ def archive(study: Path, path: Path) -> Summary:
     for found in sorted(study.glob("*/run.json")):
         run = Run(found.parent)
         if run.status in _FINISHED:
-            run.read_config()  # raises for a damaged one
             here[run.directory.name] = _files(run.directory)
+            _require_readable(run, here[run.directory.name])
         else:
             unfinished.append(run.directory.name)
     if not here:
@@ -259,6 +259,14 @@ def _check(name: str, files: Files, where: Path) -> None:
         )
     if info.get("status") not in _FINISHED:
         raise UserError(f"{where}: {name} is not a finished run")
+
+
+def _require_readable(run: Run, files: Files) -> None:
+    """Raise `UserError` if the config or a table is damaged: in an archive it could not be mended."""
+    run.read_config()
+    for name in files:
+        if name.endswith(".csv"):
+            _ = run.rows(name) if name in examined() else run.read_table(name)
 
 
 def _packed(runs: Mapping[str, Files], plan: bytes, study: str) -> bytes:

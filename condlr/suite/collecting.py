@@ -57,8 +57,9 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
         run = Run(path.parent)
         info = run.info
         about = info.get("row")
-        if not {"run_id", "status"} <= info.keys() or not isinstance(about, dict):
-            raise UserError(f"{path} is an incomplete record of a run: {repair(path.name)}")
+        whole = {"run_id", "status"} <= info.keys() and isinstance(about, dict)
+        if not whole or not {"label", "epochs"} <= about.keys():
+            raise UserError(f"{path} is an incomplete record of a run: remove it to start the run again")
         if info["run_id"] != path.parent.name:
             raise UserError(
                 f"{path} belongs to the run {info['run_id']}: a copy would count twice, move it away"
@@ -75,7 +76,10 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
         factored = [f"cond_{name}" for name in info.get("ranks", {})] if compresses else []
         table = path.with_name("history.csv")
         try:
-            history = [who | row | _largest(row, factored) for row in run.read_table(table.name)]
+            epochs = {row["epoch"]: row for row in run.read_table(table.name)}
+            history = [who | row | _largest(row, factored) for row in epochs.values()]
+        except KeyError as error:
+            raise UserError(f"{table} is damaged (no column {error}): {repair(table.name)}") from error
         except (TypeError, ValueError) as error:
             raise UserError(f"{table} is damaged ({error}): {repair(table.name)}") from error
         if info["status"] == "done":

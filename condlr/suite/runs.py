@@ -193,7 +193,8 @@ class Run:
             # OmegaConf's parser takes 30 ms, libyaml 1
             config = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         except FileNotFoundError:
-            raise UserError(f"{self.directory} is not a run: it has no config.yaml") from None
+            advice = _WRITTEN_AGAIN if self.info else "it is not a run"
+            raise UserError(f"{self.directory} has no config.yaml: {advice}") from None
         except Exception as error:  # a YAML parser's errors share no base with OmegaConf's
             raise UserError(f"{path} cannot be read ({type(error).__name__}): {_WRITTEN_AGAIN}") from error
         if not isinstance(config, dict):
@@ -244,7 +245,9 @@ def by_key(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[tuple[str | fl
 
 def repair(name: str) -> str:
     """Advice on a damaged file of this name."""
-    return "remove it and evaluate again" if name in examined() else "remove this run, or train it again"
+    if name in examined():
+        return "remove it and evaluate again"
+    return "remove run.json beside it and start the run again (from its checkpoint, if it has one)"
 
 
 def examined() -> list[str]:

@@ -258,6 +258,15 @@ def test_what_no_archive_of_ours_holds_is_refused_whole(study, kept, members, pa
     assert kept.read_bytes() == packed
 
 
+@pytest.mark.parametrize("name", ["evaluation.csv", "history.csv", "config.yaml", "shift.csv"])
+def test_a_damaged_file_of_a_run_is_not_archived(study, kept, name):
+    make(study, "a")
+    (make(study, "b") / name).write_text("x: [y, z\n1\n")
+    with pytest.raises(UserError, match=rf"b/{name} .*(damaged|cannot be read)"):
+        archive(study, kept)
+    assert not kept.exists()
+
+
 def test_a_damaged_archive_changes_nothing(study, kept):
     for name in ("a", "b", "c"):
         make(study, name)

@@ -518,22 +518,26 @@ def test_damaged_runs_are_named_and_left_alone(script, run, name, damage, patter
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", ["a: [b", "[]"])
+@pytest.mark.parametrize("text", ["a: [b", "[]", None])
 def test_a_damaged_config_of_a_finished_run_is_named_and_written_again(script, run, text):
     path = run / "config.yaml"
     before = path.read_text()
-    path.write_text(text)
+
+    def damage():
+        path.unlink() if text is None else path.write_text(text)
+
+    damage()
     for name in ("collect", "archive"):
         complains(
-            script(name, "study=default"), "config.yaml .*the command that trained the run writes it again"
+            script(name, "study=default"), "config.yaml.*the command that trained the run writes it again"
         )
-    complains(script("evaluate", f"run={run}", "attack.eps=[0.3]"), "writes it again")
+    complains(script("evaluate", f"run={run}*", "attack.eps=[0.3]"), "writes it again")
     status, _, _ = script("train", *SMALL)
     assert status == 0 and path.read_text() == before
-    path.write_text(text)
+    damage()
     assert script("train", *SMALL, "attack.eps=[0.2]")[0] == 0
     assert OmegaConf.load(path).method == OmegaConf.create(before).method
-    path.write_text(text)
+    damage()
     assert script("train", "-m", *SMALL)[0] == 0 and path.read_text() == before, "a sweep mends it, too"
 
 
@@ -591,8 +595,11 @@ def test_a_finished_run_without_its_history_is_named(script, run):
         damage(history)
         complains(
             script("collect", "study=default"),
-            r"history.csv is missing or empty: remove this run, or train it again",
+            r"history.csv is missing or empty: remove run.json beside it and start the run again",
         )
+    (run / "run.json").unlink()
+    assert script("train", *SMALL)[0] == 0
+    assert script("collect", "study=default")[0] == 0, "the advice works"
 
 
 def test_tables_of_a_finished_run_that_lack_lines_are_named_and_repeated_lines_count_once(script, run):
@@ -600,14 +607,16 @@ def test_tables_of_a_finished_run_that_lack_lines_are_named_and_repeated_lines_c
     whole = history.read_text()
     history.write_text("".join(whole.splitlines(keepends=True)[:2]))
     complains(
-        script("collect", "study=default"), r"history.csv is cut off after epoch 0 of \d+: remove this run"
+        script("collect", "study=default"), r"history.csv is cut off after epoch 0 of \d+: remove run.json"
     )
-    history.write_text(whole)
+    history.write_text(whole.replace("epoch", "era", 1))
+    complains(script("collect", "study=default"), "history.csv is damaged .no column 'epoch'.: remove")
+    history.write_text("\ufeff" + whole + whole.partition("\n")[2])
     assert script("evaluate", f"run={run}", "shift=corruptions", "shift.kinds=[contrast]")[0] == 0
     (run / "shift.csv").open("a").write((run / "shift.csv").read_text().partition("\n")[2])
     evaluation.open("a").write(evaluation.read_text().partition("\n")[2])
     assert script("collect", "study=default")[0] == 0
-    for name, keys in (("shift", ["name", "severity"]), ("cells", ["eps"])):
+    for name, keys in (("shift", ["name", "severity"]), ("cells", ["eps"]), ("history", ["epoch"])):
         assert not pd.read_csv(f"results/default/{name}.csv").duplicated(keys).any()
 
 
