@@ -92,18 +92,23 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: collect the study's runs first (condlr collect)") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a table of results ({error})") from error
+        why = str(error).partition("\n")[0]
+        raise UserError(f"{path} is not a table of results ({why}): collect the runs again") from error
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         whole = file.read() == b"\n"
     if not whole:
         raise UserError(f"{path} is cut off: collect the runs again")
+    if frame.empty:
+        raise UserError(f"{path} has no rows: collect the runs again")
     if name == "cells" and {"run_id", "status"} <= {*frame} and not {"attack", "eps", "accuracy"} & {*frame}:
         require_evaluated(frame)
     require(frame, _NEEDED.get(name) or _needed_of(find("analysis", name, Analysis)), str(path))
     for column in [name for name in frame if name in _NUMBERS or name.startswith("cond_")]:
         if not pd.api.types.is_numeric_dtype(frame[column]):
-            raise UserError(f"{path} has something else than numbers in the column {column}")
+            raise UserError(
+                f"{path} has something else than numbers in the column {column}: collect the runs again"
+            )
     if "eps" in frame and frame["eps"].dtype.kind == "f":
         frame["eps"] = frame["eps"].map(as_printed)
         file = {"cells": "evaluation"}.get(name, name) + ".csv"

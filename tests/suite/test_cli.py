@@ -770,7 +770,9 @@ def test_collect_tables_and_figures_end_to_end(script, tmp_path, monkeypatch):
     (results / "cells.csv").write_text(cells.replace(",0.0,360,", ",zero,360,").replace("0.1", "x"))
     complains(script("tables", "study=two"), "cells.csv has something else than numbers")
     (results / "cells.csv").write_bytes(bytes(range(256)))
-    complains(script("tables", "study=two"), "cells.csv")
+    complains(script("tables", "study=two"), "cells.csv is not a table of results .*: collect the runs again")
+    (results / "cells.csv").write_text(cells.partition("\n")[0] + "\n")
+    complains(script("tables", "study=two"), "cells.csv has no rows: collect the runs again")
 
 
 @pytest.mark.slow
