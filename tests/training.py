@@ -8,6 +8,7 @@ from condlr.methods.baseline import Baseline
 from condlr.methods.cayley_sgd import CayleySgd
 from condlr.methods.condlr import CondLR
 from condlr.methods.dlrt import Dlrt
+from condlr.methods.low_rank_spel import LowRankSpel
 from condlr.methods.projected_sgd import ProjectedSgd
 from condlr.methods.robust_dlrt import RobustDlrt
 from condlr.methods.snip import Snip
@@ -39,6 +40,7 @@ METHODS = {
     "projected_sgd": ProjectedSgd(),
     "dlrt": Dlrt(),
     "dlrt_adaptive": Dlrt(theta=0.1),
+    "low_rank_spel": LowRankSpel(),
     "robust_dlrt": RobustDlrt(period=3, clip=float("inf")),
     "snip": Snip(),
     "spectral_cap": SpectralCap(1.5),

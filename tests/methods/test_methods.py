@@ -22,6 +22,7 @@ from condlr.methods.baseline import Baseline
 from condlr.methods.cayley_sgd import CayleySgd
 from condlr.methods.condlr import CondLR
 from condlr.methods.dlrt import Dlrt
+from condlr.methods.low_rank_spel import LowRankSpel
 from condlr.methods.projected_sgd import ProjectedSgd
 from condlr.methods.robust_dlrt import RobustDlrt
 from condlr.methods.snip import Snip
@@ -283,6 +284,35 @@ def test_spel_is_its_equations(mu):
         model[3].weight[0, 0] += 1e-3
     with pytest.raises(ConstraintBreach, match=r"the weight 3.weight has left the Stiefel manifold"):
         method.audit(model)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.4])
+def test_low_rank_spel_is_spel_on_both_factors(mu):
+    """b <- mu b + G, X <- msign(X - lr msign(b)) for U and V of W = U V^T, and for the dense classifier."""
+    method = LowRankSpel()
+    model, optimizer = start(method, momentum=mu)
+    Xs = {(name, at): X for name, (U, _, V) in factors(model).items() for at, X in (("U", U), ("V", V))}
+    Xs["7", ""] = matrices(model)["7"]
+    buffers = dict.fromkeys(Xs, 0.0)
+    for number in range(3):
+        images, labels = batch(number)
+        Ws = {name: Xs[name, "U"] @ Xs[name, "V"].T for name in FACTORED} | {"7": Xs["7", ""]}
+        G, _ = gradients(Ws, biases(model), images, labels)
+        slopes = {("7", ""): G["7"]}
+        for name in FACTORED:
+            slopes |= {(name, "U"): G[name] @ Xs[name, "V"], (name, "V"): G[name].T @ Xs[name, "U"]}
+        for key, slope in slopes.items():
+            buffers[key] = mu * buffers[key] + slope
+            Xs[key] = msign(Xs[key] - LR * msign(buffers[key]))
+        method.step(model, optimizer, images, labels)
+        for name, (U, _, V) in factors(model).items():
+            np.testing.assert_allclose(U, Xs[name, "U"], atol=1e-7)
+            np.testing.assert_allclose(V, Xs[name, "V"], atol=1e-7)
+        np.testing.assert_allclose(matrices(model)["7"], Xs["7", ""], atol=1e-7)
+    for name, layer in low_rank_layers(model).items():
+        values = np.linalg.svd(matrices(model)[name], compute_uv=False)
+        np.testing.assert_allclose(values[: layer.rank], 1.0, atol=1e-12)
+    assert method.audit(model)["orthonormality_error"] < 1e-12
 
 
 @pytest.mark.parametrize("cap", [0.3, 0.9])

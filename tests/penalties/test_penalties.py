@@ -23,7 +23,7 @@ from tests.penalties.test_terms import PENALTIES
 from tests.training import METHODS, Noisy, Stop, protocol
 
 # Their steps stay on the Stiefel manifold: nothing is to be gained.
-HELD = ("cayley_sgd", "cayley_exact", "cayley_released", "projected_sgd", "spel")
+HELD = ("cayley_sgd", "cayley_exact", "cayley_released", "projected_sgd", "spel", "low_rank_spel")
 SCHEDULED = {"weight": 0.05, "milestones": [1, 2], "factors": [0.1, 0]}
 
 
