@@ -169,6 +169,15 @@ ATTACKED = (
         lambda rows: rows.pairs([mean for mean in _ours(rows) if _allocation(mean)], _dense(rows)),
     ),
     Thesis(
+        "Low-rank SPEL is the most robust at equal weights",
+        "At equal weights, allocated alike, orthonormal factors that move by steps of one spectral length "
+        "are more robust than CondLR, than a bound of the norm, and than DLRT and Vanilla.",
+        lambda rows: _alike(
+            rows.starting("low_rank_spel"),
+            rows.starting("condlr", "spectral_cap", "dlrt", "robust_dlrt", "vanilla"),
+        ),
+    ),
+    Thesis(
         "RobustDLRT is more robust than DLRT",
         "At equal weights RobustDLRT, or DLRT with its penalty R, is more robust than DLRT (published for "
         "VGG16 on CIFAR-10).",

@@ -16,6 +16,7 @@ ROWS = {
     ("dlrt+condition-weight=0.1-acts_on=S", 0.7996): 0.94,
     ("dlrt", 0.7996): 0.91, ("spectral_cap-1", 0.7996): 0.93, ("spectral_cap-1", 0.4): 0.99,
     ("spectral_cap-1-ranks=energy", 0.7996): 0.96, ("condlr-tau0.1-momentum=transported", 0.7996): 0.90,
+    ("low_rank_spel-ranks=energy", 0.7996): 0.98,
 }  # fmt: skip
 QUESTIONS = {
     "More robust than RobustDLRT": (ROBUST, 0.7996),
@@ -23,6 +24,7 @@ QUESTIONS = {
     "A hard band is better than a soft penalty": (SOFT, 0.7996),
     "Ranks that are shared out are better than uniform ones": ("condlr-tau0.1", 0.7996),
     "With ranks that are shared out CondLR beats the dense network": None,
+    "Low-rank SPEL is the most robust at equal weights": None,
     "RobustDLRT is more robust than DLRT": None,
     "The penalty R makes the dense network more robust": None,
     "Compressible spectra lower robustness": None,
@@ -53,6 +55,11 @@ def test_rows_are_compared_with_those_of_the_same_allocation():
         ("condlr-tau0", "spectral_cap-1"), ("condlr-tau0.1", "spectral_cap-1"),
         ("condlr-tau0.1-ranks=energy", "spectral_cap-1-ranks=energy"),
     }  # fmt: skip
+    steps = found["Low-rank SPEL is the most robust at equal weights"].comparisons
+    assert {pair.right.label for pair in steps} == {
+        "condlr-tau0.1-ranks=energy",
+        "spectral_cap-1-ranks=energy",
+    }
     assert "condlr-tau0.1-ranks=adaptive-period=1" not in {pair.left.label for pair in norms}
     adaptive = {("condlr-tau0.1-ranks=adaptive-period=1", 0.7996): 0.97}
     pairs = {claim.title: claim for claim in claims(study(ROWS | adaptive))}[
