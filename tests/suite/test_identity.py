@@ -43,7 +43,7 @@ STUDIES = {
             "budget=85e3",
             "seed=0,1",
             "row=baseline,condlr-energy-c0.5,condlr-tau0.1-c0.5,condlr-soft-c0.5,dlrt-R-c0.5,spectral_cap-c0.5,"
-            "spectral_cap-energy-c0.5",
+            "spectral_cap-energy-c0.5,low_rank_spel-energy-c0.5",
         ],
         [
             "rivals_mnist",
@@ -55,9 +55,15 @@ STUDIES = {
             "rivals_mnist",
             "budget=30e3",
             "seed=0",
-            "row=condlr-energy-c0.5,condlr-tau0.1-c0.5,spectral_cap-energy-c0.5,dlrt-energy-c0.5",
+            "row=condlr-energy-c0.5,condlr-tau0.1-c0.5,spectral_cap-energy-c0.5,dlrt-energy-c0.5,"
+            "low_rank_spel-energy-c0.5",
         ],
-        ["rivals_mnist", "budget=200e3", "seed=0", "row=condlr-energy-c0.5,spectral_cap-energy-c0.5"],
+        [
+            "rivals_mnist",
+            "budget=200e3",
+            "seed=0",
+            "row=condlr-energy-c0.5,spectral_cap-energy-c0.5,low_rank_spel-energy-c0.5",
+        ],
     ],
     "rivals_mnist_adversarial": [
         [
