@@ -57,8 +57,8 @@ def collect(study: Path) -> dict[str, list[dict[str, Any]]]:
         run = Run(path.parent)
         info = run.info
         about = info.get("row")
-        whole = {"run_id", "status"} <= info.keys() and isinstance(about, dict)
-        if not whole or not {"label", "epochs"} <= about.keys():
+        lacks = {"run_id", "status"} - info.keys()
+        if lacks or not isinstance(about, dict) or {"label", "epochs"} - about.keys():
             raise UserError(f"{path} is an incomplete record of a run: remove it to start the run again")
         if info["run_id"] != path.parent.name:
             raise UserError(
