@@ -193,8 +193,9 @@ class Run:
             # OmegaConf's parser takes 30 ms, libyaml 1
             config = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         except FileNotFoundError:
-            advice = _WRITTEN_AGAIN if self.info else "it is not a run"
-            raise UserError(f"{self.directory} has no config.yaml: {advice}") from None
+            if self.info:
+                raise UserError(f"{self.directory} has no config.yaml: {_WRITTEN_AGAIN}") from None
+            raise UserError(f"{self.directory} is not a run: it has no config.yaml") from None
         except Exception as error:  # a YAML parser's errors share no base with OmegaConf's
             raise UserError(f"{path} cannot be read ({type(error).__name__}): {_WRITTEN_AGAIN}") from error
         if not isinstance(config, dict):
