@@ -25,7 +25,7 @@ from typing import Any
 from condlr._support.errors import Held, UserError
 from condlr._support.files import as_csv, csv_rows, forget_partial, write
 from condlr._support.locks import Lock
-from condlr.suite.runs import Run, by_key, examined, record
+from condlr.suite.runs import Run, by_key, examined, record, repair
 from condlr.suite.sweeps.plan import PLAN
 
 NAME = "runs.tar.gz"
@@ -264,9 +264,11 @@ def _check(name: str, files: Files, where: Path) -> None:
 def _require_readable(run: Run, files: Files) -> None:
     """Raise `UserError` if the config or a table is damaged: in an archive it could not be mended."""
     run.read_config()
-    for name in files:
+    for name, content in files.items():
         if name.endswith(".csv"):
-            _ = run.rows(name) if name in examined() else run.read_table(name)
+            rows = csv_rows(content, run.directory / name, f": {repair(name)}")
+            if name in examined():
+                by_key(rows, run.directory / name)
 
 
 def _packed(runs: Mapping[str, Files], plan: bytes, study: str) -> bytes:
