@@ -44,7 +44,7 @@ def test_the_ten_lines_of_the_readme(capsys):
 
 
 def test_the_library_example(capsys):
-    example, _, virtual = blocks("python", (ROOT / "docs" / "library.md").read_text())
+    example, spel, _, virtual = blocks("python", (ROOT / "docs" / "library.md").read_text())
     model = nn.Sequential()
     model.add_module("body", nn.Linear(20, 30))
     model.add_module("head", nn.Linear(30, 3))
@@ -52,6 +52,7 @@ def test_the_library_example(capsys):
     exec(example, scope)
     assert "cond_S" in capsys.readouterr().out
     assert {type(module) for module in scope["plain"].modules()} <= {nn.Sequential, nn.Linear}
+    exec(spel, scope | {"condlr": condlr, "model": nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 3))})
     model = nn.Sequential()
     model.add_module("layer4", nn.Linear(20, 30))
     scope |= {"condlr": condlr, "model": model, "images": torch.ones(5, 20), "labels": torch.arange(5)}
@@ -74,8 +75,13 @@ def test_an_example_runs_as_it_stands(path, tmp_path, monkeypatch, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scope = runpy.run_path(str(path), run_name="__main__")
-    assert "cond_S" in capsys.readouterr().out
+    printed = capsys.readouterr().out
     model = next(scope[name] for name in ("model", "module") if name in scope)
+    if path.stem == "spel":
+        of_dense, of_spel = (float(value) for value in re.findall(r"(0\.\d+) under FGSM", printed))
+        assert of_spel > of_dense + 0.05
+        return
+    assert "cond_S" in printed
     assert condlr.audit(model)["cond_S"] <= 1.1 * (1 + 1e-4)
     if "accuracy" in scope and not callable(scope["accuracy"]):
         assert scope["accuracy"] > 0.85

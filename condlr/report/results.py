@@ -93,22 +93,20 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
         raise UserError(f"{path} is missing: collect the study's runs first (condlr collect)") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         why = str(error).partition("\n")[0]
-        raise UserError(f"{path} is not a table of results ({why}): collect the runs again") from error
+        raise _damaged(f"{path} is not a table of results ({why})") from error
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         whole = file.read() == b"\n"
     if not whole:
-        raise UserError(f"{path} is cut off: collect the runs again")
+        raise _damaged(f"{path} is cut off")
     if frame.empty:
-        raise UserError(f"{path} has no rows: collect the runs again")
+        raise _damaged(f"{path} has no rows")
     if name == "cells" and {"run_id", "status"} <= {*frame} and not {"attack", "eps", "accuracy"} & {*frame}:
         require_evaluated(frame)
     require(frame, _NEEDED.get(name) or _needed_of(find("analysis", name, Analysis)), str(path))
     for column in [name for name in frame if name in _NUMBERS or name.startswith("cond_")]:
         if not pd.api.types.is_numeric_dtype(frame[column]):
-            raise UserError(
-                f"{path} has something else than numbers in the column {column}: collect the runs again"
-            )
+            raise _damaged(f"{path} has something else than numbers in the column {column}")
     if "eps" in frame and frame["eps"].dtype.kind == "f":
         frame["eps"] = frame["eps"].map(as_printed)
         file = {"cells": "evaluation"}.get(name, name) + ".csv"
@@ -118,7 +116,7 @@ def read(study: Path, name: str = "cells") -> pd.DataFrame:
             frame = frame.loc[~alike].reset_index(drop=True) if alike.any() else frame
     for column, rule in _RULES.items():
         if column in frame and not rule(frame).all():
-            raise UserError(f"{path} is damaged in the column {column}: collect the runs again")
+            raise _damaged(f"{path} is damaged in the column {column}")
     return frame
 
 
@@ -129,10 +127,14 @@ def _needed_of(kind: type[Analysis]) -> set[str]:
     return whose | {*kind.keys} | {name for parts in shown for _, name, _, _ in parts if name}
 
 
+def _damaged(what: str) -> UserError:
+    return UserError(f"{what}: collect the runs again")
+
+
 def require(frame: pd.DataFrame, columns: Collection[str], path: str) -> None:
     """Raise `UserError` where a table of results, read from `path`, lacks columns."""
     if missing := sorted({*columns} - {*frame.columns}):
-        raise UserError(f"{path} lacks the columns {', '.join(missing)}: collect the runs again")
+        raise _damaged(f"{path} lacks the columns {', '.join(missing)}")
 
 
 def read_those(study: Path, names: Iterable[str]) -> dict[str, pd.DataFrame]:
