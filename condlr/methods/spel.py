@@ -11,7 +11,7 @@ from typing_extensions import override
 from condlr._support.closures import register
 from condlr._support.precision import strict
 from condlr.manifolds import stiefel
-from condlr.methods._stiefel_descent import Orthonormal, matrix_of, write
+from condlr.methods._stiefel_descent import Orthonormal, matrix_of, require_usable, write
 
 _BUFFER = "spel_buffer"
 
@@ -50,6 +50,7 @@ class Spel(Orthonormal):
                 for weight in held:
                     if weight.grad is None:
                         continue
+                    require_usable(weight)
                     state = optimizer.state[weight]
                     if _BUFFER not in state:
                         state[_BUFFER] = torch.zeros_like(weight)

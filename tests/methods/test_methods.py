@@ -286,6 +286,31 @@ def test_spel_is_its_equations(mu):
         method.audit(model)
 
 
+@pytest.mark.parametrize("method", [CayleySgd(), ProjectedSgd(), Spel()])
+def test_weights_that_cannot_become_orthonormal_are_named(method):
+    for net, message in {
+        nn.Linear(4, 3).bfloat16(): "is torch.bfloat16: keep weights in float32",
+        nn.Linear(4, 3, device="meta"): "the weight weight is on the meta device",
+        nn.BatchNorm1d(3): "no weight that can be kept on the Stiefel manifold",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            method.optimizer(net, 0.1, 0.3)
+    net = nn.Linear(4, 3)
+    nn.init.constant_(net.weight, math.nan)
+    with pytest.raises(ValueError, match="the weight weight is not finite"):
+        method.optimizer(net, 0.1, 0.3)
+    for net, images, message in (
+        (nn.Linear(4, 3), torch.ones(2, 4).half(), "is torch.float16: keep weights in float32"),
+        (nn.Embedding(4, 3, sparse=True), torch.arange(2), "has a sparse gradient"),
+    ):
+        optimizer = method.optimizer(net, 0.1, 0.3)
+        if images.is_floating_point():
+            net.half()
+        net(images).sum().backward()
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+
+
 @pytest.mark.parametrize("mu", [0.0, 0.4])
 def test_low_rank_spel_is_spel_on_both_factors(mu):
     """b <- mu b + G, X <- msign(X - lr msign(b)) for U and V of W = U V^T, and for the dense classifier."""
