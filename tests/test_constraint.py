@@ -266,6 +266,20 @@ def test_projecting_and_auditing_refuse_what_they_cannot_do():
         condlr.project(network().bfloat16())
 
 
+@pytest.mark.parametrize("call", [condlr.project, condlr.audit, condlr.export, condlr.measure])
+def test_a_scripted_network_is_refused_with_advice(call):
+    """Its parameters are those of the network that it was made from, which can be constrained."""
+    net = network()
+    scripted = torch.jit.script(net)
+    for refused in (call, lambda scripted: condlr.constrain(sgd(scripted), scripted)):
+        with pytest.raises(ValueError, match="with the network from before torch.jit.script"):
+            refused(scripted)
+    optimizer = sgd(scripted)
+    constraint = condlr.constrain(optimizer, net)
+    descend(scripted, optimizer)
+    constraint.check()
+
+
 def test_a_breach_names_its_layer():
     net = network()
     optimizer = sgd(net)

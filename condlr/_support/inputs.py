@@ -14,9 +14,14 @@ from condlr._support.modes import in_eval_mode
 
 
 def require_module(what: str, model: object) -> nn.Module:
-    """`model`; raise `ValueError` if it is no network."""
+    """`model`; raise `ValueError` if it is no network, or one whose layers cannot be seen."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"{what} needs a network, an nn.Module; got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{what} does not see the layers of a scripted network: call it with the network from before "
+            "torch.jit.script, which has the same parameters"
+        )
     return model
 
 
