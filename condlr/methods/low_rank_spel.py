@@ -29,6 +29,11 @@ class LowRankSpel(Allocating, Spel):
 
     ranks: str | None = None
 
+    @override
+    def __post_init__(self) -> None:
+        Spel.__post_init__(self)
+        Allocating.__post_init__(self)
+
     @property
     @override
     def compresses(self) -> bool:

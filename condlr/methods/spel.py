@@ -9,6 +9,7 @@ from torch import nn
 from typing_extensions import override
 
 from condlr._support.closures import register
+from condlr._support.errors import in_range
 from condlr._support.precision import strict
 from condlr.manifolds import stiefel
 from condlr.methods._stiefel_descent import Orthonormal, matrix_of, require_usable, write
@@ -27,11 +28,20 @@ class Spel(Orthonormal):
 
     where msign(P diag(sigma) Q^T) = P Q^T. A step has the spectral norm lr, whatever the gradient's size. All
     other weights are trained by SGD with the same lr and momentum.
+
+    Attributes:
+        length: of a step of these weights, as a multiple of lr; None: 1.
     """
 
     title: ClassVar[str] = "SPEL"
     order: ClassVar[int] = 2
     colours: ClassVar[Mapping[str, str]] = {"spel": "#44AA99"}
+
+    length: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.length is not None:
+            in_range("length", self.length, 0, float("inf"), half_open=True)
 
     @property
     @override
@@ -55,7 +65,8 @@ class Spel(Orthonormal):
                     if _BUFFER not in state:
                         state[_BUFFER] = torch.zeros_like(weight)
                     state[_BUFFER].mul_(momentum).add_(weight.grad)
-                    weight.grad.copy_(stiefel.sign(state[_BUFFER].flatten(1)).reshape(weight.shape))
+                    direction = stiefel.sign(state[_BUFFER].flatten(1)).reshape(weight.shape)
+                    weight.grad.copy_(direction if self.length is None else self.length * direction)
 
         @torch.no_grad()
         def after_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:

@@ -263,10 +263,10 @@ def msign(A):
     return P @ np.diag(d > 1e-7 * d[0]) @ Qh  # a gradient of few images has few
 
 
-@pytest.mark.parametrize("mu", [0.0, 0.4])
-def test_spel_is_its_equations(mu):
-    """b <- mu b + G, X <- msign(X - lr msign(b)), and SGD for the biases."""
-    method = Spel()
+@pytest.mark.parametrize("mu, length", [(0.0, None), (0.4, None), (0.4, 0.2)])
+def test_spel_is_its_equations(mu, length):
+    """b <- mu b + G, X <- msign(X - length lr msign(b)), and SGD for the biases."""
+    method = Spel(length)
     model, optimizer = start(method, momentum=mu)
     Xs, buffers = matrices(model), {}
     assert all(np.allclose(svd, 1) for svd in (np.linalg.svd(X, compute_uv=False) for X in Xs.values()))
@@ -275,7 +275,7 @@ def test_spel_is_its_equations(mu):
         G, _ = gradients(Xs, biases(model), images, labels)
         for name, X in Xs.items():
             buffers[name] = mu * buffers.get(name, 0.0) + G[name]
-            Xs[name] = msign(X - LR * msign(buffers[name]))
+            Xs[name] = msign(X - (length or 1) * LR * msign(buffers[name]))
         method.step(model, optimizer, images, labels)
         for name, W in matrices(model).items():
             np.testing.assert_allclose(W, Xs[name], atol=1e-7)
