@@ -155,7 +155,7 @@ rivals-mnist: $(VENV)/.installed  ## Train CondLR and its rivals on MNIST at equ
 
 rivals-cifar10: PGD = attack.eps=[0.004,8/255]
 rivals-cifar10: AUTOATTACK = attack.images=200 attack.eps=[0.004]
-rivals-cifar10: $(VENV)/.installed  ## Train six rivals at equal weights on CIFAR-10, attack them (hours on a GPU, a day without)
+rivals-cifar10: $(VENV)/.installed  ## Train seven rivals at equal weights on CIFAR-10, attack them (hours on a GPU, a day without)
 	-$(RUN) scripts/train.py experiment=rivals_cifar10 $(ARGS)
 	$(call attack_rivals,rivals_cifar10)
 
