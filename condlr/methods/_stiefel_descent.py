@@ -40,15 +40,16 @@ class Orthonormal(Baseline, ABC):
         Args:
             of_held: the momentum of the weights that are held.
         """
-        held = [*self.held(model).values()]
-        if not held:
+        named = self.held(model)
+        if not named:
             raise ValueError("this network has no weight that can be kept on the Stiefel manifold")
-        for name, weight in self.held(model).items():
-            require_usable(weight)
+        for name, weight in named.items():
+            require_movable(weight)
             if weight.is_meta:
                 raise ValueError(f"the weight {name} is on the meta device: it has no values yet")
             if not weight.isfinite().all():
                 raise ValueError(f"the weight {name} is not finite")
+        held = [*named.values()]
         others = [p for p in model.parameters() if not any(p is weight for weight in held)]
         groups = [
             {"params": held, "momentum": of_held},
@@ -165,7 +166,7 @@ class _Hooks:
         with strict(self.held[0].device):
             for weight in self.held:
                 if weight.grad is not None:
-                    require_usable(weight)
+                    require_movable(weight)
                     self._direct(optimizer, weight, orthonormalize)
 
     def _direct(self, optimizer: torch.optim.Optimizer, weight: nn.Parameter, orthonormalize: bool) -> None:
@@ -206,16 +207,17 @@ class _Hooks:
         return (1 / (W.norm(cap) + 1e-8)).clamp_max(lr)
 
 
-def require_usable(weight: Tensor) -> None:
+def require_movable(weight: Tensor) -> None:
     """Raise `ValueError` unless the weight is in float32 or float64, with a dense gradient."""
-    which = f"a weight of the shape {tuple(weight.shape)}"
     if weight.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{which} is {weight.dtype}: keep weights in float32, and use autocast for speed")
-    if weight.grad is not None and weight.grad.is_sparse:
-        raise ValueError(
-            f"{which} has a sparse gradient, and an orthonormal one moves as a whole: make its layer with "
-            "sparse=False"
+        trouble = f"is {weight.dtype}: keep weights in float32, and use autocast for speed"
+    elif weight.grad is not None and weight.grad.is_sparse:
+        trouble = (
+            "has a sparse gradient, and an orthonormal one moves as a whole: make its layer with sparse=False"
         )
+    else:
+        return
+    raise ValueError(f"a weight of the shape {tuple(weight.shape)} {trouble}")
 
 
 def _is_tall(weight: Tensor) -> bool:

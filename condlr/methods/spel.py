@@ -12,7 +12,7 @@ from condlr._support.closures import register
 from condlr._support.errors import in_range
 from condlr._support.precision import strict
 from condlr.manifolds import stiefel
-from condlr.methods._stiefel_descent import Orthonormal, matrix_of, require_usable, write
+from condlr.methods._stiefel_descent import Orthonormal, matrix_of, require_movable, write
 
 _BUFFER = "spel_buffer"
 
@@ -60,7 +60,7 @@ class Spel(Orthonormal):
                 for weight in held:
                     if weight.grad is None:
                         continue
-                    require_usable(weight)
+                    require_movable(weight)
                     state = optimizer.state[weight]
                     if _BUFFER not in state:
                         state[_BUFFER] = torch.zeros_like(weight)
